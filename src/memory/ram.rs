@@ -1,0 +1,151 @@
+//! Guest RAM mapped into this process: the only place that reads or writes guest memory.
+//!
+//! The guest, or another process that maps the same file, may change any byte at any time, so every
+//! access is a volatile copy in or out; no Rust reference to guest bytes is ever handed out.
+
+use std::fs::File;
+
+use vm_memory::mmap::MmapRegion;
+use vm_memory::{Bytes, FileOffset, VolatileMemory, VolatileSlice};
+
+use crate::memory::MemoryLayout;
+use crate::types::{PAGE_BYTES, PageNumber};
+
+/// The RAM of one VM, shared with its VMM process or private to this one.
+#[derive(Debug)]
+pub struct GuestRam {
+    layout: MemoryLayout,
+    mapping: MmapRegion,
+}
+
+/// Guest RAM could not be mapped or an access was out of its bounds.
+#[derive(Debug, thiserror::Error)]
+pub enum RamError {
+    /// The mapping failed.
+    #[error("cannot map {bytes} bytes of guest RAM")]
+    Map {
+        /// Bytes asked for.
+        bytes: u64,
+        /// What the kernel said.
+        #[source]
+        source: vm_memory::mmap::MmapRegionError,
+    },
+    /// The file is shorter than the layout.
+    #[error("guest memory file has {actual} bytes: the layout needs {expected}")]
+    ShortFile {
+        /// Bytes of the layout.
+        expected: u64,
+        /// Bytes of the file.
+        actual: u64,
+    },
+    /// The file's length could not be read.
+    #[error("cannot read the length of the guest memory file")]
+    Metadata(#[source] std::io::Error),
+    /// A page that the VM does not have.
+    #[error("page {page} is outside guest RAM of {pages} pages")]
+    OutOfBounds {
+        /// First page of the access.
+        page: PageNumber,
+        /// Pages of the VM.
+        pages: u64,
+    },
+}
+
+impl GuestRam {
+    /// Maps `file`, which holds the regions of `layout` back to back, shared.
+    ///
+    /// # Errors
+    /// The file is shorter than the layout, or the mapping fails.
+    pub fn map(file: File, layout: MemoryLayout) -> Result<Self, RamError> {
+        let expected = layout.bytes();
+        let actual = file.metadata().map_err(RamError::Metadata)?.len();
+        if actual < expected {
+            return Err(RamError::ShortFile { expected, actual });
+        }
+        let bytes = usize::try_from(expected).unwrap_or(usize::MAX);
+        let mapping = MmapRegion::from_file(FileOffset::new(file, 0), bytes).map_err(|source| RamError::Map { bytes: expected, source })?;
+        Ok(Self { layout, mapping })
+    }
+
+    /// Fresh zeroed memory, private to this process.
+    ///
+    /// # Errors
+    /// The mapping fails.
+    pub fn anonymous(layout: MemoryLayout) -> Result<Self, RamError> {
+        let bytes = layout.bytes();
+        let mapping = MmapRegion::new(usize::try_from(bytes).unwrap_or(usize::MAX)).map_err(|source| RamError::Map { bytes, source })?;
+        Ok(Self { layout, mapping })
+    }
+
+    /// Where the RAM lies in guest-physical space.
+    #[must_use]
+    pub fn layout(&self) -> &MemoryLayout {
+        &self.layout
+    }
+
+    /// Pages of RAM.
+    #[must_use]
+    pub fn pages(&self) -> u64 {
+        self.layout.pages()
+    }
+
+    fn slice(&self, page: PageNumber, count: u64) -> Result<VolatileSlice<'_>, RamError> {
+        let refuse = || RamError::OutOfBounds { page, pages: self.pages() };
+        let end = page.0.checked_add(count).filter(|end| *end <= self.pages()).ok_or_else(refuse)?;
+        let offset = usize::try_from(page.0).map_err(|_| refuse())? * PAGE_BYTES;
+        let bytes = usize::try_from(end - page.0).map_err(|_| refuse())? * PAGE_BYTES;
+        self.mapping.get_slice(offset, bytes).map_err(|_| refuse())
+    }
+
+    /// Copies pages out, as many as `into` holds. `into.len()` is a multiple of a page.
+    ///
+    /// # Errors
+    /// A page is outside the RAM.
+    pub fn read(&self, first: PageNumber, into: &mut [u8]) -> Result<(), RamError> {
+        self.slice(first, (into.len() / PAGE_BYTES) as u64)?.copy_to(into);
+        Ok(())
+    }
+
+    /// Copies pages in. `from.len()` is a multiple of a page.
+    ///
+    /// # Errors
+    /// A page is outside the RAM.
+    pub fn write(&self, first: PageNumber, from: &[u8]) -> Result<(), RamError> {
+        self.slice(first, (from.len() / PAGE_BYTES) as u64)?.copy_from(from);
+        Ok(())
+    }
+
+    /// Fills pages with zeroes.
+    ///
+    /// # Errors
+    /// A page is outside the RAM.
+    pub fn clear(&self, first: PageNumber, count: u64) -> Result<(), RamError> {
+        let slice = self.slice(first, count)?;
+        let zeroes = [0u8; PAGE_BYTES];
+        for index in 0..slice.len() / PAGE_BYTES {
+            slice.write_slice(&zeroes, index * PAGE_BYTES).map_err(|_| RamError::OutOfBounds { page: first, pages: self.pages() })?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn accesses_stay_inside_the_ram() {
+        let ram = GuestRam::anonymous(MemoryLayout::flat(3).unwrap()).unwrap();
+        let page = [7u8; PAGE_BYTES];
+        ram.write(PageNumber(2), &page).unwrap();
+        let mut back = [0u8; 2 * PAGE_BYTES];
+        ram.read(PageNumber(1), &mut back).unwrap();
+        assert_eq!((back[0], back[PAGE_BYTES]), (0, 7));
+        ram.clear(PageNumber(2), 1).unwrap();
+        ram.read(PageNumber(2), &mut back[..PAGE_BYTES]).unwrap();
+        assert!(back[..PAGE_BYTES].iter().all(|b| *b == 0));
+        assert!(ram.write(PageNumber(3), &page).is_err());
+        assert!(ram.read(PageNumber(2), &mut back).is_err());
+        assert!(ram.clear(PageNumber(u64::MAX), 2).is_err());
+    }
+}

@@ -1,0 +1,282 @@
+//! Messages of the session's control stream. `PROTOCOL.md` specifies every byte.
+
+use crate::types::{Epoch, Incarnation, LaneIndex, MigrationId, RamRegion, Round, VmName, VmUuid};
+use crate::wire::ErrorClass;
+
+/// A message of the control stream.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Message {
+    /// First message of either side: what it speaks.
+    Hello(Hello),
+    /// Source: the VM that wants to move.
+    Offer(Offer),
+    /// Destination: the offer is permitted and everything for it is in place.
+    Accept(Accept),
+    /// Source: every frame of this round is on its lanes. Sent when the lanes have been given all of it.
+    RoundEnd(RoundEnd),
+    /// Destination: every page of this round is in guest RAM.
+    RoundApplied(RoundApplied),
+    /// Source, paused: a piece of the device state.
+    StateChunk(StateChunk),
+    /// A handoff message, signed by its sender's gateway key.
+    Handoff(SignedHandoff),
+    /// The head of the sender's audit log, to be kept in the receiver's.
+    AuditHead(AuditHead),
+    /// The migration ends here; the reason is the sender's claim.
+    Failure(Failure),
+    /// Nothing but a sign of life.
+    Ping,
+}
+
+/// What a gateway speaks and who it is beyond its certificate.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Hello {
+    /// Lowest protocol version spoken.
+    pub version_min: u16,
+    /// Highest protocol version spoken.
+    pub version_max: u16,
+    /// Features offered or required, by name.
+    pub features: Vec<Feature>,
+    /// The sender's journal.
+    pub incarnation: Incarnation,
+    /// Ed25519 public key that signs the sender's handoff messages and audit checkpoints.
+    pub signing_key: [u8; 32],
+}
+
+/// A named feature of the protocol.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Feature {
+    /// Its name, `a-z 0-9 -`, at most 32 bytes.
+    pub name: String,
+    /// Whether the peer must refuse if it does not know the name.
+    pub critical: bool,
+}
+
+/// A VM that wants to move.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Offer {
+    /// This attempt.
+    pub migration: MigrationId,
+    /// The operator's name of the VM.
+    pub vm: VmName,
+    /// The VM that policy is asked about.
+    pub uuid: VmUuid,
+    /// The epoch at which the source owns the VM.
+    pub epoch: Epoch,
+    /// Which driver speaks to the hypervisor: `kvm`, `synthetic`, `image`.
+    pub hypervisor: String,
+    /// Guest RAM.
+    pub regions: Vec<RamRegion>,
+    /// What the destination's hypervisor has to provide; opaque here.
+    pub machine: Vec<u8>,
+    /// What is asked of the stream.
+    pub stream: StreamTerms,
+    /// SHA-256 of the source's policy set.
+    pub policy_digest: [u8; 32],
+}
+
+/// Terms of the page stream that both policies are asked about.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StreamTerms {
+    /// Lanes wanted.
+    pub lanes: u16,
+    /// Codec of page batches.
+    pub compression: Compression,
+    /// How far back a codec may look: `page`, `batch` or `stream`.
+    pub compression_scope: CompressionScope,
+    /// Whether frame lengths are padded to buckets.
+    pub length_padding: bool,
+    /// Where the final image is on disk before the switch.
+    pub durability: Durability,
+    /// Whether every page and all state are compared before the switch.
+    pub verify: bool,
+}
+
+/// Codec of page batches.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Compression {
+    /// Pages as they are.
+    None,
+    /// LZ4 block format.
+    Lz4,
+}
+
+/// How far back a codec may look for repetitions.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum CompressionScope {
+    /// Each page by itself.
+    Page,
+    /// Pages of one batch.
+    Batch,
+    /// Everything this VM has sent.
+    Stream,
+}
+
+/// Where the final image is on disk before the switch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Durability {
+    /// Nowhere.
+    None,
+    /// At the destination.
+    Destination,
+    /// At both ends.
+    Both,
+}
+
+/// The destination takes the offer.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Accept {
+    /// The attempt.
+    pub migration: MigrationId,
+    /// Lanes granted, at least one and at most as many as wanted.
+    pub lanes: u16,
+    /// SHA-256 of the destination's policy set.
+    pub policy_digest: [u8; 32],
+}
+
+/// What one lane carried in one round, or in all rounds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct LaneTotals {
+    /// Frames.
+    pub frames: u64,
+    /// Pages.
+    pub pages: u64,
+    /// Bytes of frames, headers included.
+    pub bytes: u64,
+    /// Running XXH3-128 over the frame bytes, in order, since the first frame of the lane.
+    pub digest: u128,
+}
+
+/// The end of a round at the source.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RoundEnd {
+    /// The attempt.
+    pub migration: MigrationId,
+    /// The round.
+    pub round: Round,
+    /// Whether the guest was paused before this round's pages were read.
+    pub last: bool,
+    /// Totals since the first round, by lane.
+    pub lanes: Vec<LaneTotals>,
+}
+
+/// The end of a round at the destination.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RoundApplied {
+    /// The attempt.
+    pub migration: MigrationId,
+    /// The round.
+    pub round: Round,
+    /// Totals since the first round, by lane; equal to the source's or the round is not applied.
+    pub lanes: Vec<LaneTotals>,
+}
+
+/// A piece of device state.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StateChunk {
+    /// The attempt.
+    pub migration: MigrationId,
+    /// Offset of this piece.
+    pub offset: u64,
+    /// Length of the whole state.
+    pub total: u64,
+    /// The piece.
+    pub bytes: Vec<u8>,
+}
+
+/// The digests that the source signs and the destination has to reproduce.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct FinalDigest {
+    /// SHA-256 over the device state.
+    pub state: [u8; 32],
+    /// SHA-256 over the lane totals of the last round.
+    pub lanes: [u8; 32],
+    /// XXH3-128 tree over every page, when both sides compare memory; zero when they do not.
+    pub memory: u128,
+}
+
+/// One step of the handoff (design section 7).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Handoff {
+    /// Source: paused; this is the final state.
+    Final {
+        /// Digest of what the destination must hold.
+        digest: FinalDigest,
+        /// How many lanes carried it.
+        lanes: u16,
+    },
+    /// Destination: holds exactly that, durable, not running.
+    Prepared {
+        /// The digest it computed.
+        digest: FinalDigest,
+    },
+    /// Source: the destination owns the VM.
+    Commit,
+    /// Destination: the VM runs here.
+    Running,
+    /// Source: the old copy is gone.
+    Done,
+    /// Source, before COMMIT: the VM stays on the source.
+    Abort {
+        /// Why.
+        class: ErrorClass,
+    },
+    /// Destination, before RUN: never will.
+    Refuse {
+        /// Why.
+        class: ErrorClass,
+    },
+}
+
+/// A handoff message with what binds it to one attempt and one pair of gateways.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct HandoffMessage {
+    /// The attempt.
+    pub migration: MigrationId,
+    /// The VM.
+    pub uuid: VmUuid,
+    /// The epoch that the destination would own.
+    pub epoch: Epoch,
+    /// The sender's journal.
+    pub sender: Incarnation,
+    /// The receiver's journal.
+    pub receiver: Incarnation,
+    /// The step.
+    pub step: Handoff,
+}
+
+/// A handoff message and the Ed25519 signature over its encoding.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SignedHandoff {
+    /// The message.
+    pub message: HandoffMessage,
+    /// Signature by the sender's gateway key over `HandoffMessage::signed_bytes`.
+    pub signature: [u8; 64],
+}
+
+/// The head of an audit log.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct AuditHead {
+    /// The sender's signed checkpoint as text; bounded, opaque here.
+    pub checkpoint: String,
+}
+
+/// The sender gives up.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Failure {
+    /// Whose fault, as the sender sees it.
+    pub class: ErrorClass,
+    /// Bounded text for people.
+    pub reason: String,
+}
+
+/// The first message on a lane's stream binds it to the session (`PROTOCOL.md`, lanes).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Join {
+    /// The attempt.
+    pub migration: MigrationId,
+    /// Which lane.
+    pub lane: LaneIndex,
+    /// HMAC-SHA-256 keyed by the session's exporter over lane number and the lane's exporter.
+    pub tag: [u8; 32],
+}
