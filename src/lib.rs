@@ -4,6 +4,7 @@ pub mod limits;
 pub mod types;
 
 pub mod hypervisor;
+pub mod identity;
 pub mod memory;
 pub mod migration;
 pub mod wire;
