@@ -4,5 +4,6 @@ pub mod limits;
 pub mod types;
 
 pub mod hypervisor;
+pub mod identity;
 pub mod memory;
 pub mod wire;

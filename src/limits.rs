@@ -50,6 +50,21 @@ pub const BATCH_PAGES_MAX: usize = 64;
 
 // --- identity and transport ---------------------------------------------------------------------
 
+/// LIMIT: a leaf and the six intermediates that path building may use.
+pub const CHAIN_CERTIFICATES_MAX: usize = 7;
+/// LIMIT: one PEM file of keys or certificates; a bundle of 32 RSA-4096 roots is under 100 KiB.
+pub const PEM_FILE_BYTES_MAX: u64 = 1 << 20;
+/// LIMIT: one CRL file; 200,000 revoked certificates at 40 bytes each, far beyond any fleet of gateways.
+pub const CRL_FILE_BYTES_MAX: u64 = 8 << 20;
+/// LIMIT: roots of one trust domain; two during a roll-over, the rest is room.
+pub const ROOTS_PER_DOMAIN_MAX: usize = 32;
+/// LIMIT: CRLs of one trust domain: one for each issuer.
+pub const CRLS_PER_DOMAIN_MAX: usize = 64;
+/// LIMIT: trust domains that one gateway federates with.
+pub const TRUST_DOMAINS_MAX: usize = 256;
+/// LIMIT: refused peers remembered until they are drained into the audit log; a flood beyond it is counted.
+pub const REFUSALS_KEPT_MAX: usize = 256;
+
 // --- attach protocol and reference VMM ----------------------------------------------------------
 
 /// LIMIT: vCPUs of the reference VMM.

@@ -1,0 +1,267 @@
+//! Everything a gateway is and trusts, loaded from files and replaced as a whole on reload.
+
+use std::fmt;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::SystemTime;
+
+use arc_swap::ArcSwap;
+use rustls::client::{ResolvesClientCert, Resumption};
+use rustls::crypto::CryptoProvider;
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use rustls::server::{ClientHello, NoServerSessionStorage, ResolvesServerCert};
+use rustls::sign::CertifiedKey;
+use rustls::{ClientConfig, ServerConfig, SignatureScheme};
+
+use super::crl::Ratchet;
+use super::error::IdentityError;
+use super::keys::{Signer, read_private};
+use super::leaf::{self, Leaf};
+use super::peer::PeerIdentity;
+use super::trust::{PeerRole, TrustState, read_certificates};
+use super::verifier::{GatewayVerifier, Refusal, Refusals};
+use super::{ALPN, IdentityConfig, provider};
+use crate::limits;
+use crate::types::SpiffeId;
+
+/// What one load of the files gave.
+pub(super) struct State {
+    certified: Arc<CertifiedKey>,
+    own: Leaf,
+    signer: Arc<Signer>,
+    pub(super) trust: TrustState,
+}
+
+/// The state in use, shared by both TLS configurations.
+pub(super) struct Current {
+    state: ArcSwap<State>,
+    pub(super) refusals: Refusals,
+}
+
+impl Current {
+    pub(super) fn state(&self) -> arc_swap::Guard<Arc<State>> {
+        self.state.load()
+    }
+}
+
+/// The identity of this gateway and the trust it places in others; hot-reloadable.
+pub struct Credentials {
+    config: IdentityConfig,
+    provider: Arc<CryptoProvider>,
+    current: Arc<Current>,
+    client: Arc<ClientConfig>,
+    server: Arc<ServerConfig>,
+    /// Held through a reload, so that reloads are one after another and numbers only grow.
+    ratchet: Mutex<Ratchet>,
+}
+
+impl fmt::Debug for Credentials {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Credentials").field("own_id", &self.own_id()).finish_non_exhaustive()
+    }
+}
+
+impl Credentials {
+    /// Reads every file.
+    ///
+    /// Dates are judged at each handshake, not here: a gateway whose certificate or CRL has expired must
+    /// still start, because it may have a guest to resume. [`days_left`](Self::days_left) and
+    /// [`next_crl_expiry`](Self::next_crl_expiry) say so.
+    ///
+    /// # Errors
+    /// A file is missing, malformed, exposed, or contradicts another one.
+    pub fn load(config: IdentityConfig) -> Result<Arc<Self>, IdentityError> {
+        let provider = provider();
+        let state = read_state(&config, &provider, SystemTime::now())?;
+        let mut ratchet = Ratchet::default();
+        ratchet.advance(state.trust.crls());
+        let current = Arc::new(Current { state: ArcSwap::from_pointee(state), refusals: Refusals::default() });
+        let client = Arc::new(client_config(&provider, &current)?);
+        let server = Arc::new(server_config(&provider, &current)?);
+        Ok(Arc::new(Self { config, provider, current, client, server, ratchet: Mutex::new(ratchet) }))
+    }
+
+    /// Reads every file again and, only if all of them are good, puts them in use at once.
+    ///
+    /// Live connections are not touched: their owner calls [`identify`](Self::identify) for each.
+    ///
+    /// # Errors
+    /// As [`load`](Self::load); also when the SPIFFE ID changed or a CRL is older than one already
+    /// used. What was in use stays in use.
+    pub fn reload(&self) -> Result<(), IdentityError> {
+        let mut ratchet = self.ratchet.lock().unwrap_or_else(PoisonError::into_inner);
+        let state = read_state(&self.config, &self.provider, SystemTime::now())?;
+        let expected = self.own_id();
+        if state.own.spiffe != expected {
+            let path = self.config.certificate.clone();
+            return Err(IdentityError::IdentityChanged { path, found: state.own.spiffe, expected });
+        }
+        ratchet.check(state.trust.crls())?;
+        ratchet.advance(state.trust.crls());
+        self.current.state.store(Arc::new(state));
+        Ok(())
+    }
+
+    /// The SPIFFE ID of our own certificate.
+    #[must_use]
+    pub fn own_id(&self) -> SpiffeId {
+        self.current.state().own.spiffe.clone()
+    }
+
+    /// The site in our own certificate, if any.
+    #[must_use]
+    pub fn own_site(&self) -> Option<String> {
+        self.current.state().own.site.clone()
+    }
+
+    /// When our own certificate expires.
+    #[must_use]
+    pub fn own_not_after(&self) -> SystemTime {
+        self.current.state().own.not_after
+    }
+
+    /// TLS for dialling. Follows reloads by itself.
+    #[must_use]
+    pub fn client_config(&self) -> Arc<ClientConfig> {
+        Arc::clone(&self.client)
+    }
+
+    /// TLS for accepting. Follows reloads by itself.
+    #[must_use]
+    pub fn server_config(&self) -> Arc<ServerConfig> {
+        Arc::clone(&self.server)
+    }
+
+    /// Verifies the chain of a live peer as of now, in full: names, roots, dates, revocation.
+    ///
+    /// # Errors
+    /// [`IdentityError::Refused`] with the reason.
+    pub fn identify(&self, chain: &[CertificateDer<'_>]) -> Result<PeerIdentity, IdentityError> {
+        self.identify_at(chain, SystemTime::now())
+    }
+
+    /// As [`identify`](Self::identify), as of another time.
+    ///
+    /// # Errors
+    /// [`IdentityError::Refused`] with the reason.
+    pub fn identify_at(&self, chain: &[CertificateDer<'_>], now: SystemTime) -> Result<PeerIdentity, IdentityError> {
+        let algorithms = &self.provider.signature_verification_algorithms;
+        // Leaf rules demand both purposes, so either role gives the same answer.
+        Ok(self.current.state().trust.verify(chain, PeerRole::Client, algorithms, now)?)
+    }
+
+    /// The key that signs this gateway's evidence.
+    #[must_use]
+    pub fn signer(&self) -> Arc<Signer> {
+        Arc::clone(&self.current.state().signer)
+    }
+
+    /// When the first CRL in use expires; in the past when one has.
+    #[must_use]
+    pub fn next_crl_expiry(&self) -> Option<SystemTime> {
+        self.current.state().trust.next_crl_expiry()
+    }
+
+    /// Takes the refusals recorded since the last call, oldest first.
+    #[must_use]
+    pub fn drain_refusals(&self) -> Vec<Refusal> {
+        self.current.refusals.drain()
+    }
+
+    /// How many refusals were dropped because nobody drained them in time, since the start.
+    #[must_use]
+    pub fn lost_refusals(&self) -> u64 {
+        self.current.refusals.lost()
+    }
+}
+
+fn read_state(config: &IdentityConfig, provider: &CryptoProvider, now: SystemTime) -> Result<State, IdentityError> {
+    let chain = read_certificates(&config.certificate, "certificate", limits::CHAIN_CERTIFICATES_MAX)?;
+    let own_certificate = |reason| IdentityError::OwnCertificate { path: config.certificate.clone(), reason };
+    let own = match chain.first() {
+        Some(end_entity) => leaf::read(end_entity).map_err(own_certificate)?,
+        None => return Err(own_certificate(super::RefusalReason::NoCertificate)),
+    };
+    let certified = read_key(config, provider, chain)?;
+    let signing_key = read_private(&config.signing_key, "signing key")?;
+    let signer = Signer::from_pkcs8_pem(&signing_key, &config.signing_key)?;
+    let trust = TrustState::load(&config.trust, now)?;
+    Ok(State { certified: Arc::new(certified), own, signer: Arc::new(signer), trust })
+}
+
+fn read_key(
+    config: &IdentityConfig,
+    provider: &CryptoProvider,
+    chain: Vec<CertificateDer<'static>>,
+) -> Result<CertifiedKey, IdentityError> {
+    let malformed = || IdentityError::Malformed { what: "private key", path: config.key.clone(), expected: "one private key in PEM" };
+    let pem = read_private(&config.key, "private key")?;
+    let key = PrivateKeyDer::from_pem_slice(&pem).map_err(|_| malformed())?;
+    let key = provider.key_provider.load_private_key(key).map_err(|_| malformed())?;
+    let certified = CertifiedKey::new(chain, key);
+    match certified.keys_match() {
+        Ok(()) => Ok(certified),
+        // "Unknown" too: a key that cannot be compared is not known to belong.
+        Err(_) => Err(IdentityError::KeyMismatch { certificate: config.certificate.clone(), key: config.key.clone() }),
+    }
+}
+
+/// Presents the certificate that is current at each handshake.
+struct OwnCertificate {
+    current: Arc<Current>,
+}
+
+impl fmt::Debug for OwnCertificate {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("OwnCertificate").finish_non_exhaustive()
+    }
+}
+
+impl ResolvesClientCert for OwnCertificate {
+    fn resolve(&self, _root_hint_subjects: &[&[u8]], _schemes: &[SignatureScheme]) -> Option<Arc<CertifiedKey>> {
+        Some(Arc::clone(&self.current.state().certified))
+    }
+
+    fn has_certs(&self) -> bool {
+        true
+    }
+}
+
+impl ResolvesServerCert for OwnCertificate {
+    fn resolve(&self, _client_hello: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
+        Some(Arc::clone(&self.current.state().certified))
+    }
+}
+
+fn client_config(provider: &Arc<CryptoProvider>, current: &Arc<Current>) -> Result<ClientConfig, IdentityError> {
+    let verifier = GatewayVerifier::new(Arc::clone(current), provider.signature_verification_algorithms);
+    let mut config = ClientConfig::builder_with_provider(Arc::clone(provider))
+        .with_protocol_versions(&[&rustls::version::TLS13])
+        .map_err(IdentityError::Tls)?
+        .dangerous()
+        .with_custom_certificate_verifier(Arc::new(verifier))
+        .with_client_cert_resolver(Arc::new(OwnCertificate { current: Arc::clone(current) }));
+    config.alpn_protocols = vec![ALPN.to_vec()];
+    config.resumption = Resumption::disabled();
+    config.enable_early_data = false;
+    // Names are not used, so none is told to the network.
+    config.enable_sni = false;
+    Ok(config)
+}
+
+fn server_config(provider: &Arc<CryptoProvider>, current: &Arc<Current>) -> Result<ServerConfig, IdentityError> {
+    let verifier = GatewayVerifier::new(Arc::clone(current), provider.signature_verification_algorithms);
+    let mut config = ServerConfig::builder_with_provider(Arc::clone(provider))
+        .with_protocol_versions(&[&rustls::version::TLS13])
+        .map_err(IdentityError::Tls)?
+        .with_client_cert_verifier(Arc::new(verifier))
+        .with_cert_resolver(Arc::new(OwnCertificate { current: Arc::clone(current) }));
+    config.alpn_protocols = vec![ALPN.to_vec()];
+    // A ticket would let a peer back in without its certificate being looked at again.
+    config.session_storage = Arc::new(NoServerSessionStorage {});
+    config.send_tls13_tickets = 0;
+    config.max_tls13_tickets = 0;
+    config.max_early_data_size = 0;
+    config.send_half_rtt_data = false;
+    Ok(config)
+}

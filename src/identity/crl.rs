@@ -1,0 +1,197 @@
+//! Certificate revocation lists: reading them, keeping one of each issuer, and never going back.
+
+use std::cmp::Ordering;
+use std::collections::BTreeMap;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::{Path, PathBuf};
+use std::time::SystemTime;
+
+use rustls::pki_types::CertificateRevocationListDer;
+use rustls::pki_types::pem::PemObject;
+use x509_parser::certificate::X509Certificate;
+use x509_parser::error::X509Error;
+use x509_parser::prelude::FromDer;
+use x509_parser::revocation_list::CertificateRevocationList;
+
+use super::error::IdentityError;
+use super::keys::read_bounded;
+use super::leaf::{hex, sha256};
+use super::time::from_seconds;
+use crate::limits;
+
+/// A CRL number: up to 20 octets, so it is compared as bytes.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct CrlNumber(Vec<u8>);
+
+impl CrlNumber {
+    fn new(bytes: &[u8]) -> Self {
+        Self(bytes.iter().copied().skip_while(|byte| *byte == 0).collect())
+    }
+
+    fn text(&self) -> String {
+        if self.0.is_empty() { "00".to_owned() } else { hex(&self.0) }
+    }
+}
+
+impl Ord for CrlNumber {
+    fn cmp(&self, other: &Self) -> Ordering {
+        // No leading zeros: the longer number is the larger.
+        self.0.len().cmp(&other.0.len()).then_with(|| self.0.cmp(&other.0))
+    }
+}
+
+impl PartialOrd for CrlNumber {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+/// How recent a CRL is: its number decides, then its date.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Age {
+    number: CrlNumber,
+    this_update: SystemTime,
+}
+
+/// One usable CRL.
+pub(super) struct Crl {
+    pub(super) list: webpki::CertRevocationList<'static>,
+    pub(super) issuer_der: Vec<u8>,
+    pub(super) next_update: SystemTime,
+    age: Age,
+    sha256: [u8; 32],
+    path: PathBuf,
+}
+
+/// Reads every CRL of a trust domain and keeps the newest of each issuer. webpki takes the first CRL
+/// that matches a certificate, so a second one of the same issuer would be chosen by its position.
+pub(super) fn load(paths: &[PathBuf], roots: &[X509Certificate<'_>], now: SystemTime) -> Result<Vec<Crl>, IdentityError> {
+    let mut newest: BTreeMap<Vec<u8>, Crl> = BTreeMap::new();
+    for path in paths {
+        for crl in read(path, roots, now)? {
+            match newest.get(&crl.issuer_der) {
+                Some(kept) if kept.age == crl.age && kept.sha256 != crl.sha256 => {
+                    return Err(IdentityError::CrlConflict { path: crl.path, number: crl.age.number.text() });
+                }
+                Some(kept) if kept.age >= crl.age => {}
+                _ => drop(newest.insert(crl.issuer_der.clone(), crl)),
+            }
+        }
+    }
+    if newest.len() > limits::CRLS_PER_DOMAIN_MAX {
+        return Err(IdentityError::TooMany {
+            what: "CRL issuers of a trust domain",
+            count: newest.len(),
+            limit: limits::CRLS_PER_DOMAIN_MAX,
+        });
+    }
+    Ok(newest.into_values().collect())
+}
+
+fn read(path: &Path, roots: &[X509Certificate<'_>], now: SystemTime) -> Result<Vec<Crl>, IdentityError> {
+    let bytes = read_bounded(path, "CRL", limits::CRL_FILE_BYTES_MAX)?;
+    let malformed = |expected| IdentityError::Malformed { what: "CRL", path: path.to_owned(), expected };
+    let pem = bytes.starts_with(b"-----") || bytes.windows(16).any(|window| window == b"-----BEGIN X509 ");
+    let ders: Vec<CertificateRevocationListDer<'static>> = if pem {
+        CertificateRevocationListDer::pem_slice_iter(&bytes).collect::<Result<_, _>>().map_err(|_| malformed("PEM or DER"))?
+    } else {
+        vec![CertificateRevocationListDer::from(bytes)]
+    };
+    if ders.is_empty() || ders.len() > limits::CRLS_PER_DOMAIN_MAX {
+        let (what, limit) = ("CRL file", limits::CRLS_PER_DOMAIN_MAX);
+        return Err(IdentityError::Count { what, path: path.to_owned(), count: ders.len(), limit });
+    }
+    let parse_all = || ders.iter().map(|der| parse(der, path, roots, now)).collect();
+    // WHY: parsers of CRLs panicked on hostile input before (RUSTSEC-2026-0104), before any signature
+    // was checked; a panic here must leave the last good state in place.
+    catch_unwind(AssertUnwindSafe(parse_all)).unwrap_or_else(|_| Err(malformed("a CRL that does not break its parser")))
+}
+
+fn parse(der: &[u8], path: &Path, roots: &[X509Certificate<'_>], now: SystemTime) -> Result<Crl, IdentityError> {
+    let malformed = |expected| IdentityError::Malformed { what: "CRL", path: path.to_owned(), expected };
+    let list = webpki::OwnedCertRevocationList::from_der(der).map_err(|error| {
+        malformed(match error {
+            webpki::Error::UnsupportedDeltaCrl => "a complete CRL, not a delta",
+            webpki::Error::UnsupportedIndirectCrl => "a direct CRL of one issuer",
+            _ => "a version 2 CRL with a nextUpdate",
+        })
+    })?;
+    let (_, fields) = CertificateRevocationList::from_der(der).map_err(|_| malformed("a version 2 CRL with a nextUpdate"))?;
+    fields.tbs_cert_list.extensions_map().map_err(|_| malformed("each extension once"))?;
+    let number = fields.crl_number().ok_or_else(|| malformed("a CRL number"))?;
+    let age = Age { number: CrlNumber::new(&number.to_bytes_be()), this_update: from_seconds(fields.last_update().timestamp()) };
+    let next_update = fields.next_update().ok_or_else(|| malformed("a nextUpdate"))?;
+    let list = webpki::CertRevocationList::from(list);
+    if list.issuing_distribution_point().is_some() {
+        // A partition cannot be "the newest CRL of its issuer", which is all that this module keeps.
+        return Err(malformed("a CRL of everything its issuer issued, not a partition"));
+    }
+    if age.this_update > now {
+        return Err(IdentityError::CrlFromFuture { path: path.to_owned(), this_update: age.this_update });
+    }
+    check_signature(&fields, path, roots)?;
+    Ok(Crl {
+        list,
+        issuer_der: fields.issuer().as_raw().to_vec(),
+        next_update: from_seconds(next_update.timestamp()),
+        age,
+        sha256: sha256(der),
+        path: path.to_owned(),
+    })
+}
+
+/// A CRL that names one of our roots must be signed by it, or a forged one with a high number would
+/// displace the real one. CRLs of intermediates are checked against the chain that a peer presents.
+fn check_signature(crl: &CertificateRevocationList<'_>, path: &Path, roots: &[X509Certificate<'_>]) -> Result<(), IdentityError> {
+    let mut candidates = roots.iter().filter(|root| root.subject().as_raw() == crl.issuer().as_raw()).peekable();
+    if candidates.peek().is_none() {
+        return Ok(());
+    }
+    // What this library cannot verify, path validation decides for each peer.
+    let verifies = |root: &X509Certificate<'_>| {
+        !matches!(crl.verify_signature(root.public_key()), Err(X509Error::SignatureVerificationError | X509Error::InvalidSignatureValue))
+    };
+    if candidates.any(verifies) { Ok(()) } else { Err(IdentityError::CrlForged { path: path.to_owned() }) }
+}
+
+/// The newest CRL seen of each issuer in each trust domain, so that an old one is never accepted again.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Ratchet {
+    seen: BTreeMap<(String, Vec<u8>), Age>,
+}
+
+impl Ratchet {
+    /// Refuses when a CRL is older than one seen.
+    pub(super) fn check<'a>(&self, crls: impl Iterator<Item = (&'a str, &'a Crl)>) -> Result<(), IdentityError> {
+        for (domain, crl) in crls {
+            if let Some(seen) = self.seen.get(&(domain.to_owned(), crl.issuer_der.clone())).filter(|seen| crl.age < **seen) {
+                let (found, expected) = (crl.age.number.text(), seen.number.text());
+                return Err(IdentityError::CrlRollback { path: crl.path.clone(), found, expected });
+            }
+        }
+        Ok(())
+    }
+
+    /// Remembers CRLs that are now in use.
+    pub(super) fn advance<'a>(&mut self, crls: impl Iterator<Item = (&'a str, &'a Crl)>) {
+        for (domain, crl) in crls {
+            self.seen.insert((domain.to_owned(), crl.issuer_der.clone()), crl.age.clone());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn crl_numbers_compare_as_numbers_of_any_length() {
+        let number = CrlNumber::new;
+        assert!(number(&[2]) > number(&[1]));
+        assert!(number(&[1, 0]) > number(&[255]));
+        assert_eq!(number(&[0, 0, 7]), number(&[7]));
+        assert!(number(&[]) < number(&[1]));
+        assert!(number(&[0x7f; 20]) > number(&[0xff; 19]));
+        assert_eq!((number(&[0]).text(), number(&[1, 2]).text()), ("00".to_owned(), "0102".to_owned()));
+    }
+}

@@ -1,0 +1,142 @@
+//! The rules for a leaf: an X.509-SVID with exactly one SPIFFE URI, and nothing of an authority.
+//!
+//! `INVARIANT(raw-names)`: URI names are counted on the raw GeneralNames, unparseable ones included;
+//! webpki's own iterator silently drops those.
+
+use ring::digest::{SHA256, digest};
+use rustls::pki_types::CertificateDer;
+use std::time::SystemTime;
+use x509_parser::certificate::X509Certificate;
+use x509_parser::extensions::GeneralName;
+use x509_parser::prelude::FromDer;
+
+use super::error::RefusalReason;
+use super::time::from_seconds;
+use crate::types::{PeerName, SpiffeId};
+
+/// GeneralName tag of a URI (RFC 5280, 4.2.1.6).
+const URI_TAG: u32 = 6;
+
+/// A leaf that keeps the rules; whether anyone we trust issued it is not known yet.
+pub(super) struct Leaf {
+    pub(super) spiffe: SpiffeId,
+    pub(super) site: Option<String>,
+    pub(super) serial: String,
+    pub(super) serial_der: Vec<u8>,
+    pub(super) issuer_der: Vec<u8>,
+    pub(super) leaf_sha256: [u8; 32],
+    pub(super) spki_sha256: [u8; 32],
+    pub(super) not_before: SystemTime,
+    pub(super) not_after: SystemTime,
+}
+
+/// Reads a leaf and applies every rule that needs no trust.
+pub(super) fn read(der: &CertificateDer<'_>) -> Result<Leaf, RefusalReason> {
+    let certificate = parse(der)?;
+    let spiffe = spiffe_id(&certificate)?;
+    check_basic_constraints(&certificate)?;
+    check_key_usage(&certificate)?;
+    check_extended_key_usage(&certificate)?;
+    let validity = certificate.validity();
+    Ok(Leaf {
+        spiffe,
+        site: site(&certificate),
+        serial: hex(certificate.raw_serial()),
+        serial_der: certificate.raw_serial().to_vec(),
+        issuer_der: certificate.issuer().as_raw().to_vec(),
+        leaf_sha256: sha256(der),
+        spki_sha256: sha256(certificate.public_key().raw),
+        not_before: from_seconds(validity.not_before.timestamp()),
+        not_after: from_seconds(validity.not_after.timestamp()),
+    })
+}
+
+/// The first URI that a certificate presents, as a claim for the audit log: nothing about it is verified.
+pub(super) fn claimed_uri(der: &CertificateDer<'_>) -> Option<String> {
+    let certificate = parse(der).ok()?;
+    let names = certificate.subject_alternative_name().ok()??;
+    names.value.general_names.iter().find_map(|name| match name {
+        GeneralName::URI(uri) => Some(printable(uri)),
+        _ => None,
+    })
+}
+
+fn parse<'a>(der: &'a CertificateDer<'_>) -> Result<X509Certificate<'a>, RefusalReason> {
+    match X509Certificate::from_der(der) {
+        Ok((rest, certificate)) if rest.is_empty() => Ok(certificate),
+        Ok(_) => Err(malformed("trailing data")),
+        Err(_) => Err(malformed("not an X.509 certificate")),
+    }
+}
+
+fn malformed(detail: &'static str) -> RefusalReason {
+    RefusalReason::MalformedCertificate { detail }
+}
+
+fn spiffe_id(certificate: &X509Certificate<'_>) -> Result<SpiffeId, RefusalReason> {
+    let names = certificate.subject_alternative_name().map_err(|_| malformed("subjectAltName"))?;
+    let names = &names.ok_or(RefusalReason::NoSubjectAltName)?.value.general_names;
+    let mut uris = names.iter().filter_map(|name| match name {
+        GeneralName::URI(uri) => Some(Ok(*uri)),
+        GeneralName::Invalid(tag, bytes) if tag.0 == URI_TAG => Some(Err(*bytes)),
+        _ => None,
+    });
+    let first = uris.next().ok_or(RefusalReason::NoUriName { names: names.len() })?;
+    match uris.count() {
+        0 => {}
+        more => return Err(RefusalReason::SeveralUriNames { count: more + 1 }),
+    }
+    match first {
+        Ok(uri) => uri.parse().map_err(|_| RefusalReason::InvalidSpiffeId { uri: printable(uri) }),
+        Err(bytes) => Err(RefusalReason::InvalidSpiffeId { uri: printable(&String::from_utf8_lossy(bytes)) }),
+    }
+}
+
+fn check_basic_constraints(certificate: &X509Certificate<'_>) -> Result<(), RefusalReason> {
+    let constraints = certificate.basic_constraints().map_err(|_| malformed("basicConstraints"))?;
+    if constraints.is_some_and(|constraints| constraints.value.ca) { Err(RefusalReason::CaCertificate) } else { Ok(()) }
+}
+
+fn check_key_usage(certificate: &X509Certificate<'_>) -> Result<(), RefusalReason> {
+    let usage = certificate.key_usage().map_err(|_| malformed("keyUsage"))?.ok_or(RefusalReason::NoKeyUsage)?;
+    if usage.value.key_cert_sign() || usage.value.crl_sign() {
+        return Err(RefusalReason::KeyUsageOfAuthority);
+    }
+    if !usage.value.digital_signature() {
+        return Err(RefusalReason::NoDigitalSignature);
+    }
+    if usage.critical { Ok(()) } else { Err(RefusalReason::KeyUsageNotCritical) }
+}
+
+fn check_extended_key_usage(certificate: &X509Certificate<'_>) -> Result<(), RefusalReason> {
+    let usage = certificate.extended_key_usage().map_err(|_| malformed("extendedKeyUsage"))?;
+    let usage = usage.ok_or(RefusalReason::NoExtendedKeyUsage)?.value;
+    if !usage.server_auth {
+        return Err(RefusalReason::NoServerAuth);
+    }
+    if usage.client_auth { Ok(()) } else { Err(RefusalReason::NoClientAuth) }
+}
+
+fn site(certificate: &X509Certificate<'_>) -> Option<String> {
+    let mut units = certificate.subject().iter_organizational_unit();
+    let unit = units.next().filter(|_| units.next().is_none())?.as_str().ok()?;
+    // A site obeys the rule for names; anything else is an OU of somebody who means something else.
+    unit.parse::<PeerName>().ok().map(|name| name.as_str().to_owned())
+}
+
+/// Text from a peer, fit for one line of a log.
+fn printable(text: &str) -> String {
+    text.chars().take(256).flat_map(char::escape_default).collect()
+}
+
+pub(super) fn sha256(bytes: &[u8]) -> [u8; 32] {
+    let mut out = [0; 32];
+    for (to, from) in out.iter_mut().zip(digest(&SHA256, bytes).as_ref()) {
+        *to = *from;
+    }
+    out
+}
+
+pub(super) fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}

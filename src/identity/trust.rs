@@ -1,0 +1,281 @@
+//! Whom we trust now: roots and CRLs of each trust domain, and the verification of a chain against them.
+//!
+//! `INVARIANT(own-roots)`: the roots are chosen by the trust domain in the presented name *before* path
+//! validation, so no trust domain can issue an identity of another.
+
+use std::cell::Cell;
+use std::collections::BTreeMap;
+use std::time::SystemTime;
+
+use rustls::crypto::WebPkiSupportedAlgorithms;
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, TrustAnchor};
+use x509_parser::certificate::X509Certificate;
+use x509_parser::prelude::FromDer;
+
+use super::TrustDomainConfig;
+use super::crl::{self, Crl};
+use super::error::{IdentityError, RefusalReason};
+use super::keys::read_bounded;
+use super::leaf::{self, Leaf};
+use super::peer::PeerIdentity;
+use super::time::{from_seconds, from_unix, to_unix};
+use crate::{limits, types};
+
+/// DER contents of the OID 1.3.6.1.5.5.7.3.1.
+const EKU_SERVER_AUTH: &[u8] = &[43, 6, 1, 5, 5, 7, 3, 1];
+/// DER contents of the OID 1.3.6.1.5.5.7.3.2.
+const EKU_CLIENT_AUTH: &[u8] = &[43, 6, 1, 5, 5, 7, 3, 2];
+
+/// Which end of a handshake the verified peer is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PeerRole {
+    /// It called us.
+    Client,
+    /// We called it.
+    Server,
+}
+
+struct Root {
+    anchor: TrustAnchor<'static>,
+    not_before: SystemTime,
+    not_after: SystemTime,
+}
+
+struct TrustDomain {
+    roots: Vec<Root>,
+    crls: Vec<Crl>,
+}
+
+/// Roots and CRLs of every trust domain, as of one load.
+pub(super) struct TrustState {
+    domains: BTreeMap<String, TrustDomain>,
+}
+
+impl TrustState {
+    /// Reads everything; one wrong file refuses the whole.
+    pub(super) fn load(configs: &[TrustDomainConfig], now: SystemTime) -> Result<Self, IdentityError> {
+        if configs.is_empty() {
+            return Err(IdentityError::NoTrustDomain);
+        }
+        if configs.len() > limits::TRUST_DOMAINS_MAX {
+            return Err(IdentityError::TooMany { what: "trust domains", count: configs.len(), limit: limits::TRUST_DOMAINS_MAX });
+        }
+        let mut domains = BTreeMap::new();
+        for config in configs {
+            if !types::is_trust_domain(&config.domain) {
+                let domain = config.domain.chars().take(80).flat_map(char::escape_default).collect();
+                return Err(IdentityError::InvalidTrustDomain { domain });
+            }
+            if domains.insert(config.domain.clone(), load_domain(config, now)?).is_some() {
+                return Err(IdentityError::DuplicateTrustDomain { domain: config.domain.clone() });
+            }
+        }
+        Ok(Self { domains })
+    }
+
+    /// Every CRL with the domain that it belongs to.
+    pub(super) fn crls(&self) -> impl Iterator<Item = (&str, &Crl)> {
+        self.domains.iter().flat_map(|(name, domain)| domain.crls.iter().map(|crl| (name.as_str(), crl)))
+    }
+
+    /// When the first CRL expires.
+    pub(super) fn next_crl_expiry(&self) -> Option<SystemTime> {
+        self.crls().map(|(_, crl)| crl.next_update).min()
+    }
+
+    /// Verifies a chain, leaf first: names, leaf rules, path to a root of the presented trust domain,
+    /// dates and revocation of every certificate on the path.
+    pub(super) fn verify(
+        &self,
+        chain: &[CertificateDer<'_>],
+        role: PeerRole,
+        algorithms: &WebPkiSupportedAlgorithms,
+        now: SystemTime,
+    ) -> Result<PeerIdentity, RefusalReason> {
+        let (end_entity, intermediates) = chain.split_first().ok_or(RefusalReason::NoCertificate)?;
+        if chain.len() > limits::CHAIN_CERTIFICATES_MAX {
+            return Err(RefusalReason::ChainTooLong { count: chain.len(), limit: limits::CHAIN_CERTIFICATES_MAX });
+        }
+        let leaf = leaf::read(end_entity)?;
+        let name = leaf.spiffe.trust_domain().to_owned();
+        let Some(domain) = self.domains.get(&name) else {
+            return Err(RefusalReason::UnknownTrustDomain { domain: name });
+        };
+        domain.verify_path(&name, &leaf, end_entity, intermediates, role, algorithms, now)?;
+        Ok(PeerIdentity {
+            spiffe: leaf.spiffe,
+            site: leaf.site,
+            serial: leaf.serial,
+            leaf_sha256: leaf.leaf_sha256,
+            spki_sha256: leaf.spki_sha256,
+            not_before: leaf.not_before,
+            not_after: leaf.not_after,
+        })
+    }
+}
+
+impl TrustDomain {
+    #[expect(clippy::too_many_arguments, reason = "one call, all of it the input of path validation")]
+    fn verify_path(
+        &self,
+        name: &str,
+        leaf: &Leaf,
+        end_entity: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        role: PeerRole,
+        algorithms: &WebPkiSupportedAlgorithms,
+        now: SystemTime,
+    ) -> Result<(), RefusalReason> {
+        // webpki does not look at the dates of trust anchors.
+        let anchors: Vec<_> =
+            self.roots.iter().filter(|root| root.not_before <= now && now <= root.not_after).map(|root| root.anchor.clone()).collect();
+        if anchors.is_empty() {
+            return Err(RefusalReason::RootsExpired { domain: name.to_owned() });
+        }
+        let lists: Vec<_> = self.crls.iter().map(|crl| &crl.list).collect();
+        let revocation = webpki::RevocationOptionsBuilder::new(&lists)
+            .map_err(|_| RefusalReason::CrlMissing { domain: name.to_owned() })?
+            .with_depth(webpki::RevocationCheckDepth::Chain)
+            .with_status_policy(webpki::UnknownStatusPolicy::Deny)
+            .with_expiration_policy(webpki::ExpirationPolicy::Enforce)
+            .build();
+        webpki::EndEntityCert::try_from(end_entity)
+            .and_then(|certificate| {
+                let purpose = Purpose::of(role);
+                let verified =
+                    certificate.verify_for_usage(algorithms.all, &anchors, intermediates, to_unix(now), purpose, Some(revocation), None);
+                verified.map(drop)
+            })
+            .map_err(|error| self.reason(name, leaf, now, error))
+    }
+
+    /// Translates webpki's verdict, telling the leaf from its issuers.
+    fn reason(&self, name: &str, leaf: &Leaf, now: SystemTime, error: webpki::Error) -> RefusalReason {
+        use webpki::Error as E;
+        let domain = name.to_owned();
+        match error {
+            E::CertExpired { .. } if now > leaf.not_after => RefusalReason::Expired { not_after: leaf.not_after },
+            E::CertExpired { not_after, .. } => RefusalReason::IssuerExpired { not_after: from_unix(not_after) },
+            E::CertNotValidYet { .. } if now < leaf.not_before => RefusalReason::NotYetValid { not_before: leaf.not_before },
+            E::CertNotValidYet { not_before, .. } => RefusalReason::IssuerNotYetValid { not_before: from_unix(not_before) },
+            E::InvalidCertValidity => RefusalReason::InvalidValidity,
+            E::CertRevoked if self.revokes(leaf) => RefusalReason::Revoked { serial: leaf.serial.clone() },
+            E::CertRevoked => RefusalReason::IssuerRevoked,
+            E::UnknownRevocationStatus => RefusalReason::CrlMissing { domain },
+            E::CrlExpired { next_update, .. } => RefusalReason::CrlExpired { domain, next_update: from_unix(next_update) },
+            E::InvalidCrlSignatureForPublicKey
+            | E::UnsupportedCrlSignatureAlgorithmContext(_)
+            | E::UnsupportedCrlSignatureAlgorithmForPublicKeyContext(_) => RefusalReason::CrlBadSignature { domain },
+            E::IssuerNotCrlSigner => RefusalReason::CrlIssuerUnfit { domain },
+            E::UnknownIssuer => RefusalReason::UnknownIssuer { domain },
+            E::InvalidSignatureForPublicKey | E::SignatureAlgorithmMismatch => RefusalReason::BadSignature,
+            E::CaUsedAsEndEntity => RefusalReason::CaCertificate,
+            E::EndEntityUsedAsCa => RefusalReason::IssuerNotAuthority,
+            E::PathLenConstraintViolated => RefusalReason::PathLengthExceeded,
+            E::NameConstraintViolation | E::MalformedNameConstraint | E::InvalidNetworkMaskConstraint => RefusalReason::NameConstraint,
+            E::RequiredEkuNotFoundContext(_) | E::EmptyEkuExtension => RefusalReason::IssuerPurpose,
+            E::MaximumPathDepthExceeded
+            | E::MaximumPathBuildCallsExceeded
+            | E::MaximumSignatureChecksExceeded
+            | E::MaximumNameConstraintComparisonsExceeded => RefusalReason::TooComplex,
+            E::UnsupportedCriticalExtension => RefusalReason::Unsupported { detail: "a critical extension" },
+            E::UnsupportedCertVersion => RefusalReason::Unsupported { detail: "the certificate version" },
+            E::UnsupportedSignatureAlgorithmContext(_) | E::UnsupportedSignatureAlgorithmForPublicKeyContext(_) => {
+                RefusalReason::Unsupported { detail: "a signature algorithm" }
+            }
+            E::BadDer | E::BadDerTime | E::TrailingData(_) | E::MalformedExtensions | E::ExtensionValueInvalid => {
+                RefusalReason::MalformedCertificate { detail: "DER" }
+            }
+            other => RefusalReason::Path { detail: other.to_string() },
+        }
+    }
+
+    fn revokes(&self, leaf: &Leaf) -> bool {
+        let of_issuer = self.crls.iter().filter(|crl| crl.issuer_der == leaf.issuer_der);
+        of_issuer.into_iter().any(|crl| matches!(crl.list.find_serial(&leaf.serial_der), Ok(Some(_))))
+    }
+}
+
+/// Requires an ExtendedKeyUsage of the leaf, and honours one of an issuer.
+///
+/// WHY: webpki puts the same question to every certificate of the path. Issuers rarely have the
+/// extension (SPIRE's have none), leaves must; the leaf is asked first, before any issuer is tried.
+struct Purpose {
+    leaf_asked: Cell<bool>,
+    oid: &'static [u8],
+}
+
+impl Purpose {
+    fn of(role: PeerRole) -> Self {
+        let oid = match role {
+            PeerRole::Client => EKU_CLIENT_AUTH,
+            PeerRole::Server => EKU_SERVER_AUTH,
+        };
+        Self { leaf_asked: Cell::new(false), oid }
+    }
+}
+
+impl webpki::ExtendedKeyUsageValidator for Purpose {
+    fn validate(&self, purposes: webpki::KeyPurposeIdIter<'_, '_>) -> Result<(), webpki::Error> {
+        let usage = if self.leaf_asked.replace(true) {
+            webpki::KeyUsage::required_if_present(self.oid)
+        } else {
+            webpki::KeyUsage::required(self.oid)
+        };
+        usage.validate(purposes)
+    }
+}
+
+fn load_domain(config: &TrustDomainConfig, now: SystemTime) -> Result<TrustDomain, IdentityError> {
+    if config.crls.is_empty() {
+        // An empty list would silently switch revocation off in webpki's world; here it is an error.
+        return Err(IdentityError::CrlRequired { domain: config.domain.clone() });
+    }
+    if config.crls.len() > limits::CRLS_PER_DOMAIN_MAX {
+        let (what, limit) = ("CRL files of a trust domain", limits::CRLS_PER_DOMAIN_MAX);
+        return Err(IdentityError::TooMany { what, count: config.crls.len(), limit });
+    }
+    let path = &config.roots;
+    let ders = read_certificates(path, "root certificates", limits::ROOTS_PER_DOMAIN_MAX)?;
+    let malformed = || IdentityError::Malformed { what: "root certificates", path: path.clone(), expected: "X.509 certificates in PEM" };
+    let certificates: Vec<_> =
+        ders.iter().map(|der| X509Certificate::from_der(der).map(|(_, root)| root)).collect::<Result<_, _>>().map_err(|_| malformed())?;
+    let mut roots = Vec::with_capacity(ders.len());
+    for (der, certificate) in ders.iter().zip(&certificates) {
+        let is_ca = matches!(certificate.basic_constraints(), Ok(Some(constraints)) if constraints.value.ca);
+        let may_issue = match certificate.key_usage() {
+            Ok(usage) => usage.is_none_or(|usage| usage.value.key_cert_sign()),
+            Err(_) => false,
+        };
+        if !is_ca || !may_issue {
+            let subject = certificate.subject().to_string().chars().take(80).flat_map(char::escape_default).collect();
+            return Err(IdentityError::RootNotAuthority { path: path.clone(), subject });
+        }
+        roots.push(Root {
+            anchor: webpki::anchor_from_trusted_cert(der).map_err(|_| malformed())?.to_owned(),
+            not_before: from_seconds(certificate.validity().not_before.timestamp()),
+            not_after: from_seconds(certificate.validity().not_after.timestamp()),
+        });
+    }
+    let crls = crl::load(&config.crls, &certificates, now)?;
+    Ok(TrustDomain { roots, crls })
+}
+
+/// Reads 1 to `limit` certificates in PEM.
+pub(super) fn read_certificates(
+    path: &std::path::Path,
+    what: &'static str,
+    limit: usize,
+) -> Result<Vec<CertificateDer<'static>>, IdentityError> {
+    let pem = read_bounded(path, what, limits::PEM_FILE_BYTES_MAX)?;
+    let ders: Vec<_> = CertificateDer::pem_slice_iter(&pem).collect::<Result<_, _>>().map_err(|_| IdentityError::Malformed {
+        what,
+        path: path.to_owned(),
+        expected: "X.509 certificates in PEM",
+    })?;
+    if ders.is_empty() || ders.len() > limit {
+        return Err(IdentityError::Count { what, path: path.to_owned(), count: ders.len(), limit });
+    }
+    Ok(ders)
+}

@@ -1,0 +1,205 @@
+//! The one verifier for both directions of a handshake, and the memory of whom it refused.
+
+use std::collections::VecDeque;
+use std::fmt;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::SystemTime;
+
+use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+use rustls::crypto::{WebPkiSupportedAlgorithms, verify_tls13_signature};
+use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
+use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
+use rustls::{CertificateError, DigitallySignedStruct, DistinguishedName, OtherError, SignatureScheme};
+
+use super::credentials::Current;
+use super::error::RefusalReason;
+use super::leaf;
+use super::time::from_unix;
+use super::trust::PeerRole;
+use crate::limits;
+
+/// A peer that was refused during a handshake.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Refusal {
+    /// When.
+    pub at: SystemTime,
+    /// Which end of the handshake it was.
+    pub role: PeerRole,
+    /// The URI it presented, if any: a claim, escaped and cut, not an identity.
+    pub claimed: Option<String>,
+    /// SHA-256 of the leaf it presented.
+    pub leaf_sha256: [u8; 32],
+    /// Why.
+    pub reason: RefusalReason,
+}
+
+/// The last refusals, until somebody drains them into the audit log.
+#[derive(Default)]
+pub(super) struct Refusals {
+    kept: Mutex<VecDeque<Refusal>>,
+    lost: AtomicU64,
+}
+
+impl Refusals {
+    fn push(&self, refusal: Refusal) {
+        let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
+        if kept.len() >= limits::REFUSALS_KEPT_MAX {
+            kept.pop_front();
+            self.lost.fetch_add(1, Ordering::Relaxed);
+        }
+        kept.push_back(refusal);
+    }
+
+    pub(super) fn drain(&self) -> Vec<Refusal> {
+        self.kept.lock().unwrap_or_else(PoisonError::into_inner).drain(..).collect()
+    }
+
+    pub(super) fn lost(&self) -> u64 {
+        self.lost.load(Ordering::Relaxed)
+    }
+}
+
+/// The exact reason inside the general error that rustls reports, when the failure was about the peer's identity.
+#[must_use]
+pub fn refusal_reason(error: &rustls::Error) -> Option<RefusalReason> {
+    match error {
+        rustls::Error::InvalidCertificate(CertificateError::Other(OtherError(inner))) => inner.downcast_ref().cloned(),
+        rustls::Error::InvalidCertificate(CertificateError::BadSignature) => Some(RefusalReason::BadSignature),
+        rustls::Error::NoCertificatesPresented => Some(RefusalReason::NoCertificate),
+        _ => None,
+    }
+}
+
+/// Verifies gateways by the state that is current at each handshake, so a reload needs no new TLS configuration.
+pub(super) struct GatewayVerifier {
+    current: Arc<Current>,
+    algorithms: WebPkiSupportedAlgorithms,
+}
+
+impl fmt::Debug for GatewayVerifier {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("GatewayVerifier").finish_non_exhaustive()
+    }
+}
+
+impl GatewayVerifier {
+    pub(super) fn new(current: Arc<Current>, algorithms: WebPkiSupportedAlgorithms) -> Self {
+        Self { current, algorithms }
+    }
+
+    fn verify(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        role: PeerRole,
+        now: UnixTime,
+    ) -> Result<(), rustls::Error> {
+        let now = from_unix(now);
+        let chain: Vec<_> = std::iter::once(end_entity).chain(intermediates).map(|der| CertificateDer::from(der.as_ref())).collect();
+        let Err(reason) = self.current.state().trust.verify(&chain, role, &self.algorithms, now) else { return Ok(()) };
+        self.current.refusals.push(Refusal {
+            at: now,
+            role,
+            claimed: leaf::claimed_uri(end_entity),
+            leaf_sha256: leaf::sha256(end_entity),
+            reason: reason.clone(),
+        });
+        Err(rustls::Error::InvalidCertificate(CertificateError::Other(OtherError(Arc::new(reason)))))
+    }
+
+    fn verify_tls13(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        verify_tls13_signature(message, certificate, signature, &self.algorithms)
+    }
+}
+
+fn no_tls12() -> rustls::Error {
+    rustls::Error::General("TLS 1.2 is not spoken here".to_owned())
+}
+
+impl ServerCertVerifier for GatewayVerifier {
+    /// The name that was dialled says nothing: the caller compares the SPIFFE ID with the peer it wanted.
+    fn verify_server_cert(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        _server_name: &ServerName<'_>,
+        _ocsp_response: &[u8],
+        now: UnixTime,
+    ) -> Result<ServerCertVerified, rustls::Error> {
+        self.verify(end_entity, intermediates, PeerRole::Server, now).map(|()| ServerCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        _message: &[u8],
+        _certificate: &CertificateDer<'_>,
+        _signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        Err(no_tls12())
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        self.verify_tls13(message, certificate, signature)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.algorithms.supported_schemes()
+    }
+}
+
+impl ClientCertVerifier for GatewayVerifier {
+    fn offer_client_auth(&self) -> bool {
+        true
+    }
+
+    fn client_auth_mandatory(&self) -> bool {
+        true
+    }
+
+    /// No hints: whom we trust is nobody's business before it is authenticated.
+    fn root_hint_subjects(&self) -> &[DistinguishedName] {
+        &[]
+    }
+
+    fn verify_client_cert(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        now: UnixTime,
+    ) -> Result<ClientCertVerified, rustls::Error> {
+        self.verify(end_entity, intermediates, PeerRole::Client, now).map(|()| ClientCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        _message: &[u8],
+        _certificate: &CertificateDer<'_>,
+        _signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        Err(no_tls12())
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        self.verify_tls13(message, certificate, signature)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.algorithms.supported_schemes()
+    }
+}
