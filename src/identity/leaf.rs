@@ -63,7 +63,7 @@ pub(super) fn claimed_uri(der: &CertificateDer<'_>) -> Option<String> {
 
 fn parse<'a>(der: &'a CertificateDer<'_>) -> Result<X509Certificate<'a>, RefusalReason> {
     match X509Certificate::from_der(der) {
-        Ok((rest, certificate)) if rest.is_empty() => Ok(certificate),
+        Ok(([], certificate)) => Ok(certificate),
         Ok(_) => Err(malformed("trailing data")),
         Err(_) => Err(malformed("not an X.509 certificate")),
     }

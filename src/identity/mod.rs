@@ -14,6 +14,7 @@
 //!
 //! *Read first:* `credentials.rs`, then `trust.rs`, `leaf.rs`, `verifier.rs`.
 
+pub mod authority;
 mod credentials;
 mod crl;
 mod error;
