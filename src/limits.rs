@@ -65,6 +65,33 @@ pub const TRUST_DOMAINS_MAX: usize = 256;
 /// LIMIT: refused peers remembered until they are drained into the audit log; a flood beyond it is counted.
 pub const REFUSALS_KEPT_MAX: usize = 256;
 
+/// LIMIT: UDP payload of a lane: ten segments of one send stay below the 64 KiB of a GSO send; above 6550 every such send fails.
+pub const DATAGRAM_BYTES_MAX: u16 = 6500;
+/// LIMIT: handshakes going on at once from proven addresses, on each socket; each costs a signature and some kilobytes.
+pub const HALF_OPEN_MAX: usize = 256;
+/// LIMIT: handshakes going on from unproven addresses, on each socket; the next one has to prove its address first.
+pub const HALF_OPEN_BEFORE_RETRY: usize = 64;
+/// LIMIT: handshakes going on from one proven address, which may be a NAT for many gateways.
+pub const HALF_OPEN_PER_ADDRESS_MAX: usize = 32;
+/// LIMIT: sessions at once; a gateway has tens of peers.
+pub const SESSIONS_MAX: usize = 256;
+/// LIMIT: admitted sessions and refusals that wait to be taken by the gateway.
+pub const ACCEPT_QUEUE_MAX: usize = 64;
+/// LIMIT: connection attempts that QUIC holds before we look at them.
+pub const INCOMING_MAX: usize = 1024;
+/// LIMIT: datagrams held for one such attempt; a hello with a hybrid key share takes two.
+pub const INCOMING_BUFFER_BYTES: u64 = 64 * 1024;
+/// LIMIT: datagrams held for all such attempts.
+pub const INCOMING_BUFFERS_BYTES: u64 = 8 << 20;
+/// LIMIT: TLS handshake bytes that may arrive out of order: two certificate chains of 4 KiB with room.
+pub const CRYPTO_BUFFER_BYTES: usize = 16 * 1024;
+/// LIMIT: what a peer may send before it is authorised: a join, or the head of a hello.
+pub const UNAUTHORISED_WINDOW_BYTES: u32 = 16 * 1024;
+/// LIMIT: control messages in flight: a few of the largest.
+pub const CONTROL_WINDOW_BYTES: u32 = 4 << 20;
+/// LIMIT: silence that may be configured before a peer counts as gone.
+pub const IDLE_TIMEOUT_MAX: std::time::Duration = std::time::Duration::from_secs(600);
+
 // --- attach protocol and reference VMM ----------------------------------------------------------
 
 /// LIMIT: vCPUs of the reference VMM.
@@ -75,3 +102,6 @@ pub const VCPUS_MAX: u32 = 8;
 const _: () = assert!(MACHINE_BYTES_MAX + 64 * 1024 < CONTROL_BODY_BYTES_MAX);
 const _: () = assert!(STATE_CHUNK_BYTES_MAX < CONTROL_BODY_BYTES_MAX);
 const _: () = assert!(FRAME_BODY_BYTES_MAX > 64 * crate::types::PAGE_BYTES);
+const _: () = assert!(10 * (DATAGRAM_BYTES_MAX as usize) < 65_536 - 28);
+const _: () = assert!((CONTROL_WINDOW_BYTES as usize) > 2 * CONTROL_BODY_BYTES_MAX);
+const _: () = assert!(HALF_OPEN_PER_ADDRESS_MAX < HALF_OPEN_MAX);

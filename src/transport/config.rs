@@ -1,0 +1,193 @@
+//! What can be tuned, and the QUIC configurations made of it.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use quinn::{AckFrequencyConfig, EndpointConfig, IdleTimeout, MtuDiscoveryConfig, NoneTokenLog, NoneTokenStore, VarInt};
+
+use super::error::TransportError;
+use super::steer::{self, SteeredIds};
+use super::tls::QuicTls;
+use crate::limits;
+
+/// How this gateway speaks QUIC.
+#[derive(Debug, Clone)]
+pub struct TransportConfig {
+    /// The one UDP address that peers connect to; port 0 takes a free one.
+    pub listen: SocketAddr,
+    /// Threads, each with its own socket, that receive lanes.
+    pub lane_workers: u16,
+    /// UDP payload that is tried first.
+    pub initial_mtu: u16,
+    /// Largest UDP payload that path MTU discovery tries.
+    pub mtu_upper_bound: u16,
+    /// Silence after which a peer counts as gone.
+    pub idle_timeout: Duration,
+    /// Pause after which a sign of life is sent.
+    pub keep_alive: Duration,
+    /// How long a handshake, until the first bytes of the control stream or the join of a lane, may take.
+    pub handshake_timeout: Duration,
+    /// How long `connect` tries.
+    pub connect_timeout: Duration,
+    /// Bytes that a peer may have in flight towards us on a lane.
+    pub lane_receive_window_bytes: u32,
+    /// Bytes of ours that wait for acknowledgement on a lane.
+    pub lane_send_window_bytes: u32,
+    /// Kernel buffers wanted for each lane socket; the kernel may give less.
+    pub socket_buffer_bytes: usize,
+    /// Packets that a receiver of a lane may collect before it acknowledges.
+    pub ack_threshold: u32,
+}
+
+impl TransportConfig {
+    /// Sensible values for everything but the address.
+    #[must_use]
+    pub fn new(listen: SocketAddr) -> Self {
+        let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+        Self {
+            listen,
+            lane_workers: u16::try_from(cores).unwrap_or(limits::LANES_MAX).min(limits::LANES_MAX),
+            // The smallest payload that QUIC requires every path to carry; discovery finds more in a few round trips.
+            initial_mtu: 1200,
+            mtu_upper_bound: limits::DATAGRAM_BYTES_MAX,
+            idle_timeout: Duration::from_secs(10),
+            keep_alive: Duration::from_secs(3),
+            handshake_timeout: Duration::from_secs(3),
+            connect_timeout: Duration::from_secs(10),
+            lane_receive_window_bytes: 32 << 20,
+            lane_send_window_bytes: 32 << 20,
+            socket_buffer_bytes: 16 << 20,
+            ack_threshold: 10,
+        }
+    }
+
+    /// # Errors
+    /// The first value that cannot work.
+    pub(super) fn check(&self) -> Result<(), TransportError> {
+        let refuse = |field, expected, got: String| Err(TransportError::Config { field, expected, got });
+        if !(1..=limits::LANES_MAX).contains(&self.lane_workers) {
+            return refuse("lane_workers", "1 to 16", self.lane_workers.to_string());
+        }
+        if !(1200..=limits::DATAGRAM_BYTES_MAX).contains(&self.initial_mtu) {
+            return refuse("initial_mtu", "1200 to 6500", self.initial_mtu.to_string());
+        }
+        if !(self.initial_mtu..=limits::DATAGRAM_BYTES_MAX).contains(&self.mtu_upper_bound) {
+            return refuse("mtu_upper_bound", "initial_mtu to 6500", self.mtu_upper_bound.to_string());
+        }
+        if self.idle_timeout.is_zero() || self.idle_timeout > limits::IDLE_TIMEOUT_MAX {
+            return refuse("idle_timeout", "above 0 and at most 10 minutes", format!("{:?}", self.idle_timeout));
+        }
+        if self.keep_alive.is_zero() || self.keep_alive >= self.idle_timeout {
+            return refuse("keep_alive", "above 0 and below idle_timeout", format!("{:?}", self.keep_alive));
+        }
+        if self.handshake_timeout.is_zero() || self.connect_timeout.is_zero() {
+            return refuse("handshake_timeout", "timeouts above 0", format!("{:?}", self.handshake_timeout));
+        }
+        let windows = u32::from(self.mtu_upper_bound) * 16..=1 << 30;
+        if !windows.contains(&self.lane_receive_window_bytes) || !windows.contains(&self.lane_send_window_bytes) {
+            return refuse("lane_receive_window_bytes", "16 datagrams to 1 GiB", self.lane_receive_window_bytes.to_string());
+        }
+        if !(1..=1000).contains(&self.ack_threshold) {
+            return refuse("ack_threshold", "1 to 1000", self.ack_threshold.to_string());
+        }
+        Ok(())
+    }
+}
+
+/// What a connection is for; decides windows and sizes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Purpose {
+    Session,
+    Lane,
+}
+
+impl TransportConfig {
+    /// The endpoint of one of our sockets; `socket` is its index in the group.
+    pub(super) fn endpoint(&self, purpose: Purpose, socket: u8) -> EndpointConfig {
+        let mut config = EndpointConfig::default();
+        config.cid_generator(SteeredIds::factory(socket));
+        // Only fails below 1200, which `check` excludes.
+        let _ = config.max_udp_payload_size(match purpose {
+            Purpose::Session => SESSION_DATAGRAM_BYTES,
+            Purpose::Lane => self.mtu_upper_bound.max(SESSION_DATAGRAM_BYTES),
+        });
+        config
+    }
+
+    /// The listening side. Nothing may be opened or sent much before the peer is authorised.
+    pub(super) fn server(&self, purpose: Purpose, tls: &QuicTls) -> quinn::ServerConfig {
+        let mut transport = self.transport(purpose);
+        transport.max_concurrent_bidi_streams(VarInt::from_u32(0));
+        transport.receive_window(VarInt::from_u32(limits::UNAUTHORISED_WINDOW_BYTES));
+        let mut config = quinn::ServerConfig::with_crypto(tls.server());
+        let mut tokens = quinn::ValidationTokenConfig::default();
+        tokens.sent(0).log(Arc::new(NoneTokenLog));
+        config
+            .transport_config(Arc::new(transport))
+            .validation_token_config(tokens)
+            .retry_token_lifetime(Duration::from_secs(5))
+            .max_incoming(limits::INCOMING_MAX)
+            .incoming_buffer_size(limits::INCOMING_BUFFER_BYTES)
+            .incoming_buffer_size_total(limits::INCOMING_BUFFERS_BYTES)
+            // QUIC's path change: a peer behind a NAT that gets a new address keeps its session and lanes.
+            .migration(true);
+        config
+    }
+
+    /// The connecting side; `first_byte` picks the socket of the listener's group.
+    pub(super) fn client(&self, purpose: Purpose, tls: &QuicTls, first_byte: u8) -> quinn::ClientConfig {
+        let mut transport = self.transport(purpose);
+        transport.max_concurrent_bidi_streams(VarInt::from_u32(0));
+        let mut config = quinn::ClientConfig::new(tls.client());
+        config
+            .transport_config(Arc::new(transport))
+            .token_store(Arc::new(NoneTokenStore))
+            .initial_dst_cid_provider(Arc::new(move || steer::initial_connection_id(first_byte)));
+        config
+    }
+
+    /// What both sides of a connection have in common.
+    fn transport(&self, purpose: Purpose) -> quinn::TransportConfig {
+        let mut config = quinn::TransportConfig::default();
+        let idle_ms = u32::try_from(self.idle_timeout.as_millis()).unwrap_or(u32::MAX);
+        config
+            .max_concurrent_uni_streams(VarInt::from_u32(0))
+            .max_idle_timeout(Some(IdleTimeout::from(VarInt::from_u32(idle_ms))))
+            .keep_alive_interval(Some(self.keep_alive))
+            .crypto_buffer_size(limits::CRYPTO_BUFFER_BYTES)
+            .datagram_receive_buffer_size(None)
+            .datagram_send_buffer_size(0)
+            .allow_spin(false)
+            .initial_mtu(self.initial_mtu);
+        let (receive, send, mtu) = match purpose {
+            Purpose::Session => (limits::CONTROL_WINDOW_BYTES, limits::CONTROL_WINDOW_BYTES, self.mtu_upper_bound.min(SESSION_DATAGRAM_BYTES)),
+            Purpose::Lane => (self.lane_receive_window_bytes, self.lane_send_window_bytes, self.mtu_upper_bound),
+        };
+        let mut discovery = MtuDiscoveryConfig::default();
+        discovery.upper_bound(mtu);
+        config
+            .stream_receive_window(VarInt::from_u32(receive))
+            .receive_window(VarInt::from_u32(receive))
+            .send_window(send.into())
+            .initial_mtu(self.initial_mtu.min(mtu))
+            .mtu_discovery_config(Some(discovery));
+        if purpose == Purpose::Lane {
+            let mut acks = AckFrequencyConfig::default();
+            acks.ack_eliciting_threshold(VarInt::from_u32(self.ack_threshold));
+            config.send_fairness(false).ack_frequency_config(Some(acks));
+        }
+        config
+    }
+
+    /// The whole receive window, given once the peer is authorised.
+    pub(super) fn authorised_window(&self, purpose: Purpose) -> VarInt {
+        VarInt::from_u32(match purpose {
+            Purpose::Session => limits::CONTROL_WINDOW_BYTES,
+            Purpose::Lane => self.lane_receive_window_bytes,
+        })
+    }
+}
+
+/// Payload of control datagrams: an Ethernet frame without IPv6 and UDP headers. Control messages gain nothing from more.
+const SESSION_DATAGRAM_BYTES: u16 = 1452;

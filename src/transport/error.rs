@@ -1,0 +1,327 @@
+//! What goes wrong between two gateways, and whose fault it is.
+
+use std::io;
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use quinn::{ConnectionError, ReadError, VarInt, WriteError};
+
+use crate::identity::IdentityError;
+use crate::limits;
+use crate::types::{LaneIndex, MigrationId, SpiffeId};
+use crate::wire::{ErrorClass, WireError};
+
+/// Why a session or a lane did not come about, or ended.
+#[derive(Debug, thiserror::Error)]
+pub enum TransportError {
+    /// A configured value that cannot work.
+    #[error("invalid `{field}`: expected {expected}, got {got}")]
+    Config {
+        /// The field of `TransportConfig`.
+        field: &'static str,
+        /// The rule.
+        expected: &'static str,
+        /// The value, as text.
+        got: String,
+    },
+    /// A call that makes no sense on this session.
+    #[error("cannot {action}: expected {expected}")]
+    Misuse {
+        /// What was asked.
+        action: &'static str,
+        /// What it needs.
+        expected: &'static str,
+    },
+    /// A socket could not be made or used.
+    #[error("cannot {action} UDP socket for `{address}`")]
+    Socket {
+        /// What failed.
+        action: &'static str,
+        /// The address that it is for.
+        address: SocketAddr,
+        /// Why.
+        source: io::Error,
+    },
+    /// A thread or its runtime could not be started.
+    #[error("cannot start thread `{name}`")]
+    Thread {
+        /// Its name.
+        name: String,
+        /// Why.
+        source: io::Error,
+    },
+    /// Our own TLS configuration is not fit for this protocol.
+    #[error("TLS configuration is unfit: expected {expected}")]
+    UnfitTls {
+        /// What it has to be.
+        expected: &'static str,
+    },
+    /// The peer's certificates were refused here.
+    #[error("peer at `{address}` is not authenticated: {reason}")]
+    Unauthenticated {
+        /// Where the peer is.
+        address: SocketAddr,
+        /// The verifier's reason.
+        reason: String,
+    },
+    /// The peer's certificates name nobody that we accept.
+    #[error("peer at `{address}` has no acceptable identity")]
+    Identity {
+        /// Where the peer is.
+        address: SocketAddr,
+        /// Why.
+        source: IdentityError,
+    },
+    /// The peer is somebody, but not who it has to be.
+    #[error("peer at `{address}` is the wrong one: expected `{expected}`, got `{got}`")]
+    WrongPeer {
+        /// Where the peer is.
+        address: SocketAddr,
+        /// Who it had to be.
+        expected: SpiffeId,
+        /// Who it is.
+        got: SpiffeId,
+    },
+    /// The peer has the right name but another key than on the session.
+    #[error("peer `{peer}` uses another key on its lane than on its session")]
+    KeyChanged {
+        /// Who it is.
+        peer: SpiffeId,
+    },
+    /// The peer did not authenticate us. The reason is the peer's claim.
+    #[error("peer at `{address}` refused our identity, saying `{reason}`")]
+    RefusedByPeer {
+        /// Where the peer is.
+        address: SocketAddr,
+        /// What the peer said.
+        reason: String,
+    },
+    /// The two sides have no protocol, cipher or version in common.
+    #[error("peer at `{address}` speaks no common protocol: {reason}")]
+    Incompatible {
+        /// Where the peer is.
+        address: SocketAddr,
+        /// What does not match.
+        reason: String,
+    },
+    /// Nobody answers, or nobody answers any more.
+    #[error("peer at `{address}` cannot be reached: {reason}")]
+    Unreachable {
+        /// Where the peer is, or was last.
+        address: SocketAddr,
+        /// What was seen.
+        reason: &'static str,
+    },
+    /// Something took too long.
+    #[error("peer at `{address}` did not {awaited} within {after:?}")]
+    TimedOut {
+        /// Where the peer is.
+        address: SocketAddr,
+        /// What was awaited.
+        awaited: &'static str,
+        /// For how long.
+        after: Duration,
+    },
+    /// The peer ended the connection. The reason is the peer's claim.
+    #[error("peer at `{address}` closed the connection, saying `{reason}`")]
+    Closed {
+        /// Where the peer is.
+        address: SocketAddr,
+        /// Whose fault it is in the peer's eyes; none for a normal close.
+        class: Option<ErrorClass>,
+        /// What the peer said.
+        reason: String,
+    },
+    /// We ended the connection.
+    #[error("the connection was closed here")]
+    ClosedHere,
+    /// The peer broke QUIC or TLS.
+    #[error("peer at `{address}` broke the transport protocol: {reason}")]
+    Misbehaved {
+        /// Where the peer is.
+        address: SocketAddr,
+        /// How.
+        reason: String,
+    },
+    /// The peer sent bytes that are no message.
+    #[error("peer at `{address}` sent a bad message")]
+    Wire {
+        /// Where the peer is.
+        address: SocketAddr,
+        /// What is wrong with it.
+        source: WireError,
+    },
+    /// A connection that asked to be a lane and must not be.
+    #[error("lane {lane} of migration `{migration}` is refused: {why}")]
+    LaneRefused {
+        /// The migration that it named.
+        migration: MigrationId,
+        /// The lane that it named.
+        lane: LaneIndex,
+        /// The rule that it breaks.
+        why: LaneRefusal,
+    },
+    /// The task of a lane ended without a result: it panicked or its thread did.
+    #[error("lane {lane} of migration `{migration}` ended without a result")]
+    LaneLost {
+        /// The migration.
+        migration: MigrationId,
+        /// The lane.
+        lane: LaneIndex,
+    },
+}
+
+/// Why a connection must not be a lane.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum LaneRefusal {
+    /// No migration of that id waits for lanes of this peer.
+    #[error("no migration of this id expects lanes from this peer")]
+    Unexpected,
+    /// The number is not among the lanes granted.
+    #[error("the lane number is beyond the lanes granted")]
+    BeyondGranted,
+    /// The tag was not made with this session's and this connection's keys.
+    #[error("its tag does not bind it to the session")]
+    BadTag,
+    /// The number is or was in use.
+    #[error("the lane number is already used")]
+    AlreadyUsed,
+}
+
+impl TransportError {
+    /// Whose fault it is.
+    #[must_use]
+    pub fn class(&self) -> ErrorClass {
+        match self {
+            Self::Config { .. } | Self::Misuse { .. } => ErrorClass::Misuse,
+            Self::Socket { .. } | Self::Thread { .. } | Self::UnfitTls { .. } => ErrorClass::Local,
+            Self::Unauthenticated { .. }
+            | Self::Identity { .. }
+            | Self::WrongPeer { .. }
+            | Self::KeyChanged { .. }
+            | Self::RefusedByPeer { .. } => ErrorClass::Unauthenticated,
+            Self::Incompatible { .. } => ErrorClass::PeerIncompatible,
+            Self::Unreachable { .. } => ErrorClass::PeerUnreachable,
+            Self::TimedOut { .. } => ErrorClass::TimedOut,
+            Self::Closed { class, .. } => class.unwrap_or(ErrorClass::PeerUnreachable),
+            Self::ClosedHere => ErrorClass::Cancelled,
+            Self::Misbehaved { .. } => ErrorClass::PeerMisbehaved,
+            Self::Wire { source, .. } => source.class(),
+            Self::LaneRefused { why, .. } => match why {
+                LaneRefusal::Unexpected | LaneRefusal::BadTag => ErrorClass::Unauthenticated,
+                LaneRefusal::BeyondGranted | LaneRefusal::AlreadyUsed => ErrorClass::PeerMisbehaved,
+            },
+            Self::LaneLost { .. } => ErrorClass::Bug,
+        }
+    }
+
+    pub(super) fn socket(action: &'static str, address: SocketAddr) -> impl FnOnce(io::Error) -> Self {
+        move |source| Self::Socket { action, address, source }
+    }
+
+    /// The end of a connection in our words.
+    pub(super) fn from_connection(error: ConnectionError, address: SocketAddr) -> Self {
+        match error {
+            ConnectionError::TransportError(error) => from_tls(error.code.into(), error.reason, address),
+            ConnectionError::ConnectionClosed(close) => from_peer_close(close.error_code.into(), &close.reason, address),
+            ConnectionError::ApplicationClosed(close) => Self::Closed {
+                address,
+                class: u16::try_from(close.error_code.into_inner()).ok().and_then(ErrorClass::from_number),
+                reason: peer_text(&close.reason),
+            },
+            ConnectionError::VersionMismatch => Self::Incompatible { address, reason: "no common QUIC version".to_owned() },
+            ConnectionError::Reset => Self::Unreachable { address, reason: "it forgot the connection, as after a restart" },
+            ConnectionError::TimedOut => Self::Unreachable { address, reason: "no answer until the idle timeout" },
+            ConnectionError::LocallyClosed => Self::ClosedHere,
+            ConnectionError::CidsExhausted => Self::Misuse { action: "open a connection", expected: "fewer connections" },
+        }
+    }
+
+    pub(super) fn from_write(error: WriteError, address: SocketAddr) -> Self {
+        match error {
+            WriteError::ConnectionLost(error) => Self::from_connection(error, address),
+            WriteError::Stopped(code) => Self::stream_ended(code, address),
+            WriteError::ClosedStream | WriteError::ZeroRttRejected => Self::ClosedHere,
+        }
+    }
+
+    pub(super) fn from_read(error: ReadError, address: SocketAddr) -> Self {
+        match error {
+            ReadError::ConnectionLost(error) => Self::from_connection(error, address),
+            ReadError::Reset(code) => Self::stream_ended(code, address),
+            ReadError::ClosedStream | ReadError::IllegalOrderedRead | ReadError::ZeroRttRejected => Self::ClosedHere,
+        }
+    }
+
+    fn stream_ended(code: VarInt, address: SocketAddr) -> Self {
+        let class = u16::try_from(code.into_inner()).ok().and_then(ErrorClass::from_number);
+        Self::Closed { address, class, reason: "stream given up".to_owned() }
+    }
+}
+
+/// A connection that was not admitted, for the audit log.
+#[derive(Debug, thiserror::Error)]
+#[error("connection from `{peer_address}` is refused")]
+pub struct Refused {
+    /// Where it came from.
+    pub peer_address: SocketAddr,
+    /// Who it authenticated as, when it got that far.
+    pub peer: Option<SpiffeId>,
+    /// Why.
+    #[source]
+    pub reason: TransportError,
+}
+
+/// The QUIC close code of a class; zero is a normal close.
+pub(super) fn close_code(class: Option<ErrorClass>) -> VarInt {
+    VarInt::from_u32(class.map_or(0, |class| class.number().into()))
+}
+
+/// A reason for the peer, cut to what it accepts.
+pub(super) fn close_reason(reason: &str) -> &[u8] {
+    let end = reason.floor_char_boundary(limits::REASON_BYTES_MAX);
+    reason.get(..end).unwrap_or_default().as_bytes()
+}
+
+/// First of the QUIC error codes that carry a TLS alert in their low byte.
+const CRYPTO_ERRORS: u64 = 0x100;
+
+/// Alerts that say "I do not believe who you are" (RFC 8446 section 6.2).
+const IDENTITY_ALERTS: [u64; 11] = [42, 43, 44, 45, 46, 48, 49, 51, 113, 115, 116];
+/// Alerts that say "we have nothing in common": handshake failure, versions, insufficient security, ALPN.
+const AGREEMENT_ALERTS: [u64; 5] = [40, 70, 71, 109, 120];
+
+/// An error that our own QUIC or TLS found in what the peer sent.
+fn from_tls(code: u64, reason: String, address: SocketAddr) -> TransportError {
+    let alert = code.wrapping_sub(CRYPTO_ERRORS);
+    if IDENTITY_ALERTS.contains(&alert) {
+        let reason = reason.strip_prefix("invalid peer certificate: ").map_or_else(|| reason.clone(), str::to_owned);
+        TransportError::Unauthenticated { address, reason }
+    } else if AGREEMENT_ALERTS.contains(&alert) {
+        TransportError::Incompatible { address, reason }
+    } else {
+        TransportError::Misbehaved { address, reason }
+    }
+}
+
+/// A close that the peer's QUIC or TLS sent.
+fn from_peer_close(code: u64, reason: &[u8], address: SocketAddr) -> TransportError {
+    const CONNECTION_REFUSED: u64 = 2;
+    let alert = code.wrapping_sub(CRYPTO_ERRORS);
+    let said = peer_text(reason);
+    if code == CONNECTION_REFUSED {
+        TransportError::Unreachable { address, reason: "it takes no more connections now" }
+    } else if IDENTITY_ALERTS.contains(&alert) {
+        TransportError::RefusedByPeer { address, reason: said }
+    } else if AGREEMENT_ALERTS.contains(&alert) {
+        TransportError::Incompatible { address, reason: said }
+    } else {
+        TransportError::Closed { address, class: Some(ErrorClass::PeerMisbehaved), reason: said }
+    }
+}
+
+/// A peer's text, escaped and bounded.
+fn peer_text(bytes: &[u8]) -> String {
+    let bytes = bytes.get(..limits::REASON_BYTES_MAX).unwrap_or(bytes);
+    String::from_utf8_lossy(bytes).chars().flat_map(|c| if c.is_control() { c.escape_default().collect() } else { vec![c] }).collect()
+}
