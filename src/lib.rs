@@ -3,8 +3,11 @@
 pub mod limits;
 pub mod types;
 
-pub mod hypervisor;
-pub mod identity;
 pub mod memory;
 pub mod migration;
+pub mod policy;
 pub mod wire;
+
+pub mod hypervisor;
+pub mod identity;
+pub mod transport;

@@ -48,6 +48,22 @@ pub const BATCH_PAGES_MAX: usize = 64;
 
 // --- policy and audit ---------------------------------------------------------------------------
 
+/// LIMIT: policy files of one gateway; one per tenant for the largest hosts.
+pub const POLICY_FILES_MAX: usize = 1024;
+/// LIMIT: text of all policy files together, or of one `tests.json`.
+pub const POLICY_BYTES_MAX: usize = 4 << 20;
+/// LIMIT: text of one policy, because Cedar recurses over it; the test
+/// `the_largest_and_deepest_policy_does_not_exhaust_a_small_stack` holds the value.
+pub const POLICY_ONE_BYTES_MAX: usize = 8 * 1024;
+/// LIMIT: brackets inside each other in one policy; same reason.
+pub const POLICY_NESTING_MAX: usize = 32;
+/// LIMIT: an `@id` is a name in audit entries and messages.
+pub const POLICY_ID_BYTES_MAX: usize = 64;
+/// LIMIT: gateways, operators and VMs known to policy.
+pub const POLICY_ENTITIES_MAX: usize = 100_000;
+/// LIMIT: an operator's name: `uid:` and a number, or an OIDC subject (255 bytes by its standard).
+pub const OPERATOR_ID_BYTES_MAX: usize = 255;
+
 // --- identity and transport ---------------------------------------------------------------------
 
 /// LIMIT: a leaf and the six intermediates that path building may use.
