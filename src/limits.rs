@@ -112,6 +112,22 @@ pub const IDLE_TIMEOUT_MAX: std::time::Duration = std::time::Duration::from_secs
 
 /// LIMIT: vCPUs of the reference VMM.
 pub const VCPUS_MAX: u32 = 8;
+/// LIMIT: JSON header of an attach message; the largest carries a machine description.
+pub const ATTACH_HEADER_BYTES_MAX: usize = MACHINE_BYTES_MAX + 64 * 1024;
+/// LIMIT: gateways and observers attached to one VMM at once; one controls, the rest read its status.
+pub const ATTACH_CONNECTIONS_MAX: usize = 8;
+/// LIMIT: file descriptors taken from one attach message; one is ever legal, the second shows the excess.
+pub const ATTACH_FDS_MAX: usize = 2;
+/// LIMIT: lines in which a VMM says what its host lacks; a CPUID comparison names a few leaves.
+pub const ATTACH_LACKS_MAX: usize = 64;
+/// LIMIT: last console line in a guest's status, shown to people.
+pub const CONSOLE_LINE_BYTES_MAX: usize = 256;
+/// LIMIT: what is shown of a VMM's log when it died before it listened.
+pub const LAUNCH_LOG_TAIL_BYTES_MAX: usize = 2048;
+/// LIMIT: arguments of an operator's VMM command line.
+pub const LAUNCH_ARGUMENTS_MAX: usize = 256;
+/// LIMIT: writer threads of a synthetic guest.
+pub const SYNTHETIC_WRITERS_MAX: u32 = 64;
 
 // --- configuration, control, journal ------------------------------------------------------------
 

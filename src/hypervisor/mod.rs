@@ -9,6 +9,8 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
+pub mod attach;
+
 use crate::memory::{GuestRam, PageSet};
 use crate::types::{RamRegion, VmUuid};
 
