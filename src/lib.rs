@@ -3,6 +3,11 @@
 pub mod limits;
 pub mod types;
 
+pub mod cli;
+pub mod config;
+pub mod control;
 pub mod hypervisor;
+pub mod journal;
 pub mod memory;
+pub mod telemetry;
 pub mod wire;
