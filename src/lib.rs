@@ -6,6 +6,13 @@ pub mod types;
 pub mod memory;
 pub mod migration;
 pub mod policy;
+pub mod cli;
+pub mod config;
+pub mod control;
+pub mod hypervisor;
+pub mod journal;
+pub mod memory;
+pub mod telemetry;
 pub mod wire;
 
 pub mod hypervisor;

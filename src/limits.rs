@@ -131,9 +131,29 @@ pub const SYNTHETIC_WRITERS_MAX: u32 = 64;
 
 // --- configuration, control, journal ------------------------------------------------------------
 
+/// LIMIT: the configuration file; ten thousand VMs take under 4 MiB.
+pub const CONFIG_BYTES_MAX: u64 = 4 << 20;
+/// LIMIT: problems shown for one configuration file; more than this is another kind of file.
+pub const CONFIG_PROBLEMS_MAX: usize = 200;
+/// LIMIT: a Unix socket's path; `sun_path` is 108 bytes with the closing zero.
+pub const SOCKET_PATH_BYTES_MAX: usize = 107;
+/// LIMIT: concurrent migrations of one gateway; each holds lanes, threads and a guest's mapping.
+pub const MIGRATIONS_MAX: u32 = 64;
+/// LIMIT: a request to the control API; all of them are a few short values.
+pub const CONTROL_REQUEST_BYTES_MAX: usize = 64 * 1024;
+/// LIMIT: an answer of the control API; the largest lists ten thousand VMs.
+pub const CONTROL_RESPONSE_BYTES_MAX: usize = 16 << 20;
+/// LIMIT: one line of an event stream; the largest is a report.
+pub const CONTROL_EVENT_BYTES_MAX: usize = 256 * 1024;
+/// LIMIT: one journal record; handoff records are under 1 KiB, placement records under 64 KiB.
+pub const JOURNAL_RECORD_BYTES_MAX: usize = 256 * 1024;
+/// LIMIT: finished reports that a gateway can be told to keep; about 2 KiB each.
+pub const HISTORY_COUNT_MAX: u32 = 100_000;
+
 const _: () = assert!(MACHINE_BYTES_MAX + 64 * 1024 < CONTROL_BODY_BYTES_MAX);
 const _: () = assert!(STATE_CHUNK_BYTES_MAX < CONTROL_BODY_BYTES_MAX);
 const _: () = assert!(FRAME_BODY_BYTES_MAX > 64 * crate::types::PAGE_BYTES);
 const _: () = assert!(10 * (DATAGRAM_BYTES_MAX as usize) < 65_536 - 28);
 const _: () = assert!((CONTROL_WINDOW_BYTES as usize) > 2 * CONTROL_BODY_BYTES_MAX);
 const _: () = assert!(HALF_OPEN_PER_ADDRESS_MAX < HALF_OPEN_MAX);
+const _: () = assert!(CONTROL_EVENT_BYTES_MAX <= CONTROL_RESPONSE_BYTES_MAX);
