@@ -35,6 +35,16 @@ pub const MACHINE_BYTES_MAX: usize = 256 * 1024;
 pub const STATE_BYTES_MAX: usize = 64 << 20;
 /// LIMIT: one chunk of device state inside a control message.
 pub const STATE_CHUNK_BYTES_MAX: usize = 512 * 1024;
+/// LIMIT: features that one side names in its greeting.
+pub const FEATURES_MAX: usize = 64;
+/// LIMIT: the name of one feature.
+pub const FEATURE_NAME_BYTES_MAX: usize = 32;
+/// LIMIT: the name of a driver family in an offer.
+pub const HYPERVISOR_NAME_BYTES_MAX: usize = 32;
+/// LIMIT: a signed checkpoint is an origin, three short lines and a few signature lines.
+pub const CHECKPOINT_BYTES_MAX: usize = 4096;
+/// LIMIT: pages that one block of a codec holds; 256 KiB, beyond which ratios gain 5 % and cache misses more.
+pub const BATCH_PAGES_MAX: usize = 64;
 
 // --- policy and audit ---------------------------------------------------------------------------
 

@@ -2,13 +2,28 @@
 //!
 //! *Owns:* the byte layout, specified in `PROTOCOL.md`. *Never:* I/O, async, guest addresses as
 //! pointers, allocation of a length that a peer named and nobody bounded.
+//! *Invariants:* `bounded-decode` (every length is checked against `limits.rs` before anything is
+//! allocated or skipped), `no-slack` (bytes after the last field are refused), `one-encoding` (a
+//! message has exactly one encoding, so that a signature over it means one thing).
 //! *Read first:* `PROTOCOL.md`, then `control.rs` and `frame.rs`.
 
+#![deny(clippy::indexing_slicing)]
+
 mod code;
+mod codec;
 mod control;
+mod error;
+mod negotiate;
+mod reader;
+
+#[cfg(test)]
+mod tests;
 
 pub use code::ErrorClass;
+pub use codec::{CONTROL_HEADER_BYTES, JOIN_BYTES, decode_control_header};
 pub use control::{
     Accept, AuditHead, Compression, CompressionScope, Durability, Failure, Feature, FinalDigest, Handoff, HandoffMessage, Hello, Join,
     LaneTotals, Message, Offer, RoundApplied, RoundEnd, SignedHandoff, StateChunk, StreamTerms,
 };
+pub use error::WireError;
+pub use negotiate::{Negotiated, VERSION_MAX, VERSION_MIN, negotiate};
