@@ -157,12 +157,17 @@ fn module_folders_say_what_they_own() {
 
 #[test]
 fn every_must_of_a_protocol_is_cited() {
-    none(&words::anchors(&tree()));
+    none(&words::anchors(&tree(), ratchet::NOT_YET));
 }
 
 #[test]
 fn architecture_names_what_exists() {
     none(&words::architecture(&tree(), ratchet::NOT_YET));
+}
+
+#[test]
+fn architecture_explains_every_state_of_the_handoff() {
+    none(&words::states(&tree()));
 }
 
 #[test]

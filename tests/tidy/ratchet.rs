@@ -11,18 +11,25 @@ pub const EXHAUSTIVE_MATCHES: &[(&str, &str, &str)] = &[];
 
 /// Modules and files that the ring table or ARCHITECTURE.md name and that do not exist yet.
 pub const NOT_YET: &[&str] = &[
+    "docs/vmm-protocol.md",
     "src/audit",
     "src/cli",
     "src/config",
     "src/control",
     "src/engine",
+    "src/engine/lanes.rs",
     "src/gateway",
+    "src/hypervisor/attach",
     "src/identity",
     "src/journal",
-    "src/migration",
+    "src/memory/decode.rs",
+    "src/memory/encode.rs",
+    "src/memory/tracker.rs",
     "src/policy",
     "src/storage",
     "src/telemetry",
     "src/transport",
     "src/vmm",
+    "src/wire/PROTOCOL.md",
+    "src/wire/frame.rs",
 ];
