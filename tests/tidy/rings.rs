@@ -114,7 +114,7 @@ pub fn purity(file: &File) -> Vec<String> {
     let outside = |path: &Path| {
         let allowed = |(name, what, _): &(&str, &str, &str)| file.path.starts_with(name) && starts(&path.segments, what);
         let named = |what: &&str| starts(&path.segments, what) || (what.ends_with("::now") && path.segments.join("::").ends_with(what));
-        OUTSIDE.iter().any(|what| named(what)) && !OUTSIDE_ALLOWED.iter().any(allowed)
+        OUTSIDE.iter().any(named) && !OUTSIDE_ALLOWED.iter().any(allowed)
     };
     let found = paths(&file.production).into_iter().filter(outside);
     found.map(|path| format!("{}:{}: ring 1 may not name `{}`", file.path, path.line, path.segments.join("::"))).collect()

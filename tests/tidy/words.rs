@@ -194,7 +194,8 @@ pub fn leftovers(file: &File) -> Vec<String> {
             let before = file.text[..at].chars().next_back();
             let after = file.text[at + word.len()..].chars().next();
             let inside = joined(before) || (word.ends_with(|c: char| c.is_ascii_alphanumeric()) && joined(after));
-            if !inside && !(word.starts_with('/') && before == Some('.')) {
+            let relative = word.starts_with('/') && before == Some('.');
+            if !inside && !relative {
                 found.push(format!("{}:{}: leftover `{word}`", file.path, file.text[..at].matches('\n').count() + 1));
             }
         }
