@@ -108,6 +108,9 @@ fn every_module_of_the_ring_table_exists() {
     let missing = rings::MODULES.iter().filter(|(name, ..)| !here(name));
     none(&missing.map(|(name, ..)| format!("ring table: `{name}` does not exist")).collect::<Vec<_>>());
     none(&words::arrived(&files, ratchet::NOT_YET));
+    let document = text("ARCHITECTURE.md");
+    let unsaid = rings::MODULES.iter().filter(|(name, ring, _)| !document.contains(&format!("\n| {ring} | `{name}` |")));
+    none(&unsaid.map(|(name, ring, _)| format!("ARCHITECTURE.md: no row for `{name}` in ring {ring}")).collect::<Vec<_>>());
 }
 
 #[test]
@@ -163,6 +166,11 @@ fn every_must_of_a_protocol_is_cited() {
 #[test]
 fn architecture_names_what_exists() {
     none(&words::architecture(&tree(), ratchet::NOT_YET));
+}
+
+#[test]
+fn links_lead_somewhere() {
+    none(&words::links(&tree(), ratchet::NOT_YET));
 }
 
 #[test]

@@ -123,6 +123,34 @@ pub fn architecture(files: &[File], not_yet: &[&str]) -> Vec<String> {
     found
 }
 
+/// Links between documents that lead nowhere.
+pub fn links(files: &[File], not_yet: &[&str]) -> Vec<String> {
+    let mut found = Vec::new();
+    for file in files.iter().filter(|file| file.path.ends_with(".md")) {
+        let folder = file.path.rsplit_once('/').map_or("", |(folder, _)| folder);
+        for (line, link) in marked(&file.text, "](", |c| c != ')') {
+            let target = link.split('#').next().unwrap_or(link);
+            if target.is_empty() || link.contains("://") {
+                continue;
+            }
+            let mut parts: Vec<_> = folder.split('/').filter(|part| !part.is_empty()).collect();
+            for part in target.split('/').filter(|part| !part.is_empty() && *part != ".") {
+                if part == ".." {
+                    parts.pop();
+                } else {
+                    parts.push(part);
+                }
+            }
+            let path = parts.join("/");
+            let exists = files.iter().any(|file| file.path == path || file.path.starts_with(&format!("{path}/")));
+            if !exists && !not_yet.contains(&path.as_str()) {
+                found.push(format!("{}:{line}: the link to `{path}` leads nowhere", file.path));
+            }
+        }
+    }
+    found
+}
+
 /// States of `transitions.txt` that ARCHITECTURE.md does not explain.
 pub fn states(files: &[File]) -> Vec<String> {
     let text = |path: &str| files.iter().find(|file| file.path == path).map_or("", |file| file.text.as_str());
@@ -292,6 +320,13 @@ mod tests {
         assert_eq!(check("`src/wire/gone.rs`"), 1);
         assert_eq!(arrived(&tree(&[wire]), &["src/wire", "src/storage"]).len(), 1);
         assert_eq!(architecture(&tree(&[wire]), &[]).len(), 1);
+    }
+
+    #[test]
+    fn a_link_that_leads_nowhere_is_refused() {
+        let check = |text: &str| links(&tree(&[("src/wire/mod.rs", ""), ("docs/a.md", text)]), &["docs/b.md"]).len();
+        assert_eq!(check("[x](../src/wire/mod.rs) [y](../src/wire/) [z](#here) [b](b.md#there) [w](https://example.net/c)"), 0);
+        assert_eq!(check("[x](src/wire/mod.rs) [c](c.md)"), 2);
     }
 
     #[test]
