@@ -301,10 +301,7 @@ fn choice<T: Copy>(reader: &mut Reader<'_>, field: &'static str, expected: &'sta
 fn put_lanes(out: &mut Vec<u8>, lanes: &[LaneTotals]) {
     out.put_length(lanes.len());
     for lane in lanes {
-        out.put_u64(lane.frames);
-        out.put_u64(lane.pages);
-        out.put_u64(lane.bytes);
-        out.put_u128(lane.digest);
+        out.put_totals(lane);
     }
 }
 
@@ -312,12 +309,7 @@ fn lanes(reader: &mut Reader<'_>) -> Result<Vec<LaneTotals>, WireError> {
     let count = reader.length("lanes", 1, usize::from(limits::LANES_MAX))?;
     let mut lanes = Vec::with_capacity(count);
     for _ in 0..count {
-        lanes.push(LaneTotals {
-            frames: reader.u64("frames")?,
-            pages: reader.u64("pages")?,
-            bytes: reader.u64("bytes")?,
-            digest: reader.u128("digest")?,
-        });
+        lanes.push(reader.totals()?);
     }
     Ok(lanes)
 }

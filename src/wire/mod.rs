@@ -13,7 +13,9 @@ mod code;
 mod codec;
 mod control;
 mod error;
+mod frame;
 mod negotiate;
+mod page;
 mod reader;
 
 #[cfg(test)]
@@ -26,4 +28,6 @@ pub use control::{
     LaneTotals, Message, Offer, RoundApplied, RoundEnd, SignedHandoff, StateChunk, StreamTerms,
 };
 pub use error::WireError;
+pub use frame::{FRAME_HEADER_BYTES, FrameHeader, FrameKind, decode_round_mark, put_round_mark};
 pub use negotiate::{Negotiated, VERSION_MAX, VERSION_MIN, negotiate};
+pub use page::{Batch, Codec, PagesFrame, Record, Records, Run};
