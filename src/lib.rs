@@ -6,4 +6,5 @@ pub mod types;
 pub mod hypervisor;
 pub mod identity;
 pub mod memory;
+pub mod transport;
 pub mod wire;
