@@ -18,3 +18,6 @@ pub mod wire;
 pub mod hypervisor;
 pub mod identity;
 pub mod transport;
+pub mod memory;
+pub mod transport;
+pub mod wire;

@@ -37,9 +37,9 @@ pub(super) struct Shared {
 }
 
 impl Shared {
-    /// Becomes true when everything has to end.
-    pub(super) fn stopped(&self) -> watch::Receiver<bool> {
-        self.stop.subscribe()
+    /// Tells when everything has to end.
+    pub(super) fn stop(&self) -> Stop {
+        Stop(self.stop.subscribe())
     }
 
     /// Held by each thread of a lane for as long as it runs.
@@ -51,6 +51,18 @@ impl Shared {
     pub(super) async fn report(&self, refused: Refused) {
         tracing::debug!(peer_address = %refused.peer_address, reason = %refused.reason, "connection refused");
         let _ = self.admitted.send(Err(refused)).await;
+    }
+}
+
+/// The end of everything.
+#[derive(Debug)]
+pub(super) struct Stop(watch::Receiver<bool>);
+
+impl Stop {
+    /// Waits for it. May be dropped and called again.
+    pub(super) async fn requested(&mut self) {
+        // An error says that there is nobody left to ask for it, which is an end as well.
+        let _ = self.0.wait_for(|stop| *stop).await;
     }
 }
 
@@ -106,9 +118,8 @@ impl Endpoint {
         };
         // From here on, dropping `endpoint` ends what was started.
         for (index, socket) in (1..).zip(group.workers) {
-            let (thread, ready) = worker::start(index, socket, Arc::clone(&shared))?;
+            let thread = worker::start(index, socket, Arc::clone(&shared))?;
             endpoint.workers.lock().unwrap_or_else(PoisonError::into_inner).push(thread);
-            endpoint.starting(ready)?;
         }
         endpoint.runtime.spawn(accept_sessions(listener, shared));
         Ok(endpoint)
@@ -124,11 +135,11 @@ impl Endpoint {
     /// session or lane, for the audit log. `None` after [`shutdown`](Self::shutdown). May be dropped and called again.
     pub async fn accept(&self) -> Option<Result<Session, Refused>> {
         let mut admitted = self.admitted.lock().await;
-        let mut stop = self.shared.stopped();
+        let mut stop = self.shared.stop();
         tokio::select! {
             biased;
             next = admitted.recv() => next,
-            _ = stop.wait_for(|stop| *stop) => None,
+            () = stop.requested() => None,
         }
     }
 
@@ -185,20 +196,6 @@ impl Endpoint {
         }
     }
 
-    fn starting(&self, mut ready: tokio::sync::oneshot::Receiver<Result<(), TransportError>>) -> Result<(), TransportError> {
-        // A worker says so within the time to make a runtime; this thread may belong to a runtime, so it must not park in one.
-        loop {
-            match ready.try_recv() {
-                Ok(started) => return started,
-                Err(tokio::sync::oneshot::error::TryRecvError::Empty) => std::thread::yield_now(),
-                Err(tokio::sync::oneshot::error::TryRecvError::Closed) => {
-                    let source = std::io::Error::other("the thread ended at its start");
-                    return Err(TransportError::Thread { name: format!("lane-in for {}", self.local_address), source });
-                }
-            }
-        }
-    }
-
     /// The socket from which sessions to peers of one address family are opened.
     fn dialer(&self, address: SocketAddr) -> Result<quinn::Endpoint, TransportError> {
         let mut dialers = self.lock_dialers();
@@ -233,12 +230,12 @@ impl Drop for Endpoint {
 /// Takes newcomers at the session socket, each handshake in a task of its own.
 async fn accept_sessions(listener: quinn::Endpoint, shared: Arc<Shared>) {
     let door = Arc::new(Door::default());
-    let mut stop = shared.stopped();
+    let mut stop = shared.stop();
     let mut handshakes = JoinSet::new();
     loop {
         tokio::select! {
             biased;
-            _ = stop.wait_for(|stop| *stop) => return,
+            () = stop.requested() => return,
             Some(_) = handshakes.join_next() => {}
             incoming = listener.accept() => match incoming.map(|incoming| door.admit(incoming)) {
                 None => return,

@@ -4,7 +4,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use quinn::{ConnectionError, ReadError, VarInt, WriteError};
+use quinn::{ConnectError, ConnectionError, ReadError, VarInt, WriteError};
 
 use crate::identity::IdentityError;
 use crate::limits;
@@ -161,6 +161,18 @@ pub enum TransportError {
         /// The rule that it breaks.
         why: LaneRefusal,
     },
+    /// A peer that opens a lane although it has no migration here.
+    #[error("peer `{peer}` has no migration that expects lanes")]
+    Uninvited {
+        /// Who it is.
+        peer: SpiffeId,
+    },
+    /// There are too many sessions already.
+    #[error("there is no room for more than {sessions} sessions")]
+    NoRoom {
+        /// The limit.
+        sessions: usize,
+    },
     /// The task of a lane ended without a result: it panicked or its thread did.
     #[error("lane {lane} of migration `{migration}` ended without a result")]
     LaneLost {
@@ -194,11 +206,12 @@ impl TransportError {
     pub fn class(&self) -> ErrorClass {
         match self {
             Self::Config { .. } | Self::Misuse { .. } => ErrorClass::Misuse,
-            Self::Socket { .. } | Self::Thread { .. } | Self::UnfitTls { .. } => ErrorClass::Local,
+            Self::Socket { .. } | Self::Thread { .. } | Self::UnfitTls { .. } | Self::NoRoom { .. } => ErrorClass::Local,
             Self::Unauthenticated { .. }
             | Self::Identity { .. }
             | Self::WrongPeer { .. }
             | Self::KeyChanged { .. }
+            | Self::Uninvited { .. }
             | Self::RefusedByPeer { .. } => ErrorClass::Unauthenticated,
             Self::Incompatible { .. } => ErrorClass::PeerIncompatible,
             Self::Unreachable { .. } => ErrorClass::PeerUnreachable,
@@ -234,6 +247,17 @@ impl TransportError {
             ConnectionError::TimedOut => Self::Unreachable { address, reason: "no answer until the idle timeout" },
             ConnectionError::LocallyClosed => Self::ClosedHere,
             ConnectionError::CidsExhausted => Self::Misuse { action: "open a connection", expected: "fewer connections" },
+        }
+    }
+
+    pub(super) fn from_connect(error: ConnectError, address: SocketAddr) -> Self {
+        match error {
+            ConnectError::EndpointStopping => Self::ClosedHere,
+            ConnectError::CidsExhausted => Self::Misuse { action: "open a connection", expected: "fewer connections" },
+            ConnectError::InvalidRemoteAddress(_) | ConnectError::InvalidServerName(_) => {
+                Self::Config { field: "address", expected: "an address and port that can be connected to", got: address.to_string() }
+            }
+            ConnectError::NoDefaultClientConfig | ConnectError::UnsupportedVersion => Self::UnfitTls { expected: "QUIC version 1" },
         }
     }
 

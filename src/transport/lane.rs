@@ -242,12 +242,12 @@ impl LanePlan {
         F: FnOnce(LaneIo) -> Fut,
         Fut: Future<Output = T>,
     {
-        let mut stop = self.shared.stopped();
+        let mut stop = self.shared.stop();
         let within = self.shared.config.connect_timeout;
         let opening = tokio::select! {
             biased;
             _ = &mut cancelled => Err(TransportError::ClosedHere),
-            _ = stop.wait_for(|stop| *stop) => Err(TransportError::ClosedHere),
+            () = stop.requested() => Err(TransportError::ClosedHere),
             opened = timeout(within, self.open()) => opened.unwrap_or(Err(TransportError::TimedOut {
                 address: self.address,
                 awaited: "admit the lane",
@@ -265,7 +265,7 @@ impl LanePlan {
         tokio::select! {
             biased;
             _ = &mut cancelled => connection.close(close_code(Some(ErrorClass::Cancelled)), close_reason("the lane was given up")),
-            _ = stop.wait_for(|stop| *stop) => connection.close(close_code(Some(ErrorClass::Cancelled)), close_reason("the gateway stops")),
+            () = stop.requested() => connection.close(close_code(Some(ErrorClass::Cancelled)), close_reason("the gateway stops")),
             value = task(io) => {
                 connection.close(close_code(None), close_reason("the lane is done"));
                 let _ = result.send(value);

@@ -23,7 +23,7 @@ use crate::wire::{CONTROL_HEADER_BYTES, ErrorClass, Message, decode_control_head
 ///
 /// Whoever connected has to send first: QUIC tells nobody of a stream on which nothing was sent.
 pub struct Session {
-    connection: Connection,
+    pub(super) connection: Connection,
     peer: PeerIdentity,
     shared: Arc<Shared>,
     outbox: Mutex<Outbox>,

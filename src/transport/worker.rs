@@ -1,12 +1,13 @@
 //! The threads that receive lanes: each has its own socket of the group, its own runtime and its own handlers.
 
+use std::io;
 use std::net::UdpSocket;
 use std::sync::Arc;
+use std::sync::mpsc::sync_channel;
 use std::thread::JoinHandle;
 
 use quinn::{Connecting, TokioRuntime};
 use tokio::runtime::Builder;
-use tokio::sync::oneshot;
 use tokio::task::{JoinSet, LocalSet};
 use tokio::time::timeout;
 
@@ -19,51 +20,49 @@ use super::lane::{GOODBYE, LaneIo};
 use crate::types::{LaneIndex, SpiffeId};
 use crate::wire::{JOIN_BYTES, Join};
 
-/// Starts the worker with `socket`, the member `index` of the group. The receiver tells when it serves.
-pub(super) fn start(
-    index: u8,
-    socket: UdpSocket,
-    shared: Arc<Shared>,
-) -> Result<(JoinHandle<()>, oneshot::Receiver<Result<(), TransportError>>), TransportError> {
-    let (ready_sender, ready) = oneshot::channel();
+/// Starts the worker with `socket`, the member `index` of the group; returns once it serves.
+pub(super) fn start(index: u8, socket: UdpSocket, shared: Arc<Shared>) -> Result<JoinHandle<()>, TransportError> {
+    let (started_sender, started) = sync_channel(1);
     let name = format!("lane-in-{index}");
-    let thread_name = name.clone();
-    let spawned = std::thread::Builder::new().name(name.clone()).spawn(move || {
-        let runtime = match Builder::new_current_thread().enable_all().build() {
-            Ok(runtime) => runtime,
-            Err(source) => {
-                let _ = ready_sender.send(Err(TransportError::Thread { name: thread_name, source }));
-                return;
-            }
-        };
-        LocalSet::new().block_on(&runtime, async {
-            match listen(index, socket, &shared) {
-                Ok(endpoint) => {
-                    let _ = ready_sender.send(Ok(()));
-                    serve(&endpoint, &shared).await;
-                }
-                Err(error) => drop(ready_sender.send(Err(error))),
-            }
+    let thread_error = {
+        let name = name.clone();
+        move |source| TransportError::Thread { name, source }
+    };
+    let thread = std::thread::Builder::new().name(name).spawn(move || {
+        let listening = Builder::new_current_thread().enable_all().build().and_then(|runtime| {
+            let _inside = runtime.enter();
+            let endpoint = listen(index, socket, &shared)?;
+            drop(_inside);
+            Ok((runtime, endpoint))
         });
+        match listening {
+            Ok((runtime, endpoint)) => {
+                let _ = started_sender.send(Ok(()));
+                LocalSet::new().block_on(&runtime, serve(&endpoint, &shared));
+            }
+            Err(error) => drop(started_sender.send(Err(error))),
+        }
     });
-    let thread = spawned.map_err(|source| TransportError::Thread { name, source })?;
-    Ok((thread, ready))
+    let started = started.recv().unwrap_or_else(|_| Err(io::Error::other("the thread ended at its start")));
+    match (thread, started) {
+        (Ok(thread), Ok(())) => Ok(thread),
+        (Err(source), _) | (_, Err(source)) => Err(thread_error(source)),
+    }
 }
 
-fn listen(index: u8, socket: UdpSocket, shared: &Shared) -> Result<quinn::Endpoint, TransportError> {
+fn listen(index: u8, socket: UdpSocket, shared: &Shared) -> io::Result<quinn::Endpoint> {
     let server = shared.config.server(Purpose::Lane, &shared.tls);
     quinn::Endpoint::new(shared.config.endpoint(Purpose::Lane, index), Some(server), socket, Arc::new(TokioRuntime))
-        .map_err(TransportError::socket("drive", shared.config.listen))
 }
 
 async fn serve(endpoint: &quinn::Endpoint, shared: &Arc<Shared>) {
     let door = Arc::new(Door::default());
-    let mut stop = shared.stopped();
+    let mut stop = shared.stop();
     let mut lanes = JoinSet::new();
     loop {
         tokio::select! {
             biased;
-            _ = stop.wait_for(|stop| *stop) => break,
+            () = stop.requested() => break,
             Some(_) = lanes.join_next() => {}
             incoming = endpoint.accept() => match incoming.map(|incoming| door.admit(incoming)) {
                 None => break,
