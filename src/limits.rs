@@ -54,11 +54,13 @@ pub const BATCH_PAGES_MAX: usize = 64;
 pub const POLICY_FILES_MAX: usize = 1024;
 /// LIMIT: text of all policy files together, or of one `tests.json`.
 pub const POLICY_BYTES_MAX: usize = 4 << 20;
-/// LIMIT: text of one policy, because Cedar recurses over it; the test
-/// `the_largest_and_deepest_policy_does_not_exhaust_a_small_stack` holds the value.
-pub const POLICY_ONE_BYTES_MAX: usize = 8 * 1024;
-/// LIMIT: brackets inside each other in one policy; same reason.
-pub const POLICY_NESTING_MAX: usize = 32;
+/// LIMIT: brackets inside each other in one policy. Cedar's parser takes up to 56 KiB of stack for each in a debug build, of
+/// the 2 MiB of a worker thread.
+pub const POLICY_NESTING_MAX: usize = 20;
+/// LIMIT: depth of one policy's syntax tree. Cedar's validator takes up to 33 KiB of stack for each in a debug build, its
+/// evaluator 60 KiB; the test `the_deepest_policies_do_not_exhaust_a_worker_s_stack`
+/// holds both values.
+pub const POLICY_DEPTH_MAX: usize = 24;
 /// LIMIT: an `@id` is a name in audit entries and messages.
 pub const POLICY_ID_BYTES_MAX: usize = 64;
 /// LIMIT: gateways, operators and VMs known to policy.

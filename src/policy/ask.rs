@@ -110,7 +110,7 @@ pub struct Denial {
     /// The question's name in the schema.
     pub action: &'static str,
     /// Who asked.
-    pub principal: String,
+    pub principal: Box<str>,
     /// The VM.
     pub vm: VmUuid,
     /// The `@id`s of forbids that matched, sorted.
@@ -118,9 +118,9 @@ pub struct Denial {
     /// What failed to evaluate.
     pub errors: Vec<EvaluationFailure>,
     /// Why, for people.
-    pub why: String,
+    pub why: Box<str>,
     /// Digest of the policy set that was asked.
-    pub set_digest: [u8; 32],
+    pub set_digest: Box<[u8; 32]>,
 }
 
 /// One policy that applies to the circumstances asked about.
@@ -159,10 +159,11 @@ pub struct Explanation {
     pub set_digest: [u8; 32],
 }
 
-struct Answer {
-    allowed: bool,
-    ids: Vec<String>,
-    errors: Vec<EvaluationFailure>,
+/// A decision and the policies that determined it.
+pub(super) struct Answer {
+    pub(super) allowed: bool,
+    pub(super) ids: Vec<String>,
+    pub(super) errors: Vec<EvaluationFailure>,
 }
 
 impl PolicySet {
@@ -212,16 +213,17 @@ impl PolicySet {
     }
 
     fn ask<A: Action>(&self, vm: VmUuid, question: &Question<'_>) -> Result<Permit<A>, Denial> {
-        let answer = self.answer(vm, question, &self.checked.policies);
-        let principal = question.principal().to_owned();
+        let answer = self.decide(vm, question);
+        let principal = question.principal();
         if answer.allowed && question.action() == A::NAME {
-            return Ok(Permit::new(answer.ids, self.digest(), principal, vm, question.stream().cloned()));
+            return Ok(Permit::new(answer.ids, self.digest(), principal.to_owned(), vm, question.stream().cloned()));
         }
-        let why = why(&answer);
+        let why = why(&answer).into();
         let Answer { ids, errors, allowed } = answer;
         // With errors Cedar may name the permits that would have let it pass: they did not forbid.
         let policy_ids = if allowed || !errors.is_empty() { self.forbids(&ids) } else { ids };
-        Err(Denial { action: question.action(), principal, vm, policy_ids, errors, why, set_digest: self.digest() })
+        let set_digest = Box::new(self.digest());
+        Err(Denial { action: question.action(), principal: principal.into(), vm, policy_ids, errors, why, set_digest })
     }
 
     fn forbids(&self, ids: &[String]) -> Vec<String> {
@@ -235,7 +237,7 @@ impl PolicySet {
     /// The answer to a question and how it came about, policy by policy. For people; the gateway asks `ask_*`.
     #[must_use]
     pub fn explain(&self, vm: VmUuid, question: &Question<'_>) -> Explanation {
-        let answer = self.answer(vm, question, &self.checked.policies);
+        let answer = self.decide(vm, question);
         let mut matched = Vec::new();
         for policy in self.checked.policies.policies() {
             let id: &str = policy.id().as_ref();
@@ -265,6 +267,10 @@ impl PolicySet {
         }
     }
 
+    pub(super) fn decide(&self, vm: VmUuid, question: &Question<'_>) -> Answer {
+        self.answer(vm, question, &self.checked.policies)
+    }
+
     fn answer(&self, vm: VmUuid, question: &Question<'_>, policies: &cedar_policy::PolicySet) -> Answer {
         match self.evaluate(vm, question, policies) {
             Ok(response) => judge(&response),
@@ -284,8 +290,8 @@ impl PolicySet {
             unknown.push(unknown_vm(vm)?);
         }
         let schema = &self.checked.schema;
-        let request =
-            cedar_policy::Request::new(principal, action, resource, question.context()?, Some(schema)).map_err(|error| error.to_string())?;
+        let request = cedar_policy::Request::new(principal, action, resource, question.context()?, Some(schema))
+            .map_err(|error| error.to_string())?;
         if unknown.is_empty() {
             return Ok(self.checked.authorizer.is_authorized(&request, policies, &self.entities));
         }
@@ -312,7 +318,7 @@ fn judge(response: &Response) -> Answer {
     Answer { allowed, ids, errors }
 }
 
-fn why(answer: &Answer) -> String {
+pub(super) fn why(answer: &Answer) -> String {
     let names = || answer.ids.iter().map(|id| format!("`{id}`")).collect::<Vec<_>>().join(", ");
     match answer.errors.first() {
         Some(error) => error.to_string(),

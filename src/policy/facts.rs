@@ -263,11 +263,8 @@ impl RequestContext {
 
 impl ResolveContext {
     pub(super) fn context(&self) -> Result<Context, String> {
-        let approvers: Vec<_> = self
-            .approvers
-            .iter()
-            .map(|id| uid("Operator", id).map(RestrictedExpression::new_entity_uid))
-            .collect::<Result<_, _>>()?;
+        let approvers: Vec<_> =
+            self.approvers.iter().map(|id| uid("Operator", id).map(RestrictedExpression::new_entity_uid)).collect::<Result<_, _>>()?;
         context(
             [
                 now(self.now_unix_ms)?,

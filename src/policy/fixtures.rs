@@ -21,7 +21,7 @@ use serde::Deserialize;
 use serde_json::{Map, Value};
 
 use crate::limits;
-use crate::policy::ask::{Explanation, Question};
+use crate::policy::ask::{Answer, Question, why};
 use crate::policy::entities::Entities;
 use crate::policy::load::PolicySet;
 use crate::types::{SpiffeId, VmUuid};
@@ -88,28 +88,24 @@ pub fn run_tests(set: &PolicySet, text: &str) -> Vec<TestOutcome> {
     file.tests.iter().map(|test| outcome(test, run(&set, &file.context, test))).collect()
 }
 
-fn outcome(test: &Test, run: Result<Explanation, String>) -> TestOutcome {
+fn outcome(test: &Test, run: Result<Answer, String>) -> TestOutcome {
     let name = test.name.clone();
-    let explanation = match run {
-        Ok(explanation) => explanation,
+    let answer = match run {
+        Ok(answer) => answer,
         Err(detail) => return TestOutcome { name, passed: false, detail },
     };
-    let decided = explanation.allowed == (test.expect == Expect::Allow);
-    // Only a policy on the winning side decided: a permit that a forbid overruled did not.
-    let by = |id: &String| {
-        explanation.matched.iter().any(|matched| matched.id == *id && matched.permits == explanation.allowed)
-            || explanation.errors.iter().any(|error| error.policy.as_ref() == Some(id))
-    };
+    let decided = answer.allowed == (test.expect == Expect::Allow);
+    let by = |id: &String| answer.ids.contains(id) || answer.errors.iter().any(|error| error.policy.as_ref() == Some(id));
     let named = test.policy.as_ref().is_none_or(by);
-    let answer = if explanation.allowed { "allow" } else { "deny" };
+    let word = if answer.allowed { "allow" } else { "deny" };
     let detail = match (&test.policy, named) {
-        (Some(id), false) => format!("{answer}: {}; expected policy `{id}` to decide", explanation.why),
-        _ => format!("{answer}: {}", explanation.why),
+        (Some(id), false) => format!("{word}: {}; expected policy `{id}` to decide", why(&answer)),
+        _ => format!("{word}: {}", why(&answer)),
     };
     TestOutcome { name, passed: decided && named, detail }
 }
 
-fn run(set: &PolicySet, defaults: &Map<String, Value>, test: &Test) -> Result<Explanation, String> {
+fn run(set: &PolicySet, defaults: &Map<String, Value>, test: &Test) -> Result<Answer, String> {
     let replaced = test.entities.as_ref().map(|entities| set.with_entities(entities)).transpose().map_err(|errors| errors.to_string())?;
     let set = replaced.as_ref().unwrap_or(set);
     let peer = || test.principal.parse::<SpiffeId>().map_err(|error| error.to_string());
@@ -117,24 +113,20 @@ fn run(set: &PolicySet, defaults: &Map<String, Value>, test: &Test) -> Result<Ex
     match test.action.as_str() {
         "request" => {
             let context = context(defaults, &test.context, &["now", "route", "stream", "changeTicket"])?;
-            Ok(set.explain(test.resource, &Question::Request(&test.principal, &context)))
+            Ok(set.decide(test.resource, &Question::Request(&test.principal, &context)))
         }
-        "release" => Ok(set.explain(test.resource, &Question::Release(&peer()?, &migration()?))),
-        "accept" => Ok(set.explain(test.resource, &Question::Accept(&peer()?, &migration()?))),
-        "commit" => Ok(set.explain(test.resource, &Question::Commit(&peer()?, &migration()?))),
+        "release" => Ok(set.decide(test.resource, &Question::Release(&peer()?, &migration()?))),
+        "accept" => Ok(set.decide(test.resource, &Question::Accept(&peer()?, &migration()?))),
+        "commit" => Ok(set.decide(test.resource, &Question::Commit(&peer()?, &migration()?))),
         "resolveInDoubt" => {
             let context = context(defaults, &test.context, &["now", "approvers", "fenceEvidence"])?;
-            Ok(set.explain(test.resource, &Question::Resolve(&test.principal, &context)))
+            Ok(set.decide(test.resource, &Question::Resolve(&test.principal, &context)))
         }
         other => Err(format!("unknown action `{other}`, expected `request`, `release`, `accept`, `commit` or `resolveInDoubt`")),
     }
 }
 
-fn context<T: serde::de::DeserializeOwned>(
-    defaults: &Map<String, Value>,
-    own: &Map<String, Value>,
-    fields: &[&str],
-) -> Result<T, String> {
+fn context<T: serde::de::DeserializeOwned>(defaults: &Map<String, Value>, own: &Map<String, Value>, fields: &[&str]) -> Result<T, String> {
     let mut merged: Map<String, Value> = defaults.iter().filter(|(name, _)| fields.contains(&name.as_str())).map(own_pair).collect();
     overlay(&mut merged, own);
     serde_json::from_value(Value::Object(merged)).map_err(|error| format!("context: {error}"))

@@ -1,6 +1,6 @@
 //! Texts to a checked policy set.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::str::FromStr;
 use std::sync::Arc;
 
@@ -11,7 +11,7 @@ use ring::digest;
 use crate::limits;
 use crate::policy::entities::{self, Entities};
 use crate::policy::errors::{PolicyErrors, PolicyProblem};
-use crate::policy::{SCHEMA, lint};
+use crate::policy::{SCHEMA, lint, shape};
 
 /// One policy file, already read.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -162,7 +162,7 @@ impl Loading {
     }
 
     fn read_file(&mut self, file: &PolicyFile) {
-        if let Err((offset, what)) = check_shape(&file.text) {
+        if let Err((offset, what)) = shape::check(&file.text) {
             self.problems.push(PolicyProblem::at(&file.name, &file.text, offset, what));
             return;
         }
@@ -211,7 +211,10 @@ impl Loading {
     fn validate(&mut self, files: &[&PolicyFile], schema: &Schema) {
         let result = Validator::new(schema.clone()).validate(&self.policies, ValidationMode::Strict);
         let errors = result.validation_errors().map(|error| (error.policy_id(), DetailedError::from(error)));
-        let warnings = result.validation_warnings().map(|warning| (warning.policy_id(), DetailedError::from(warning)));
+        // What is wrong with a policy also makes it impossible; saying both helps nobody.
+        let wrong: BTreeSet<String> = result.validation_errors().map(|error| error.policy_id().to_string()).collect();
+        let warnings = result.validation_warnings().filter(|warning| !wrong.contains(&warning.policy_id().to_string()));
+        let warnings = warnings.map(|warning| (warning.policy_id(), DetailedError::from(warning)));
         for (id, error) in errors.chain(warnings) {
             let id: &str = id.as_ref();
             let place = self.places.get(id);
@@ -249,38 +252,4 @@ fn located(file: &PolicyFile, error: &DetailedError) -> PolicyProblem {
 fn offset_of(text: &str, part: &str, from: usize) -> usize {
     let find = |start: usize| text.get(start..).and_then(|rest| rest.find(part)).map(|found| start.saturating_add(found));
     find(from).or_else(|| find(0)).unwrap_or(0)
-}
-
-/// Cedar's parser and validator recurse over the text: bound how deep one policy can make them go.
-fn check_shape(text: &str) -> Result<(), (usize, String)> {
-    let mut depth = 0_usize;
-    let mut start = 0_usize;
-    let mut bytes = text.bytes().enumerate();
-    while let Some((offset, byte)) = bytes.next() {
-        match byte {
-            b'"' => skip_string(&mut bytes),
-            b'/' if text.as_bytes().get(offset + 1) == Some(&b'/') => while bytes.next().is_some_and(|(_, byte)| byte != b'\n') {},
-            b'(' | b'[' | b'{' => depth = depth.saturating_add(1),
-            b')' | b']' | b'}' => depth = depth.saturating_sub(1),
-            b';' => start = offset,
-            _ => {}
-        }
-        if depth > limits::POLICY_NESTING_MAX {
-            return Err((offset, format!("nested too deep, expected at most {} brackets inside each other", limits::POLICY_NESTING_MAX)));
-        }
-        if offset.saturating_sub(start) > limits::POLICY_ONE_BYTES_MAX {
-            return Err((start, format!("a policy is longer than {} bytes", limits::POLICY_ONE_BYTES_MAX)));
-        }
-    }
-    Ok(())
-}
-
-fn skip_string(bytes: &mut impl Iterator<Item = (usize, u8)>) {
-    while let Some((_, byte)) = bytes.next() {
-        match byte {
-            b'\\' => drop(bytes.next()),
-            b'"' => return,
-            _ => {}
-        }
-    }
 }

@@ -31,6 +31,7 @@ mod fixtures;
 mod lint;
 mod load;
 mod permit;
+mod shape;
 #[cfg(test)]
 mod tests;
 

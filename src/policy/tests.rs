@@ -170,23 +170,22 @@ fn a_denial_names_the_forbid_and_reads_well() {
     stale.channel.crl_fresh = false;
     let denial = examples().ask_release(&peer(DC2), vm(1), &stale).unwrap_err();
     assert_eq!(denial.policy_ids, ["p2-channel-floor"]);
-    assert_eq!(denial.why, "forbidden by `p2-channel-floor`");
-    assert_eq!(
-        denial.to_string(),
-        format!("`release` of VM `{}` denied to `{DC2}`: forbidden by `p2-channel-floor`", vm(1)),
-    );
+    assert_eq!(&*denial.why, "forbidden by `p2-channel-floor`");
+    assert_eq!(denial.to_string(), format!("`release` of VM `{}` denied to `{DC2}`: forbidden by `p2-channel-floor`", vm(1)),);
 }
 
 #[test]
 fn silence_denies() {
     let denial = examples().ask_release(&peer(DC1), vm(1), &context()).unwrap_err();
-    assert_eq!((denial.why.as_str(), denial.policy_ids.len(), denial.errors.len()), ("no policy permits", 0, 0));
+    assert_eq!((&*denial.why, denial.policy_ids.len(), denial.errors.len()), ("no policy permits", 0, 0));
 }
 
 #[test]
 fn an_overflowing_forbid_denies_instead_of_being_skipped() {
     // Passes strict validation; Cedar alone says Allow here, because it skips the forbid.
-    let text = format!("{PERMIT_ALL}@id(\"boom\") forbid (principal, action == Sealane::Action::\"release\", resource) when {{ context.memoryMiB + 9223372036854775807 > 0 }};");
+    let text = format!(
+        "{PERMIT_ALL}@id(\"boom\") forbid (principal, action == Sealane::Action::\"release\", resource) when {{ context.memoryMiB + 9223372036854775807 > 0 }};"
+    );
     let set = set(&text);
     let denial = set.ask_release(&peer(DC2), vm(1), &context()).unwrap_err();
     assert_eq!(denial.errors.len(), 1);
@@ -212,7 +211,9 @@ fn a_policy_that_reads_an_entity_nobody_configured_denies() {
 
 #[test]
 fn an_erroring_permit_denies_even_when_another_permits() {
-    let text = format!("{PERMIT_ALL}@id(\"sum\") permit (principal, action == Sealane::Action::\"commit\", resource) when {{ 0 < context.memoryMiB * 9223372036854775807 }};");
+    let text = format!(
+        "{PERMIT_ALL}@id(\"sum\") permit (principal, action == Sealane::Action::\"commit\", resource) when {{ 0 < context.memoryMiB * 9223372036854775807 }};"
+    );
     let denial = set(&text).ask_commit(&peer(DC1), vm(1), &context()).unwrap_err();
     assert_eq!(denial.errors[0].policy.as_deref(), Some("sum"));
 }
@@ -221,7 +222,9 @@ fn an_erroring_permit_denies_even_when_another_permits() {
 fn an_unlisted_peer_has_its_trust_domain_and_nothing_else() {
     let stranger = peer("spiffe://dc2.example.net/gateway/new");
     assert!(examples().ask_release(&stranger, vm(1), &context()).is_err());
-    let by_domain = set("@id(\"d\") permit (principal, action == Sealane::Action::\"release\", resource) when { principal.trustDomain == \"dc2.example.net\" && principal.site == \"\" };");
+    let by_domain = set(
+        "@id(\"d\") permit (principal, action == Sealane::Action::\"release\", resource) when { principal.trustDomain == \"dc2.example.net\" && principal.site == \"\" };",
+    );
     assert!(by_domain.ask_release(&stranger, vm(1), &context()).is_ok());
     assert!(by_domain.ask_release(&peer("spiffe://dc3.example.net/gateway/new"), vm(1), &context()).is_err());
 }
@@ -245,7 +248,7 @@ fn an_unlisted_vm_and_an_unlisted_operator_get_the_least() {
 #[test]
 fn facts_that_do_not_fit_the_schema_deny() {
     let all = set(PERMIT_ALL);
-    for now_unix_ms in [i64::MIN, i64::MAX, -62_135_596_800_001 - 86_400_000] {
+    for now_unix_ms in [i64::MIN, i64::MAX, -70_000_000_000_000] {
         let denial = all.ask_release(&peer(DC2), vm(1), &MigrationContext { now_unix_ms, ..context() });
         assert!(denial.is_err(), "{now_unix_ms}");
     }
@@ -305,8 +308,8 @@ fn policies_that_are_wrong_are_refused_with_place_and_name() {
     for (text, part, line) in cases {
         let problems = refused(text);
         let all: Vec<String> = problems.iter().map(ToString::to_string).collect();
-        assert!(all[0].starts_with(&format!("a.cedar:{line}:")), "{text}\n{all:?}");
-        assert!(all.iter().any(|problem| problem.contains(part)), "{text}\n{all:?}");
+        let place = format!("a.cedar:{line}:");
+        assert!(all.iter().any(|problem| problem.starts_with(&place) && problem.contains(part)), "{text}\n{all:?}");
     }
 }
 
@@ -346,48 +349,54 @@ fn no_policy_is_an_error() {
 
 #[test]
 fn too_much_is_refused_before_it_is_parsed() {
-    let long = format!("@id(\"x\") permit (principal, action, resource) when {{ {} true }};", "true && ".repeat(limits::POLICY_ONE_BYTES_MAX / 8));
-    assert!(refused(&long)[0].what.contains("longer than"));
-    let deep = limits::POLICY_NESTING_MAX + 1;
-    let deep = format!("@id(\"x\") permit (principal, action, resource) when {{ {}true{} }};", "(".repeat(deep), ")".repeat(deep));
-    assert!(refused(&deep)[0].what.contains("nested too deep"));
+    let condition = |body: String| format!("@id(\"x\") permit (principal, action, resource) when {{ {body} }};");
+    let deep = limits::POLICY_NESTING_MAX;
+    let nested = condition(format!("{}true{}", "(".repeat(deep), ")".repeat(deep)));
+    assert!(refused(&nested)[0].what.contains("nested too deep"));
+    let long = condition(format!("{} true", "true && ".repeat(limits::POLICY_DEPTH_MAX)));
+    assert!(refused(&long)[0].what.contains("too many parts"));
     let many: Vec<PolicyFile> = (0..=limits::POLICY_FILES_MAX).map(|n| file(&n.to_string(), PERMIT_ALL)).collect();
     assert!(PolicySet::parse(&many, &entities()).unwrap_err().to_string().contains("too much policy"));
-    let commented = format!("// {}\n/* @id(\"b\") \" */", "(".repeat(100));
-    assert!(!refused(&commented)[0].what.contains("nested"), "comments do not nest");
+    let big = format!("//{}", "x".repeat(limits::POLICY_BYTES_MAX));
+    assert!(refused(&big)[0].what.contains("too much policy"));
 }
 
 #[test]
-fn the_largest_and_deepest_policy_does_not_exhaust_a_small_stack() {
-    let budget = limits::POLICY_ONE_BYTES_MAX - 200;
-    let condition = |body: String| format!("@id(\"x\") permit (principal, action, resource) when {{ {body} }};");
-    let nested = limits::POLICY_NESTING_MAX - 2;
-    let texts = [
-        condition(format!("{}action in [] || true", "action == action && ".repeat(budget / 19))),
-        condition(format!("{}true", "true||".repeat(budget / 6))),
-        condition(format!("context{}", ".a".repeat(budget / 2))),
-        condition(format!("1{} > 0", "+1".repeat(budget / 2))),
-        condition(format!("{}true{}", "(".repeat(nested), ")".repeat(nested))),
-        condition(format!("{}true{}", "[".repeat(nested), "]".repeat(nested))),
-        condition(format!("{}true", "if true then true else ".repeat(budget / 23))),
-        condition(format!("{}true", "!".repeat(budget))),
-        condition(format!("{}1 == 1", "-".repeat(budget))),
+fn the_deepest_policies_do_not_exhaust_a_worker_s_stack() {
+    let condition =
+        |body: String| format!("@id(\"x\") permit (principal, action == Sealane::Action::\"release\", resource) when {{ {body} }};");
+    let shapes: [&dyn Fn(usize) -> String; 10] = [
+        &|n| condition(format!("{}true", "context.channel.crlFresh && ".repeat(n))),
+        &|n| condition(format!("{}context.channel.crlFresh", "context.memoryMiB == 7 || ".repeat(n))),
+        &|n| condition(format!("context{} == 1", ".a".repeat(n))),
+        &|n| condition(format!("context.memoryMiB{} > 0", "+1".repeat(n))),
+        &|n| condition(format!("{}context.channel.crlFresh{}", "(".repeat(n), ")".repeat(n))),
+        &|n| condition(format!("{}true", "if context.channel.crlFresh then true else ".repeat(n))),
+        &|n| condition(format!("{}[1]{}.contains([1])", "[".repeat(n), "]".repeat(n))),
+        &|n| condition(format!("{}context.channel.crlFresh{}", "!(".repeat(n), ")".repeat(n))),
+        &|n| condition(format!("{}true{}", "{a: ".repeat(n), "}.a".repeat(n))),
+        &|n| format!("@id(\"x\") permit (principal, action, resource) {};", "when { context has route }".repeat(n)),
     ];
-    for text in texts {
+    for shape in shapes {
+        // The deepest that the check lets through.
+        let most = (1..200).take_while(|n| super::shape::check(&shape(*n)).is_ok()).last().unwrap();
+        let text = shape(most);
         let worker = std::thread::Builder::new().stack_size(2 << 20).spawn(move || {
-            let parsed = PolicySet::parse(&[file("a.cedar", &text)], &entities());
-            if let Ok(set) = parsed {
-                drop(set.lint());
-                drop(set.ask_release(&peer(DC2), vm(1), &context()));
-            }
+            let set = PolicySet::parse(&[file("a.cedar", &text)], &entities()).ok()?;
+            drop(set.lint());
+            set.ask_release(&peer(DC2), vm(1), &context()).err().map(|denial| denial.errors)
         });
-        worker.unwrap().join().unwrap();
+        let errors = worker.unwrap().join().unwrap().unwrap_or_default();
+        assert!(most >= 6, "{}", shape(most));
+        // Evaluation has its own stack check; it must not be what says no here.
+        assert_eq!(errors, [], "{}", shape(most));
     }
 }
 
 #[test]
 fn the_digest_follows_every_name_and_text_and_not_the_order() {
-    let (a, b) = (file("a", "@id(\"a\") permit (principal, action, resource);"), file("b", "@id(\"b\") permit (principal, action, resource);"));
+    let (a, b) =
+        (file("a", "@id(\"a\") permit (principal, action, resource);"), file("b", "@id(\"b\") permit (principal, action, resource);"));
     let digest = |files: &[PolicyFile]| PolicySet::parse(files, &entities()).unwrap().digest();
     let first = digest(&[a.clone(), b.clone()]);
     assert_eq!(first, digest(&[b.clone(), a.clone()]));
