@@ -21,6 +21,9 @@ mod reader;
 #[cfg(test)]
 mod tests;
 
+#[doc = include_str!("PROTOCOL.md")]
+pub mod protocol {}
+
 pub use code::ErrorClass;
 pub use codec::{CONTROL_HEADER_BYTES, JOIN_BYTES, decode_control_header};
 pub use control::{

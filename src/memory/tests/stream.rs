@@ -168,6 +168,7 @@ fn frames_stay_within_their_limits_whatever_the_pages_hold() {
     }
 }
 
+// SPEC: PROTOCOL.md#must-mark-every-lane
 #[test]
 fn an_empty_lane_sends_marks_only() {
     let mut encoder = Encoder::new(LaneIndex(1), 2, &terms(2, Compression::Lz4, CompressionScope::Stream, true));
@@ -228,6 +229,7 @@ fn length_of(scope: CompressionScope, pages: [Content; 2]) -> usize {
     out.len()
 }
 
+// SPEC: PROTOCOL.md#must-page-scope
 #[test]
 fn in_page_scope_the_length_of_a_page_says_nothing_about_its_neighbour() {
     let secrets = [Content::Zero, Content::Random(1), Content::Random(2), Content::HalfRandom(3), Content::Repetitive(4)];
