@@ -45,13 +45,21 @@ fn signed(step: Handoff) -> Message {
 fn every_message() -> Vec<Message> {
     let digest = FinalDigest { state: [3; 32], lanes: [4; 32], memory: 1 << 100 };
     let totals = vec![LaneTotals { frames: 1, pages: 2, bytes: 3, digest: u128::MAX }, LaneTotals::default()];
+    let other_terms = StreamTerms {
+        lanes: 16,
+        compression: Compression::None,
+        compression_scope: CompressionScope::Page,
+        length_padding: false,
+        durability: Durability::Destination,
+        verify: false,
+    };
     let feature = |name: &str, critical| Feature { name: name.to_owned(), critical };
     vec![
         Message::Hello(Hello { features: vec![feature("zstd", false), feature("x", true)], ..Hello::new(Incarnation([8; 16]), [6; 32]) }),
         Message::Offer(offer()),
         Message::Accept(Accept { migration: MIGRATION, lanes: 1, policy_digest: [1; 32] }),
         Message::RoundEnd(RoundEnd { migration: MIGRATION, round: Round(1), last: true, lanes: totals.clone() }),
-        Message::RoundApplied(RoundApplied { migration: MIGRATION, round: Round(7), lanes: totals }),
+        Message::RoundApplied(RoundApplied { migration: MIGRATION, round: Round(7), lanes: totals.clone() }),
         Message::StateChunk(StateChunk { migration: MIGRATION, offset: 5, total: 9, bytes: vec![1, 2, 3] }),
         Message::StateChunk(StateChunk { migration: MIGRATION, offset: 0, total: 0, bytes: vec![] }),
         signed(Handoff::Final { digest, lanes: 2 }),
@@ -64,6 +72,8 @@ fn every_message() -> Vec<Message> {
         Message::AuditHead(AuditHead { checkpoint: "gw-a\n1\nAAAA\n".to_owned() }),
         Message::Failure(Failure { class: ErrorClass::Denied, reason: "nein, danke – ✗".to_owned() }),
         Message::Ping,
+        Message::Offer(Offer { stream: other_terms, ..offer() }),
+        Message::RoundEnd(RoundEnd { migration: MIGRATION, round: Round(2), last: false, lanes: totals }),
     ]
 }
 

@@ -266,3 +266,23 @@ fn padded_frames_have_few_lengths() {
     assert_eq!(lengths(false), 99);
     assert!(lengths(true) < 50, "{}", lengths(true));
 }
+
+#[test]
+fn lanes_can_work_on_their_own_threads() {
+    let mut pair = furnished(&terms(4, Compression::Lz4, CompressionScope::Stream, false));
+    pair.begin_round();
+    let (source, destination, full) = (&pair.source, &pair.destination, &PageSet::full(pair.source.pages()));
+    std::thread::scope(|scope| {
+        for (encoder, decoder) in pair.encoders.iter_mut().zip(&mut pair.decoders) {
+            scope.spawn(move || {
+                let mut from = Some(PageNumber(0));
+                while let Some(at) = from {
+                    let mut frame = Vec::new();
+                    from = encoder.encode_frame(source, Round(1), full, at, &mut frame).unwrap();
+                    decoder.apply(&header_of(&frame), &frame[FRAME_HEADER_BYTES..], destination).unwrap();
+                }
+            });
+        }
+    });
+    assert!(pair.memory_agrees() && pair.totals_agree());
+}
