@@ -49,14 +49,14 @@ pub enum DecodeError {
         got: u64,
     },
     /// A frame of a round that is over or that did not begin.
-    #[error("frame of lane {lane} names round {got}: expected {} round {expected}", if *.open { "the open" } else { "at least" })]
+    #[error("frame of lane {lane} names round {got}: expected {}round {current}", if *.open { "" } else { "a round after " })]
     Round {
         /// The lane.
         lane: LaneIndex,
-        /// Whether `expected` has frames already; otherwise it is the earliest that may begin.
+        /// Whether the mark of `current` is still to come.
         open: bool,
-        /// The round expected.
-        expected: Round,
+        /// The last round that had frames.
+        current: Round,
         /// The round that came.
         got: Round,
     },
@@ -222,8 +222,7 @@ impl Decoder {
         // SPEC: PROTOCOL.md#must-round-order
         let in_order = if self.open { header.round == self.round } else { header.round > self.round };
         if !in_order {
-            let expected = if self.open { self.round } else { Round(self.round.0.saturating_add(1)) };
-            return Err(DecodeError::Round { lane: self.lane, open: self.open, expected, got: header.round });
+            return Err(DecodeError::Round { lane: self.lane, open: self.open, current: self.round, got: header.round });
         }
         if body.len() != header.body_bytes {
             return Err(DecodeError::BodyLength { expected: header.body_bytes, got: body.len() });

@@ -98,6 +98,17 @@ mod tests {
     }
 
     #[test]
+    fn every_page_counts() {
+        let ram = ram(STRIPE_PAGES + 3);
+        let mut digests = std::collections::BTreeSet::from([digest_ram(&ram).unwrap()]);
+        for page in (0..ram.pages()).map(PageNumber) {
+            ram.write(page, &[1; PAGE_BYTES]).unwrap();
+            assert!(digests.insert(digest_ram(&ram).unwrap()), "{page}");
+            ram.clear(page, 1).unwrap();
+        }
+    }
+
+    #[test]
     fn ranges_computed_apart_combine_to_the_whole() {
         let ram = ram(3 * STRIPE_PAGES + 1);
         for page in (0..ram.pages()).step_by(7) {

@@ -4,7 +4,9 @@
 //! *Never:* async, sockets, hypervisors, clocks; nothing here is shared between two VMs.
 //! *Invariants:* `one-copy` (a guest page is read once per send and everything after works on our
 //! copy), `no-lost-dirt` (owed + in flight + applied = harvested), `lane-affinity` (a page always
-//! uses the same lane).
+//! uses the same lane), `page-scope` (in that scope no page changes the length of another),
+//! `scratch-bound` and `block-bound` (the only indexing here is of buffers of ours whose size
+//! bounds the index).
 //! *Read first:* `layout.rs`, `pages.rs`, `ram.rs`, then `tracker.rs`, `encode.rs`, `decode.rs`.
 
 mod decode;

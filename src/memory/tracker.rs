@@ -156,6 +156,7 @@ mod tests {
         set
     }
 
+    // SPEC: PROTOCOL.md#must-round-numbers
     #[test]
     fn an_applied_page_that_gets_dirty_again_is_owed_again() {
         let mut tracker = Tracker::new(100);

@@ -4,7 +4,8 @@
 //! pointers, allocation of a length that a peer named and nobody bounded.
 //! *Invariants:* `bounded-decode` (every length is checked against `limits.rs` before anything is
 //! allocated or skipped), `no-slack` (bytes after the last field are refused), `one-encoding` (a
-//! message has exactly one encoding, so that a signature over it means one thing).
+//! message has exactly one encoding, so that a signature over it means one thing), `bounded-run` (a
+//! run names at least one page and at most `FRAME_PAGES_MAX`).
 //! *Read first:* `PROTOCOL.md`, then `control.rs` and `frame.rs`.
 
 #![deny(clippy::indexing_slicing)]
@@ -20,6 +21,9 @@ mod reader;
 
 #[cfg(test)]
 mod tests;
+
+#[doc = include_str!("PROTOCOL.md")]
+pub mod protocol {}
 
 pub use code::ErrorClass;
 pub use codec::{CONTROL_HEADER_BYTES, JOIN_BYTES, decode_control_header};

@@ -168,6 +168,7 @@ fn frames_stay_within_their_limits_whatever_the_pages_hold() {
     }
 }
 
+// SPEC: PROTOCOL.md#must-mark-every-lane
 #[test]
 fn an_empty_lane_sends_marks_only() {
     let mut encoder = Encoder::new(LaneIndex(1), 2, &terms(2, Compression::Lz4, CompressionScope::Stream, true));
@@ -228,6 +229,7 @@ fn length_of(scope: CompressionScope, pages: [Content; 2]) -> usize {
     out.len()
 }
 
+// SPEC: PROTOCOL.md#must-page-scope
 #[test]
 fn in_page_scope_the_length_of_a_page_says_nothing_about_its_neighbour() {
     let secrets = [Content::Zero, Content::Random(1), Content::Random(2), Content::HalfRandom(3), Content::Repetitive(4)];
@@ -263,4 +265,24 @@ fn padded_frames_have_few_lengths() {
     };
     assert_eq!(lengths(false), 99);
     assert!(lengths(true) < 50, "{}", lengths(true));
+}
+
+#[test]
+fn lanes_can_work_on_their_own_threads() {
+    let mut pair = furnished(&terms(4, Compression::Lz4, CompressionScope::Stream, false));
+    pair.begin_round();
+    let (source, destination, full) = (&pair.source, &pair.destination, &PageSet::full(pair.source.pages()));
+    std::thread::scope(|scope| {
+        for (encoder, decoder) in pair.encoders.iter_mut().zip(&mut pair.decoders) {
+            scope.spawn(move || {
+                let mut from = Some(PageNumber(0));
+                while let Some(at) = from {
+                    let mut frame = Vec::new();
+                    from = encoder.encode_frame(source, Round(1), full, at, &mut frame).unwrap();
+                    decoder.apply(&header_of(&frame), &frame[FRAME_HEADER_BYTES..], destination).unwrap();
+                }
+            });
+        }
+    });
+    assert!(pair.memory_agrees() && pair.totals_agree());
 }
