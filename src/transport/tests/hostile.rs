@@ -115,12 +115,7 @@ async fn a_lane_number_is_used_once_and_only_if_granted() {
     for (lane, expected) in [(1, LaneRefusal::AlreadyUsed), (2, LaneRefusal::BeyondGranted)] {
         let raw = Raw::lane(&credentials, address).await;
         // Only once the good lane is in, the same number is a second use.
-        within(async {
-            while gates[0].joined() == 0 {
-                tokio::task::yield_now().await;
-            }
-        })
-        .await;
+        lanes::joined(&gates[0], 1).await;
         let _streams = raw.join(key.join(&raw.connection, LaneIndex(lane)).unwrap()).await;
         assert_eq!(raw.end().await, Some(ErrorClass::PeerMisbehaved));
         assert_eq!(why(&pair.refusal().await), expected);

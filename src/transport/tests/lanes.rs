@@ -8,7 +8,7 @@ use xxhash_rust::xxh3::Xxh3;
 
 use super::link::Link;
 use super::*;
-use crate::transport::{LaneHandler, LaneIo, TransportError};
+use crate::transport::{LaneGate, LaneHandler, LaneIo, TransportError};
 use crate::types::LaneIndex;
 use crate::wire::ErrorClass;
 
@@ -50,6 +50,16 @@ pub(super) async fn drain(mut io: LaneIo) {
 
 pub(super) async fn send_forever(mut io: LaneIo) {
     while io.sender.write(Bytes::from_static(&[7; 4096])).await.is_ok() {}
+}
+
+/// Waits until `lanes` lanes are in: the source cannot tell, since a join has no answer.
+pub(super) async fn joined(gate: &LaneGate, lanes: usize) {
+    within(async {
+        while gate.joined() < lanes {
+            tokio::task::yield_now().await;
+        }
+    })
+    .await;
 }
 
 type Received = mpsc::Receiver<Result<(Carried, ThreadId), TransportError>>;
@@ -100,20 +110,27 @@ async fn lanes_and_session_keep_their_threads_when_the_client_gets_another_addre
     let pair = Pair::through(workers, |listener| link.insert(Link::to(listener)).address).await;
     let link = link.unwrap();
     let (handler, mut received) = receiving();
-    let _gate = pair.theirs.expect_lanes(MIGRATION, 3, handler).unwrap();
+    let gate = pair.theirs.expect_lanes(MIGRATION, 3, handler).unwrap();
     let before = pair.theirs.peer_address();
     let mut handles = Vec::new();
+    let go = tokio::sync::watch::Sender::new(false);
     for lane in 0..3 {
         let renumber = link.clone();
-        let task = move |io: LaneIo| {
-            send(io, 48, move |n| {
+        let mut went = go.subscribe();
+        let task = move |io: LaneIo| async move {
+            // QUIC takes no new address before the handshake is over.
+            went.wait_for(|go| *go).await.unwrap();
+            let after = move |n| {
                 if n % 12 == 11 {
                     renumber.renumber();
                 }
-            })
+            };
+            send(io, 48, after).await
         };
         handles.push(pair.ours.open_lane(MIGRATION, LaneIndex(lane), task).await.unwrap());
     }
+    joined(&gate, 3).await;
+    go.send_replace(true);
     let mut sent = Vec::new();
     for handle in handles {
         sent.push(within(handle.join()).await.unwrap().unwrap().0);
@@ -188,12 +205,7 @@ async fn dropping_either_end_of_a_lane_ends_the_other_with_its_reason() {
         task_ends.lock().unwrap().push(error.class());
     });
     let kept = kept.await.unwrap();
-    within(async {
-        while gate.joined() < 2 {
-            tokio::task::yield_now().await;
-        }
-    })
-    .await;
+    joined(&gate, 2).await;
     drop(given_up);
     assert_eq!(within(end.recv()).await, Some(ErrorClass::Cancelled));
     gate.close(ErrorClass::NotConverged, "the guest is too fast");
