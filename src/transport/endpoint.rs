@@ -188,6 +188,12 @@ impl Endpoint {
         }
     }
 
+    /// How many hold what endpoint, sessions, tasks and threads share.
+    #[cfg(test)]
+    pub(super) fn holders(&self) -> usize {
+        Arc::strong_count(&self.shared)
+    }
+
     fn stop(&self) {
         self.shared.stop.send_replace(true);
         let dialers = self.lock_dialers();

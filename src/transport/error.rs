@@ -319,8 +319,7 @@ const AGREEMENT_ALERTS: [u64; 5] = [40, 70, 71, 109, 120];
 fn from_tls(code: u64, reason: String, address: SocketAddr) -> TransportError {
     let alert = code.wrapping_sub(CRYPTO_ERRORS);
     if IDENTITY_ALERTS.contains(&alert) {
-        let reason = reason.strip_prefix("invalid peer certificate: ").map_or_else(|| reason.clone(), str::to_owned);
-        TransportError::Unauthenticated { address, reason }
+        TransportError::Unauthenticated { address, reason: verifiers_words(&reason).to_owned() }
     } else if AGREEMENT_ALERTS.contains(&alert) {
         TransportError::Incompatible { address, reason }
     } else {
@@ -328,11 +327,17 @@ fn from_tls(code: u64, reason: String, address: SocketAddr) -> TransportError {
     }
 }
 
+/// The verifier's own words, without what rustls wraps around them.
+fn verifiers_words(reason: &str) -> &str {
+    let words = reason.strip_prefix("invalid peer certificate: ").unwrap_or(reason);
+    words.strip_prefix("Other(OtherError(").and_then(|words| words.strip_suffix("))")).unwrap_or(words)
+}
+
 /// A close that the peer's QUIC or TLS sent.
 fn from_peer_close(code: u64, reason: &[u8], address: SocketAddr) -> TransportError {
     const CONNECTION_REFUSED: u64 = 2;
     let alert = code.wrapping_sub(CRYPTO_ERRORS);
-    let said = peer_text(reason);
+    let said = verifiers_words(&peer_text(reason)).to_owned();
     if code == CONNECTION_REFUSED {
         TransportError::Unreachable { address, reason: "it takes no more connections now" }
     } else if IDENTITY_ALERTS.contains(&alert) {
@@ -348,4 +353,42 @@ fn from_peer_close(code: u64, reason: &[u8], address: SocketAddr) -> TransportEr
 fn peer_text(bytes: &[u8]) -> String {
     let bytes = bytes.get(..limits::REASON_BYTES_MAX).unwrap_or(bytes);
     String::from_utf8_lossy(bytes).chars().flat_map(|c| if c.is_control() { c.escape_default().collect() } else { vec![c] }).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tls_alerts_say_whose_fault_it_is() {
+        let address = SocketAddr::from(([192, 0, 2, 1], 4433));
+        let class = |code| from_tls(code, String::new(), address).class();
+        for (alert, expected) in [
+            (44, ErrorClass::Unauthenticated),
+            (116, ErrorClass::Unauthenticated),
+            (120, ErrorClass::PeerIncompatible),
+            (50, ErrorClass::PeerMisbehaved),
+        ] {
+            assert_eq!(class(CRYPTO_ERRORS + alert), expected, "alert {alert}");
+            assert_eq!(from_peer_close(CRYPTO_ERRORS + alert, b"", address).class(), expected, "alert {alert} from the peer");
+        }
+        assert_eq!(class(10), ErrorClass::PeerMisbehaved, "a QUIC error below the alerts");
+        assert_eq!(from_peer_close(2, b"", address).class(), ErrorClass::PeerUnreachable);
+    }
+
+    #[test]
+    fn the_verifiers_words_come_out_of_their_wrapping() {
+        let wrapped = "invalid peer certificate: Other(OtherError(the peer's certificate is revoked))";
+        assert_eq!(verifiers_words(wrapped), "the peer's certificate is revoked");
+        assert_eq!(verifiers_words("invalid peer certificate: Expired"), "Expired");
+        assert_eq!(verifiers_words("peer sent no certificates"), "peer sent no certificates");
+    }
+
+    #[test]
+    fn reasons_are_cut_at_a_character_and_shown_without_control_characters() {
+        let long = "é".repeat(limits::REASON_BYTES_MAX);
+        assert_eq!(close_reason(&long).len(), limits::REASON_BYTES_MAX);
+        assert_eq!(peer_text("ok\n\u{1b}[31m".as_bytes()), "ok\\n\\u{1b}[31m");
+        assert!(peer_text(&[b'x'; 4096]).len() <= limits::REASON_BYTES_MAX);
+    }
 }

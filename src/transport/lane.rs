@@ -36,18 +36,24 @@ pub struct LaneIo {
 
 impl LaneIo {
     pub(super) fn new(lane: LaneIndex, connection: &quinn::Connection, send: SendStream, receive: RecvStream) -> Self {
-        let sender = LaneSender { stream: send, connection: connection.clone(), sent_bytes: 0 };
+        let sender = LaneSender { stream: send, connection: connection.clone(), sent_bytes: 0, finished: false };
         let receiver = LaneReceiver { stream: receive, connection: connection.clone(), received_bytes: 0 };
         Self { lane, sender, receiver }
     }
+
+    /// Ends the lane in both directions and tells the peer why.
+    pub fn close(self, class: ErrorClass, reason: &str) {
+        self.sender.connection.close(close_code(Some(class)), close_reason(reason));
+    }
 }
 
-/// The sending direction of a lane.
+/// The sending direction of a lane. Dropped before [`finish`](Self::finish), it tells the peer that the bytes are not complete.
 #[derive(Debug)]
 pub struct LaneSender {
     stream: SendStream,
     connection: quinn::Connection,
     sent_bytes: u64,
+    finished: bool,
 }
 
 impl LaneSender {
@@ -85,6 +91,7 @@ impl LaneSender {
     pub async fn finish(&mut self) -> Result<(), TransportError> {
         let address = self.connection.remote_address();
         self.stream.finish().map_err(|_| TransportError::ClosedHere)?;
+        self.finished = true;
         match self.stream.stopped().await {
             Ok(None) => Ok(()),
             Ok(Some(code)) => Err(TransportError::from_write(quinn::WriteError::Stopped(code), address)),
@@ -102,6 +109,15 @@ impl LaneSender {
     #[must_use]
     pub fn stats(&self) -> LinkStats {
         LinkStats::of(&self.connection)
+    }
+}
+
+impl Drop for LaneSender {
+    fn drop(&mut self) {
+        if !self.finished {
+            // WHY: QUIC's own drop would end the stream as if it were complete.
+            let _ = self.stream.reset(close_code(Some(ErrorClass::Cancelled)));
+        }
     }
 }
 
@@ -152,6 +168,13 @@ impl LaneReceiver {
     #[must_use]
     pub fn received_bytes(&self) -> u64 {
         self.received_bytes
+    }
+}
+
+impl Drop for LaneReceiver {
+    fn drop(&mut self) {
+        // Fails when everything was read, and then there is nothing to stop.
+        let _ = self.stream.stop(close_code(Some(ErrorClass::Cancelled)));
     }
 }
 
@@ -262,15 +285,24 @@ impl LanePlan {
             }
         };
         let _ = joined.send(Ok(connection.clone()));
-        tokio::select! {
+        let ended = tokio::select! {
             biased;
-            _ = &mut cancelled => connection.close(close_code(Some(ErrorClass::Cancelled)), close_reason("the lane was given up")),
-            () = stop.requested() => connection.close(close_code(Some(ErrorClass::Cancelled)), close_reason("the gateway stops")),
-            value = task(io) => {
-                connection.close(close_code(None), close_reason("the lane is done"));
+            _ = &mut cancelled => Err("the lane was given up"),
+            () = stop.requested() => Err("the gateway stops"),
+            value = task(io) => Ok(value),
+        };
+        // Here the task is dropped, and with it the lane's streams.
+        let (class, reason) = match ended {
+            Ok(value) => {
                 let _ = result.send(value);
+                (None, "the lane is done")
             }
-        }
+            Err(reason) => (Some(ErrorClass::Cancelled), reason),
+        };
+        // WHY: quinn 0.11 holds a close back while the congestion window is full, and once closed it takes no
+        // acknowledgement that would empty it. So let what is in flight arrive first.
+        tokio::time::sleep(connection.rtt().saturating_mul(2).saturating_add(ACK_DELAY).min(GOODBYE)).await;
+        connection.close(close_code(class), close_reason(reason));
         drop(connection);
         // Stay until the close has been sent, or is not worth waiting for.
         let _ = timeout(GOODBYE, endpoint.wait_idle()).await;
@@ -311,5 +343,7 @@ impl LanePlan {
     }
 }
 
+/// Twice the longest delay that QUIC's defaults give an acknowledgement.
+const ACK_DELAY: Duration = Duration::from_millis(50);
 /// How long a thread stays to tell its peer that it goes.
 pub(super) const GOODBYE: Duration = Duration::from_millis(500);

@@ -8,6 +8,7 @@ use std::time::Duration;
 use bytes::{Buf, Bytes};
 use quinn::{Connection, RecvStream, SendStream, Side};
 use tokio::sync::{Mutex, OwnedSemaphorePermit};
+use tokio::time::timeout;
 
 use super::endpoint::Shared;
 use super::error::{TransportError, close_code, close_reason};
@@ -145,7 +146,20 @@ impl Session {
         self.shared.lanes.expect(key, &self.peer, lanes, handler)
     }
 
-    /// Ends the session and tells the peer why; no class for a normal end.
+    /// Ends the session once the peer's QUIC has every message, or after `within`; no class for a normal end.
+    pub async fn finish(&self, class: Option<ErrorClass>, reason: &str, within: Duration) {
+        let delivered = timeout(within, async {
+            let mut outbox = self.outbox.lock().await;
+            outbox.flush(self.peer_address()).await.ok()?;
+            outbox.stream.finish().ok()?;
+            outbox.stream.stopped().await.ok()
+        });
+        let _ = delivered.await;
+        self.close(class, reason);
+    }
+
+    /// Ends the session at once and tells the peer why; no class for a normal end. Messages on their way may be lost,
+    /// and with many of them the reason as well: [`finish`](Self::finish) delivers first.
     pub fn close(&self, class: Option<ErrorClass>, reason: &str) {
         self.connection.close(close_code(class), close_reason(reason));
     }

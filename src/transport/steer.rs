@@ -182,3 +182,97 @@ fn unpredictable() -> [u8; 8] {
     static COUNTER: AtomicU64 = AtomicU64::new(0);
     KEYS.hash_one(COUNTER.fetch_add(1, Ordering::Relaxed)).to_le_bytes()
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::ErrorKind;
+
+    use super::*;
+
+    fn group(workers: u8) -> SocketGroup {
+        SocketGroup::bind("127.0.0.1:0".parse().unwrap(), workers, 1 << 20).unwrap()
+    }
+
+    /// Which socket of the group gets `payload` from a sender that nobody has seen before.
+    fn receiver(group: &SocketGroup, payload: &[u8]) -> usize {
+        let sender = UdpSocket::bind("127.0.0.1:0").unwrap();
+        sender.send_to(payload, group.session.local_addr().unwrap()).unwrap();
+        let sockets: Vec<_> = std::iter::once(&group.session).chain(&group.workers).collect();
+        let mut buffer = [0; 64];
+        for _ in 0..10_000 {
+            for (index, socket) in sockets.iter().enumerate() {
+                match socket.recv(&mut buffer) {
+                    Ok(_) => return index,
+                    Err(error) => assert_eq!(error.kind(), ErrorKind::WouldBlock),
+                }
+            }
+            std::thread::yield_now();
+        }
+        panic!("nobody got it");
+    }
+
+    fn short(byte: u8) -> Vec<u8> {
+        vec![0x40, byte, 9, 9, 9, 9, 9, 9, 9, 9]
+    }
+
+    fn long(byte: u8) -> Vec<u8> {
+        vec![0xc0, 0, 0, 0, 1, 8, byte, 9, 9, 9, 9, 9, 9, 9]
+    }
+
+    #[test]
+    fn the_first_byte_of_the_connection_id_picks_the_socket_whoever_sends() {
+        for workers in [1, 3, 4] {
+            let group = group(workers);
+            for byte in [0, 1, 2, 3, 4, 5, 100, 254, 255] {
+                let expected = if byte == 0 { 0 } else { 1 + usize::from(byte - 1) % usize::from(workers) };
+                for packet in [short(byte), long(byte)] {
+                    assert_eq!(receiver(&group, &packet), expected, "{workers} workers, byte {byte}");
+                    assert_eq!(receiver(&group, &packet), expected, "{workers} workers, byte {byte}, again");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_no_quic_packet_goes_to_the_session_socket() {
+        let group = group(3);
+        for packet in [&[0x40][..], &[0xc0, 0, 0, 0, 1], &[0xff; 6]] {
+            assert_eq!(receiver(&group, packet), 0, "{packet:?}");
+        }
+    }
+
+    #[test]
+    fn connection_ids_lead_back_to_the_socket_that_issued_them() {
+        let group = group(4);
+        for socket in 0..=4 {
+            let mut ids = SteeredIds { socket };
+            let (first, second) = (ids.generate_cid(), ids.generate_cid());
+            assert_ne!(first, second);
+            assert_eq!(first.len(), ids.cid_len());
+            assert_eq!(receiver(&group, &[&[0x40], &first[..]].concat()), usize::from(socket));
+        }
+    }
+
+    #[test]
+    fn lanes_of_a_migration_get_consecutive_workers_and_never_the_session_socket() {
+        for first in 0..=255 {
+            let bytes: Vec<u8> = (0..16).map(|lane| lane_byte(MigrationId([first; 16]), LaneIndex(lane))).collect();
+            assert!(bytes.iter().all(|byte| *byte != SESSION_BYTE));
+            assert!(bytes.windows(2).all(|pair| pair[1] == pair[0] + 1), "{bytes:?}");
+        }
+    }
+
+    #[test]
+    fn a_second_gateway_cannot_join_the_group_by_accident() {
+        let group = group(2);
+        let address = group.session.local_addr().unwrap();
+        assert_eq!(SocketGroup::bind(address, 2, 1 << 20).unwrap_err().kind(), ErrorKind::AddrInUse);
+    }
+
+    #[test]
+    fn every_socket_has_the_one_port() {
+        let group = group(4);
+        let address = group.session.local_addr().unwrap();
+        assert!(group.workers.iter().all(|worker| worker.local_addr().unwrap() == address));
+    }
+}
