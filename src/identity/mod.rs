@@ -21,6 +21,8 @@ mod error;
 mod keys;
 mod leaf;
 mod peer;
+#[cfg(test)]
+mod tests;
 mod time;
 mod trust;
 mod verifier;
