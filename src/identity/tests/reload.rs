@@ -173,3 +173,33 @@ fn reloads_and_handshakes_at_the_same_time_all_succeed() {
         }
     });
 }
+
+#[test]
+fn a_restart_does_not_forget_crl_numbers_when_told_where_to_remember_them() {
+    let place = Place::new();
+    let ratchet = place.dir.path().join("ratchet.json");
+    let load = || Credentials::load_remembering(place.config("a", &WORLD.good_a), ratchet.clone());
+    place.write_crl("root.crl", &WORLD.root.crl(300, 0, 30, &[&WORLD.good_b.serial]));
+    let a = load().unwrap();
+    place.write_crl("root.crl", &WORLD.root.crl(301, 0, 30, &[&WORLD.good_b.serial]));
+    a.reload().unwrap();
+    drop(a);
+    assert_eq!(code(&load().unwrap(), &WORLD.good_b), Err("revoked"), "the same CRL again is no step back");
+    place.write_crl("root.crl", &WORLD.root.crl(300, 0, 30, &[]));
+    let error = load().map(drop).unwrap_err();
+    assert!(matches!(&error, IdentityError::CrlRollback { found, expected, .. } if found == "012c" && expected == "012d"), "{error}");
+
+    place.write_crl("root.crl", &WORLD.root.crl(302, 0, 30, &[]));
+    let good = fs::read(&ratchet).unwrap();
+    for bad in [b"".as_slice(), b"{}", &good[..good.len() / 2]] {
+        fs::write(&ratchet, bad).unwrap();
+        assert!(matches!(load(), Err(IdentityError::Malformed { what: "CRL ratchet", .. })), "a damaged memory is not an empty one");
+    }
+    fs::write(&ratchet, good).unwrap();
+    let a = load().unwrap();
+    // What cannot be remembered is not put in use.
+    fs::create_dir(place.dir.path().join("ratchet.json.new")).unwrap();
+    place.write_crl("root.crl", &WORLD.root.crl(303, 0, 30, &[&WORLD.good_b.serial]));
+    assert!(matches!(a.reload(), Err(IdentityError::File { action: "write", .. })));
+    assert_eq!(code(&a, &WORLD.good_b), Ok(()));
+}
