@@ -1,6 +1,7 @@
 //! Everything a gateway is and trusts, loaded from files and replaced as a whole on reload.
 
 use std::fmt;
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::SystemTime;
 
@@ -71,10 +72,22 @@ impl Credentials {
     /// # Errors
     /// A file is missing, malformed, exposed, or contradicts another one.
     pub fn load(config: IdentityConfig) -> Result<Arc<Self>, IdentityError> {
+        Self::load_with(config, Ratchet::default())
+    }
+
+    /// As [`load`](Self::load), but CRL numbers do not go back across restarts either: the newest of
+    /// each issuer are remembered in the file `ratchet`.
+    ///
+    /// # Errors
+    /// As [`load`](Self::load); also when the file is malformed, cannot be written, or knows a newer CRL.
+    pub fn load_remembering(config: IdentityConfig, ratchet: PathBuf) -> Result<Arc<Self>, IdentityError> {
+        Self::load_with(config, Ratchet::open(ratchet)?)
+    }
+
+    fn load_with(config: IdentityConfig, mut ratchet: Ratchet) -> Result<Arc<Self>, IdentityError> {
         let provider = provider();
         let state = read_state(&config, &provider, SystemTime::now())?;
-        let mut ratchet = Ratchet::default();
-        ratchet.advance(state.trust.crls());
+        ratchet.advance(state.trust.crls())?;
         let current = Arc::new(Current { state: ArcSwap::from_pointee(state), refusals: Refusals::default() });
         let client = Arc::new(client_config(&provider, &current)?);
         let server = Arc::new(server_config(&provider, &current)?);
@@ -96,8 +109,7 @@ impl Credentials {
             let path = self.config.certificate.clone();
             return Err(IdentityError::IdentityChanged { path, found: state.own.spiffe, expected });
         }
-        ratchet.check(state.trust.crls())?;
-        ratchet.advance(state.trust.crls());
+        ratchet.advance(state.trust.crls())?;
         self.current.state.store(Arc::new(state));
         Ok(())
     }
