@@ -132,3 +132,36 @@ fn a_vmm_that_is_killed_is_unreachable_and_its_memory_is_no_danger() {
     assert!(matches!(source.harvest(), Err(HypervisorError::Unreachable { .. })));
     copy(&PageSet::full(64), source.ram(), source.ram());
 }
+
+/// Not a test of its own: says what another user hears when it attaches.
+#[test]
+fn stranger_process() {
+    let Some(socket) = std::env::var_os("SEALANE_TEST_STRANGER") else { return };
+    let error = AttachedSource::attach(Path::new(&socket), "vm-1", Timeouts::default()).unwrap_err();
+    assert!(error.to_string().contains("only the VMM's own user and root may attach"), "{error}");
+}
+
+#[test]
+fn another_user_is_turned_away_even_if_the_socket_lets_it_in() {
+    use std::os::unix::fs::PermissionsExt;
+    use std::os::unix::process::CommandExt;
+
+    if !std::fs::metadata("/proc/self").is_ok_and(|own| std::os::unix::fs::MetadataExt::uid(&own) == 0) {
+        println!("SKIPPED: only root can become another user");
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let vmm = launch(dir.path(), "old", "running");
+    for (path, mode) in [(dir.path(), 0o755), (&vmm.socket, 0o666)] {
+        std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).unwrap();
+    }
+    // A copy, as the build directory may be closed to others.
+    let own = dir.path().join("stranger");
+    std::fs::copy(std::env::current_exe().unwrap(), &own).unwrap();
+    let mut stranger = std::process::Command::new(&own);
+    stranger.args(["--exact", "stranger_process"]).env("SEALANE_TEST_STRANGER", &vmm.socket).current_dir("/").uid(65534).gid(65534);
+    let output = stranger.output().unwrap();
+    let said = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success() && said.contains("1 passed"), "{said}");
+    AttachedSource::attach(&vmm.socket, "vm-1", Timeouts::default()).unwrap().destroy().unwrap();
+}
