@@ -14,20 +14,23 @@
 //! *Invariants:* `death-changes-nothing` (a connection that ends leaves the guest as it was),
 //! `harvest-delivered` (a harvest that did not reach a gateway is part of the next one),
 //! `one-controller`, `sealed-memory` (a VMM cannot make its gateway fault).
-//! *Read first:* `docs/vmm-protocol.md`, then `protocol.rs`, `server.rs`, `client.rs`, `wire.rs`.
+//! *Read first:* `docs/vmm-protocol.md`, then `protocol.rs`, `guest.rs`, `session.rs`, `server.rs`, `client.rs`, `wire.rs`.
 
 mod client;
+mod guest;
 mod launch;
 mod protocol;
 mod ram_file;
 mod server;
+mod session;
 mod wire;
 
 #[cfg(test)]
 mod tests;
 
 pub use client::{AttachedDestination, AttachedSource, Timeouts, observe};
+pub use guest::{AttachedGuest, Refusal};
 pub use launch::{LaunchTemplate, LaunchVariables, LaunchedVmm, TemplateError};
 pub use protocol::{ATTACH_VERSION, Attachment};
 pub use ram_file::memory_file;
-pub use server::{AttachedGuest, Refusal, bind, serve};
+pub use server::{bind, serve};

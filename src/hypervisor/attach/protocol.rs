@@ -167,9 +167,9 @@ pub(super) fn printable(text: &str, bytes_max: usize) -> String {
 mod tests {
     use super::*;
 
-    fn round_trip(request: Request) {
-        let bytes = serde_json::to_vec(&RequestHeader { sequence: 9, request: request.clone() }).unwrap();
-        assert_eq!(parse::<RequestHeader<Request>>(&bytes).unwrap().request, request);
+    fn round_trip(request: &Request) {
+        let bytes = serde_json::to_vec(&RequestHeader { sequence: 9, request }).unwrap();
+        assert_eq!(parse::<RequestHeader<Request>>(&bytes).unwrap().request, *request);
         assert!(String::from_utf8(bytes).unwrap().contains(request.name()));
     }
 
@@ -190,7 +190,7 @@ mod tests {
             Request::Status,
             Request::Quit,
         ] {
-            round_trip(request);
+            round_trip(&request);
         }
     }
 

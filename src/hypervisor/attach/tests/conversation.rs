@@ -178,3 +178,14 @@ fn quitting_ends_the_server_and_every_observer() {
     assert_eq!(idle.read(&mut [0; 1]).unwrap_or(0), 0);
     assert_eq!(served.calls(), ["quit"]);
 }
+
+#[test]
+fn a_vmm_that_panics_in_a_request_can_still_be_controlled() {
+    let mut served = Served::new(Plain::running());
+    let mut source = AttachedSource::attach(served.path(), "vm-1", timeouts()).unwrap();
+    served.guest().panics = true;
+    assert!(matches!(source.pause(), Err(HypervisorError::Unreachable { .. })));
+    source.resume().unwrap();
+    source.destroy().unwrap();
+    served.join();
+}

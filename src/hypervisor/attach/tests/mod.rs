@@ -44,6 +44,7 @@ struct Plain {
     device_state: Vec<u8>,
     calls: Vec<String>,
     slow: Duration,
+    panics: bool,
 }
 
 impl Plain {
@@ -56,6 +57,7 @@ impl Plain {
             device_state: vec![9; 1000],
             calls: Vec::new(),
             slow: Duration::ZERO,
+            panics: false,
         }
     }
     fn incoming() -> Self {
@@ -90,6 +92,7 @@ impl AttachedGuest for Plain {
         self.note(&format!("throttle {percent}"))
     }
     fn pause(&mut self) -> Result<(), Refusal> {
+        assert!(!self.panics, "planted");
         self.state = RunState::Paused;
         self.note("pause")
     }
@@ -147,7 +150,7 @@ impl<G: AttachedGuest + 'static> Served<G> {
         &self.path
     }
     fn guest(&self) -> std::sync::MutexGuard<'_, G> {
-        self.guest.lock().unwrap()
+        self.guest.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
     fn join(&mut self) {
         self.server.take().unwrap().join().unwrap().unwrap();
