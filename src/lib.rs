@@ -5,4 +5,5 @@ pub mod types;
 
 pub mod hypervisor;
 pub mod memory;
+pub mod vmm;
 pub mod wire;
