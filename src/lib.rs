@@ -20,4 +20,5 @@ pub mod identity;
 pub mod transport;
 pub mod memory;
 pub mod transport;
+pub mod vmm;
 pub mod wire;

@@ -132,6 +132,32 @@ pub const LAUNCH_LOG_TAIL_BYTES_MAX: usize = 2048;
 pub const LAUNCH_ARGUMENTS_MAX: usize = 256;
 /// LIMIT: writer threads of a synthetic guest.
 pub const SYNTHETIC_WRITERS_MAX: u32 = 64;
+/// LIMIT: CPUID leaves of a vCPU; KVM itself accepts no more.
+pub const CPUID_LEAVES_MAX: usize = 256;
+/// LIMIT: MSRs of a vCPU; kernels list about 120, and KVM's header allows 256 in one request.
+pub const MSRS_MAX: usize = 1024;
+/// LIMIT: XSAVE area of a vCPU: 2.7 KiB with AVX-512, 11 KiB with AMX.
+pub const XSAVE_BYTES_MAX: usize = 64 * 1024;
+/// LIMIT: capability and device names in a machine's profile.
+pub const MACHINE_NAMES_MAX: usize = 64;
+/// LIMIT: what the 16550 keeps of received bytes.
+pub const SERIAL_FIFO_BYTES_MAX: usize = 64;
+/// LIMIT: one console line; a longer one is cut into several.
+pub const CONSOLE_LINE_BYTES_MAX: usize = 1024;
+/// LIMIT: console output kept in memory.
+pub const CONSOLE_BUFFER_BYTES_MAX: usize = 1 << 20;
+/// LIMIT: console lines that wait for a slow reader of standard output; more are dropped.
+pub const CONSOLE_QUEUE_LINES_MAX: usize = 1024;
+/// LIMIT: the smallest dirty ring that KVM accepts is a little over its reserve of 576 entries.
+pub const DIRTY_RING_ENTRIES_MIN: u32 = 1024;
+/// LIMIT: x86 Linux reads at most 2048 bytes of command line.
+pub const KERNEL_CMDLINE_BYTES_MAX: usize = 2048;
+/// LIMIT: a vCPU leaves the guest within microseconds; this is for hosts that are badly overloaded.
+pub const PARK_WAIT_MAX: std::time::Duration = std::time::Duration::from_secs(10);
+/// LIMIT: throttled guests keep a hundredth of their time, or they look dead.
+pub const THROTTLE_PERCENT_MAX: u8 = 99;
+/// LIMIT: short against network time-outs of a guest, long against the cost of stopping its vCPUs.
+pub const THROTTLE_PERIOD: std::time::Duration = std::time::Duration::from_millis(40);
 
 // --- configuration, control, journal ------------------------------------------------------------
 
