@@ -25,6 +25,8 @@ pub const STRIPE_PAGES: u64 = 512;
 pub const LANES_MAX: u16 = 16;
 /// LIMIT: one page frame's body: 64 raw pages and their record headers, with room to spare.
 pub const FRAME_BODY_BYTES_MAX: usize = 512 * 1024;
+/// LIMIT: pages that one frame names: 256 MiB of zeroes in nine bytes is as much work as a frame may ask for.
+pub const FRAME_PAGES_MAX: u64 = 1 << 16;
 /// LIMIT: one control message; the largest is a machine description.
 pub const CONTROL_BODY_BYTES_MAX: usize = 1 << 20;
 /// LIMIT: reason texts from a peer, shown to people as the peer's claim.
@@ -105,3 +107,6 @@ const _: () = assert!(FRAME_BODY_BYTES_MAX > 64 * crate::types::PAGE_BYTES);
 const _: () = assert!(10 * (DATAGRAM_BYTES_MAX as usize) < 65_536 - 28);
 const _: () = assert!((CONTROL_WINDOW_BYTES as usize) > 2 * CONTROL_BODY_BYTES_MAX);
 const _: () = assert!(HALF_OPEN_PER_ADDRESS_MAX < HALF_OPEN_MAX);
+const _: () = assert!(FRAME_BODY_BYTES_MAX > BATCH_PAGES_MAX * (crate::types::PAGE_BYTES + 64));
+const _: () = assert!(RAM_BYTES_MAX / (crate::types::PAGE_BYTES as u64) < 1 << 40);
+const _: () = assert!(STRIPE_PAGES.is_multiple_of(64) && STRIPE_PAGES <= FRAME_PAGES_MAX);

@@ -4,13 +4,62 @@
 //! *Never:* async, sockets, hypervisors, clocks; nothing here is shared between two VMs.
 //! *Invariants:* `one-copy` (a guest page is read once per send and everything after works on our
 //! copy), `no-lost-dirt` (owed + in flight + applied = harvested), `lane-affinity` (a page always
-//! uses the same lane).
+//! uses the same lane), `page-scope` (in that scope no page changes the length of another),
+//! `scratch-bound` and `block-bound` (the only indexing here is of buffers of ours whose size
+//! bounds the index).
 //! *Read first:* `layout.rs`, `pages.rs`, `ram.rs`, then `tracker.rs`, `encode.rs`, `decode.rs`.
 
+mod decode;
+mod digest;
+mod encode;
 mod layout;
+mod ledger;
 mod pages;
 mod ram;
+mod tracker;
 
+#[cfg(test)]
+mod tests;
+
+use serde::{Deserialize, Serialize};
+
+pub use decode::{DecodeError, Decoder};
+pub use digest::{StripeDigest, combine_digests, differing_stripes, digest_ram, digest_stripes, stripe_count};
+pub use encode::Encoder;
 pub use layout::{LayoutError, MemoryLayout, lane_of};
 pub use pages::PageSet;
 pub use ram::{GuestRam, RamError};
+pub use tracker::{Tracker, WrongRound};
+
+/// Pages by what became of them on the wire.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PageCounts {
+    /// Only zeroes: sent as a number.
+    pub zero: u64,
+    /// Equal to a page that the destination has; no codec for it yet.
+    pub duplicate: u64,
+    /// Difference to the version that the destination has; no codec for it yet.
+    pub delta: u64,
+    /// Packed in a batch.
+    pub compressed: u64,
+    /// As they are.
+    pub raw: u64,
+}
+
+impl PageCounts {
+    /// All pages.
+    #[must_use]
+    pub fn total(&self) -> u64 {
+        self.zero + self.duplicate + self.delta + self.compressed + self.raw
+    }
+
+    /// Adds the counts of another lane.
+    pub fn add(&mut self, other: &Self) {
+        self.zero += other.zero;
+        self.duplicate += other.duplicate;
+        self.delta += other.delta;
+        self.compressed += other.compressed;
+        self.raw += other.raw;
+    }
+}

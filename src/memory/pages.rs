@@ -1,6 +1,7 @@
 //! Sets of guest pages.
 
-use crate::types::PageNumber;
+use crate::limits::STRIPE_PAGES;
+use crate::types::{LaneIndex, PageNumber};
 
 const WORD_BITS: u64 = 64;
 
@@ -150,6 +151,29 @@ impl PageSet {
         Some((PageNumber(first), (end - first).min(pages_max)))
     }
 
+    /// As [`next_run`](Self::next_run), of the pages that `lane` of `lanes` carries.
+    #[must_use]
+    pub fn next_run_of_lane(&self, lane: LaneIndex, lanes: u16, from: PageNumber, pages_max: u64) -> Option<(PageNumber, u64)> {
+        let (lane, lanes) = (u64::from(lane.0), u64::from(lanes.max(1)));
+        let mut from = from.0;
+        loop {
+            let stripe = from / STRIPE_PAGES;
+            let ahead = (lane % lanes + lanes - stripe % lanes) % lanes;
+            if ahead > 0 {
+                from = stripe.checked_add(ahead)?.checked_mul(STRIPE_PAGES)?;
+            }
+            let (first, count) = self.next_run(PageNumber(from), pages_max)?;
+            let stripe = first.0 / STRIPE_PAGES;
+            if lanes == 1 {
+                return Some((first, count));
+            }
+            if stripe % lanes == lane {
+                return Some((first, count.min((stripe + 1) * STRIPE_PAGES - first.0)));
+            }
+            from = first.0;
+        }
+    }
+
     /// Runs of consecutive members, lowest page first, each at most `pages_max` long.
     pub fn runs(&self, pages_max: u64) -> impl Iterator<Item = (PageNumber, u64)> + '_ {
         let mut from = PageNumber(0);
@@ -190,6 +214,23 @@ mod tests {
     }
 
     proptest! {
+        #[test]
+        fn the_lanes_share_out_every_page_once(words in prop::collection::vec(any::<u64>(), 1..80), lanes in 1u16..9, max in 1u64..600) {
+            let set = PageSet::from_words(words.len() as u64 * 64, &words);
+            let mut seen = PageSet::empty(set.pages());
+            for lane in (0..lanes).map(LaneIndex) {
+                let mut from = PageNumber(0);
+                while let Some((first, count)) = set.next_run_of_lane(lane, lanes, from, max) {
+                    prop_assert!(first >= from && (1..=max).contains(&count));
+                    for page in (first.0..first.0 + count).map(PageNumber) {
+                        prop_assert!(crate::memory::lane_of(page, lanes) == lane && seen.insert(page));
+                    }
+                    from = PageNumber(first.0 + count);
+                }
+            }
+            prop_assert_eq!(seen, set);
+        }
+
         #[test]
         fn behaves_as_a_set_of_integers(pages in 1u64..300, ops in prop::collection::vec((any::<bool>(), 0u64..320), 0..200), max in 1u64..70) {
             let mut set = PageSet::empty(pages);

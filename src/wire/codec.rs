@@ -20,6 +20,9 @@ const JOIN_MAGIC: [u8; 4] = *b"sljn";
 /// signature over anything else.
 const HANDOFF_DOMAIN: &[u8] = b"sealane handoff v1\0";
 
+/// The same for the digest over the lanes' totals.
+const LANES_DOMAIN: &[u8] = b"sealane lanes v1\0";
+
 /// Name of each kind of message; the kind is the place in the list, counted from 1.
 const NAMES: [&str; 10] =
     ["hello", "offer", "accept", "round-end", "round-applied", "state-chunk", "handoff", "audit-head", "failure", "ping"];
@@ -164,6 +167,17 @@ impl HandoffMessage {
     }
 }
 
+impl LaneTotals {
+    /// What the lanes digest of the final state is taken over: a domain, then the totals of every
+    /// lane in order.
+    #[must_use]
+    pub fn canonical_bytes(lanes: &[Self]) -> Vec<u8> {
+        let mut out = LANES_DOMAIN.to_vec();
+        put_lanes(&mut out, lanes);
+        out
+    }
+}
+
 impl Join {
     /// The bytes that open a lane's stream.
     #[must_use]
@@ -201,7 +215,8 @@ impl Join {
 
 /// The longest beginning of `text` that has at most `bytes_max` bytes.
 fn cut(text: &str, bytes_max: usize) -> &str {
-    text.get(..text.floor_char_boundary(bytes_max)).unwrap_or(text)
+    let end = (0..=bytes_max.min(text.len())).rev().find(|end| text.is_char_boundary(*end));
+    end.and_then(|end| text.get(..end)).unwrap_or_default()
 }
 
 fn put_hello(out: &mut Vec<u8>, hello: &Hello) {
@@ -288,7 +303,7 @@ const COMPRESSIONS: [Compression; 2] = [Compression::None, Compression::Lz4];
 const SCOPES: [CompressionScope; 3] = [CompressionScope::Page, CompressionScope::Batch, CompressionScope::Stream];
 const DURABILITIES: [Durability; 3] = [Durability::None, Durability::Destination, Durability::Both];
 
-fn number_of<T: PartialEq>(values: &[T], value: T) -> u8 {
+fn number_of<T: PartialEq + Copy>(values: &[T], value: T) -> u8 {
     values.iter().position(|known| *known == value).and_then(|index| u8::try_from(index + 1).ok()).unwrap_or(0)
 }
 
@@ -301,10 +316,7 @@ fn choice<T: Copy>(reader: &mut Reader<'_>, field: &'static str, expected: &'sta
 fn put_lanes(out: &mut Vec<u8>, lanes: &[LaneTotals]) {
     out.put_length(lanes.len());
     for lane in lanes {
-        out.put_u64(lane.frames);
-        out.put_u64(lane.pages);
-        out.put_u64(lane.bytes);
-        out.put_u128(lane.digest);
+        out.put_totals(lane);
     }
 }
 
@@ -312,12 +324,7 @@ fn lanes(reader: &mut Reader<'_>) -> Result<Vec<LaneTotals>, WireError> {
     let count = reader.length("lanes", 1, usize::from(limits::LANES_MAX))?;
     let mut lanes = Vec::with_capacity(count);
     for _ in 0..count {
-        lanes.push(LaneTotals {
-            frames: reader.u64("frames")?,
-            pages: reader.u64("pages")?,
-            bytes: reader.u64("bytes")?,
-            digest: reader.u128("digest")?,
-        });
+        lanes.push(reader.totals()?);
     }
     Ok(lanes)
 }

@@ -134,7 +134,7 @@ pub struct Accept {
     pub policy_digest: [u8; 32],
 }
 
-/// What one lane carried in one round, or in all rounds.
+/// What one lane carried since its join.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct LaneTotals {
     /// Frames.
@@ -143,7 +143,7 @@ pub struct LaneTotals {
     pub pages: u64,
     /// Bytes of frames, headers included.
     pub bytes: u64,
-    /// Running XXH3-128 over the frame bytes, in order, since the first frame of the lane.
+    /// Running XXH3-128 over the frame bytes, in order.
     pub digest: u128,
 }
 
@@ -156,7 +156,7 @@ pub struct RoundEnd {
     pub round: Round,
     /// Whether the guest was paused before this round's pages were read.
     pub last: bool,
-    /// Totals since the first round, by lane.
+    /// Totals since the join, by lane, the mark of this round included.
     pub lanes: Vec<LaneTotals>,
 }
 
@@ -167,7 +167,7 @@ pub struct RoundApplied {
     pub migration: MigrationId,
     /// The round.
     pub round: Round,
-    /// Totals since the first round, by lane; equal to the source's or the round is not applied.
+    /// Totals since the join, by lane; equal to the source's or the round is not applied.
     pub lanes: Vec<LaneTotals>,
 }
 
@@ -189,7 +189,7 @@ pub struct StateChunk {
 pub struct FinalDigest {
     /// SHA-256 over the device state.
     pub state: [u8; 32],
-    /// SHA-256 over the lane totals of the last round.
+    /// SHA-256 over [`LaneTotals::canonical_bytes`] of the last round.
     pub lanes: [u8; 32],
     /// XXH3-128 tree over every page, when both sides compare memory; zero when they do not.
     pub memory: u128,

@@ -4,7 +4,8 @@
 //! pointers, allocation of a length that a peer named and nobody bounded.
 //! *Invariants:* `bounded-decode` (every length is checked against `limits.rs` before anything is
 //! allocated or skipped), `no-slack` (bytes after the last field are refused), `one-encoding` (a
-//! message has exactly one encoding, so that a signature over it means one thing).
+//! message has exactly one encoding, so that a signature over it means one thing), `bounded-run` (a
+//! run names at least one page and at most `FRAME_PAGES_MAX`).
 //! *Read first:* `PROTOCOL.md`, then `control.rs` and `frame.rs`.
 
 #![deny(clippy::indexing_slicing)]
@@ -13,11 +14,16 @@ mod code;
 mod codec;
 mod control;
 mod error;
+mod frame;
 mod negotiate;
+mod page;
 mod reader;
 
 #[cfg(test)]
 mod tests;
+
+#[doc = include_str!("PROTOCOL.md")]
+pub mod protocol {}
 
 pub use code::ErrorClass;
 pub use codec::{CONTROL_HEADER_BYTES, JOIN_BYTES, decode_control_header};
@@ -26,4 +32,6 @@ pub use control::{
     LaneTotals, Message, Offer, RoundApplied, RoundEnd, SignedHandoff, StateChunk, StreamTerms,
 };
 pub use error::WireError;
+pub use frame::{FRAME_HEADER_BYTES, FrameHeader, FrameKind, decode_round_mark, put_round_mark};
 pub use negotiate::{Negotiated, VERSION_MAX, VERSION_MIN, negotiate};
+pub use page::{Batch, Codec, PagesFrame, Record, Records, Run};

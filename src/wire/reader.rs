@@ -1,7 +1,7 @@
 //! The one bounds-checked way from bytes to fields, and its mirror.
 
-use crate::wire::WireError;
 use crate::wire::error::printable;
+use crate::wire::{LaneTotals, WireError};
 
 /// Reads the fields of one message. Nothing is allocated before its length is checked.
 #[derive(Debug)]
@@ -13,10 +13,6 @@ pub(super) struct Reader<'a> {
 impl<'a> Reader<'a> {
     pub(super) fn new(message: &'static str, bytes: &'a [u8]) -> Self {
         Self { message, rest: bytes }
-    }
-
-    pub(super) fn left(&self) -> usize {
-        self.rest.len()
     }
 
     pub(super) fn take(&mut self, field: &'static str, count: usize) -> Result<&'a [u8], WireError> {
@@ -94,6 +90,11 @@ impl<'a> Reader<'a> {
         WireError::Malformed { message: self.message, field, expected, got: printable(got) }
     }
 
+    pub(super) fn totals(&mut self) -> Result<LaneTotals, WireError> {
+        let (frames, pages, bytes) = (self.u64("frames")?, self.u64("pages")?, self.u64("bytes")?);
+        Ok(LaneTotals { frames, pages, bytes, digest: self.u128("digest")? })
+    }
+
     /// Refuses bytes after the last field.
     pub(super) fn finish(&self) -> Result<(), WireError> {
         if self.rest.is_empty() {
@@ -130,6 +131,13 @@ pub(super) trait Writer {
     /// A length that does not fit is written as the largest number, which every reader refuses.
     fn put_length(&mut self, length: usize) {
         self.put_u32(u32::try_from(length).unwrap_or(u32::MAX));
+    }
+
+    fn put_totals(&mut self, totals: &LaneTotals) {
+        self.put_u64(totals.frames);
+        self.put_u64(totals.pages);
+        self.put_u64(totals.bytes);
+        self.put_u128(totals.digest);
     }
 
     fn put_bytes(&mut self, bytes: &[u8]) {

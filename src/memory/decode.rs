@@ -1,0 +1,371 @@
+//! From frames of one lane, which a peer sent, to guest RAM.
+
+use lz4_flex::block::{DecompressError, decompress_into};
+
+use crate::limits::{BATCH_PAGES_MAX, STRIPE_PAGES};
+use crate::memory::ledger::Ledger;
+use crate::memory::{GuestRam, PageCounts, PageSet, RamError, lane_of};
+use crate::types::{LaneIndex, PAGE_BYTES, PageNumber, Round};
+use crate::wire::{Batch, Codec, ErrorClass, FrameHeader, FrameKind, LaneTotals, Record, Records, Run, WireError, decode_round_mark};
+
+/// A frame that does not belong where it came, or whose pages cannot be expanded.
+#[derive(Debug, thiserror::Error)]
+pub enum DecodeError {
+    /// The bytes are not a frame.
+    #[error("frame {sequence} of lane {lane} is malformed")]
+    Frame {
+        /// The lane.
+        lane: LaneIndex,
+        /// The frame.
+        sequence: u64,
+        /// What is wrong with it.
+        #[source]
+        source: WireError,
+    },
+    /// The body is not as long as the header says.
+    #[error("frame has a body of {got} bytes: expected {expected}")]
+    BodyLength {
+        /// What the header says.
+        expected: usize,
+        /// What came.
+        got: usize,
+    },
+    /// A frame of another lane.
+    #[error("frame names lane {got}: expected lane {expected}")]
+    Lane {
+        /// This lane.
+        expected: LaneIndex,
+        /// The lane in the header.
+        got: LaneIndex,
+    },
+    /// A frame is missing or came twice.
+    #[error("frame of lane {lane} is out of order: expected sequence {expected}, got {got}")]
+    Sequence {
+        /// The lane.
+        lane: LaneIndex,
+        /// The next frame.
+        expected: u64,
+        /// The frame that came.
+        got: u64,
+    },
+    /// A frame of a round that is over or that did not begin.
+    #[error("frame of lane {lane} names round {got}: expected {}round {current}", if *.open { "" } else { "a round after " })]
+    Round {
+        /// The lane.
+        lane: LaneIndex,
+        /// Whether the mark of `current` is still to come.
+        open: bool,
+        /// The last round that had frames.
+        current: Round,
+        /// The round that came.
+        got: Round,
+    },
+    /// A page that the VM does not have.
+    #[error("page {page} is outside guest RAM of {pages} pages")]
+    PageOutOfBounds {
+        /// The page.
+        page: PageNumber,
+        /// Pages of the VM.
+        pages: u64,
+    },
+    /// A page that another lane carries.
+    #[error("page {page} came on lane {got}: expected lane {expected}")]
+    Affinity {
+        /// The page.
+        page: PageNumber,
+        /// The lane that carries it.
+        expected: LaneIndex,
+        /// This lane.
+        got: LaneIndex,
+    },
+    /// A page twice in one round.
+    #[error("page {page} came twice in round {round}: expected once")]
+    PageTwice {
+        /// The page.
+        page: PageNumber,
+        /// The round.
+        round: Round,
+    },
+    /// A block that its codec cannot read.
+    #[error("block of a batch is not valid `{codec}`: expected {expected} bytes of pages")]
+    Block {
+        /// The codec.
+        codec: &'static str,
+        /// Bytes that the batch's pages have.
+        expected: usize,
+    },
+    /// A block that expands to more or fewer bytes than its pages have.
+    #[error("block of a batch expands to the wrong length: expected {expected} bytes, got {got}{}", if got > expected { " or more" } else { "" })]
+    BlockLength {
+        /// Bytes that the batch's pages have.
+        expected: usize,
+        /// Bytes that it expands to, as far as that was followed.
+        got: usize,
+    },
+    /// The source counted something else than came here.
+    #[error("totals of lane {lane} differ: expected {expected:?}, got {got:?}")]
+    Totals {
+        /// The lane.
+        lane: LaneIndex,
+        /// What came here.
+        expected: Box<LaneTotals>,
+        /// What the source says it sent.
+        got: Box<LaneTotals>,
+    },
+    /// Guest RAM could not be written.
+    #[error("cannot write guest RAM")]
+    Ram(#[from] RamError),
+}
+
+impl DecodeError {
+    /// Whose fault it is.
+    #[must_use]
+    pub fn class(&self) -> ErrorClass {
+        match self {
+            Self::Ram(_) => ErrorClass::Local,
+            _ => ErrorClass::PeerMisbehaved,
+        }
+    }
+}
+
+/// Applies the frames of one lane to guest RAM. After an error the lane is worthless: what the RAM
+/// holds is neither the old version nor the new.
+pub struct Decoder {
+    lane: LaneIndex,
+    pages: u64,
+    /// Last round that has frames.
+    round: Round,
+    /// Whether its mark is still to come.
+    open: bool,
+    /// Pages that may hold something else than zeroes, because we wrote them.
+    written: LanePages,
+    /// Pages that came in the open round.
+    seen: LanePages,
+    scratch: Box<[u8]>,
+    ledger: Ledger,
+    counts: PageCounts,
+}
+
+impl std::fmt::Debug for Decoder {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Decoder")
+            .field("lane", &self.lane)
+            .field("round", &self.round)
+            .field("ledger", &self.ledger)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Decoder {
+    /// The decoder of `lane` of `lanes`, for fresh RAM of `pages` pages, all of them zero.
+    #[must_use]
+    pub fn new(lane: LaneIndex, lanes: u16, pages: u64) -> Self {
+        Self {
+            lane,
+            pages,
+            round: Round(0),
+            open: false,
+            written: LanePages::empty(lanes, pages),
+            seen: LanePages::empty(lanes, pages),
+            scratch: vec![0; BATCH_PAGES_MAX * PAGE_BYTES].into(),
+            ledger: Ledger::default(),
+            counts: PageCounts::default(),
+        }
+    }
+
+    /// Applies one frame. Returns the round that it ended, if it did.
+    ///
+    /// # Errors
+    /// [`DecodeError`]; some of the frame's pages may have been written.
+    pub fn apply(&mut self, header: &FrameHeader, body: &[u8], ram: &GuestRam) -> Result<Option<Round>, DecodeError> {
+        self.check_header(header, body)?;
+        let malformed = |source| DecodeError::Frame { lane: header.lane, sequence: header.sequence, source };
+        if header.kind == FrameKind::RoundMark {
+            // SPEC: PROTOCOL.md#must-mark-totals
+            let got = decode_round_mark(body).map_err(malformed)?;
+            let expected = self.ledger.totals();
+            if got != expected {
+                return Err(DecodeError::Totals { lane: self.lane, expected: Box::new(expected), got: Box::new(got) });
+            }
+            self.end_round(header.round);
+            self.ledger.count(&[&header.encode(), body], 0);
+            return Ok(Some(header.round));
+        }
+        (self.round, self.open) = (header.round, true);
+        let pages_before = self.counts.total();
+        for record in Records::new(header, body) {
+            match record.map_err(malformed)? {
+                Record::Zero(run) => self.zero(run, ram)?,
+                Record::Raw { run, bytes } => {
+                    self.accept(run)?;
+                    ram.write(run.first(), bytes)?;
+                    self.written.insert(run);
+                    self.counts.raw += run.count();
+                }
+                Record::Batch(batch) => self.batch(&batch, ram)?,
+                Record::Padding(_) => {}
+            }
+        }
+        self.ledger.count(&[&header.encode(), body], self.counts.total() - pages_before);
+        Ok(None)
+    }
+
+    fn check_header(&self, header: &FrameHeader, body: &[u8]) -> Result<(), DecodeError> {
+        if header.lane != self.lane {
+            return Err(DecodeError::Lane { expected: self.lane, got: header.lane });
+        }
+        // SPEC: PROTOCOL.md#must-sequence
+        let expected = self.ledger.next_sequence();
+        if header.sequence != expected {
+            return Err(DecodeError::Sequence { lane: self.lane, expected, got: header.sequence });
+        }
+        // SPEC: PROTOCOL.md#must-round-order
+        let in_order = if self.open { header.round == self.round } else { header.round > self.round };
+        if !in_order {
+            return Err(DecodeError::Round { lane: self.lane, open: self.open, current: self.round, got: header.round });
+        }
+        if body.len() != header.body_bytes {
+            return Err(DecodeError::BodyLength { expected: header.body_bytes, got: body.len() });
+        }
+        Ok(())
+    }
+
+    fn end_round(&mut self, round: Round) {
+        (self.round, self.open) = (round, false);
+        self.seen.clear();
+    }
+
+    /// Takes a run of this round: inside the RAM, on its lane, and for the first time.
+    fn accept(&mut self, run: Run) -> Result<(), DecodeError> {
+        if run.end().0 > self.pages {
+            return Err(DecodeError::PageOutOfBounds { page: PageNumber(run.first().0.max(self.pages)), pages: self.pages });
+        }
+        // SPEC: PROTOCOL.md#must-lane-affinity
+        if let Some((page, expected)) = self.seen.stranger(run, self.lane) {
+            return Err(DecodeError::Affinity { page, expected, got: self.lane });
+        }
+        // SPEC: PROTOCOL.md#must-page-once
+        self.seen.insert_new(run).map_err(|page| DecodeError::PageTwice { page, round: self.round })
+    }
+
+    /// Clears pages that we wrote before; the others are zero and stay unallocated.
+    fn zero(&mut self, run: Run, ram: &GuestRam) -> Result<(), DecodeError> {
+        self.accept(run)?;
+        while let Some((first, count)) = self.written.take_run(run) {
+            ram.clear(first, count)?;
+        }
+        self.counts.zero += run.count();
+        Ok(())
+    }
+
+    fn batch(&mut self, batch: &Batch<'_>, ram: &GuestRam) -> Result<(), DecodeError> {
+        for run in batch.runs() {
+            self.accept(run)?;
+        }
+        let expected = batch.pages * PAGE_BYTES;
+        // INVARIANT(scratch-bound): a batch has at most BATCH_PAGES_MAX pages, checked by `Records`.
+        let pages = &mut self.scratch[..expected];
+        // WHY: a codec's bug must not show a peer's block what an earlier one left here.
+        pages.fill(0);
+        let got = match batch.codec {
+            Codec::Lz4 => decompress_into(batch.block, pages),
+        };
+        match got {
+            Ok(got) if got == expected => {}
+            Ok(got) => return Err(DecodeError::BlockLength { expected, got }),
+            Err(DecompressError::OutputTooSmall { expected: got, .. }) => return Err(DecodeError::BlockLength { expected, got }),
+            Err(_) => return Err(DecodeError::Block { codec: batch.codec.name(), expected }),
+        }
+        let mut rest: &[u8] = pages;
+        for run in batch.runs() {
+            let (pages, after) = rest.split_at(run.bytes().min(rest.len()));
+            ram.write(run.first(), pages)?;
+            self.written.insert(run);
+            rest = after;
+        }
+        self.counts.compressed += batch.pages as u64;
+        Ok(())
+    }
+
+    /// The lane joined again: sequence and totals begin anew, and what was interrupted comes again
+    /// in a later round.
+    pub fn rejoin(&mut self) {
+        self.ledger = Ledger::default();
+        self.end_round(self.round);
+    }
+
+    /// What this lane carried since its join.
+    #[must_use]
+    pub fn totals(&self) -> LaneTotals {
+        self.ledger.totals()
+    }
+
+    /// Pages received by how they came, since this decoder exists.
+    #[must_use]
+    pub fn counts(&self) -> PageCounts {
+        self.counts
+    }
+}
+
+/// A set of the pages of one lane, without room for those of the others: a lane's stripes count as
+/// if they lay back to back. Takes runs that lie on the lane only.
+struct LanePages {
+    set: PageSet,
+    lanes: u16,
+}
+
+impl LanePages {
+    fn empty(lanes: u16, pages: u64) -> Self {
+        let lanes = lanes.max(1);
+        let stripes = pages.div_ceil(STRIPE_PAGES).div_ceil(u64::from(lanes));
+        Self { set: PageSet::empty(stripes * STRIPE_PAGES), lanes }
+    }
+
+    /// The first page of a run that is not on `lane`, and its lane.
+    fn stranger(&self, run: Run, lane: LaneIndex) -> Option<(PageNumber, LaneIndex)> {
+        let last_stripe = (run.end().0 - 1) / STRIPE_PAGES;
+        (run.first().0 / STRIPE_PAGES..=last_stripe)
+            .map(|stripe| PageNumber(run.first().0.max(stripe * STRIPE_PAGES)))
+            .map(|page| (page, lane_of(page, self.lanes)))
+            .find(|(_, owner)| *owner != lane)
+    }
+
+    fn local(&self, page: PageNumber) -> PageNumber {
+        let stripe = page.0 / STRIPE_PAGES / u64::from(self.lanes);
+        PageNumber(stripe * STRIPE_PAGES + page.0 % STRIPE_PAGES)
+    }
+
+    fn insert(&mut self, run: Run) {
+        let first = self.local(run.first()).0;
+        for page in first..first + run.count() {
+            self.set.insert(PageNumber(page));
+        }
+    }
+
+    /// Adds a run, or gives its first page that was there already.
+    fn insert_new(&mut self, run: Run) -> Result<(), PageNumber> {
+        let first = self.local(run.first()).0;
+        for index in 0..run.count() {
+            if !self.set.insert(PageNumber(first + index)) {
+                return Err(PageNumber(run.first().0 + index));
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes the first members that lie in `run` out, as pages of the VM.
+    fn take_run(&mut self, run: Run) -> Option<(PageNumber, u64)> {
+        let local = self.local(run.first()).0;
+        let end = local + run.count();
+        let (first, count) = self.set.next_run(PageNumber(local), run.count()).filter(|(first, _)| first.0 < end)?;
+        let count = count.min(end - first.0);
+        for page in first.0..first.0 + count {
+            self.set.remove(PageNumber(page));
+        }
+        Some((PageNumber(run.first().0 + (first.0 - local)), count))
+    }
+
+    fn clear(&mut self) {
+        self.set.take();
+    }
+}

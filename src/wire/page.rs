@@ -1,0 +1,316 @@
+//! The body of a frame of pages: records, written in place and read without a copy.
+
+use crate::limits;
+use crate::types::{LaneIndex, PAGE_BYTES, PageNumber, Round};
+use crate::wire::WireError;
+use crate::wire::frame::{FRAME_HEADER_BYTES, FrameHeader, FrameKind};
+use crate::wire::reader::{Reader, Writer};
+
+const RUN_BYTES: usize = 8;
+const RUN_FIRST_BITS: u32 = 40;
+
+const ZERO: u8 = 1;
+const RAW: u8 = 2;
+const BATCH: u8 = 3;
+const PADDING: u8 = 4;
+const PADDING_HEADER_BYTES: usize = 5;
+
+/// LIMIT: padded frames differ in length by at least a page.
+const BUCKET_BYTES_MIN: usize = PAGE_BYTES;
+
+/// Consecutive pages, at least one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Run {
+    first: PageNumber,
+    count: u64,
+}
+
+impl Run {
+    /// `count` pages from `first` on, if both fit a record.
+    #[must_use]
+    pub fn new(first: PageNumber, count: u64) -> Option<Self> {
+        ((1..=limits::FRAME_PAGES_MAX).contains(&count) && first.0 >> RUN_FIRST_BITS == 0).then_some(Self { first, count })
+    }
+
+    /// The first page.
+    #[must_use]
+    pub fn first(self) -> PageNumber {
+        self.first
+    }
+
+    /// Pages, at least one and at most `FRAME_PAGES_MAX`.
+    #[must_use]
+    pub fn count(self) -> u64 {
+        self.count
+    }
+
+    /// The page after the last.
+    #[must_use]
+    pub fn end(self) -> PageNumber {
+        PageNumber(self.first.0 + self.count)
+    }
+
+    /// Bytes of the pages.
+    #[must_use]
+    pub fn bytes(self) -> usize {
+        // INVARIANT(bounded-run): count <= FRAME_PAGES_MAX, checked by every constructor.
+        usize::try_from(self.count).unwrap_or(0) * PAGE_BYTES
+    }
+
+    fn number(self) -> u64 {
+        self.first.0 | self.count << RUN_FIRST_BITS
+    }
+
+    fn decode(reader: &mut Reader<'_>, count_max: u64) -> Result<Self, WireError> {
+        let number = reader.u64("run")?;
+        let count = reader.bounded("pages of run", number >> RUN_FIRST_BITS, 1, count_max)?;
+        Ok(Self { first: PageNumber(number & ((1 << RUN_FIRST_BITS) - 1)), count })
+    }
+}
+
+/// How the block of one batch is packed. Every batch names its own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Codec {
+    /// LZ4 block format, without a length in front.
+    Lz4,
+}
+
+impl Codec {
+    /// The codec's name, as errors show it.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Lz4 => "lz4",
+        }
+    }
+
+    fn number(self) -> u8 {
+        match self {
+            Self::Lz4 => 1,
+        }
+    }
+}
+
+/// Pages that were packed together.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Batch<'a> {
+    /// How the block is packed.
+    pub codec: Codec,
+    /// Pages in all runs, at least one and at most `BATCH_PAGES_MAX`.
+    pub pages: usize,
+    /// The packed pages, fewer bytes than the pages have.
+    pub block: &'a [u8],
+    runs: &'a [u8],
+}
+
+impl<'a> Batch<'a> {
+    /// The runs whose pages stand in the block one after the other.
+    pub fn runs(&self) -> impl Iterator<Item = Run> + use<'a> {
+        let (runs, _) = self.runs.as_chunks::<RUN_BYTES>();
+        runs.iter().map(|bytes| {
+            let number = u64::from_le_bytes(*bytes);
+            Run { first: PageNumber(number & ((1 << RUN_FIRST_BITS) - 1)), count: number >> RUN_FIRST_BITS }
+        })
+    }
+}
+
+/// One record of a frame, borrowed from its body. Whether the pages exist, and on this lane, is
+/// for the reader of the record to check.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Record<'a> {
+    /// Pages that hold only zeroes.
+    Zero(Run),
+    /// Pages as they are.
+    Raw {
+        /// Which pages.
+        run: Run,
+        /// Their bytes, exactly `run.bytes()`.
+        bytes: &'a [u8],
+    },
+    /// Pages packed together.
+    Batch(Batch<'a>),
+    /// So many bytes that mean nothing and hide the length of the frame.
+    Padding(usize),
+}
+
+/// The records of one frame's body, one at a time. Ends after the first error.
+#[derive(Debug)]
+pub struct Records<'a> {
+    reader: Reader<'a>,
+    left: u32,
+    pages_left: u64,
+    ended: bool,
+}
+
+impl<'a> Records<'a> {
+    /// The records of `body`, which has to hold exactly `header.records` of them.
+    #[must_use]
+    pub fn new(header: &FrameHeader, body: &'a [u8]) -> Self {
+        let reader = Reader::new("pages frame", body);
+        Self { reader, left: header.records, pages_left: limits::FRAME_PAGES_MAX, ended: false }
+    }
+
+    fn record(&mut self) -> Result<Option<Record<'a>>, WireError> {
+        if self.left == 0 {
+            return self.reader.finish().map(|()| None);
+        }
+        self.left -= 1;
+        let reader = &mut self.reader;
+        let record = match reader.u8("record kind")? {
+            ZERO => Record::Zero(Run::decode(reader, self.pages_left)?),
+            RAW => {
+                let run = Run::decode(reader, self.pages_left)?;
+                Record::Raw { run, bytes: reader.take("raw pages", run.bytes())? }
+            }
+            BATCH => Record::Batch(batch(reader, self.pages_left)?),
+            PADDING => {
+                reader.bounded("records after padding", self.left, 0, 0)?;
+                let bytes = reader.bytes("padding", limits::FRAME_BODY_BYTES_MAX)?;
+                if bytes.iter().any(|byte| *byte != 0) {
+                    return Err(reader.malformed("padding", "zeroes", b"other bytes"));
+                }
+                Record::Padding(bytes.len())
+            }
+            other => return reader.known("record kind", "1 (zero), 2 (raw), 3 (batch) or 4 (padding)", u64::from(other), None),
+        };
+        self.pages_left -= match record {
+            Record::Zero(run) | Record::Raw { run, .. } => run.count,
+            Record::Batch(batch) => batch.pages as u64,
+            Record::Padding(_) => 0,
+        };
+        Ok(Some(record))
+    }
+}
+
+impl<'a> Iterator for Records<'a> {
+    type Item = Result<Record<'a>, WireError>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        if self.ended {
+            return None;
+        }
+        let record = self.record().transpose();
+        self.ended = !matches!(record, Some(Ok(_)));
+        record
+    }
+}
+
+fn batch<'a>(reader: &mut Reader<'a>, pages_left: u64) -> Result<Batch<'a>, WireError> {
+    let number = reader.u8("codec")?;
+    let codec = reader.known("codec", "1 (lz4)", u64::from(number), (number == Codec::Lz4.number()).then_some(Codec::Lz4))?;
+    let count = reader.u16("runs")?;
+    let count = reader.bounded("runs", count, 1, limits::BATCH_PAGES_MAX as u64)?;
+    let runs = reader.take("runs", usize::from(count) * RUN_BYTES)?;
+    let mut pages = 0;
+    let mut runs_reader = Reader::new("pages frame", runs);
+    for _ in 0..count {
+        let left = (limits::BATCH_PAGES_MAX as u64).min(pages_left) - pages;
+        pages += Run::decode(&mut runs_reader, left)?.count;
+    }
+    let pages = usize::try_from(pages).unwrap_or(limits::BATCH_PAGES_MAX);
+    let block_bytes = reader.length("block length", 1, pages * PAGE_BYTES - 1)?;
+    Ok(Batch { codec, pages, block: reader.take("block", block_bytes)?, runs })
+}
+
+/// Writes one frame of pages at the end of a buffer.
+#[derive(Debug)]
+pub struct PagesFrame<'a> {
+    out: &'a mut Vec<u8>,
+    start: usize,
+    records: u32,
+    pages: u64,
+}
+
+impl<'a> PagesFrame<'a> {
+    /// Room that `pages` pages take at most, whatever records they end up in.
+    #[must_use]
+    pub const fn room_for(pages: usize) -> usize {
+        pages * (1 + RUN_BYTES + PAGE_BYTES)
+    }
+
+    /// Begins a frame behind what `out` holds.
+    #[must_use]
+    pub fn begin(out: &'a mut Vec<u8>) -> Self {
+        let start = out.len();
+        out.put(&[0; FRAME_HEADER_BYTES]);
+        Self { out, start, records: 0, pages: 0 }
+    }
+
+    fn body_bytes(&self) -> usize {
+        self.out.len().saturating_sub(self.start + FRAME_HEADER_BYTES)
+    }
+
+    /// Whether so many more pages fit, as bytes and as pages, with a padding record behind them.
+    #[must_use]
+    pub fn fits(&self, pages: usize) -> bool {
+        self.body_bytes() + Self::room_for(pages) + PADDING_HEADER_BYTES <= limits::FRAME_BODY_BYTES_MAX
+            && self.pages + pages as u64 <= limits::FRAME_PAGES_MAX
+    }
+
+    /// Pages written so far.
+    #[must_use]
+    pub fn pages(&self) -> u64 {
+        self.pages
+    }
+
+    fn record(&mut self, kind: u8, pages: u64) {
+        self.records = self.records.saturating_add(1);
+        self.pages += pages;
+        self.out.put_u8(kind);
+    }
+
+    /// Adds pages that hold only zeroes.
+    pub fn zero(&mut self, run: Run) {
+        self.record(ZERO, run.count);
+        self.out.put_u64(run.number());
+    }
+
+    /// Adds pages as they are; `bytes` has exactly `run.bytes()`.
+    pub fn raw(&mut self, run: Run, bytes: &[u8]) {
+        debug_assert_eq!(run.bytes(), bytes.len());
+        self.record(RAW, run.count);
+        self.out.put_u64(run.number());
+        self.out.put(bytes);
+    }
+
+    /// Adds the pages of `runs`, packed into `block`.
+    pub fn batch(&mut self, codec: Codec, runs: &[Run], block: &[u8]) {
+        self.record(BATCH, runs.iter().map(|run| run.count).sum());
+        self.out.put_u8(codec.number());
+        self.out.put_u16(u16::try_from(runs.len()).unwrap_or(u16::MAX));
+        for run in runs {
+            self.out.put_u64(run.number());
+        }
+        self.out.put_bytes(block);
+    }
+
+    /// Fills a frame that has records with zeroes up to the next of few lengths: a sixteenth of the
+    /// power of two above, so that a length tells four bits and its order of magnitude, and padding costs an eighth at most
+    /// of all but the shortest frames.
+    pub fn pad(&mut self) {
+        if self.records == 0 {
+            return;
+        }
+        let bare = self.body_bytes() + PADDING_HEADER_BYTES;
+        let bucket = (bare.next_power_of_two() / 16).max(BUCKET_BYTES_MIN);
+        let padding = bare.next_multiple_of(bucket).min(limits::FRAME_BODY_BYTES_MAX).saturating_sub(bare);
+        self.record(PADDING, 0);
+        self.out.put_length(padding);
+        self.out.resize(self.out.len() + padding, 0);
+    }
+
+    /// Writes the header; a frame without records leaves no bytes and gives none.
+    #[must_use]
+    pub fn finish(self, lane: LaneIndex, round: Round, sequence: u64) -> Option<FrameHeader> {
+        if self.records == 0 {
+            self.out.truncate(self.start);
+            return None;
+        }
+        let body_bytes = self.body_bytes();
+        let header = FrameHeader { kind: FrameKind::Pages, lane, round, sequence, records: self.records, body_bytes };
+        for (to, from) in self.out.iter_mut().skip(self.start).zip(header.encode()) {
+            *to = from;
+        }
+        Some(header)
+    }
+}
