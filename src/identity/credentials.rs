@@ -1,6 +1,7 @@
 //! Everything a gateway is and trusts, loaded from files and replaced as a whole on reload.
 
 use std::fmt;
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::SystemTime;
 
@@ -65,16 +66,28 @@ impl Credentials {
     /// Reads every file.
     ///
     /// Dates are judged at each handshake, not here: a gateway whose certificate or CRL has expired must
-    /// still start, because it may have a guest to resume. [`days_left`](Self::days_left) and
+    /// still start, because it may have a guest to resume. [`own_standing`](Self::own_standing) and
     /// [`next_crl_expiry`](Self::next_crl_expiry) say so.
     ///
     /// # Errors
     /// A file is missing, malformed, exposed, or contradicts another one.
     pub fn load(config: IdentityConfig) -> Result<Arc<Self>, IdentityError> {
+        Self::load_with(config, Ratchet::default())
+    }
+
+    /// As [`load`](Self::load), but CRL numbers do not go back across restarts either: the newest of
+    /// each issuer are remembered in the file `ratchet`.
+    ///
+    /// # Errors
+    /// As [`load`](Self::load); also when the file is malformed, cannot be written, or knows a newer CRL.
+    pub fn load_remembering(config: IdentityConfig, ratchet: PathBuf) -> Result<Arc<Self>, IdentityError> {
+        Self::load_with(config, Ratchet::open(ratchet)?)
+    }
+
+    fn load_with(config: IdentityConfig, mut ratchet: Ratchet) -> Result<Arc<Self>, IdentityError> {
         let provider = provider();
         let state = read_state(&config, &provider, SystemTime::now())?;
-        let mut ratchet = Ratchet::default();
-        ratchet.advance(state.trust.crls());
+        ratchet.advance(state.trust.crls())?;
         let current = Arc::new(Current { state: ArcSwap::from_pointee(state), refusals: Refusals::default() });
         let client = Arc::new(client_config(&provider, &current)?);
         let server = Arc::new(server_config(&provider, &current)?);
@@ -84,6 +97,7 @@ impl Credentials {
     /// Reads every file again and, only if all of them are good, puts them in use at once.
     ///
     /// Live connections are not touched: their owner calls [`identify`](Self::identify) for each.
+    /// Reads files, so async callers move it off their runtime.
     ///
     /// # Errors
     /// As [`load`](Self::load); also when the SPIFFE ID changed or a CRL is older than one already
@@ -96,8 +110,7 @@ impl Credentials {
             let path = self.config.certificate.clone();
             return Err(IdentityError::IdentityChanged { path, found: state.own.spiffe, expected });
         }
-        ratchet.check(state.trust.crls())?;
-        ratchet.advance(state.trust.crls());
+        ratchet.advance(state.trust.crls())?;
         self.current.state.store(Arc::new(state));
         Ok(())
     }
@@ -148,6 +161,15 @@ impl Credentials {
         let algorithms = &self.provider.signature_verification_algorithms;
         // Leaf rules demand both purposes, so either role gives the same answer.
         Ok(self.current.state().trust.verify(chain, PeerRole::Client, algorithms, now)?)
+    }
+
+    /// Verifies our own chain as a peer with the same trust would: for start-up warnings and `doctor`.
+    ///
+    /// # Errors
+    /// [`IdentityError::Refused`] with the reason that peers would have.
+    pub fn own_standing(&self) -> Result<PeerIdentity, IdentityError> {
+        let certified = Arc::clone(&self.current.state().certified);
+        self.identify(&certified.cert)
     }
 
     /// The key that signs this gateway's evidence.

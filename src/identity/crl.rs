@@ -2,21 +2,24 @@
 
 use std::cmp::Ordering;
 use std::collections::BTreeMap;
+use std::io::ErrorKind;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
 use rustls::pki_types::CertificateRevocationListDer;
 use rustls::pki_types::pem::PemObject;
+use serde::{Deserialize, Serialize};
 use x509_parser::certificate::X509Certificate;
 use x509_parser::error::X509Error;
 use x509_parser::prelude::FromDer;
 use x509_parser::revocation_list::CertificateRevocationList;
 
 use super::error::IdentityError;
+use super::files;
 use super::keys::read_bounded;
-use super::leaf::{hex, sha256};
-use super::time::from_seconds;
+use super::leaf::{hex, sha256, unhex};
+use super::time::{from_seconds, to_seconds};
 use crate::limits;
 
 /// A CRL number: up to 20 octets, so it is compared as bytes.
@@ -158,25 +161,86 @@ fn check_signature(crl: &CertificateRevocationList<'_>, path: &Path, roots: &[X5
 #[derive(Debug, Clone, Default)]
 pub(super) struct Ratchet {
     seen: BTreeMap<(String, Vec<u8>), Age>,
+    /// Where it is remembered across restarts.
+    path: Option<PathBuf>,
 }
 
+/// One line of the ratchet file.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Remembered {
+    trust_domain: String,
+    issuer: String,
+    number: String,
+    this_update_seconds: i64,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RatchetFile {
+    schema: String,
+    seen: Vec<Remembered>,
+}
+
+const RATCHET_SCHEMA: &str = "sealane.crl-ratchet/1";
+
 impl Ratchet {
-    /// Refuses when a CRL is older than one seen.
-    pub(super) fn check<'a>(&self, crls: impl Iterator<Item = (&'a str, &'a Crl)>) -> Result<(), IdentityError> {
+    /// Reads what an earlier process remembered; a missing file is the first start.
+    pub(super) fn open(path: PathBuf) -> Result<Self, IdentityError> {
+        let missing = |error: &IdentityError| matches!(error, IdentityError::File { source, .. } if source.kind() == ErrorKind::NotFound);
+        let bytes = match read_bounded(&path, "CRL ratchet", limits::PEM_FILE_BYTES_MAX) {
+            Ok(bytes) => bytes,
+            Err(error) if missing(&error) => return Ok(Self { seen: BTreeMap::new(), path: Some(path) }),
+            Err(error) => return Err(error),
+        };
+        // A file that cannot be read is not the same as none: forgetting is what an attacker would want.
+        let malformed = || IdentityError::Malformed { what: "CRL ratchet", path: path.clone(), expected: "`sealane.crl-ratchet/1`" };
+        let file: RatchetFile = serde_json::from_slice(&bytes).map_err(|_| malformed())?;
+        if file.schema != RATCHET_SCHEMA {
+            return Err(malformed());
+        }
+        let mut seen = BTreeMap::new();
+        for line in file.seen {
+            let (Some(issuer), Some(number)) = (unhex(&line.issuer), unhex(&line.number)) else { return Err(malformed()) };
+            let age = Age { number: CrlNumber::new(&number), this_update: from_seconds(line.this_update_seconds) };
+            seen.insert((line.trust_domain, issuer), age);
+        }
+        Ok(Self { seen, path: Some(path) })
+    }
+
+    fn save(&self) -> Result<(), IdentityError> {
+        let Some(path) = &self.path else { return Ok(()) };
+        let line = |((domain, issuer), age): (&(String, Vec<u8>), &Age)| Remembered {
+            trust_domain: domain.clone(),
+            issuer: hex(issuer),
+            number: age.number.text(),
+            this_update_seconds: to_seconds(age.this_update),
+        };
+        let file = RatchetFile { schema: RATCHET_SCHEMA.to_owned(), seen: self.seen.iter().map(line).collect() };
+        let bytes = serde_json::to_vec_pretty(&file).map_err(|error| IdentityError::File {
+            action: "write",
+            what: "CRL ratchet",
+            path: path.clone(),
+            source: error.into(),
+        })?;
+        files::write(path, "CRL ratchet", &bytes, files::PRIVATE)
+    }
+
+    /// Refuses when a CRL is older than one seen; otherwise remembers all of them, on disk before in memory.
+    pub(super) fn advance<'a>(&mut self, crls: impl Iterator<Item = (&'a str, &'a Crl)>) -> Result<(), IdentityError> {
+        let mut next = self.clone();
         for (domain, crl) in crls {
             if let Some(seen) = self.seen.get(&(domain.to_owned(), crl.issuer_der.clone())).filter(|seen| crl.age < **seen) {
                 let (found, expected) = (crl.age.number.text(), seen.number.text());
                 return Err(IdentityError::CrlRollback { path: crl.path.clone(), found, expected });
             }
+            next.seen.insert((domain.to_owned(), crl.issuer_der.clone()), crl.age.clone());
         }
+        if next.seen != self.seen {
+            next.save()?;
+        }
+        *self = next;
         Ok(())
-    }
-
-    /// Remembers CRLs that are now in use.
-    pub(super) fn advance<'a>(&mut self, crls: impl Iterator<Item = (&'a str, &'a Crl)>) {
-        for (domain, crl) in crls {
-            self.seen.insert((domain.to_owned(), crl.issuer_der.clone()), crl.age.clone());
-        }
     }
 }
 

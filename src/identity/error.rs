@@ -118,6 +118,9 @@ pub enum RefusalReason {
         /// The trust domain presented.
         domain: String,
     },
+    /// The peer cannot sign with the key of the certificate that it presents.
+    #[error("the peer does not hold the key of the certificate that it presented")]
+    KeyNotHeld,
     /// A signature in the chain does not verify.
     #[error("a signature in the peer's certificate chain is wrong")]
     BadSignature,
@@ -213,6 +216,7 @@ impl RefusalReason {
             Self::IssuerExpired { .. } => "issuer-expired",
             Self::RootsExpired { .. } => "roots-expired",
             Self::UnknownIssuer { .. } => "unknown-issuer",
+            Self::KeyNotHeld => "key-not-held",
             Self::BadSignature => "bad-signature",
             Self::IssuerNotAuthority => "issuer-not-authority",
             Self::PathLengthExceeded => "path-length-exceeded",

@@ -8,7 +8,7 @@
 //! - `own-roots`: the roots are chosen by the trust domain of the presented SPIFFE ID before path validation.
 //! - `raw-names`: exactly one URI name, counted on the raw names.
 //! - `fail-closed`: no CRL, an expired one, or none that covers a certificate of the path refuses the peer.
-//! - `forward-only`: a CRL older than one already used is never put in use by this process.
+//! - `forward-only`: a CRL older than one already used is never put in use: by this process, and after a restart where a ratchet file is given.
 //! - `all-or-nothing`: a reload replaces everything or nothing.
 //! - `full-handshake`: no tickets, no resumption, no early data: every connection proves its identity anew.
 //!
@@ -18,9 +18,12 @@ pub mod authority;
 mod credentials;
 mod crl;
 mod error;
+mod files;
 mod keys;
 mod leaf;
 mod peer;
+#[cfg(test)]
+mod tests;
 mod time;
 mod trust;
 mod verifier;

@@ -86,3 +86,21 @@ impl PeerIdentity {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Duration;
+
+    #[test]
+    fn days_left_counts_whole_days_and_goes_negative() {
+        let peer = PeerIdentity::for_tests("spiffe://dc1.test/gateway/a", 7);
+        let day = Duration::from_secs(86_400);
+        let end = peer.not_after();
+        assert_eq!(peer.days_left(end), 0);
+        assert_eq!(peer.days_left(end - day), 1);
+        assert_eq!(peer.days_left(end - (day - Duration::from_secs(1))), 0);
+        assert_eq!(peer.days_left(end + Duration::from_secs(1)), -1);
+        assert_eq!(peer.days_left(end + day), -2);
+    }
+}

@@ -65,7 +65,6 @@ impl Refusals {
 pub fn refusal_reason(error: &rustls::Error) -> Option<RefusalReason> {
     match error {
         rustls::Error::InvalidCertificate(CertificateError::Other(OtherError(inner))) => inner.downcast_ref().cloned(),
-        rustls::Error::InvalidCertificate(CertificateError::BadSignature) => Some(RefusalReason::BadSignature),
         rustls::Error::NoCertificatesPresented => Some(RefusalReason::NoCertificate),
         _ => None,
     }
@@ -97,15 +96,15 @@ impl GatewayVerifier {
     ) -> Result<(), rustls::Error> {
         let now = from_unix(now);
         let chain: Vec<_> = std::iter::once(end_entity).chain(intermediates).map(|der| CertificateDer::from(der.as_ref())).collect();
-        let Err(reason) = self.current.state().trust.verify(&chain, role, &self.algorithms, now) else { return Ok(()) };
-        self.current.refusals.push(Refusal {
-            at: now,
-            role,
-            claimed: leaf::claimed_uri(end_entity),
-            leaf_sha256: leaf::sha256(end_entity),
-            reason: reason.clone(),
-        });
-        Err(rustls::Error::InvalidCertificate(CertificateError::Other(OtherError(Arc::new(reason)))))
+        let verified = self.current.state().trust.verify(&chain, role, &self.algorithms, now);
+        verified.map(drop).map_err(|reason| self.refuse(end_entity, role, now, reason))
+    }
+
+    fn refuse(&self, end_entity: &CertificateDer<'_>, role: PeerRole, at: SystemTime, reason: RefusalReason) -> rustls::Error {
+        let claimed = leaf::claimed_uri(end_entity);
+        let leaf_sha256 = leaf::sha256(end_entity);
+        self.current.refusals.push(Refusal { at, role, claimed, leaf_sha256, reason: reason.clone() });
+        rustls::Error::InvalidCertificate(CertificateError::Other(OtherError(Arc::new(reason))))
     }
 
     fn verify_tls13(
@@ -113,8 +112,13 @@ impl GatewayVerifier {
         message: &[u8],
         certificate: &CertificateDer<'_>,
         signature: &DigitallySignedStruct,
+        role: PeerRole,
     ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        verify_tls13_signature(message, certificate, signature, &self.algorithms)
+        verify_tls13_signature(message, certificate, signature, &self.algorithms).map_err(|error| match error {
+            // A good certificate in the wrong hands is worth a line in the audit log.
+            rustls::Error::InvalidCertificate(_) => self.refuse(certificate, role, SystemTime::now(), RefusalReason::KeyNotHeld),
+            other => other,
+        })
     }
 }
 
@@ -150,7 +154,7 @@ impl ServerCertVerifier for GatewayVerifier {
         certificate: &CertificateDer<'_>,
         signature: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        self.verify_tls13(message, certificate, signature)
+        self.verify_tls13(message, certificate, signature, PeerRole::Server)
     }
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
@@ -196,7 +200,7 @@ impl ClientCertVerifier for GatewayVerifier {
         certificate: &CertificateDer<'_>,
         signature: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, rustls::Error> {
-        self.verify_tls13(message, certificate, signature)
+        self.verify_tls13(message, certificate, signature, PeerRole::Client)
     }
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {

@@ -7,9 +7,8 @@
 //! - `index-first`: a revocation is in the index before it is in a CRL, so no later CRL can lose it.
 //! - `numbers-grow`: each CRL has a number larger than all before it, also after a crash.
 //!
-//! *Read first:* this file; `files.rs` is how things get to disk, `show.rs` reads any certificate or CRL.
+//! *Read first:* this file; `../files.rs` is how things get to disk, `show.rs` reads any certificate or CRL.
 
-mod files;
 mod show;
 #[cfg(test)]
 mod tests;
@@ -28,8 +27,9 @@ use rustls::pki_types::PrivatePkcs8KeyDer;
 use serde::{Deserialize, Serialize};
 
 use super::error::IdentityError;
+use super::files;
 use super::keys::{read_bounded, read_private};
-use super::leaf::hex;
+use super::leaf::{hex, unhex};
 use crate::types::{PeerName, SpiffeId};
 use crate::{limits, types};
 
@@ -373,11 +373,4 @@ fn generate(what: &'static str) -> impl Fn(rcgen::Error) -> IdentityError {
 
 fn seconds(time: SystemTime) -> u64 {
     time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs()
-}
-
-fn unhex(text: &str) -> Option<Vec<u8>> {
-    if !text.is_ascii() || !text.len().is_multiple_of(2) {
-        return None;
-    }
-    text.as_bytes().chunks_exact(2).map(|pair| u8::from_str_radix(std::str::from_utf8(pair).ok()?, 16).ok()).collect()
 }

@@ -5,7 +5,7 @@ use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use crate::identity::error::IdentityError;
+use super::error::IdentityError;
 
 /// Mode of files that only their owner may read.
 pub(super) const PRIVATE: u32 = 0o600;
