@@ -399,6 +399,8 @@ impl World {
         self.refuse("intermediate-not-yet-valid", young.leaf(&gateway_id("a"), |_| {}).with(&[&young]), "issuer-not-yet-valid");
         let no_ca = self.root.intermediate("no authority", |p| p.is_ca = IsCa::ExplicitNoCa);
         self.refuse("issued-by-a-leaf", no_ca.leaf(&gateway_id("a"), |_| {}).with(&[&no_ca]), "issuer-not-authority");
+        let no_sign = self.root.intermediate("no cert sign", |p| p.key_usages = vec![Ku::CrlSign, Ku::DigitalSignature]);
+        self.refuse("issuer-without-cert-sign", no_sign.leaf(&gateway_id("a"), |_| {}).with(&[&no_sign]), "issuer-not-authority");
         let purpose = self.root.intermediate("code signing only", |p| p.extended_key_usages = vec![Eku::CodeSigning]);
         self.refuse("intermediate-purpose", purpose.leaf(&gateway_id("a"), |_| {}).with(&[&purpose]), "issuer-purpose");
         let short = self.root.intermediate("path length 0", |p| p.is_ca = IsCa::Ca(BasicConstraints::Constrained(0)));
@@ -410,6 +412,15 @@ impl World {
         });
         let outside = constrained.leaf(&gateway_id("a"), |p| p.subject_alt_names.push(SanType::DnsName("x.test".try_into().unwrap())));
         self.refuse("name-constraint", outside.with(&[&constrained]), "name-constraint");
+        let uri_constrained = self.root.intermediate("constrained to URIs", |p| {
+            // permittedSubtrees: uniformResourceIdentifier ".test", which covers the leaf by RFC 5280 and which webpki cannot evaluate.
+            let content = [&[0x30, 0x0b, 0xa0, 0x09, 0x30, 0x07, 0x86, 0x05], b".test".as_slice()].concat();
+            let mut extension = CustomExtension::from_oid_content(&[2, 5, 29, 30], content);
+            extension.set_criticality(true);
+            p.custom_extensions.push(extension);
+        });
+        let unclear = uri_constrained.leaf(&gateway_id("a"), |_| {}).with(&[&uri_constrained]);
+        self.refuse("uri-name-constraint", unclear, "name-constraint");
 
         let mut chain: Vec<Ca> = vec![self.root.intermediate("step 0", |_| {})];
         for name in ["step 1", "step 2", "step 3", "step 4", "step 5", "step 6"] {
@@ -421,11 +432,18 @@ impl World {
         let padded = self.root.leaf(&gateway_id("a"), |_| {}).with(&[&rogue; 7]);
         self.refuse("padded-chain", padded, "chain-too-long");
 
-        let constrained_crl = constrained.crl(1, 0, 30, &[]);
-        let crls =
-            [(&purpose, "purpose"), (&short, "short"), (&below, "below"), (&no_ca, "no-ca"), (&expired, "expired"), (&young, "young")];
-        let mut files: Vec<_> = crls.iter().map(|(ca, name)| (format!("{name}.crl"), ca.crl(1, 0, 30, &[]))).collect();
-        files.push(("constrained.crl".to_owned(), constrained_crl));
+        let crls = [
+            (&purpose, "purpose"),
+            (&short, "short"),
+            (&below, "below"),
+            (&no_ca, "no-ca"),
+            (&no_sign, "no-sign"),
+            (&expired, "expired"),
+            (&young, "young"),
+            (&constrained, "constrained"),
+            (&uri_constrained, "uri-constrained"),
+        ];
+        let files = crls.iter().map(|(ca, name)| (format!("{name}.crl"), ca.crl(1, 0, 30, &[]))).collect();
         self.domains.push(Domain { name: DOMAIN, root_pem: self.root.pem.clone(), crls: files });
     }
 

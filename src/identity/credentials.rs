@@ -66,7 +66,7 @@ impl Credentials {
     /// Reads every file.
     ///
     /// Dates are judged at each handshake, not here: a gateway whose certificate or CRL has expired must
-    /// still start, because it may have a guest to resume. [`days_left`](Self::days_left) and
+    /// still start, because it may have a guest to resume. [`own_standing`](Self::own_standing) and
     /// [`next_crl_expiry`](Self::next_crl_expiry) say so.
     ///
     /// # Errors
@@ -97,6 +97,7 @@ impl Credentials {
     /// Reads every file again and, only if all of them are good, puts them in use at once.
     ///
     /// Live connections are not touched: their owner calls [`identify`](Self::identify) for each.
+    /// Reads files, so async callers move it off their runtime.
     ///
     /// # Errors
     /// As [`load`](Self::load); also when the SPIFFE ID changed or a CRL is older than one already
@@ -160,6 +161,15 @@ impl Credentials {
         let algorithms = &self.provider.signature_verification_algorithms;
         // Leaf rules demand both purposes, so either role gives the same answer.
         Ok(self.current.state().trust.verify(chain, PeerRole::Client, algorithms, now)?)
+    }
+
+    /// Verifies our own chain as a peer with the same trust would: for start-up warnings and `doctor`.
+    ///
+    /// # Errors
+    /// [`IdentityError::Refused`] with the reason that peers would have.
+    pub fn own_standing(&self) -> Result<PeerIdentity, IdentityError> {
+        let certified = Arc::clone(&self.current.state().certified);
+        self.identify(&certified.cert)
     }
 
     /// The key that signs this gateway's evidence.

@@ -1,11 +1,12 @@
 //! Private keys: reading them, refusing exposed ones, and the gateway's Ed25519 signatures.
 
 use std::fmt;
-use std::fs::File;
+use std::fs::{File, OpenOptions};
 use std::io::Read;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::Path;
 
+use nix::fcntl::OFlag;
 use ring::signature::{ED25519, Ed25519KeyPair, KeyPair, UnparsedPublicKey};
 use rustls::pki_types::PrivatePkcs8KeyDer;
 use rustls::pki_types::pem::PemObject;
@@ -82,8 +83,15 @@ pub(super) fn read_private(path: &Path, what: &'static str) -> Result<Vec<u8>, I
     read_open(&file, path, what, limits::PEM_FILE_BYTES_MAX)
 }
 
+/// Opens a regular file. A pipe or device would make a reload wait for whoever holds its other end.
 fn open(path: &Path, what: &'static str) -> Result<File, IdentityError> {
-    File::open(path).map_err(|source| IdentityError::File { action: "read", what, path: path.to_owned(), source })
+    let failed = |source| IdentityError::File { action: "read", what, path: path.to_owned(), source };
+    let file = OpenOptions::new().read(true).custom_flags(OFlag::O_NONBLOCK.bits()).open(path).map_err(failed)?;
+    if file.metadata().map_err(failed)?.is_file() {
+        Ok(file)
+    } else {
+        Err(IdentityError::Malformed { what, path: path.to_owned(), expected: "a regular file" })
+    }
 }
 
 fn read_open(file: &File, path: &Path, what: &'static str, limit: u64) -> Result<Vec<u8>, IdentityError> {

@@ -142,10 +142,10 @@ impl TrustDomain {
             .build();
         webpki::EndEntityCert::try_from(end_entity)
             .and_then(|certificate| {
-                let purpose = Purpose::of(role);
-                let verified =
-                    certificate.verify_for_usage(algorithms.all, &anchors, intermediates, to_unix(now), purpose, Some(revocation), None);
-                verified.map(drop)
+                let (purpose, time) = (Purpose::of(role), to_unix(now));
+                certificate
+                    .verify_for_usage(algorithms.all, &anchors, intermediates, time, purpose, Some(revocation), Some(&issuers_may_issue))
+                    .map(drop)
             })
             .map_err(|error| self.reason(name, leaf, now, error))
     }
@@ -195,6 +195,19 @@ impl TrustDomain {
         let of_issuer = self.crls.iter().filter(|crl| crl.issuer_der == leaf.issuer_der);
         of_issuer.into_iter().any(|crl| matches!(crl.list.find_serial(&leaf.serial_der), Ok(Some(_))))
     }
+}
+
+/// webpki looks at an issuer's BasicConstraints only; one whose KeyUsage lacks keyCertSign may not issue.
+fn issuers_may_issue(path: &webpki::VerifiedPath<'_>) -> Result<(), webpki::Error> {
+    for issuer in path.intermediate_certificates() {
+        let der = issuer.der();
+        let (_, issuer) = X509Certificate::from_der(&der).map_err(|_| webpki::Error::BadDer)?;
+        let usage = issuer.key_usage().map_err(|_| webpki::Error::MalformedExtensions)?;
+        if usage.is_some_and(|usage| !usage.value.key_cert_sign()) {
+            return Err(webpki::Error::EndEntityUsedAsCa);
+        }
+    }
+    Ok(())
 }
 
 /// Requires an ExtendedKeyUsage of the leaf, and honours one of an issuer.

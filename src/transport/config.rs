@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use quinn::congestion::CubicConfig;
 use quinn::{AckFrequencyConfig, EndpointConfig, IdleTimeout, MtuDiscoveryConfig, NoneTokenLog, NoneTokenStore, VarInt};
 
 use super::error::TransportError;
@@ -120,6 +121,9 @@ impl TransportConfig {
         let mut transport = self.transport(purpose);
         transport.max_concurrent_bidi_streams(VarInt::from_u32(0));
         transport.receive_window(VarInt::from_u32(limits::UNAUTHORISED_WINDOW_BYTES));
+        if purpose == Purpose::Lane {
+            transport.congestion_controller_factory(Arc::new(receivers_congestion()));
+        }
         let mut config = quinn::ServerConfig::with_crypto(tls.server());
         let mut tokens = quinn::ValidationTokenConfig::default();
         tokens.sent(0).log(Arc::new(NoneTokenLog));
@@ -161,7 +165,9 @@ impl TransportConfig {
             .allow_spin(false)
             .initial_mtu(self.initial_mtu);
         let (receive, send, mtu) = match purpose {
-            Purpose::Session => (limits::CONTROL_WINDOW_BYTES, limits::CONTROL_WINDOW_BYTES, self.mtu_upper_bound.min(SESSION_DATAGRAM_BYTES)),
+            Purpose::Session => {
+                (limits::CONTROL_WINDOW_BYTES, limits::CONTROL_WINDOW_BYTES, self.mtu_upper_bound.min(SESSION_DATAGRAM_BYTES))
+            }
             Purpose::Lane => (self.lane_receive_window_bytes, self.lane_send_window_bytes, self.mtu_upper_bound),
         };
         let mut discovery = MtuDiscoveryConfig::default();
@@ -187,6 +193,14 @@ impl TransportConfig {
             Purpose::Lane => self.lane_receive_window_bytes,
         })
     }
+}
+
+/// WHY: the receiving end of a lane sends acknowledgements and window updates only, but many. In quinn 0.11 they can fill
+/// the initial congestion window, and a full window holds back window updates and, for good, a close.
+fn receivers_congestion() -> CubicConfig {
+    let mut config = CubicConfig::default();
+    config.initial_window(1 << 20);
+    config
 }
 
 /// Payload of control datagrams: an Ethernet frame without IPv6 and UDP headers. Control messages gain nothing from more.

@@ -155,10 +155,8 @@ impl Endpoint {
             .connect_with(config, address, &tls::server_name(address))
             .map_err(|error| TransportError::from_connect(error, address))?;
         let failed = |error| TransportError::from_connection(error, address);
-        let connection = timeout(within, connecting)
-            .await
-            .map_err(|_| TransportError::Unreachable { address, reason: "no answer" })?
-            .map_err(failed)?;
+        let connection =
+            timeout(within, connecting).await.map_err(|_| TransportError::Unreachable { address, reason: "no answer" })?.map_err(failed)?;
         let refuse = |error: TransportError| {
             connection.close(close_code(Some(error.class())), close_reason("you are not the gateway that was called"));
             error
@@ -214,8 +212,8 @@ impl Endpoint {
             return Ok(endpoint.clone());
         }
         let _runtime = self.runtime.enter();
-        let socket = steer::client_socket(address, self.shared.config.socket_buffer_bytes)
-            .map_err(TransportError::socket("open", address))?;
+        let socket =
+            steer::client_socket(address, self.shared.config.socket_buffer_bytes).map_err(TransportError::socket("open", address))?;
         let config = self.shared.config.endpoint(Purpose::Session, steer::SESSION_BYTE);
         let endpoint =
             quinn::Endpoint::new(config, None, socket, Arc::new(TokioRuntime)).map_err(TransportError::socket("drive", address))?;

@@ -140,7 +140,10 @@ impl Session {
     /// The migration expects lanes already, or the call makes no sense on this session.
     pub fn expect_lanes(&self, migration: MigrationId, lanes: u16, handler: LaneHandler) -> Result<LaneGate, TransportError> {
         if self.connection.side() != Side::Server || !(1..=limits::LANES_MAX).contains(&lanes) {
-            return Err(TransportError::Misuse { action: "expect lanes", expected: "a session that the peer connected, and 1 to 16 lanes" });
+            return Err(TransportError::Misuse {
+                action: "expect lanes",
+                expected: "a session that the peer connected, and 1 to 16 lanes",
+            });
         }
         let key = JoinKey::new(&self.connection, migration)?;
         self.shared.lanes.expect(key, &self.peer, lanes, handler)

@@ -70,6 +70,17 @@ fn expiry_of_our_own_certificate_does_not_keep_us_from_starting() {
 }
 
 #[test]
+fn our_own_standing_is_what_peers_with_our_trust_would_say() {
+    let place = Place::new();
+    let standing = |name: &str| {
+        let variant = WORLD.variants.iter().find(|variant| variant.name == name).unwrap();
+        place.gateway(name, &variant.leaf).own_standing().unwrap_err().refusal().unwrap().code()
+    };
+    assert_eq!((standing("expired"), standing("revoked"), standing("wrong-ca")), ("expired", "revoked", "unknown-issuer"));
+    assert_eq!(place.gateway("a", &WORLD.good_a).own_standing().unwrap().spiffe().as_str(), gateway_id("a"));
+}
+
+#[test]
 fn the_next_crl_expiry_is_the_earliest_of_all() {
     let mut place = Place::new();
     place.trust.truncate(2);
@@ -186,10 +197,21 @@ fn oversized_files_are_refused_before_they_are_read_whole() {
     let config = place.config("a", &WORLD.good_a);
     fs::write(&place.trust[0].roots, vec![b' '; limit + 1]).unwrap();
     assert!(matches!(load_error(config), IdentityError::TooLarge { what: "root certificates", .. }));
-    // An endless file, too.
-    let mut config = place.config("a", &WORLD.good_a);
-    config.certificate = PathBuf::from("/dev/zero");
-    assert!(matches!(load_error(config), IdentityError::TooLarge { .. }));
+}
+
+#[test]
+fn pipes_devices_and_directories_are_refused_without_waiting_for_them() {
+    let place = Place::new();
+    let pipe = place.dir.path().join("pipe");
+    nix::unistd::mkfifo(&pipe, nix::sys::stat::Mode::S_IRUSR).unwrap();
+    for path in [pipe, PathBuf::from("/dev/zero"), place.dir.path().to_owned()] {
+        for field in 0..3 {
+            let mut config = place.config("a", &WORLD.good_a);
+            *[&mut config.certificate, &mut config.key, &mut config.signing_key][field] = path.clone();
+            let message = load_error(config).to_string();
+            assert!(message.ends_with("expected a regular file"), "{message}");
+        }
+    }
 }
 
 #[test]

@@ -116,3 +116,32 @@ fn a_flood_of_refusals_is_bounded_and_counted() {
     assert_eq!(gateway.drain_refusals().len(), crate::limits::REFUSALS_KEPT_MAX);
     assert!(gateway.drain_refusals().is_empty());
 }
+
+#[test]
+fn no_flipped_byte_and_no_prefix_of_a_chain_is_accepted() {
+    let gateway = Place::new().gateway("a", &WORLD.good_a);
+    let good = &WORLD.good_intermediate.chain;
+    assert!(gateway.identify(good).is_ok());
+    for (position, certificate) in good.iter().enumerate() {
+        let with = |der: Vec<u8>| {
+            let mut chain = good.clone();
+            chain[position] = der.into();
+            gateway.identify(&chain)
+        };
+        for index in 0..certificate.len() {
+            let mut flipped = certificate.to_vec();
+            flipped[index] ^= 0x01;
+            assert!(with(flipped).is_err(), "certificate {position}, byte {index} flipped");
+            assert!(with(certificate[..index].to_vec()).is_err(), "certificate {position} cut at {index}");
+        }
+    }
+}
+
+#[test]
+fn the_order_of_intermediates_and_useless_ones_do_not_matter() {
+    let gateway = Place::new().gateway("a", &WORLD.good_a);
+    let mut chain = WORLD.good_intermediate.chain.clone();
+    chain.insert(1, WORLD.other_root.der.clone());
+    chain.push(b"junk".to_vec().into());
+    assert!(gateway.identify(&chain).is_ok());
+}

@@ -62,9 +62,8 @@ impl Raw {
 /// A pair with two live migrations, and the source's credentials for mischief.
 async fn two_migrations() -> (Pair, Arc<Credentials>, [LaneGate; 2]) {
     let pair = Pair::new(config()).await;
-    let gates = [MIGRATION, OTHER].map(|migration| {
-        pair.theirs.expect_lanes(migration, 2, Arc::new(|io| Box::pin(lanes::drain(io)))).unwrap()
-    });
+    let gates =
+        [MIGRATION, OTHER].map(|migration| pair.theirs.expect_lanes(migration, 2, Arc::new(|io| Box::pin(lanes::drain(io)))).unwrap());
     let credentials = Arc::clone(&pair.credentials);
     (pair, credentials, gates)
 }
@@ -231,7 +230,9 @@ async fn a_peer_gets_one_stream_and_no_other() {
     send.write_all(&Message::Ping.encode_framed()).await.unwrap();
     let session = within(destination.accept()).await.unwrap().unwrap();
     assert_eq!(within(session.receive()).await.unwrap(), Message::Ping);
-    let more = async { tokio::select! { _ = raw.connection.open_bi() => "two-way", _ = raw.connection.open_uni() => "one-way" } };
+    let more = async {
+        tokio::select! { _ = raw.connection.open_bi() => "two-way", _ = raw.connection.open_uni() => "one-way" }
+    };
     assert!(tokio::time::timeout(Duration::from_millis(100), more).await.is_err());
     assert!(raw.connection.max_datagram_size().is_none(), "datagrams are off");
 }
@@ -255,7 +256,10 @@ async fn a_stalled_handshake_does_not_hold_up_another() {
         let refused = refusal(&destination).await;
         assert!(matches!(refused.reason, TransportError::TimedOut { .. }), "{}", refused.reason);
     };
-    within(async { tokio::select! { _ = stall => panic!("the stalled peer got through"), () = work => {} } }).await;
+    within(async {
+        tokio::select! { _ = stall => panic!("the stalled peer got through"), () = work => {} }
+    })
+    .await;
     link.end();
 }
 
@@ -289,11 +293,21 @@ impl ServerCertVerifier for Blind {
         Ok(ServerCertVerified::assertion())
     }
 
-    fn verify_tls12_signature(&self, _: &[u8], _: &CertificateDer<'_>, _: &DigitallySignedStruct) -> Result<HandshakeSignatureValid, rustls::Error> {
+    fn verify_tls12_signature(
+        &self,
+        _: &[u8],
+        _: &CertificateDer<'_>,
+        _: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
         Ok(HandshakeSignatureValid::assertion())
     }
 
-    fn verify_tls13_signature(&self, _: &[u8], _: &CertificateDer<'_>, _: &DigitallySignedStruct) -> Result<HandshakeSignatureValid, rustls::Error> {
+    fn verify_tls13_signature(
+        &self,
+        _: &[u8],
+        _: &CertificateDer<'_>,
+        _: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
         Ok(HandshakeSignatureValid::assertion())
     }
 
