@@ -1,4 +1,4 @@
-//! Sealane: a secure gateway for live-migrating virtual machines.
+#![doc = include_str!("../ARCHITECTURE.md")]
 
 pub mod limits;
 pub mod types;
@@ -6,19 +6,19 @@ pub mod types;
 pub mod memory;
 pub mod migration;
 pub mod policy;
+pub mod wire;
+
+pub mod audit;
+pub mod hypervisor;
+pub mod identity;
+pub mod journal;
+pub mod telemetry;
+pub mod transport;
+pub mod vmm;
+
+pub mod engine;
+
 pub mod cli;
 pub mod config;
 pub mod control;
-pub mod hypervisor;
-pub mod journal;
-pub mod memory;
-pub mod telemetry;
-pub mod wire;
-
-pub mod hypervisor;
-pub mod identity;
-pub mod transport;
-pub mod memory;
-pub mod transport;
-pub mod vmm;
-pub mod wire;
+pub mod gateway;

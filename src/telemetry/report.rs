@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::{Problem, ReportSchema};
+use crate::memory::PageCounts;
 use crate::types::{MigrationId, SpiffeId, VmName};
 
 /// What a finished migration did.
@@ -116,21 +117,6 @@ pub enum Mode {
     Postcopy,
     /// One pass before the switch, the rest after.
     Hybrid,
-}
-
-/// Pages by how they were sent.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-pub struct PageCounts {
-    /// All zero.
-    pub zero: u64,
-    /// Equal to a page of this VM that the destination has.
-    pub duplicate: u64,
-    /// As a difference to the version that the destination has.
-    pub delta: u64,
-    /// Compressed.
-    pub compressed: u64,
-    /// As they are.
-    pub raw: u64,
 }
 
 /// Where the downtime went.

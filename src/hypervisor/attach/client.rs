@@ -331,7 +331,7 @@ impl Link {
     fn status(&mut self) -> Result<GuestStatus, HypervisorError> {
         let reply = self.call(&Request::Status, &[], 0)?;
         let Answer::Status(mut status) = reply.answer else { return Err(self.unexpected("status", &reply)) };
-        status.last_line = status.last_line.map(|line| printable(&line, limits::CONSOLE_LINE_BYTES_MAX));
+        status.last_line = status.last_line.map(|line| printable(&line, limits::STATUS_LINE_BYTES_MAX));
         Ok(status)
     }
 

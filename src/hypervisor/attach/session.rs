@@ -225,7 +225,7 @@ fn saved(payload: Vec<u8>) -> Result<Reply, Denial> {
 }
 
 fn bounded(mut status: GuestStatus) -> GuestStatus {
-    status.last_line = status.last_line.map(|line| printable(&line, limits::CONSOLE_LINE_BYTES_MAX));
+    status.last_line = status.last_line.map(|line| printable(&line, limits::STATUS_LINE_BYTES_MAX));
     status
 }
 

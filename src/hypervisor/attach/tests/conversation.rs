@@ -159,7 +159,7 @@ fn observers_read_the_status_while_another_gateway_controls() {
     let (attachment, status) = observe(served.path(), "vm-1", timeouts()).unwrap();
     assert_eq!((attachment.state, status.state), (RunState::Running, RunState::Running));
     let line = status.last_line.unwrap();
-    assert!(line.starts_with("beat\\u{7} x") && line.len() <= crate::limits::CONSOLE_LINE_BYTES_MAX);
+    assert!(line.starts_with("beat\\u{7} x") && line.len() <= crate::limits::STATUS_LINE_BYTES_MAX);
 }
 
 #[test]
