@@ -182,6 +182,9 @@ pub const THROTTLE_PERCENT_MAX: u8 = 99;
 /// LIMIT: short against network time-outs of a guest, long against the cost of stopping its vCPUs.
 pub const THROTTLE_PERIOD: std::time::Duration = std::time::Duration::from_millis(40);
 
+/// LIMIT: a flat binary given to `vmm run --kernel`: the conventional memory below the VGA hole.
+pub const FLAT_IMAGE_BYTES_MAX: u64 = 0x9_0000;
+
 // --- configuration, control, journal ------------------------------------------------------------
 
 /// LIMIT: the configuration file; ten thousand VMs take under 4 MiB.

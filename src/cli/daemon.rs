@@ -235,3 +235,11 @@ fn socket(flags: &DaemonFlags) -> Result<PathBuf, Problem> {
 fn configured(file: &Path) -> Result<PathBuf, Problem> {
     super::config::load_text(file).map(|config| config.gateway.control_socket)
 }
+
+/// Runs the daemon in this process until it is told to stop.
+pub(super) fn gateway(flags: &super::flags::GatewayFlags) -> Ending {
+    crate::telemetry::init_logging(flags.log_json)
+        .map_err(|error| Problem::new(crate::telemetry::ErrorClass::Bug, crate::telemetry::chain(&error)))?;
+    crate::gateway::run(&flags.config)?;
+    Ok(Exit::Done)
+}

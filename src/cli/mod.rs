@@ -6,18 +6,23 @@
 //! codes come from `control::exit_of` and `control::exit_of_report`).
 //! *Read first:* `flags.rs`, then `daemon.rs` and `follow.rs`.
 
+mod audit;
+mod bench;
 mod config;
 mod daemon;
+mod demo;
 mod doctor;
 mod flags;
 mod follow;
 mod manual;
 mod output;
-mod pending;
+mod pki;
+mod policy;
 mod render;
 #[cfg(test)]
 mod tests;
 mod tools;
+mod vmm;
 
 use std::process::ExitCode;
 
@@ -58,8 +63,8 @@ pub fn run() -> ExitCode {
 
 fn dispatch(command: Command, out: Out) -> Ending {
     match command {
-        Command::Demo(flags) => pending::demo(&flags),
-        Command::Gateway(flags) => pending::gateway(&flags),
+        Command::Demo(flags) => demo::demo(&flags, out),
+        Command::Gateway(flags) => daemon::gateway(&flags),
         Command::Migrate(flags) => daemon::migrate(&flags, out),
         Command::Plan(flags) => daemon::plan(&flags, out),
         Command::Vms(flags) => daemon::vms(&flags, out),
@@ -69,11 +74,11 @@ fn dispatch(command: Command, out: Out) -> Ending {
         Command::History(flags) => daemon::history(&flags, out),
         Command::Cancel(flags) => daemon::cancel(&flags, out),
         Command::Set(flags) => daemon::set(&flags, out),
-        Command::Pki(command) => pending::pki(&command),
-        Command::Policy(command) => pending::policy(&command),
-        Command::Audit(command) => pending::audit(&command),
-        Command::Vmm(command) => pending::vmm(&command),
-        Command::Bench(flags) => pending::bench(&flags),
+        Command::Pki(command) => pki::pki(&command, out),
+        Command::Policy(command) => policy::policy(&command, out),
+        Command::Audit(command) => audit::audit(&command, out),
+        Command::Vmm(command) => vmm::vmm(&command),
+        Command::Bench(flags) => bench::bench(&flags, out),
         Command::Doctor(flags) => doctor::doctor(&flags, out),
         Command::Config(ConfigCommand::Check(flags)) => config::check(&flags, out),
         Command::Completion(flags) => manual::completion(&flags, out),

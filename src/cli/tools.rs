@@ -246,9 +246,9 @@ pub enum VmmCommand {
 #[derive(Debug, Args)]
 #[command(group = clap::ArgGroup::new("boot").required(true).args(["kernel", "payload", "incoming"]))]
 pub struct VmmRunFlags {
-    /// The guest's memory.
-    #[arg(long, value_name = "SIZE", value_parser = quantity::<ByteSize>)]
-    pub memory: ByteSize,
+    /// The guest's memory; what arrives decides it for `--incoming`.
+    #[arg(long, value_name = "SIZE", required_unless_present = "incoming", conflicts_with = "incoming", value_parser = quantity::<ByteSize>)]
+    pub memory: Option<ByteSize>,
     /// The guest's vCPUs.
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=i64::from(VCPUS_MAX)))]
     pub vcpus: u32,
@@ -290,8 +290,10 @@ pub struct VmmRunFlags {
 /// A built-in guest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Payload {
-    /// Keeps writing memory, checks it, and prints a numbered line for every second.
+    /// A KVM guest that keeps writing memory on every vCPU, checks it, and prints numbered heartbeats.
     Heartbeat,
+    /// The same by threads of the VMM, where there is no KVM.
+    Synthetic,
 }
 
 /// Pages behind the guest's memory.

@@ -23,7 +23,7 @@ use crate::migration::{
 use crate::telemetry::{Phase, Progress};
 use crate::transport::TransportError;
 use crate::types::{Epoch, LaneIndex, MigrationId, Round, VmName, VmUuid};
-use crate::wire::{AuditHead, ErrorClass, Failure, FinalDigest, Handoff, LaneTotals, Message, Offer, RoundEnd, StateChunk, StreamTerms};
+use crate::wire::{AuditHead, Failure, FinalDigest, Handoff, LaneTotals, Message, Offer, RoundEnd, StateChunk, StreamTerms};
 
 /// What is to be done.
 #[derive(Debug, Clone)]
@@ -507,17 +507,22 @@ impl Run {
         Ok(())
     }
 
-    /// The guest stands still: the last pages, the state and the digests go out side by side.
+    /// The guest stands still. Saving its state may write guest memory, so the last harvest comes after;
+    /// pages, state and digest then go out side by side.
     async fn send_last(&mut self, round: Round) -> Result<(), EngineError> {
         let guest = Arc::clone(&self.guest);
-        let dirty = blocking(move || Ok(lock(&guest).harvest()?)).await?;
-        self.lap("last-pages");
+        let (state, dirty) = blocking(move || {
+            let mut guest = lock(&guest);
+            let state = guest.save_state()?;
+            Ok((state, guest.harvest()?))
+        })
+        .await?;
+        self.lap("state");
         if let Some(tracker) = &mut self.tracker {
             tracker.owe(&dirty);
         }
-        let (guest, ram, verify) = (Arc::clone(&self.guest), Arc::clone(&self.ram), self.order.stream.verify);
+        let (ram, verify) = (Arc::clone(&self.ram), self.order.stream.verify);
         self.finals = Some(tokio::task::spawn_blocking(move || {
-            let state = lock(&guest).save_state()?;
             let memory = if verify { digest_memory(&ram)? } else { 0 };
             Ok(Finals { state_digest: sha256(&state), state, memory })
         }));
@@ -534,7 +539,7 @@ impl Run {
                 return Some(self.give_up(error));
             }
         }
-        self.lap("state");
+        self.lap("digest");
         self.digest = Some(FinalDigest { state: finals.state_digest, lanes: [0; 32], memory: finals.memory });
         self.finalised().await
     }

@@ -178,17 +178,6 @@ impl ConsoleBuffer {
     }
 }
 
-/// The options of `sealane vmm run`, as the command line gives them.
-#[derive(Debug)]
-pub struct VmmOptions {
-    /// The VM.
-    pub vm: VmConfig,
-    /// Where the attach protocol is served, if anywhere.
-    pub socket: Option<PathBuf>,
-    /// Start the vCPUs at once; an incoming VM never does.
-    pub start: bool,
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

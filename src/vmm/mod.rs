@@ -7,6 +7,7 @@
 //! of it is applied; a guest that was paused or is incoming starts only by `resume`.
 //! *Read first:* `config.rs`, `kvm/vm.rs`, `kvm/vcpu.rs`, then `payload.S`.
 
+mod attached;
 mod config;
 mod error;
 mod exit;
@@ -15,22 +16,9 @@ mod payload;
 mod payload_image;
 mod serial;
 
-pub use config::{Boot, ConsoleBuffer, DirtyMode, EntryMode, Hugepages, SerialSink, VmConfig, VmmOptions};
+pub use attached::{AttachedVm, Surroundings};
+pub use config::{Boot, ConsoleBuffer, DirtyMode, EntryMode, Hugepages, SerialSink, VmConfig};
 pub use error::VmmError;
 pub use exit::ExitVerdict;
 pub use kvm::{StateError, Vm, check_compatible, state_differences};
 pub use payload::{PayloadConfig, PayloadFault, heartbeat_number};
-
-/// Runs one VM until it ends. `serve` gets the handle before the first instruction: it serves the attach
-/// protocol on threads of its own and returns at once.
-///
-/// # Errors
-/// The VM cannot be built or started, or `serve` fails.
-pub fn run<E: From<VmmError>>(options: &VmmOptions, serve: impl FnOnce(&Vm, &VmmOptions) -> Result<(), E>) -> Result<ExitVerdict, E> {
-    let vm = Vm::create(&options.vm)?;
-    serve(&vm, options)?;
-    if options.start && !matches!(options.vm.boot, Boot::Incoming(_)) {
-        vm.start()?;
-    }
-    Ok(vm.wait_exit())
-}
