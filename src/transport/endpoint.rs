@@ -153,7 +153,7 @@ impl Endpoint {
         let config = self.shared.config.client(Purpose::Session, &self.shared.tls, steer::SESSION_BYTE);
         let connecting = dialer
             .connect_with(config, address, &tls::server_name(address))
-            .map_err(|error| TransportError::from_connect(error, address))?;
+            .map_err(|error| TransportError::from_connect(&error, address))?;
         let failed = |error| TransportError::from_connection(error, address);
         let connection =
             timeout(within, connecting).await.map_err(|_| TransportError::Unreachable { address, reason: "no answer" })?.map_err(failed)?;

@@ -235,7 +235,7 @@ impl TransportError {
     /// The end of a connection in our words.
     pub(super) fn from_connection(error: ConnectionError, address: SocketAddr) -> Self {
         match error {
-            ConnectionError::TransportError(error) => from_tls(error.code.into(), error.reason, address),
+            ConnectionError::TransportError(error) => from_tls(error.code.into(), &error.reason, address),
             ConnectionError::ConnectionClosed(close) => from_peer_close(close.error_code.into(), &close.reason, address),
             ConnectionError::ApplicationClosed(close) => Self::Closed {
                 address,
@@ -250,7 +250,7 @@ impl TransportError {
         }
     }
 
-    pub(super) fn from_connect(error: ConnectError, address: SocketAddr) -> Self {
+    pub(super) fn from_connect(error: &ConnectError, address: SocketAddr) -> Self {
         match error {
             ConnectError::EndpointStopping => Self::ClosedHere,
             ConnectError::CidsExhausted => Self::Misuse { action: "open a connection", expected: "fewer connections" },
@@ -303,8 +303,8 @@ pub(super) fn close_code(class: Option<ErrorClass>) -> VarInt {
 
 /// A reason for the peer, cut to what it accepts.
 pub(super) fn close_reason(reason: &str) -> &[u8] {
-    let end = reason.floor_char_boundary(limits::REASON_BYTES_MAX);
-    reason.get(..end).unwrap_or_default().as_bytes()
+    let end = (0..=limits::REASON_BYTES_MAX).rev().find(|end| reason.is_char_boundary(*end)).unwrap_or(0);
+    reason.get(..end).unwrap_or(reason).as_bytes()
 }
 
 /// First of the QUIC error codes that carry a TLS alert in their low byte.
@@ -316,14 +316,14 @@ const IDENTITY_ALERTS: [u64; 11] = [42, 43, 44, 45, 46, 48, 49, 51, 113, 115, 11
 const AGREEMENT_ALERTS: [u64; 5] = [40, 70, 71, 109, 120];
 
 /// An error that our own QUIC or TLS found in what the peer sent.
-fn from_tls(code: u64, reason: String, address: SocketAddr) -> TransportError {
+fn from_tls(code: u64, reason: &str, address: SocketAddr) -> TransportError {
     let alert = code.wrapping_sub(CRYPTO_ERRORS);
     if IDENTITY_ALERTS.contains(&alert) {
-        TransportError::Unauthenticated { address, reason: verifiers_words(&reason).to_owned() }
+        TransportError::Unauthenticated { address, reason: verifiers_words(reason).to_owned() }
     } else if AGREEMENT_ALERTS.contains(&alert) {
-        TransportError::Incompatible { address, reason }
+        TransportError::Incompatible { address, reason: reason.to_owned() }
     } else {
-        TransportError::Misbehaved { address, reason }
+        TransportError::Misbehaved { address, reason: reason.to_owned() }
     }
 }
 
@@ -362,7 +362,7 @@ mod tests {
     #[test]
     fn tls_alerts_say_whose_fault_it_is() {
         let address = SocketAddr::from(([192, 0, 2, 1], 4433));
-        let class = |code| from_tls(code, String::new(), address).class();
+        let class = |code| from_tls(code, "", address).class();
         for (alert, expected) in [
             (44, ErrorClass::Unauthenticated),
             (116, ErrorClass::Unauthenticated),

@@ -318,7 +318,7 @@ impl LanePlan {
         let client = config.client(Purpose::Lane, &self.shared.tls, steer::lane_byte(self.migration, self.lane));
         let connecting = endpoint
             .connect_with(client, address, &tls::server_name(address))
-            .map_err(|error| TransportError::from_connect(error, address))?;
+            .map_err(|error| TransportError::from_connect(&error, address))?;
         let connection = connecting.await.map_err(failed)?;
         self.check_peer(&connection)
             .inspect_err(|error| connection.close(close_code(Some(error.class())), close_reason("not the session's peer")))?;

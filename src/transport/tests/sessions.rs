@@ -166,8 +166,8 @@ async fn nobody_at_an_address_is_unreachable() {
 #[tokio::test(flavor = "multi_thread")]
 async fn shutdown_ends_sessions_lanes_tasks_and_threads() {
     let pair = Pair::new(config()).await;
-    let gate = pair.theirs.expect_lanes(MIGRATION, 2, std::sync::Arc::new(|io| Box::pin(lanes::drain(io)))).unwrap();
-    let lane = pair.ours.open_lane(MIGRATION, crate::types::LaneIndex(0), |io| lanes::send_forever(io)).await.unwrap();
+    let gate = pair.theirs.expect_lanes(MIGRATION, 2, Arc::new(|io| Box::pin(lanes::drain(io)))).unwrap();
+    let lane = pair.ours.open_lane(MIGRATION, crate::types::LaneIndex(0), lanes::send_forever).await.unwrap();
     lanes::joined(&gate, 1).await;
     within(pair.source.shutdown()).await;
     within(pair.destination.shutdown()).await;
