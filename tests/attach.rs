@@ -165,3 +165,20 @@ fn another_user_is_turned_away_even_if_the_socket_lets_it_in() {
     assert!(output.status.success() && said.contains("1 passed"), "{said}");
     AttachedSource::attach(&vmm.socket, "vm-1", Timeouts::default()).unwrap().destroy().unwrap();
 }
+
+#[test]
+fn a_vmm_that_gateways_come_and_go_from_leaks_no_descriptor() {
+    let dir = tempfile::tempdir().unwrap();
+    let vmm = launch(dir.path(), "old", "running");
+    let open = || std::fs::read_dir(format!("/proc/{}/fd", vmm.pid)).unwrap().count();
+    let attached = || AttachedSource::attach(&vmm.socket, "vm-1", Timeouts::default()).unwrap();
+    let source = attached();
+    let before = open();
+    drop(source);
+    for _ in 0..30 {
+        attached();
+    }
+    let mut source = attached();
+    wait_for(|| open() <= before);
+    source.destroy().unwrap();
+}

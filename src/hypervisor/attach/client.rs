@@ -406,6 +406,11 @@ pub(super) fn dial(path: &Path, within: Duration) -> io::Result<UnixStream> {
 
     let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
     set_socket_timeout(&socket, Timeout::Send, Some(within.max(Duration::from_millis(1))))?;
-    rustix::net::connect(&socket, &SocketAddrUnix::new(path)?)?;
-    Ok(UnixStream::from(socket))
+    let address = SocketAddrUnix::new(path)?;
+    loop {
+        match rustix::net::connect(&socket, &address) {
+            Err(rustix::io::Errno::INTR) => {}
+            outcome => return outcome.map(|()| UnixStream::from(socket)).map_err(io::Error::from),
+        }
+    }
 }

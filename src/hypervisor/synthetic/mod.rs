@@ -83,8 +83,9 @@ pub struct SyntheticGuest {
     plan: Plan,
     memory: File,
     ram: Arc<GuestRam>,
-    /// `None` until an incoming guest has its state.
+    /// `None` until an incoming guest has its state, and when it was destroyed.
     writers: Option<Writers>,
+    destroyed: bool,
 }
 
 impl SyntheticGuest {
@@ -120,7 +121,7 @@ impl SyntheticGuest {
         let memory = memory_file(layout.bytes()).map_err(local)?;
         let ram = memory.try_clone().map_err(local)?;
         let ram = GuestRam::map(ram, layout).map_err(|source| HypervisorError::Ram { vm: name.to_owned(), source })?;
-        Ok(Self { name: name.to_owned(), machine: machine.clone(), plan, memory, ram: Arc::new(ram), writers: None })
+        Ok(Self { name: name.to_owned(), machine: machine.clone(), plan, memory, ram: Arc::new(ram), writers: None, destroyed: false })
     }
 
     fn start_writers(&mut self, progress: &Progress) -> Result<(), HypervisorError> {
@@ -135,7 +136,8 @@ impl SyntheticGuest {
     }
 
     fn writers(&self, request: &'static str) -> Result<&Writers, HypervisorError> {
-        self.writers.as_ref().ok_or_else(|| self.refused(request, "no state was restored"))
+        let reason = if self.destroyed { "the guest was destroyed" } else { "no state was restored" };
+        self.writers.as_ref().ok_or_else(|| self.refused(request, reason))
     }
 
     /// The file that holds guest RAM, for another process.
@@ -162,7 +164,8 @@ impl SyntheticGuest {
 
     fn read_status(&self) -> GuestStatus {
         let Some(writers) = &self.writers else {
-            return GuestStatus { state: RunState::Incoming, exit_code: None, last_line: None };
+            let state = if self.destroyed { RunState::Ended } else { RunState::Incoming };
+            return GuestStatus { state, exit_code: None, last_line: None };
         };
         let corrupt = writers.is_corrupt();
         let state = match (corrupt, writers.is_paused()) {
@@ -182,6 +185,9 @@ impl SyntheticGuest {
 
     fn apply_state(&mut self, bytes: &[u8]) -> Result<(), HypervisorError> {
         let refuse = |reason| Err(self.refused("restore-state", reason));
+        if self.destroyed {
+            return refuse("the guest was destroyed");
+        }
         if self.writers.is_some() {
             return refuse("the guest has its state already");
         }
@@ -264,7 +270,7 @@ impl PagedSource for SyntheticGuest {
         Ok(self.read_status())
     }
     fn destroy(&mut self) -> Result<(), HypervisorError> {
-        self.writers = None;
+        (self.writers, self.destroyed) = (None, true);
         Ok(())
     }
 }

@@ -63,6 +63,8 @@ fn a_guest_moves_while_it_writes_and_goes_on_exactly() {
     let before = beat(&source.read_status());
     assert_eq!(beat(&destination.read_status()), before);
     PagedSource::destroy(&mut source).unwrap();
+    assert_eq!(source.read_status().state, RunState::Ended);
+    assert!(PagedSource::resume(&mut source).is_err(), "a destroyed guest never runs");
     PagedDestination::resume(&mut destination).unwrap();
     let visits = destination.writers.as_ref().unwrap().progress().visits;
     wait_for(|| beat(&destination.read_status()) > before + 2);

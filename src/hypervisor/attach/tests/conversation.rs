@@ -189,3 +189,36 @@ fn a_vmm_that_panics_in_a_request_can_still_be_controlled() {
     source.destroy().unwrap();
     served.join();
 }
+
+#[test]
+fn a_gateway_that_dies_at_a_request_to_the_twin_leaves_it_for_the_next() {
+    use super::hostile_gateway::Gateway;
+    let served = Served::new(Plain::incoming());
+    let mut gateway = Gateway::attach(served.path());
+    gateway.send(&serde_json::json!({"prepare": {"machine": machine()}}), &[]);
+    drop(gateway);
+    let mut gateway = Gateway::attach(served.path());
+    gateway.send(&serde_json::json!("restore-state"), &[9; 100]);
+    drop(gateway);
+    let (mut destination, _) = AttachedDestination::reattach(served.path(), "vm-1", timeouts()).unwrap();
+    assert_eq!((destination.attachment().state, destination.attachment().prepared), (RunState::Paused, true));
+    assert_eq!(destination.save_state().unwrap(), [9; 100]);
+    assert_eq!(served.guest().state, RunState::Paused, "nobody but a gateway starts it");
+}
+
+#[test]
+fn attaching_and_detaching_leaks_no_descriptor() {
+    use std::os::unix::fs::MetadataExt;
+    let served = Served::new(Plain::running());
+    let inode = served.guest().memory.metadata().unwrap().ino();
+    let open = || {
+        let entries = std::fs::read_dir("/proc/self/fd").unwrap();
+        entries.filter(|entry| std::fs::metadata(entry.as_ref().unwrap().path()).is_ok_and(|found| found.ino() == inode)).count()
+    };
+    for _ in 0..30 {
+        let mut source = AttachedSource::attach(served.path(), "vm-1", timeouts()).unwrap();
+        source.status().unwrap();
+        assert!(open() >= 2);
+    }
+    assert_eq!(open(), 1);
+}

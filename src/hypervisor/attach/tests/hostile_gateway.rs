@@ -187,3 +187,28 @@ pub(super) fn send_with_descriptors(stream: &UnixStream, header: &Value, file: &
     assert!(control.push(rustix::net::SendAncillaryMessage::ScmRights(&many)));
     rustix::net::sendmsg(stream, &[IoSlice::new(&bytes)], &mut control, rustix::net::SendFlags::empty()).unwrap();
 }
+
+#[test]
+fn a_request_that_is_cut_or_damaged_at_any_byte_is_not_performed() {
+    let served = Served::new(Plain::running());
+    let header = br#"{"sequence":9,"request":"pause"}"#;
+    let whole = [&u32::try_from(header.len()).unwrap().to_le_bytes()[..], &[0; 4], header].concat();
+    for at in 0..whole.len() {
+        let mut gateway = Gateway::attach(served.path());
+        gateway.stream.write_all(&whole[..at]).unwrap();
+    }
+    let harmless = whole.len() - "9,\"request\":\"pause\"}".len();
+    for at in (0..whole.len()).filter(|at| *at != harmless) {
+        for flip in [0x01, 0x80, 0xff] {
+            let mut gateway = Gateway::attach(served.path());
+            let mut damaged = whole.clone();
+            damaged[at] ^= flip;
+            gateway.stream.write_all(&damaged).unwrap();
+            gateway.stream.shutdown(std::net::Shutdown::Write).unwrap();
+            while gateway.receive().is_some() {}
+        }
+    }
+    let mut gateway = Gateway::attach(served.path());
+    assert!(served.calls().is_empty(), "{:?}", served.calls());
+    assert_eq!(gateway.ask("pause"), json!("done"));
+}
