@@ -3,6 +3,7 @@
 pub mod limits;
 pub mod types;
 
+pub mod audit;
 pub mod hypervisor;
 pub mod memory;
 pub mod policy;

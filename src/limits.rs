@@ -56,6 +56,29 @@ pub const POLICY_ENTITIES_MAX: usize = 100_000;
 /// LIMIT: an operator's name: `uid:` and a number, or an OIDC subject (255 bytes by its standard).
 pub const OPERATOR_ID_BYTES_MAX: usize = 255;
 
+/// LIMIT: one audit line; a decision with a hundred policy ids takes 8 KiB.
+pub const AUDIT_LINE_BYTES_MAX: usize = 16 * 1024;
+/// LIMIT: levels of objects and lists in an audit line.
+pub const AUDIT_DETAIL_DEPTH_MAX: usize = 8;
+/// LIMIT: entries that wait for one fsync; callers beyond it wait for the commit before.
+pub const AUDIT_BATCH_ENTRIES_MAX: usize = 256;
+/// LIMIT: bytes of one commit, and so the most that a crash leaves unsigned.
+pub const AUDIT_BATCH_BYTES_MAX: usize = AUDIT_BATCH_ENTRIES_MAX * AUDIT_LINE_BYTES_MAX;
+/// LIMIT: a segment grows to this and one commit; small enough to copy, large enough for 100 000 entries.
+pub const AUDIT_SEGMENT_BYTES_MAX: u64 = 64 << 20;
+/// LIMIT: segments of one log: 4 TiB.
+pub const AUDIT_SEGMENTS_MAX: usize = 65_536;
+/// LIMIT: space kept for the entries of a handoff in flight when the disk fills: about 2 000 of them.
+pub const AUDIT_RESERVE_BYTES: u64 = 1 << 20;
+/// LIMIT: a log's name: `sealane/`, a trust domain (255), a gateway.
+pub const AUDIT_ORIGIN_BYTES_MAX: usize = 512;
+/// LIMIT: a signed head: origin, size, root, key name, signature.
+pub const AUDIT_CHECKPOINT_BYTES_MAX: usize = 4 * 1024;
+/// LIMIT: peers whose heads are kept in memory.
+pub const AUDIT_PEERS_MAX: usize = 4096;
+/// LIMIT: crashes in a row before the first entry after them.
+pub const AUDIT_DROPPED_MAX: usize = 1000;
+
 // --- identity and transport ---------------------------------------------------------------------
 
 // --- attach protocol and reference VMM ----------------------------------------------------------
@@ -68,3 +91,4 @@ pub const VCPUS_MAX: u32 = 8;
 const _: () = assert!(MACHINE_BYTES_MAX + 64 * 1024 < CONTROL_BODY_BYTES_MAX);
 const _: () = assert!(STATE_CHUNK_BYTES_MAX < CONTROL_BODY_BYTES_MAX);
 const _: () = assert!(FRAME_BODY_BYTES_MAX > 64 * crate::types::PAGE_BYTES);
+const _: () = assert!(2 * AUDIT_CHECKPOINT_BYTES_MAX + 1024 < AUDIT_LINE_BYTES_MAX);
