@@ -20,7 +20,7 @@ fn note_head(log: &AuditLog, text: &str) -> Result<(), AuditError> {
 
 #[test]
 fn a_peer_s_log_may_only_grow() {
-    let dir = tempfile::tempdir().unwrap();
+    let dir = tempdir();
     let log = open(dir.path());
     note_head(&log, &head(2, PEER_ORIGIN, 5, 1)).unwrap();
     note_head(&log, &head(2, PEER_ORIGIN, 9, 2)).unwrap();
@@ -38,7 +38,7 @@ fn a_peer_s_log_may_only_grow() {
 
 #[test]
 fn what_was_kept_of_a_peer_survives_a_restart_and_refusals_are_evidence() {
-    let dir = tempfile::tempdir().unwrap();
+    let dir = tempdir();
     let log = open(dir.path());
     note_head(&log, &head(2, PEER_ORIGIN, 9, 2)).unwrap();
     assert!(note_head(&log, &head(2, PEER_ORIGIN, 1, 2)).is_err());
@@ -56,7 +56,7 @@ fn what_was_kept_of_a_peer_survives_a_restart_and_refusals_are_evidence() {
 
 #[test]
 fn heads_that_are_not_signed_by_the_peer_are_refused() {
-    let dir = tempfile::tempdir().unwrap();
+    let dir = tempdir();
     let log = open(dir.path());
     let good = head(2, PEER_ORIGIN, 5, 1);
     let mut bad =
@@ -72,7 +72,7 @@ fn heads_that_are_not_signed_by_the_peer_are_refused() {
 
 #[test]
 fn two_gateways_keep_each_other_s_heads_and_a_rewrite_shows() {
-    let (a, b) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let (a, b) = (tempdir(), tempdir());
     let log_a = open(a.path());
     let log_b = AuditLog::open(b.path(), PEER_ORIGIN, TestSigner::new(2)).unwrap();
     log_b.record(&entry(0)).unwrap();

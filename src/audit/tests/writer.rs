@@ -41,7 +41,7 @@ fn a_line_is_canonical_json() {
 
 #[test]
 fn entries_that_cannot_be_lines_are_refused_and_nothing_else_suffers() {
-    let dir = tempfile::tempdir().unwrap();
+    let dir = tempdir();
     let log = open(dir.path());
     let deep = (0..20).fold(serde_json::Value::Null, |inner, _| serde_json::json!([inner]));
     for bad in [
@@ -78,7 +78,7 @@ fn only_one_writer_and_only_the_same_log_and_key() {
 
 #[test]
 fn files_are_nobody_else_s_business() {
-    let dir = tempfile::tempdir().unwrap();
+    let dir = tempdir();
     let path = dir.path().join("new/audit");
     let mode = |path: &Path| std::fs::metadata(path).unwrap().permissions().mode() & 0o777;
     drop(open(&path));
@@ -95,7 +95,7 @@ fn files_are_nobody_else_s_business() {
 fn many_threads_keep_their_order_and_every_receipt_is_on_disk() {
     const THREADS: usize = 8;
     const EACH: usize = 25;
-    let dir = tempfile::tempdir().unwrap();
+    let dir = tempdir();
     let log = open(dir.path());
     let receipts: Vec<Vec<u64>> = std::thread::scope(|scope| {
         let threads: Vec<_> = (0..THREADS)
@@ -150,7 +150,7 @@ impl Signer for Gate {
 #[test]
 fn one_commit_serves_everybody_who_waits() {
     const WAITING: usize = 20;
-    let dir = tempfile::tempdir().unwrap();
+    let dir = tempdir();
     let gate = Arc::new(Gate { signer: TestSigner::new(1), waits: Mutex::new(None) });
     let log = AuditLog::open(dir.path(), ORIGIN, Arc::clone(&gate) as _).unwrap();
     let before = gate.signer.signed.load(Ordering::SeqCst);
@@ -198,7 +198,7 @@ impl Signer for Panicking {
 
 #[test]
 fn a_signer_that_panics_fails_the_log_and_hangs_nobody() {
-    let dir = tempfile::tempdir().unwrap();
+    let dir = tempdir();
     let signer = Arc::new(Panicking(TestSigner::new(1), false.into()));
     let log = AuditLog::open(dir.path(), ORIGIN, Arc::clone(&signer) as _).unwrap();
     signer.1.store(true, Ordering::SeqCst);
@@ -211,7 +211,7 @@ fn a_signer_that_panics_fails_the_log_and_hangs_nobody() {
 
 #[test]
 fn reading_filters_by_every_field() {
-    let dir = tempfile::tempdir().unwrap();
+    let dir = tempdir();
     let log = open(dir.path());
     log.record(&entry(0)).unwrap();
     log.record(&Entry::new(Event::SessionRefused).peer("10.0.0.1:4433").outcome(Outcome::Refused)).unwrap();
