@@ -3,6 +3,8 @@
 pub mod limits;
 pub mod types;
 
+pub mod audit;
+pub mod hypervisor;
 pub mod memory;
 pub mod migration;
 pub mod policy;

@@ -139,8 +139,8 @@ impl Entry {
 
     /// With the peer.
     #[must_use]
-    pub fn peer(mut self, peer: impl ToString) -> Self {
-        self.peer = Some(peer.to_string());
+    pub fn peer(mut self, peer: impl Into<String>) -> Self {
+        self.peer = Some(peer.into());
         self
     }
 

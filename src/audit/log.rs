@@ -177,6 +177,12 @@ impl Inner {
         self.shared.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// How many entries wait for the next commit.
+    #[cfg(test)]
+    pub(super) fn waiting(&self) -> usize {
+        self.shared().queue.len()
+    }
+
     fn failed(&self, why: &str) -> AuditError {
         AuditError::Failed { dir: self.dir.clone(), why: why.to_owned() }
     }

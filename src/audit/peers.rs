@@ -21,7 +21,7 @@ impl AuditLog {
         let refuse = |why: String| AuditError::PeerHead { peer: peer.clone(), why };
         let head = note::open(checkpoint, public_key).map_err(refuse)?;
         let mut peers = self.inner().peers.lock().unwrap_or_else(PoisonError::into_inner);
-        let entry = Entry::new(Event::PeerHead).peer(peer).detail("checkpoint", head.text.as_str());
+        let entry = Entry::new(Event::PeerHead).peer(peer.as_str()).detail("checkpoint", head.text.as_str());
         let entry = entry.detail("origin", head.origin.as_str()).detail("size", head.size).detail("root", hex(&head.root));
         let entry = entry.detail("public_key", hex(public_key));
         match peers.get(peer.as_str()) {
