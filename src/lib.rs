@@ -3,8 +3,6 @@
 pub mod limits;
 pub mod types;
 
-pub mod audit;
-pub mod hypervisor;
 pub mod memory;
 pub mod migration;
 pub mod policy;
