@@ -226,26 +226,29 @@ impl Link {
     /// Connects and says hello until the VMM is free or the time is up.
     fn greet(&mut self) -> Result<Attachment, HypervisorError> {
         let deadline = after(self.timeouts.request);
+        let request = Request::Hello { version: ATTACH_VERSION, role: self.role };
+        let mut busy = None;
         loop {
             let stream = dial(&self.path, self.timeouts.request).map_err(|error| self.failed("hello", WireError::Io(error)))?;
             self.stream = Some(stream);
-            let request = Request::Hello { version: ATTACH_VERSION, role: self.role };
             let outcome = self.exchange(&request, &[], 0, deadline);
+            let over = deadline.is_none_or(|end| std::time::Instant::now() + BUSY_PAUSE >= end);
             match outcome {
                 Ok(Reply { answer: Answer::Hello(attachment), .. }) if attachment.version == ATTACH_VERSION => return Ok(attachment),
-                Ok(Reply { answer: Answer::Refused { code: RefusalCode::Busy, reason }, .. }) => {
-                    self.stream = None;
-                    if deadline.is_none_or(|end| std::time::Instant::now() + BUSY_PAUSE >= end) {
-                        return Err(self.refused("hello", &reason));
-                    }
-                    std::thread::sleep(BUSY_PAUSE);
-                }
+                Ok(Reply { answer: Answer::Refused { code: RefusalCode::Busy, reason }, .. }) => busy = Some(reason),
+                // The time ran out in the middle of yet another attempt: what keeps us out is still the other gateway.
+                Err(HypervisorError::Unreachable { .. }) if over && busy.is_some() => {}
+                Err(error) => return Err(error),
                 Ok(reply) => {
                     self.stream = None;
                     return Err(self.unexpected("hello", &reply));
                 }
-                Err(error) => return Err(error),
             }
+            self.stream = None;
+            if let (true, Some(reason)) = (over, &busy) {
+                return Err(self.refused("hello", reason));
+            }
+            std::thread::sleep(BUSY_PAUSE);
         }
     }
 

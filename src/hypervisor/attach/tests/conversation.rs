@@ -40,7 +40,7 @@ fn a_guest_moves_from_one_vmm_to_another() {
     assert_eq!(destination.status().unwrap().state, RunState::Running);
 
     let mut back =
-        AttachedSource::attach(Path::new(&destination.address()), "vm-1", Timeouts { request: Duration::from_millis(50), ..timeouts() });
+        AttachedSource::attach(Path::new(&destination.address()), "vm-1", Timeouts { request: Duration::from_millis(300), ..timeouts() });
     assert!(matches!(back, Err(HypervisorError::Refused { .. })), "one gateway controls");
     drop(destination);
     back = AttachedSource::attach(new.path(), "vm-1", timeouts());
