@@ -9,6 +9,11 @@ use crate::types::{PAGE_BYTES, PageNumber, RamRegion, VmUuid};
 use crate::vmm::config::{Boot, ConsoleBuffer, DirtyMode, SerialSink, VmConfig};
 use crate::vmm::payload::{PayloadConfig, heartbeat_number};
 
+mod compatible;
+mod faults;
+mod images;
+mod state;
+
 const WAIT: Duration = Duration::from_secs(60);
 
 /// Whether a test that needs KVM can run here.
