@@ -173,6 +173,8 @@ pub const CONSOLE_BUFFER_BYTES_MAX: usize = 1 << 20;
 pub const CONSOLE_QUEUE_LINES_MAX: usize = 1024;
 /// LIMIT: the smallest dirty ring that KVM accepts is a little over its reserve of 576 entries.
 pub const DIRTY_RING_ENTRIES_MIN: u32 = 1024;
+/// LIMIT: a vCPU that writes 500,000 pages a second fills 2,500 entries of its ring in between.
+pub const DIRTY_RING_PERIOD: std::time::Duration = std::time::Duration::from_millis(5);
 /// LIMIT: x86 Linux reads at most 2048 bytes of command line.
 pub const KERNEL_CMDLINE_BYTES_MAX: usize = 2048;
 /// LIMIT: a vCPU leaves the guest within microseconds; this is for hosts that are badly overloaded.
