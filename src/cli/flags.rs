@@ -22,7 +22,7 @@ use crate::types::{PeerName, VmName};
 /// Environment: SEALANE_CONFIG and SEALANE_SOCKET stand in for --config and --socket, SEALANE_LOG filters logs (e.g. `debug`),
 /// NO_COLOR turns colours off.
 #[derive(Debug, Parser)]
-#[command(name = "sealane", version, disable_help_subcommand = true, arg_required_else_help = true, propagate_version = true)]
+#[command(name = "sealane", version, disable_help_subcommand = true, arg_required_else_help = true)]
 pub struct Cli {
     /// What to do.
     #[command(subcommand)]

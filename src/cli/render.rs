@@ -367,9 +367,12 @@ fn table(out: Out, header: &[&str], rows: Vec<Vec<Cell>>) -> String {
         let mut line = String::new();
         let mut pending = 0;
         for (cell, width) in row.iter().zip(&widths).filter(|(_, width)| **width > 0) {
-            line.extend(std::iter::repeat_n(' ', pending));
-            line.push_str(&cell.tone.map_or_else(|| cell.text.clone(), |tone| out.paint(tone, &cell.text)));
-            pending = width - cell.text.chars().count() + 2;
+            if !cell.text.is_empty() {
+                line.extend(std::iter::repeat_n(' ', pending));
+                line.push_str(&cell.tone.map_or_else(|| cell.text.clone(), |tone| out.paint(tone, &cell.text)));
+                pending = 0;
+            }
+            pending += width - cell.text.chars().count() + 2;
         }
         let _ = writeln!(text, "{line}");
     }
