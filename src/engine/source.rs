@@ -695,12 +695,12 @@ impl Run {
         SourceEnd { outcome, error: self.error, figures: self.figures }
     }
 
-    /// The destination's last audit head, if it comes soon.
+    /// The destination's audit head behind its last entry, if it comes soon.
     async fn last_words(&mut self) {
         let listen = async {
             while let Ok(message) = self.link.session.receive().await {
                 if let Message::AuditHead(head) = message {
-                    self.keep_peer_head(head).await;
+                    return self.keep_peer_head(head).await;
                 }
             }
         };
