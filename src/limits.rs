@@ -63,10 +63,11 @@ pub const CONTROL_RESPONSE_BYTES_MAX: usize = 16 << 20;
 pub const CONTROL_EVENT_BYTES_MAX: usize = 256 * 1024;
 /// LIMIT: one journal record; handoff records are under 1 KiB, placement records under 64 KiB.
 pub const JOURNAL_RECORD_BYTES_MAX: usize = 256 * 1024;
-/// LIMIT: finished reports that a gateway can be told to keep; about 2 KiB each.
-pub const HISTORY_COUNT_MAX: u32 = 100_000;
+/// LIMIT: finished reports that a gateway can be told to keep; about 2 KiB each, and all fit one answer.
+pub const HISTORY_COUNT_MAX: u32 = 5_000;
 
 const _: () = assert!(MACHINE_BYTES_MAX + 64 * 1024 < CONTROL_BODY_BYTES_MAX);
 const _: () = assert!(STATE_CHUNK_BYTES_MAX < CONTROL_BODY_BYTES_MAX);
 const _: () = assert!(FRAME_BODY_BYTES_MAX > 64 * crate::types::PAGE_BYTES);
 const _: () = assert!(CONTROL_EVENT_BYTES_MAX <= CONTROL_RESPONSE_BYTES_MAX);
+const _: () = assert!(HISTORY_COUNT_MAX as usize * 3 * 1024 <= CONTROL_RESPONSE_BYTES_MAX);
