@@ -205,8 +205,8 @@ pub const CONTROL_RESPONSE_BYTES_MAX: usize = 16 << 20;
 pub const CONTROL_EVENT_BYTES_MAX: usize = 256 * 1024;
 /// LIMIT: one journal record; handoff records are under 1 KiB, placement records under 64 KiB.
 pub const JOURNAL_RECORD_BYTES_MAX: usize = 256 * 1024;
-/// LIMIT: finished reports that a gateway can be told to keep; about 2 KiB each.
-pub const HISTORY_COUNT_MAX: u32 = 100_000;
+/// LIMIT: finished reports that a gateway can be told to keep; about 2 KiB each, and all fit one answer.
+pub const HISTORY_COUNT_MAX: u32 = 5_000;
 
 // --- gateway ------------------------------------------------------------------------------------
 
@@ -225,3 +225,4 @@ const _: () = assert!(FRAME_BODY_BYTES_MAX > BATCH_PAGES_MAX * (crate::types::PA
 const _: () = assert!(RAM_BYTES_MAX / (crate::types::PAGE_BYTES as u64) < 1 << 40);
 const _: () = assert!(STRIPE_PAGES.is_multiple_of(64) && STRIPE_PAGES <= FRAME_PAGES_MAX);
 const _: () = assert!(2 * AUDIT_CHECKPOINT_BYTES_MAX + 1024 < AUDIT_LINE_BYTES_MAX);
+const _: () = assert!(HISTORY_COUNT_MAX as usize * 3 * 1024 <= CONTROL_RESPONSE_BYTES_MAX);

@@ -285,6 +285,23 @@ fn the_second_interrupt_leaves_the_migration_alone() {
 }
 
 #[test]
+fn an_interrupt_before_the_gateway_has_answered_is_not_forgotten() {
+    let end = report(Outcome::Cancelled, RunningOn::Source, Some(Problem::new(ErrorClass::Cancelled, "cancelled")));
+    let late = Answer { status: 200, body: String::new(), then: Some(("nudge", ok(&view(MigrationState::Active)).body)) };
+    let events = Answer { status: 200, body: String::new(), then: Some((CANCEL, end)) };
+    let cancel = ok(&view(MigrationState::Cancelling));
+    let gateway = Gateway::new(vec![(START, vec![late]), (EVENTS, vec![events]), (CANCEL, vec![cancel])]);
+    let mut child = gateway.command("migrate web --to gw-b").stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    gateway.wait_for(START);
+    interrupt(&child);
+    let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
+    assert!(lines.any(|line| line.unwrap().contains("will cancel as soon as the gateway answers")));
+    gateway.seen.0.lock().unwrap().push("nudge".to_owned());
+    gateway.seen.1.notify_all();
+    assert_eq!(child.wait().unwrap().code(), Some(5));
+}
+
+#[test]
 fn a_gateway_that_restarts_is_found_again() {
     let gateway = Gateway::new(vec![(
         EVENTS,

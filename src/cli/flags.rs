@@ -45,7 +45,7 @@ pub enum Command {
     /// Move a VM to a peer.
     ///
     /// Shows progress until the VM runs there, and prints a report. Ctrl-C cancels with the VM running on the source; a
-    /// second Ctrl-C leaves the migration alone. Values that are not given are the configuration's.
+    /// second Ctrl-C leaves the migration alone, and exits with 6 because its end was not seen. Values that are not given are the configuration's.
     Migrate(MigrateFlags),
     /// Say what a migration would do, without doing it.
     ///

@@ -66,6 +66,10 @@ pub(super) fn progress_line(progress: &Progress) -> String {
         line.push_str(", ");
         line.push_str(&text);
     };
+    // First, because a narrow terminal cuts the line.
+    if let Some(why) = &progress.stalled_because {
+        add(format!("stalled: {}", printable(why)));
+    }
     if progress.phase == crate::telemetry::Phase::Memory {
         add(format!("round {}", progress.round));
         add(format!("{} of {} left", bytes(progress.memory_remaining_bytes), bytes(progress.memory_total_bytes)));
@@ -77,9 +81,6 @@ pub(super) fn progress_line(progress: &Progress) -> String {
         if let Some(eta) = progress.eta_seconds {
             add(format!("ETA {}", seconds(eta)));
         }
-    }
-    if let Some(why) = &progress.stalled_because {
-        add(format!("stalled: {}", printable(why)));
     }
     line
 }

@@ -114,6 +114,28 @@ fn a_stream_that_ends_without_a_report_is_lost_and_stays_lost() {
 }
 
 #[test]
+fn what_was_sent_before_the_connection_ended_is_still_read() {
+    use std::io::{Read, Write};
+    let directory = tempfile::tempdir().unwrap();
+    let socket = directory.path().join("api.sock");
+    let listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+    let server = std::thread::spawn(move || {
+        let (mut stream, _) = listener.accept().unwrap();
+        let _ = stream.read(&mut [0; 4096]).unwrap();
+        stream.write_all(b"HTTP/1.1 200 OK\r\nconnection: close\r\n\r\n").unwrap();
+        stream.write_all(&lines()[..lines().len() - 20]).unwrap();
+    });
+    tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap().block_on(async {
+        let mut watch = Client::new(&socket).watch(ID).await.unwrap();
+        server.join().unwrap();
+        assert!(matches!(watch.next().await.unwrap(), Some(Event::Progress(_))));
+        for _ in 0..3 {
+            assert!(matches!(watch.next().await.unwrap_err(), ClientError::Lost { .. }));
+        }
+    });
+}
+
+#[test]
 fn an_endless_event_is_refused() {
     let piece = Bytes::from(vec![b'x'; 64 * 1024]);
     against(events(vec![piece; 2 * CONTROL_EVENT_BYTES_MAX / (64 * 1024)]), async |client| {
