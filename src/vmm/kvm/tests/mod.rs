@@ -7,6 +7,7 @@ use crate::hypervisor::RunState;
 use crate::memory::{MemoryLayout, PageSet};
 use crate::types::{PAGE_BYTES, PageNumber, RamRegion, VmUuid};
 use crate::vmm::config::{Boot, ConsoleBuffer, DirtyMode, SerialSink, VmConfig};
+use crate::vmm::exit::ExitVerdict;
 use crate::vmm::payload::{PayloadConfig, heartbeat_number};
 
 mod compatible;
@@ -193,4 +194,105 @@ fn pausing_and_resuming_two_hundred_times_disturbs_nothing() {
     vm.pause().unwrap();
     let seen = beats(&console);
     assert_eq!(seen, (1..=seen.len() as u64).collect::<Vec<_>>());
+}
+
+#[test]
+fn a_throttled_guest_gets_less_done_and_loses_nothing() {
+    if !kvm_usable("a_throttled_guest_gets_less_done_and_loses_nothing") {
+        return;
+    }
+    let (config, console) = payload(1, PayloadConfig { working_set_pages: 64, ..PayloadConfig::default() });
+    let vm = Vm::create(&config).unwrap();
+    assert!(vm.throttle(100).is_err());
+    vm.start().unwrap();
+    run_until_beats(&vm, &console, 1);
+    let passes = || {
+        vm.pause().unwrap();
+        let state = super::state::MachineState::decode(&vm.save_state().unwrap()).unwrap();
+        vm.resume().unwrap();
+        state.vcpus[0].regs.r15
+    };
+    let passes_in = |percent: u8| {
+        vm.throttle(percent).unwrap();
+        let before = passes();
+        std::thread::sleep(Duration::from_millis(400));
+        passes() - before
+    };
+    // A busy machine may starve the first measurement, so one of a few has to show it.
+    let shown = (0..10).any(|_| {
+        let (free, throttled) = (passes_in(0), passes_in(80));
+        println!("{free} passes, throttled {throttled}");
+        throttled * 2 < free
+    });
+    assert!(shown, "80 % less time is not seen");
+    vm.throttle(99).unwrap();
+    run_until_beats(&vm, &console, 1);
+    vm.pause().unwrap();
+    assert_eq!(vm.status().exit_code, None);
+}
+
+#[test]
+fn a_guest_told_to_end_itself_does_and_one_told_to_quit_is_gone() {
+    if !kvm_usable("a_guest_told_to_end_itself_does_and_one_told_to_quit_is_gone") {
+        return;
+    }
+    let (config, console) = payload(2, PayloadConfig { working_set_pages: 64, ticks_per_beat: 1, beats: 5, ..PayloadConfig::default() });
+    let vm = Vm::create(&config).unwrap();
+    vm.start().unwrap();
+    assert_eq!(vm.wait_exit(), ExitVerdict::Code(0));
+    assert_eq!(beats(&console), [1, 2, 3, 4, 5]);
+    let status = vm.status();
+    assert_eq!((status.state, status.exit_code, status.last_line.as_deref()), (RunState::Ended, Some(0), Some("beat 5")));
+
+    let (config, console) = payload(2, PayloadConfig { working_set_pages: 64, ticks_per_beat: 1, ..PayloadConfig::default() });
+    let vm = Vm::create(&config).unwrap();
+    vm.start().unwrap();
+    run_until_beats(&vm, &console, 2);
+    let waiter = vm.clone();
+    let waiting = std::thread::spawn(move || waiter.wait_exit());
+    vm.quit();
+    assert_eq!(waiting.join().unwrap(), ExitVerdict::Quit);
+}
+
+/// Numbers for people; run it alone: `cargo test --lib vmm::kvm::tests::measure -- --ignored --nocapture`.
+#[test]
+#[ignore = "prints measurements"]
+fn measure() {
+    let (mut config, console) = payload(4, PayloadConfig { working_set_pages: 8192, ..PayloadConfig::default() });
+    config.layout = MemoryLayout::flat((256 << 20) / PAGE_BYTES as u64).unwrap();
+    for dirty in [DirtyMode::Bitmap, DirtyMode::Ring { entries: 1 << 16 }] {
+        config.dirty = dirty;
+        let vm = Vm::create(&config).unwrap();
+        vm.start().unwrap();
+        wait_for(&vm, "beats", || beats(&console).len() > 5);
+        let begun = Instant::now();
+        vm.start_tracking().unwrap();
+        println!("{dirty:?}: start tracking {:?}", begun.elapsed());
+        for _ in 0..6 {
+            std::thread::sleep(Duration::from_millis(50));
+            let begun = Instant::now();
+            let pages = vm.harvest().unwrap().len();
+            println!("{dirty:?}: harvest {:?} for {pages} pages", begun.elapsed());
+        }
+        let (mut pauses, mut saves, mut bytes) = (Vec::new(), Vec::new(), 0);
+        for _ in 0..50 {
+            std::thread::sleep(Duration::from_millis(10));
+            let begun = Instant::now();
+            vm.pause().unwrap();
+            pauses.push(begun.elapsed());
+            let begun = Instant::now();
+            bytes = vm.save_state().unwrap().len();
+            saves.push(begun.elapsed());
+            vm.resume().unwrap();
+        }
+        pauses.sort();
+        saves.sort();
+        println!("pause of 4 vCPUs: median {:?}, worst {:?}; save: median {:?}; state {bytes} bytes", pauses[25], pauses[49], saves[25]);
+        vm.pause().unwrap();
+        let state = vm.save_state().unwrap();
+        let (destination, _) = twin(&vm, dirty);
+        let begun = Instant::now();
+        destination.restore_state(&state).unwrap();
+        println!("restore {:?}", begun.elapsed());
+    }
 }
