@@ -1,10 +1,24 @@
-//! Sealane: a secure gateway for live-migrating virtual machines.
+#![doc = include_str!("../ARCHITECTURE.md")]
 
 pub mod limits;
 pub mod types;
 
+pub mod memory;
+pub mod migration;
+pub mod policy;
+pub mod wire;
+
+pub mod audit;
 pub mod hypervisor;
 pub mod identity;
-pub mod memory;
+pub mod journal;
+pub mod telemetry;
 pub mod transport;
-pub mod wire;
+pub mod vmm;
+
+pub mod engine;
+
+pub mod cli;
+pub mod config;
+pub mod control;
+pub mod gateway;

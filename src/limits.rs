@@ -50,6 +50,47 @@ pub const BATCH_PAGES_MAX: usize = 64;
 
 // --- policy and audit ---------------------------------------------------------------------------
 
+/// LIMIT: policy files of one gateway; one per tenant for the largest hosts.
+pub const POLICY_FILES_MAX: usize = 1024;
+/// LIMIT: text of all policy files together, or of one `tests.json`.
+pub const POLICY_BYTES_MAX: usize = 4 << 20;
+/// LIMIT: brackets inside each other in one policy. Cedar's parser takes up to 56 KiB of stack for each in a debug build, of
+/// the 2 MiB of a worker thread.
+pub const POLICY_NESTING_MAX: usize = 20;
+/// LIMIT: depth of one policy's syntax tree. Cedar's validator takes up to 33 KiB of stack for each in a debug build, its
+/// evaluator 60 KiB; the test `the_deepest_policies_do_not_exhaust_a_worker_s_stack`
+/// holds both values.
+pub const POLICY_DEPTH_MAX: usize = 24;
+/// LIMIT: an `@id` is a name in audit entries and messages.
+pub const POLICY_ID_BYTES_MAX: usize = 64;
+/// LIMIT: gateways, operators and VMs known to policy.
+pub const POLICY_ENTITIES_MAX: usize = 100_000;
+/// LIMIT: an operator's name: `uid:` and a number, or an OIDC subject (255 bytes by its standard).
+pub const OPERATOR_ID_BYTES_MAX: usize = 255;
+
+/// LIMIT: one audit line; a decision with a hundred policy ids takes 8 KiB.
+pub const AUDIT_LINE_BYTES_MAX: usize = 16 * 1024;
+/// LIMIT: levels of objects and lists in an audit line.
+pub const AUDIT_DETAIL_DEPTH_MAX: usize = 8;
+/// LIMIT: entries that wait for one fsync; callers beyond it wait for the commit before.
+pub const AUDIT_BATCH_ENTRIES_MAX: usize = 256;
+/// LIMIT: bytes of one commit, and so the most that a crash leaves unsigned.
+pub const AUDIT_BATCH_BYTES_MAX: usize = AUDIT_BATCH_ENTRIES_MAX * AUDIT_LINE_BYTES_MAX;
+/// LIMIT: a segment grows to this and one commit; small enough to copy, large enough for 100 000 entries.
+pub const AUDIT_SEGMENT_BYTES_MAX: u64 = 64 << 20;
+/// LIMIT: segments of one log: 4 TiB.
+pub const AUDIT_SEGMENTS_MAX: usize = 65_536;
+/// LIMIT: space kept for the entries of a handoff in flight when the disk fills: about 2 000 of them.
+pub const AUDIT_RESERVE_BYTES: u64 = 1 << 20;
+/// LIMIT: a log's name: `sealane/`, a trust domain (255), a gateway.
+pub const AUDIT_ORIGIN_BYTES_MAX: usize = 512;
+/// LIMIT: a signed head: origin, size, root, key name, signature.
+pub const AUDIT_CHECKPOINT_BYTES_MAX: usize = 4 * 1024;
+/// LIMIT: peers whose heads are kept in memory.
+pub const AUDIT_PEERS_MAX: usize = 4096;
+/// LIMIT: crashes in a row before the first entry after them.
+pub const AUDIT_DROPPED_MAX: usize = 1000;
+
 // --- identity and transport ---------------------------------------------------------------------
 
 /// LIMIT: a leaf and the six intermediates that path building may use.
@@ -98,15 +139,89 @@ pub const IDLE_TIMEOUT_MAX: std::time::Duration = std::time::Duration::from_secs
 
 /// LIMIT: vCPUs of the reference VMM.
 pub const VCPUS_MAX: u32 = 8;
+/// LIMIT: JSON header of an attach message; the largest carries a machine description.
+pub const ATTACH_HEADER_BYTES_MAX: usize = MACHINE_BYTES_MAX + 64 * 1024;
+/// LIMIT: gateways and observers attached to one VMM at once; one controls, the rest read its status.
+pub const ATTACH_CONNECTIONS_MAX: usize = 8;
+/// LIMIT: file descriptors taken from one attach message; one is ever legal, the second shows the excess.
+pub const ATTACH_FDS_MAX: usize = 2;
+/// LIMIT: lines in which a VMM says what its host lacks; a CPUID comparison names a few leaves.
+pub const ATTACH_LACKS_MAX: usize = 64;
+/// LIMIT: last console line in a guest's status, shown to people.
+pub const STATUS_LINE_BYTES_MAX: usize = 256;
+/// LIMIT: what is shown of a VMM's log when it died before it listened.
+pub const LAUNCH_LOG_TAIL_BYTES_MAX: usize = 2048;
+/// LIMIT: arguments of an operator's VMM command line.
+pub const LAUNCH_ARGUMENTS_MAX: usize = 256;
+/// LIMIT: writer threads of a synthetic guest.
+pub const SYNTHETIC_WRITERS_MAX: u32 = 64;
+/// LIMIT: CPUID leaves of a vCPU; KVM itself accepts no more.
+pub const CPUID_LEAVES_MAX: usize = 256;
+/// LIMIT: MSRs of a vCPU; kernels list about 120, and KVM's header allows 256 in one request.
+pub const MSRS_MAX: usize = 1024;
+/// LIMIT: XSAVE area of a vCPU: 2.7 KiB with AVX-512, 11 KiB with AMX.
+pub const XSAVE_BYTES_MAX: usize = 64 * 1024;
+/// LIMIT: capability and device names in a machine's profile.
+pub const MACHINE_NAMES_MAX: usize = 64;
+/// LIMIT: what the 16550 keeps of received bytes.
+pub const SERIAL_FIFO_BYTES_MAX: usize = 64;
+/// LIMIT: one console line; a longer one is cut into several.
+pub const CONSOLE_LINE_BYTES_MAX: usize = 1024;
+/// LIMIT: console output kept in memory.
+pub const CONSOLE_BUFFER_BYTES_MAX: usize = 1 << 20;
+/// LIMIT: console lines that wait for a slow reader of standard output; more are dropped.
+pub const CONSOLE_QUEUE_LINES_MAX: usize = 1024;
+/// LIMIT: the smallest dirty ring that KVM accepts is a little over its reserve of 576 entries.
+pub const DIRTY_RING_ENTRIES_MIN: u32 = 1024;
+/// LIMIT: a vCPU that writes 500,000 pages a second fills 2,500 entries of its ring in between.
+pub const DIRTY_RING_PERIOD: std::time::Duration = std::time::Duration::from_millis(5);
+/// LIMIT: x86 Linux reads at most 2048 bytes of command line.
+pub const KERNEL_CMDLINE_BYTES_MAX: usize = 2048;
+/// LIMIT: a vCPU leaves the guest within microseconds; this is for hosts that are badly overloaded.
+pub const PARK_WAIT_MAX: std::time::Duration = std::time::Duration::from_secs(10);
+/// LIMIT: throttled guests keep a hundredth of their time, or they look dead.
+pub const THROTTLE_PERCENT_MAX: u8 = 99;
+/// LIMIT: short against network time-outs of a guest, long against the cost of stopping its vCPUs.
+pub const THROTTLE_PERIOD: std::time::Duration = std::time::Duration::from_millis(40);
+
+/// LIMIT: a flat binary given to `vmm run --kernel`: the conventional memory below the VGA hole.
+pub const FLAT_IMAGE_BYTES_MAX: u64 = 0x9_0000;
 
 // --- configuration, control, journal ------------------------------------------------------------
 
+/// LIMIT: the configuration file; ten thousand VMs take under 4 MiB.
+pub const CONFIG_BYTES_MAX: u64 = 4 << 20;
+/// LIMIT: problems shown for one configuration file; more than this is another kind of file.
+pub const CONFIG_PROBLEMS_MAX: usize = 200;
+/// LIMIT: a Unix socket's path; `sun_path` is 108 bytes with the closing zero.
+pub const SOCKET_PATH_BYTES_MAX: usize = 107;
+/// LIMIT: concurrent migrations of one gateway; each holds lanes, threads and a guest's mapping.
+pub const MIGRATIONS_MAX: u32 = 64;
+/// LIMIT: a request to the control API; all of them are a few short values.
+pub const CONTROL_REQUEST_BYTES_MAX: usize = 64 * 1024;
+/// LIMIT: an answer of the control API; the largest lists ten thousand VMs.
+pub const CONTROL_RESPONSE_BYTES_MAX: usize = 16 << 20;
+/// LIMIT: one line of an event stream; the largest is a report.
+pub const CONTROL_EVENT_BYTES_MAX: usize = 256 * 1024;
+/// LIMIT: one journal record; handoff records are under 1 KiB, placement records under 64 KiB.
+pub const JOURNAL_RECORD_BYTES_MAX: usize = 256 * 1024;
+/// LIMIT: finished reports that a gateway can be told to keep; about 2 KiB each.
+pub const HISTORY_COUNT_MAX: u32 = 100_000;
+
+// --- gateway ------------------------------------------------------------------------------------
+
+/// LIMIT: commands of operators that wait for one migration.
+pub const COMMAND_QUEUE: usize = 8;
+/// LIMIT: lines of progress that wait for one slow watcher; it then sees fewer of them.
+pub const EVENT_QUEUE_LINES: usize = 16;
 const _: () = assert!(MACHINE_BYTES_MAX + 64 * 1024 < CONTROL_BODY_BYTES_MAX);
 const _: () = assert!(STATE_CHUNK_BYTES_MAX < CONTROL_BODY_BYTES_MAX);
 const _: () = assert!(FRAME_BODY_BYTES_MAX > 64 * crate::types::PAGE_BYTES);
 const _: () = assert!(10 * (DATAGRAM_BYTES_MAX as usize) < 65_536 - 28);
 const _: () = assert!((CONTROL_WINDOW_BYTES as usize) > 2 * CONTROL_BODY_BYTES_MAX);
 const _: () = assert!(HALF_OPEN_PER_ADDRESS_MAX < HALF_OPEN_MAX);
+const _: () = assert!(CONTROL_EVENT_BYTES_MAX <= CONTROL_RESPONSE_BYTES_MAX);
 const _: () = assert!(FRAME_BODY_BYTES_MAX > BATCH_PAGES_MAX * (crate::types::PAGE_BYTES + 64));
 const _: () = assert!(RAM_BYTES_MAX / (crate::types::PAGE_BYTES as u64) < 1 << 40);
 const _: () = assert!(STRIPE_PAGES.is_multiple_of(64) && STRIPE_PAGES <= FRAME_PAGES_MAX);
+const _: () = assert!(2 * AUDIT_CHECKPOINT_BYTES_MAX + 1024 < AUDIT_LINE_BYTES_MAX);

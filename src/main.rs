@@ -1,3 +1,7 @@
 //! The `sealane` command.
 
-fn main() {}
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    sealane::cli::run()
+}

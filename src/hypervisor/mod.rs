@@ -9,6 +9,10 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
+pub mod attach;
+pub mod image;
+pub mod synthetic;
+
 use crate::memory::{GuestRam, PageSet};
 use crate::types::{RamRegion, VmUuid};
 

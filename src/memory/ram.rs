@@ -89,6 +89,13 @@ impl GuestRam {
         self.layout.pages()
     }
 
+    /// Where the mapping begins in this process, for requests that hand the kernel an address (KVM memory
+    /// slots, madvise). Page `n` lies `n * PAGE_BYTES` behind it. Never to be dereferenced.
+    #[must_use]
+    pub fn host_address(&self) -> *mut u8 {
+        self.mapping.as_ptr()
+    }
+
     fn slice(&self, page: PageNumber, count: u64) -> Result<VolatileSlice<'_>, RamError> {
         let refuse = || RamError::OutOfBounds { page, pages: self.pages() };
         let end = page.0.checked_add(count).filter(|end| *end <= self.pages()).ok_or_else(refuse)?;

@@ -1,0 +1,210 @@
+//! Every change to a closed log is seen by `verify`, and a gateway does not build on it.
+
+use super::*;
+use crate::audit::chain::{Chain, Head};
+use crate::audit::entry::unhex32;
+
+/// `verify` finds it and `open` refuses it.
+fn assert_seen(dir: &Path, what: &str) {
+    let report = verify(dir, &pinned());
+    assert!(!report.is_ok(), "{what}: {report:?}");
+    assert!(AuditLog::open(dir, ORIGIN, TestSigner::new(1)).is_err(), "{what}: opened");
+}
+
+#[test]
+fn an_untouched_log_is_good_and_what_is_not_proven_is_said() {
+    let dir = written(4);
+    let report = verify(dir.path(), &pinned());
+    assert_eq!((report.entries, report.origin.as_deref()), (5, Some(ORIGIN)));
+    assert!(matches!(report.content, Verdict::Good(_)), "{report:?}");
+    assert!(matches!(report.signer, Verdict::Good(_)), "{report:?}");
+    assert!(matches!(report.completeness, Verdict::Open(_)), "{report:?}");
+    let report = verify(dir.path(), &VerifyOptions::default());
+    assert!(report.is_ok() && matches!(report.signer, Verdict::Open(_)), "{report:?}");
+}
+
+#[test]
+fn a_flip_of_any_byte_is_seen() {
+    let dir = written(2);
+    for path in [segment(dir.path()), segment::checkpoint_path(dir.path())] {
+        let good = std::fs::read(&path).unwrap();
+        for at in 0..good.len() {
+            let mut bad = good.clone();
+            bad[at] ^= [0x01, 0x20, 0x80][at % 3];
+            std::fs::write(&path, &bad).unwrap();
+            assert_seen(dir.path(), &format!("{} byte {at}", path.display()));
+        }
+        std::fs::write(&path, &good).unwrap();
+    }
+    assert!(verify(dir.path(), &pinned()).is_ok());
+}
+
+#[test]
+fn a_cut_at_any_byte_is_seen() {
+    let dir = written(2);
+    for path in [segment(dir.path()), segment::checkpoint_path(dir.path())] {
+        let good = std::fs::read(&path).unwrap();
+        for length in 0..good.len() {
+            std::fs::write(&path, &good[..length]).unwrap();
+            assert_seen(dir.path(), &format!("{} cut to {length} of {}", path.display(), good.len()));
+        }
+        std::fs::write(&path, &good).unwrap();
+    }
+}
+
+#[test]
+fn a_deleted_inserted_doubled_or_swapped_entry_is_named() {
+    let dir = written(5);
+    let text = std::fs::read_to_string(segment(dir.path())).unwrap();
+    let good: Vec<&str> = text.lines().collect();
+    let check = |lines: &[&str], first_bad: u64, what: String| {
+        std::fs::write(segment(dir.path()), lines.iter().map(|line| format!("{line}\n")).collect::<String>()).unwrap();
+        let report = verify(dir.path(), &pinned());
+        assert!(!report.is_ok(), "{what}: {report:?}");
+        // What only adds behind the signed end is set aside when the log is opened (see `crash.rs`).
+        if first_bad < 6 {
+            assert_seen(dir.path(), &what);
+        }
+        let named = [&report.content, &report.signer, &report.completeness].into_iter().find_map(|verdict| match verdict {
+            Verdict::Bad { entry: Some(entry), .. } => Some(*entry),
+            _ => None,
+        });
+        assert_eq!(named, Some(first_bad), "{what}: {report:?}");
+    };
+    for at in 0..good.len() {
+        let place = at as u64;
+        let mut lines = good.clone();
+        lines.remove(at);
+        check(&lines, place, format!("entry {at} deleted"));
+        let mut lines = good.clone();
+        lines.insert(at + 1, good[at]);
+        check(&lines, place + 1, format!("entry {at} doubled"));
+        let mut lines = good.clone();
+        lines.insert(at, "{}");
+        check(&lines, place, format!("a line before entry {at}"));
+        if at + 1 < good.len() {
+            let mut lines = good.clone();
+            lines.swap(at, at + 1);
+            check(&lines, place, format!("entries {at} and {} swapped", at + 1));
+        }
+    }
+}
+
+/// Rewrites the log with entry 2 changed and the chain made right again; signs with `signer` if there is one.
+fn forge(dir: &Path, signer: Option<&TestSigner>) {
+    let text = std::fs::read_to_string(segment(dir)).unwrap();
+    let mut chain = Chain::from(Head::EMPTY);
+    let mut forged = String::new();
+    for (index, line) in text.lines().enumerate() {
+        let mut line = line.to_owned();
+        if index == 2 {
+            line = line.replace("\"outcome\":\"allow\"", "\"outcome\":\"deny\"");
+        }
+        let prev = serde_json::from_str::<serde_json::Value>(&line).unwrap()["prev"].as_str().unwrap().to_owned();
+        assert!(unhex32(&prev).is_some());
+        line = line.replace(&prev, &entry::hex(&chain.head().root));
+        chain.append(line.as_bytes());
+        forged += &(line + "\n");
+    }
+    assert_ne!(forged, text);
+    std::fs::write(segment(dir), forged).unwrap();
+    if let Some(signer) = signer {
+        let checkpoint = note::sign(signer, ORIGIN, chain.head()).unwrap();
+        std::fs::write(segment::checkpoint_path(dir), checkpoint.text).unwrap();
+    }
+}
+
+#[test]
+fn a_rewritten_chain_needs_the_key_and_even_then_a_kept_checkpoint_shows_it() {
+    let dir = written(4);
+    forge(dir.path(), None);
+    assert_seen(dir.path(), "rechained without a signature");
+
+    let dir = written(4);
+    forge(dir.path(), Some(&TestSigner::new(9)));
+    assert_seen(dir.path(), "rechained and signed by another key");
+    assert!(!verify(dir.path(), &VerifyOptions::default()).is_ok(), "entry 0 names the key");
+
+    let dir = written(4);
+    let kept = std::fs::read_to_string(segment::checkpoint_path(dir.path())).unwrap();
+    forge(dir.path(), Some(&TestSigner::new(1)));
+    assert!(verify(dir.path(), &pinned()).is_ok(), "nothing inside the log shows a stolen key");
+    let report = verify(dir.path(), &VerifyOptions { checkpoint: Some(kept), ..pinned() });
+    assert!(report.completeness.is_bad(), "{report:?}");
+}
+
+#[test]
+fn a_log_cut_back_with_its_checkpoint_is_shown_by_one_that_was_kept() {
+    let dir = tempdir();
+    let log = open(dir.path());
+    log.record(&entry(0)).unwrap();
+    let old = log.head();
+    let bytes = std::fs::read(segment(dir.path())).unwrap();
+    log.record(&entry(1)).unwrap();
+    let new = log.head();
+    drop(log);
+    // An older checkpoint is contained in the longer log.
+    let with = |checkpoint: &Checkpoint| VerifyOptions { checkpoint: Some(checkpoint.text.clone()), ..pinned() };
+    assert!(matches!(verify(dir.path(), &with(&old)).completeness, Verdict::Good(_)));
+    assert!(matches!(verify(dir.path(), &with(&new)).completeness, Verdict::Good(_)));
+    // Cut back.
+    std::fs::write(segment(dir.path()), bytes).unwrap();
+    std::fs::write(segment::checkpoint_path(dir.path()), &old.text).unwrap();
+    assert!(verify(dir.path(), &pinned()).is_ok());
+    let report = verify(dir.path(), &with(&new));
+    assert!(matches!(report.completeness, Verdict::Bad { entry: Some(2), .. }), "{report:?}");
+}
+
+#[test]
+fn a_given_checkpoint_of_another_log_or_key_proves_nothing() {
+    let dir = written(2);
+    let own = std::fs::read_to_string(segment::checkpoint_path(dir.path())).unwrap();
+    let head = note::open(&own, &TestSigner::new(1).public_key()).unwrap().head();
+    let elsewhere = note::sign(TestSigner::new(1).as_ref(), "sealane/elsewhere", head).unwrap().text;
+    let other_key = note::sign(TestSigner::new(2).as_ref(), ORIGIN, head).unwrap().text;
+    for text in [elsewhere, other_key, String::new(), own.replace('\n', " "), "x".repeat(100_000)] {
+        let report = verify(dir.path(), &VerifyOptions { checkpoint: Some(text), ..pinned() });
+        assert!(report.completeness.is_bad(), "{report:?}");
+    }
+}
+
+#[test]
+fn missing_files_and_links_are_refused() {
+    let dir = written(2);
+    let aside = tempdir();
+    let moved = |path: PathBuf| {
+        let to = aside.path().join("moved");
+        std::fs::rename(&path, &to).unwrap();
+        assert_seen(dir.path(), &format!("{} is gone", path.display()));
+        std::os::unix::fs::symlink(&to, &path).unwrap();
+        assert_seen(dir.path(), &format!("{} is a link", path.display()));
+        std::fs::remove_file(&path).unwrap();
+        std::fs::rename(&to, &path).unwrap();
+    };
+    moved(segment(dir.path()));
+    moved(segment::checkpoint_path(dir.path()));
+    assert!(verify(dir.path(), &pinned()).is_ok());
+    std::fs::write(dir.path().join("audit-7.jsonl"), "").unwrap();
+    assert_seen(dir.path(), "a file that is named like a segment");
+    assert!(!verify(&dir.path().join("nowhere"), &pinned()).is_ok());
+}
+
+#[test]
+fn a_segment_in_the_middle_cannot_be_left_out() {
+    let dir = tempdir();
+    let log = AuditLog::open_on(std::sync::Arc::new(disk::RealDisk), dir.path(), ORIGIN, TestSigner::new(1), 600).unwrap();
+    for number in 0..8 {
+        log.record(&entry(number)).unwrap();
+    }
+    drop(log);
+    assert!(verify(dir.path(), &pinned()).is_ok());
+    let segments = segment::list(dir.path()).unwrap();
+    assert!(segments.len() >= 4, "{segments:?}");
+    for segment in segments {
+        let bytes = std::fs::read(&segment.path).unwrap();
+        std::fs::remove_file(&segment.path).unwrap();
+        assert_seen(dir.path(), &format!("{} is gone", segment.path.display()));
+        std::fs::write(&segment.path, bytes).unwrap();
+    }
+    assert!(verify(dir.path(), &pinned()).is_ok());
+}

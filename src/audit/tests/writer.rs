@@ -1,0 +1,244 @@
+//! The log under ordinary use.
+
+use std::os::unix::fs::PermissionsExt as _;
+use std::sync::mpsc::{SyncSender, sync_channel};
+use std::sync::{Arc, Mutex};
+
+use super::*;
+
+#[test]
+fn a_log_begins_with_who_writes_it_and_goes_on_after_reopening() {
+    let dir = written(2);
+    let log = open(dir.path());
+    assert_eq!(log.head().size, 3);
+    let receipt = log.record(&entry(2)).unwrap();
+    assert_eq!((receipt.index(), receipt.event()), (3, Event::Decision));
+    assert_eq!(receipt.migration(), Some(crate::types::MigrationId([2; 16])));
+    let entries: Vec<_> = read(dir.path(), Filter::default()).unwrap().map(Result::unwrap).collect();
+    assert_eq!(entries[0].event, Event::LogCreated);
+    assert_eq!(entries[0].detail["origin"], ORIGIN);
+    assert_eq!(entries.iter().map(|entry| entry.index).collect::<Vec<_>>(), [0, 1, 2, 3]);
+    assert!(entries.windows(2).all(|pair| pair[0].monotonic_ns <= pair[1].monotonic_ns || pair[0].index < 3));
+    assert!(verify(dir.path(), &pinned()).is_ok(), "while it is open");
+}
+
+#[test]
+fn a_line_is_canonical_json() {
+    let dir = written(1);
+    let text = std::fs::read_to_string(segment(dir.path())).unwrap();
+    let line = text.lines().nth(1).unwrap();
+    let value: serde_json::Value = serde_json::from_str(line).unwrap();
+    let names: Vec<&String> = value.as_object().unwrap().keys().collect();
+    assert!(names.is_sorted(), "{names:?}");
+    assert!(line.contains("\"text\":\"line\\nquote\\\" \u{e9}\u{7f}\""), "{line}");
+    let time = value["time"].as_str().unwrap();
+    assert!(time.len() == "2026-11-23T17:32:32.123456789Z".len() && time.ends_with('Z'), "{time}");
+    for other in [line.replace(':', ": "), line.replacen("\"boot_id\"", "\"boot_id\":\"x\",\"boot_id\"", 1), format!(" {line}")] {
+        assert!(StoredEntry::parse(other.as_bytes()).is_err(), "{other}");
+    }
+    assert!(StoredEntry::parse(line.as_bytes()).is_ok());
+}
+
+#[test]
+fn entries_that_cannot_be_lines_are_refused_and_nothing_else_suffers() {
+    let dir = tempdir();
+    let log = open(dir.path());
+    let deep = (0..20).fold(serde_json::Value::Null, |inner, _| serde_json::json!([inner]));
+    for bad in [
+        entry(0).detail("float", 1.5),
+        entry(0).detail("deep", deep),
+        entry(0).detail("long", "x".repeat(crate::limits::AUDIT_LINE_BYTES_MAX)),
+    ] {
+        assert!(matches!(log.record(&bad), Err(AuditError::Entry { .. })), "{bad:?}");
+    }
+    // The longest that is taken fits the longest that is read.
+    let fits = (0..crate::limits::AUDIT_LINE_BYTES_MAX).rev().map(|n| entry(1).detail("long", "x".repeat(n)));
+    let longest = fits.into_iter().find(|entry| entry.fields().is_ok()).unwrap();
+    log.record(&longest).unwrap();
+    log.record(&entry(2)).unwrap();
+    assert!(verify(dir.path(), &pinned()).is_ok());
+}
+
+#[test]
+fn only_one_writer_and_only_the_same_log_and_key() {
+    let dir = written(1);
+    let log = open(dir.path());
+    let second = AuditLog::open(dir.path(), ORIGIN, TestSigner::new(1));
+    assert!(matches!(second, Err(AuditError::Locked { .. })), "{second:?}");
+    let handle = log.clone();
+    drop(log);
+    assert!(AuditLog::open(dir.path(), ORIGIN, TestSigner::new(1)).is_err(), "a handle is still there");
+    drop(handle);
+    for (origin, seed) in [("sealane/other", 1), (ORIGIN, 2), ("", 1), ("a b", 1), ("a\nb", 1)] {
+        let opened = AuditLog::open(dir.path(), origin, TestSigner::new(seed));
+        assert!(matches!(opened, Err(AuditError::Checkpoint { .. })), "{origin:?} {seed}");
+    }
+    open(dir.path());
+}
+
+#[test]
+fn files_are_nobody_else_s_business() {
+    let dir = tempdir();
+    let path = dir.path().join("new/audit");
+    let mode = |path: &Path| std::fs::metadata(path).unwrap().permissions().mode() & 0o777;
+    drop(open(&path));
+    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
+    open(&path).record(&entry(0)).unwrap();
+    assert_eq!(mode(&path), 0o700);
+    for item in std::fs::read_dir(&path).unwrap() {
+        let item = item.unwrap().path();
+        assert_eq!(mode(&item), 0o600, "{}", item.display());
+    }
+}
+
+#[test]
+fn many_threads_keep_their_order_and_every_receipt_is_on_disk() {
+    const THREADS: usize = 8;
+    const EACH: usize = 25;
+    let dir = tempdir();
+    let log = open(dir.path());
+    let receipts: Vec<Vec<u64>> = std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..THREADS)
+            .map(|thread| {
+                let log = log.clone();
+                scope.spawn(move || {
+                    let record = |n: usize| {
+                        let index = log.record(&entry(thread * 1000 + n)).unwrap().index();
+                        assert!(log.head().size > index, "acknowledged before the checkpoint covered it");
+                        index
+                    };
+                    (0..EACH).map(record).collect()
+                })
+            })
+            .collect();
+        threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+    });
+    drop(log);
+    let kept = numbers(dir.path());
+    assert_eq!(kept.len(), THREADS * EACH);
+    for (thread, indices) in receipts.iter().enumerate() {
+        assert!(indices.is_sorted());
+        for (n, index) in indices.iter().enumerate() {
+            assert_eq!(kept[usize::try_from(*index).unwrap() - 1], (thread * 1000 + n) as u64);
+        }
+    }
+    assert!(verify(dir.path(), &pinned()).is_ok());
+}
+
+/// Signs like the test signer, but waits for a word before each signature once it is told to.
+struct Gate {
+    signer: Arc<TestSigner>,
+    waits: Mutex<Option<(SyncSender<()>, std::sync::mpsc::Receiver<()>)>>,
+}
+
+impl Signer for Gate {
+    fn sign(&self, bytes: &[u8]) -> [u8; 64] {
+        if let Some((arrived, go)) = self.waits.lock().unwrap().take() {
+            arrived.send(()).unwrap();
+            go.recv().unwrap();
+        }
+        self.signer.sign(bytes)
+    }
+    fn public_key(&self) -> [u8; 32] {
+        self.signer.public_key()
+    }
+    fn name(&self) -> &str {
+        self.signer.name()
+    }
+}
+
+#[test]
+fn one_commit_serves_everybody_who_waits() {
+    const WAITING: usize = 20;
+    let dir = tempdir();
+    let gate = Arc::new(Gate { signer: TestSigner::new(1), waits: Mutex::new(None) });
+    let log = AuditLog::open(dir.path(), ORIGIN, Arc::clone(&gate) as _).unwrap();
+    let before = gate.signer.signed.load(Ordering::SeqCst);
+    let (arrived, first_is_committing) = sync_channel(1);
+    let (go, wait) = sync_channel(1);
+    *gate.waits.lock().unwrap() = Some((arrived, wait));
+    std::thread::scope(|scope| {
+        let first = scope.spawn(|| log.record(&entry(0)).unwrap());
+        first_is_committing.recv().unwrap();
+        let others: Vec<_> = (0..WAITING)
+            .map(|n| {
+                scope.spawn({
+                    let log = &log;
+                    move || log.record(&entry(n + 1)).unwrap()
+                })
+            })
+            .collect();
+        while log.inner().waiting() < WAITING {
+            std::thread::yield_now();
+        }
+        go.send(()).unwrap();
+        first.join().unwrap();
+        for other in others {
+            other.join().unwrap();
+        }
+    });
+    assert_eq!(gate.signer.signed.load(Ordering::SeqCst) - before, 2);
+    assert_eq!(numbers(dir.path()).len(), WAITING + 1);
+}
+
+struct Panicking(Arc<TestSigner>, std::sync::atomic::AtomicBool);
+
+impl Signer for Panicking {
+    fn sign(&self, bytes: &[u8]) -> [u8; 64] {
+        assert!(!self.1.load(Ordering::SeqCst), "the key is gone");
+        self.0.sign(bytes)
+    }
+    fn public_key(&self) -> [u8; 32] {
+        self.0.public_key()
+    }
+    fn name(&self) -> &str {
+        self.0.name()
+    }
+}
+
+#[test]
+fn a_signer_that_panics_fails_the_log_and_hangs_nobody() {
+    let dir = tempdir();
+    let signer = Arc::new(Panicking(TestSigner::new(1), false.into()));
+    let log = AuditLog::open(dir.path(), ORIGIN, Arc::clone(&signer) as _).unwrap();
+    signer.1.store(true, Ordering::SeqCst);
+    let other = log.clone();
+    assert!(std::thread::spawn(move || other.record(&entry(0))).join().is_err());
+    assert!(matches!(log.record(&entry(1)), Err(AuditError::Failed { .. })));
+    drop(log);
+    assert!(verify(dir.path(), &pinned()).is_ok());
+}
+
+#[test]
+fn reading_filters_by_every_field() {
+    let dir = tempdir();
+    let log = open(dir.path());
+    log.record(&entry(0)).unwrap();
+    log.record(&Entry::new(Event::SessionRefused).peer("10.0.0.1:4433").outcome(Outcome::Refused)).unwrap();
+    log.record(&Entry::new(Event::Handoff).migration(crate::types::MigrationId([3; 16])).detail("record", "commit")).unwrap();
+    let show = |filter: Filter| -> Vec<u64> { read(dir.path(), filter).unwrap().map(|entry| entry.unwrap().index).collect() };
+    let all = Filter::default;
+    assert_eq!(show(all()), [0, 1, 2, 3]);
+    assert_eq!(show(Filter { vm: Some("vm-1".parse().unwrap()), ..all() }), [1]);
+    assert_eq!(show(Filter { peer: Some("10.0.0.1:4433".to_owned()), ..all() }), [2]);
+    assert_eq!(show(Filter { migration: Some(crate::types::MigrationId([3; 16])), ..all() }), [3]);
+    assert_eq!(show(Filter { event: Some(Event::SessionRefused), ..all() }), [2]);
+    assert_eq!(show(Filter { since: Some(jiff::Timestamp::now()), ..all() }), Vec::<u64>::new());
+    let third = read(dir.path(), all()).unwrap().nth(2).unwrap().unwrap().time;
+    assert_eq!(show(Filter { since: Some(third), ..all() }), [2, 3]);
+    for event in Event::ALL {
+        assert_eq!(event.as_str().parse::<Event>().unwrap(), *event);
+        assert_eq!(serde_json::to_value(event).unwrap(), event.as_str());
+    }
+}
+
+#[test]
+fn reading_stops_at_the_first_line_that_is_wrong() {
+    let dir = written(4);
+    let text = std::fs::read_to_string(segment(dir.path())).unwrap();
+    std::fs::write(segment(dir.path()), text.replacen("\"number\":2", "\"number\":7", 1)).unwrap();
+    let shown: Vec<_> = read(dir.path(), Filter::default()).unwrap().collect();
+    // The changed line still has the right place; the one after it does not follow.
+    assert_eq!(shown.len(), 5);
+    assert!(shown[4].is_err() && shown[..4].iter().all(Result::is_ok));
+}

@@ -1,0 +1,346 @@
+//! Every command and flag: one definition each. Doc comments are the help texts.
+
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+use super::tools::{AuditCommand, BenchFlags, DemoFlags, PkiCommand, PolicyCommand, VmmCommand};
+use crate::config::{Bandwidth, InvalidQuantity, TimeSpan};
+use crate::types::{PeerName, VmName};
+
+/// Live-migrates virtual machines between hosts and sites through authenticated, policy-checked tunnels.
+///
+/// A gateway runs at each end; commands talk to the local one over its Unix socket. `sealane demo` shows a whole
+/// migration on this machine without any set-up.
+///
+/// Data goes to stdout, everything else to stderr; --json prints one versioned object. Bandwidths, sizes and
+/// durations always have a unit. Exit codes: 0 done · 1 failed, the VM still runs on the source · 2 usage or
+/// configuration · 3 denied by policy or unauthenticated · 4 peer unreachable or incompatible · 5 cancelled ·
+/// 6 outcome unknown, an operator must decide · 7 timed out.
+///
+/// Environment: SEALANE_CONFIG and SEALANE_SOCKET stand in for --config and --socket, SEALANE_LOG filters logs (e.g. `debug`),
+/// NO_COLOR turns colours off.
+#[derive(Debug, Parser)]
+#[command(name = "sealane", version, disable_help_subcommand = true, arg_required_else_help = true)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// The commands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Migrate a running guest between two gateways on this machine.
+    ///
+    /// Makes a throw-away certificate authority, starts two gateways on 127.0.0.1, starts a guest that checks its own memory,
+    /// moves it while it runs, and verifies memory, state and both audit logs. Needs nothing but /dev/kvm, and not even that.
+    Demo(DemoFlags),
+    /// Run the gateway.
+    ///
+    /// Runs in the foreground and logs to stderr. SIGHUP reloads certificates, revocation lists and policies; SIGTERM
+    /// finishes or cleanly aborts what is under way.
+    Gateway(GatewayFlags),
+    /// Move a VM to a peer.
+    ///
+    /// Shows progress until the VM runs there, and prints a report. Ctrl-C cancels with the VM running on the source; a
+    /// second Ctrl-C leaves the migration alone. Values that are not given are the configuration's.
+    Migrate(MigrateFlags),
+    /// Say what a migration would do, without doing it.
+    ///
+    /// Makes every check that can be made beforehand, on both sides, and estimates how long it takes.
+    Plan(MigrationFlags),
+    /// List this gateway's VMs and where they run.
+    Vms(DaemonFlags),
+    /// List peers, and whether they can be reached.
+    Peers(DaemonFlags),
+    /// Show the gateway and its migrations, or one migration.
+    Status(OptionalIdFlags),
+    /// Follow a migration to its end.
+    ///
+    /// The exit code is the migration's. With --json every event is one line.
+    Watch(IdFlags),
+    /// List finished migrations.
+    History(DaemonFlags),
+    /// Stop a migration; the VM goes on running on the source.
+    ///
+    /// After the switch it is too late, and the command says so.
+    Cancel(IdFlags),
+    /// Change a migration under way.
+    ///
+    /// For example: sealane set 5f3a bandwidth=1Gbit max-downtime=500ms
+    Set(SetFlags),
+    /// Make and revoke certificates for gateways.
+    ///
+    /// A small authority for those who have none. Certificates of any authority will do that have one SPIFFE ID.
+    #[command(subcommand)]
+    Pki(PkiCommand),
+    /// Check, test and explain policies.
+    #[command(subcommand)]
+    Policy(PolicyCommand),
+    /// Read and verify audit logs.
+    #[command(subcommand)]
+    Audit(AuditCommand),
+    /// The reference virtual machine monitor.
+    #[command(subcommand)]
+    Vmm(VmmCommand),
+    /// Measure migrations of a memory image.
+    ///
+    /// Moves a file, taken as the RAM of a stopped VM, between two gateways on this machine.
+    Bench(BenchFlags),
+    /// Look for what this host lacks or loses.
+    ///
+    /// Says for each thing whether it works, what is lost without it, and what to do.
+    Doctor(DoctorFlags),
+    /// Check a configuration file.
+    #[command(subcommand)]
+    Config(ConfigCommand),
+    /// Print a completion script for a shell.
+    ///
+    /// For example: sealane completion bash > /usr/share/bash-completion/completions/sealane
+    Completion(CompletionFlags),
+    /// Write manual pages into a directory.
+    Man(ManFlags),
+}
+
+/// How to find the gateway, and how to print.
+#[derive(Debug, Clone, Args)]
+pub struct DaemonFlags {
+    /// Unix socket of the gateway.
+    ///
+    /// Default: $SEALANE_SOCKET, else `gateway.control_socket` of the configuration, else /run/sealane/api.sock.
+    #[arg(long, value_name = "PATH", conflicts_with = "config")]
+    pub socket: Option<PathBuf>,
+    /// Configuration that names the gateway's socket.
+    ///
+    /// Default: $SEALANE_CONFIG, else /etc/sealane/gateway.toml where it can be read.
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// Print JSON on stdout.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Flags of `gateway`.
+#[derive(Debug, Args)]
+pub struct GatewayFlags {
+    /// Its configuration.
+    #[arg(long, value_name = "FILE")]
+    pub config: PathBuf,
+    /// Log JSON lines.
+    #[arg(long)]
+    pub log_json: bool,
+}
+
+/// What is moved, where to, and how.
+#[derive(Debug, Args)]
+pub struct MigrationFlags {
+    /// The VM to move.
+    #[arg(value_name = "VM")]
+    pub vm: VmName,
+    /// The peer to move it to, as the configuration names it.
+    #[arg(long, value_name = "PEER")]
+    pub to: PeerName,
+    /// Most that goes over the wire, e.g. 1Gbit or 10MiB/s.
+    #[arg(long, value_parser = quantity::<Bandwidth>)]
+    pub bandwidth: Option<Bandwidth>,
+    /// Longest pause wanted, e.g. 300ms.
+    ///
+    /// The switch is made when the pause is expected to be at most this.
+    #[arg(long, value_name = "DURATION", value_parser = quantity::<TimeSpan>)]
+    pub max_downtime: Option<TimeSpan>,
+    /// Longest migration, e.g. 1h; after it the VM stays on the source.
+    #[arg(long, value_name = "DURATION", value_parser = quantity::<TimeSpan>)]
+    pub timeout: Option<TimeSpan>,
+    /// How memory moves.
+    #[arg(long, value_enum, default_value_t = ModeFlag::Precopy)]
+    pub mode: ModeFlag,
+    /// Which disks move too.
+    #[arg(long, value_enum, default_value_t = StorageFlag::None)]
+    pub storage: StorageFlag,
+    /// Compare all memory and state on both sides before the switch.
+    #[arg(long, value_name = "YES|NO", value_parser = yes_or_no, num_args = 0..=1, default_missing_value = "yes", require_equals = true)]
+    pub verify: Option<bool>,
+    /// Slow the guest down if it dirties memory faster than it can be sent.
+    #[arg(long)]
+    pub throttle: bool,
+    /// Codec of page batches.
+    #[arg(long, value_enum)]
+    pub compress: Option<CompressFlag>,
+    /// Parallel connections.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=i64::from(crate::limits::LANES_MAX)))]
+    pub lanes: Option<u16>,
+    /// The gateway to ask.
+    #[command(flatten)]
+    pub daemon: DaemonFlags,
+}
+
+/// Flags of `migrate`.
+#[derive(Debug, Args)]
+pub struct MigrateFlags {
+    /// What is moved, where to, and how.
+    #[command(flatten)]
+    pub migration: MigrationFlags,
+    /// Only say what would happen, like `plan`.
+    #[arg(long, conflicts_with = "detach")]
+    pub dry_run: bool,
+    /// Start it, print its id and return.
+    #[arg(long)]
+    pub detach: bool,
+}
+
+/// How memory moves.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum ModeFlag {
+    /// All of it before the switch.
+    Precopy,
+}
+
+/// Which disks move with a VM.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum StorageFlag {
+    /// None: they are shared, or there are none.
+    None,
+}
+
+/// Codec of page batches.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum CompressFlag {
+    /// Pages as they are.
+    None,
+    /// LZ4.
+    Lz4,
+}
+
+/// A migration, by the beginning of its id.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct IdPrefix(pub String);
+
+impl FromStr for IdPrefix {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        if (4..=32).contains(&text.len()) && text.bytes().all(|b| b.is_ascii_hexdigit()) {
+            Ok(Self(text.to_ascii_lowercase()))
+        } else {
+            Err("expected a migration id, or at least its first 4 hexadecimal digits".to_owned())
+        }
+    }
+}
+
+/// Flags of commands about one migration.
+#[derive(Debug, Args)]
+pub struct IdFlags {
+    /// The migration's id, or its first digits.
+    pub id: IdPrefix,
+    /// The gateway to ask.
+    #[command(flatten)]
+    pub daemon: DaemonFlags,
+}
+
+/// Flags of `status`.
+#[derive(Debug, Args)]
+pub struct OptionalIdFlags {
+    /// A migration's id, or its first digits.
+    pub id: Option<IdPrefix>,
+    /// The gateway to ask.
+    #[command(flatten)]
+    pub daemon: DaemonFlags,
+}
+
+/// Flags of `set`.
+#[derive(Debug, Args)]
+pub struct SetFlags {
+    /// The migration's id, or its first digits.
+    pub id: IdPrefix,
+    /// What to change: bandwidth=BANDWIDTH, max-downtime=DURATION.
+    #[arg(value_name = "KEY=VALUE", required = true, value_parser = change)]
+    pub changes: Vec<Change>,
+    /// The gateway to ask.
+    #[command(flatten)]
+    pub daemon: DaemonFlags,
+}
+
+/// One change to a migration under way.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Change {
+    /// `bandwidth=1Gbit`.
+    Bandwidth(Bandwidth),
+    /// `max-downtime=300ms`.
+    MaxDowntime(TimeSpan),
+}
+
+/// Flags of `doctor`.
+#[derive(Debug, Args)]
+pub struct DoctorFlags {
+    /// Configuration to check as well.
+    ///
+    /// Default: $SEALANE_CONFIG, else /etc/sealane/gateway.toml where there is one.
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// Print JSON on stdout.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Commands of `config`.
+#[derive(Debug, Subcommand)]
+pub enum ConfigCommand {
+    /// List everything that is wrong with a file, or every value in effect and where it comes from.
+    Check(ConfigCheckFlags),
+}
+
+/// Flags of `config check`.
+#[derive(Debug, Args)]
+pub struct ConfigCheckFlags {
+    /// The configuration.
+    #[arg(value_name = "FILE")]
+    pub file: PathBuf,
+    /// Do not look at the certificates, keys and policies that it names.
+    #[arg(long)]
+    pub text_only: bool,
+    /// Print JSON on stdout.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Flags of `completion`.
+#[derive(Debug, Args)]
+pub struct CompletionFlags {
+    /// The shell.
+    #[arg(value_enum)]
+    pub shell: clap_complete::Shell,
+}
+
+/// Flags of `man`.
+#[derive(Debug, Args)]
+pub struct ManFlags {
+    /// Where the pages go; it is made if it is not there.
+    #[arg(value_name = "DIR")]
+    pub directory: PathBuf,
+}
+
+/// Reads a quantity; the advice for a bare number is part of the message.
+pub(super) fn quantity<T: FromStr<Err = InvalidQuantity>>(text: &str) -> Result<T, String> {
+    text.parse().map_err(|error: InvalidQuantity| match error.hint {
+        Some(hint) => format!("expected {}\nhint: {hint}", error.expected),
+        None => format!("expected {}", error.expected),
+    })
+}
+
+fn yes_or_no(text: &str) -> Result<bool, String> {
+    match text {
+        "yes" | "true" => Ok(true),
+        "no" | "false" => Ok(false),
+        _ => Err("expected `yes` or `no`".to_owned()),
+    }
+}
+
+fn change(text: &str) -> Result<Change, String> {
+    match text.split_once('=') {
+        Some(("bandwidth", value)) => quantity(value).map(Change::Bandwidth),
+        Some(("max-downtime", value)) => quantity(value).map(Change::MaxDowntime),
+        _ => Err("expected bandwidth=BANDWIDTH or max-downtime=DURATION".to_owned()),
+    }
+}

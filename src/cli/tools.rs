@@ -1,0 +1,308 @@
+//! Flags of the commands that do not talk to a gateway: demo, bench, pki, policy, audit, vmm.
+
+use std::path::PathBuf;
+
+use clap::{Args, Subcommand, ValueEnum};
+
+use super::flags::{CompressFlag, quantity};
+use crate::config::{Bandwidth, ByteSize, Label};
+use crate::limits::{LANES_MAX, VCPUS_MAX};
+use crate::types::{PeerName, VmName, VmUuid};
+
+/// Flags of `demo`.
+#[derive(Debug, Args)]
+pub struct DemoFlags {
+    /// What runs the guest; without it KVM, or synthetic where KVM cannot be used.
+    #[arg(long, value_enum)]
+    pub hypervisor: Option<DemoHypervisor>,
+    /// The guest's memory.
+    #[arg(long, value_name = "SIZE", default_value = "256MiB", value_parser = quantity::<ByteSize>)]
+    pub memory: ByteSize,
+    /// The guest's vCPUs.
+    #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=i64::from(VCPUS_MAX)))]
+    pub vcpus: u32,
+    /// Most that goes over the wire, e.g. 1Gbit.
+    #[arg(long, value_parser = quantity::<Bandwidth>)]
+    pub bandwidth: Option<Bandwidth>,
+    /// Parallel connections.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=i64::from(LANES_MAX)))]
+    pub lanes: Option<u16>,
+    /// Keep certificates, journals and audit logs in this directory, instead of removing them.
+    #[arg(long, value_name = "DIR")]
+    pub keep: Option<PathBuf>,
+    /// Print the report as JSON on stdout.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// What runs the demo's guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum DemoHypervisor {
+    /// A real guest under KVM.
+    Kvm,
+    /// Threads that write memory as a guest would.
+    Synthetic,
+}
+
+/// Flags of `bench`.
+#[derive(Debug, Args)]
+pub struct BenchFlags {
+    /// The memory image, a multiple of 4096 bytes.
+    #[arg(long, value_name = "FILE")]
+    pub image: PathBuf,
+    /// Parallel connections.
+    #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u16).range(1..=i64::from(LANES_MAX)))]
+    pub lanes: u16,
+    /// The link between the gateways.
+    #[arg(long, value_enum, default_value_t = BenchLink::Loopback)]
+    pub link: BenchLink,
+    /// How often the image is moved; the report is of the median.
+    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    pub rounds: u32,
+    /// Codec of page batches.
+    #[arg(long, value_enum, default_value_t = CompressFlag::Lz4)]
+    pub compress: CompressFlag,
+    /// Print JSON on stdout.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// The link of a benchmark.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum BenchLink {
+    /// This machine's loopback interface.
+    Loopback,
+}
+
+/// Commands of `pki`.
+#[derive(Debug, Subcommand)]
+pub enum PkiCommand {
+    /// Make an authority: a root certificate, its key and an empty revocation list.
+    Init {
+        /// Where the authority is kept.
+        #[arg(value_name = "DIR")]
+        directory: PathBuf,
+        /// SPIFFE trust domain, e.g. dc1.example.net.
+        #[arg(long, value_name = "NAME")]
+        trust_domain: String,
+    },
+    /// Issue a gateway's certificate, key and signing key.
+    Issue {
+        /// Where the authority is kept.
+        #[arg(value_name = "DIR")]
+        directory: PathBuf,
+        /// The gateway; its identity becomes spiffe://TRUST-DOMAIN/gateway/NAME.
+        #[arg(long, value_name = "NAME")]
+        gateway: PeerName,
+        /// The site that it stands in.
+        #[arg(long, value_name = "SITE")]
+        site: Label,
+        /// Replace its certificate and key before they end; its name, site and signing key stay.
+        #[arg(long)]
+        renew: bool,
+    },
+    /// Revoke a gateway's certificate, and write a new revocation list.
+    Revoke {
+        /// Where the authority is kept.
+        #[arg(value_name = "DIR")]
+        directory: PathBuf,
+        /// The gateway.
+        #[arg(value_name = "NAME")]
+        gateway: PeerName,
+    },
+    /// Write a new revocation list before the old one ends.
+    RefreshCrl {
+        /// Where the authority is kept.
+        #[arg(value_name = "DIR")]
+        directory: PathBuf,
+    },
+    /// Show what a certificate or revocation list says.
+    Show {
+        /// A PEM file.
+        #[arg(value_name = "FILE")]
+        file: PathBuf,
+        /// Print JSON on stdout.
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+/// Commands of `policy`.
+#[derive(Debug, Subcommand)]
+pub enum PolicyCommand {
+    /// Validate policies against the schema, and warn of what they probably do not mean.
+    Check {
+        /// Directory of *.cedar files.
+        #[arg(value_name = "DIR")]
+        directory: PathBuf,
+        /// Print JSON on stdout.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Ask the questions of test files, and compare the answers.
+    Test {
+        /// Directory of *.cedar files, with *.test.json beside them.
+        #[arg(value_name = "DIR")]
+        directory: PathBuf,
+        /// Print JSON on stdout.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Say which policies permit or forbid a migration, and why.
+    ///
+    /// Asks what the gateways would ask, from the raw files; no gateway has to run.
+    Explain(PolicyExplainFlags),
+}
+
+/// Flags of `policy explain`.
+#[derive(Debug, Args)]
+pub struct PolicyExplainFlags {
+    /// Directory of *.cedar files.
+    #[arg(value_name = "DIR")]
+    pub directory: PathBuf,
+    /// Configuration that describes VMs, peers and operators.
+    #[arg(long, value_name = "FILE")]
+    pub config: PathBuf,
+    /// The VM that would move.
+    #[arg(long, value_name = "VM")]
+    pub vm: VmName,
+    /// The peer at the other end.
+    #[arg(long, value_name = "PEER")]
+    pub peer: PeerName,
+    /// The operator who would ask.
+    #[arg(long, value_name = "NAME")]
+    pub operator: Option<Label>,
+    /// Which question; all of them without it.
+    #[arg(long, value_enum)]
+    pub action: Option<PolicyAction>,
+    /// Print JSON on stdout.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// A question to policy.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum PolicyAction {
+    /// May the operator ask for it?
+    Request,
+    /// May the peer have the VM?
+    Release,
+    /// May the peer give the VM?
+    Accept,
+    /// May the switch happen?
+    Commit,
+}
+
+/// Commands of `audit`.
+#[derive(Debug, Subcommand)]
+pub enum AuditCommand {
+    /// Print the entries of an audit log.
+    Show {
+        /// The log's directory.
+        #[arg(value_name = "DIR")]
+        directory: PathBuf,
+        /// Only the last N entries.
+        #[arg(long, value_name = "N")]
+        last: Option<usize>,
+        /// Only entries of this VM.
+        #[arg(long, value_name = "VM")]
+        vm: Option<VmName>,
+        /// Print the entries as they are in the file.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Recompute an audit log from its files and check every signature.
+    ///
+    /// Says the first entry that was changed, removed or added.
+    Verify {
+        /// The log's directory.
+        #[arg(value_name = "DIR")]
+        directory: PathBuf,
+        /// A checkpoint kept elsewhere, that the log must extend.
+        #[arg(long, value_name = "FILE")]
+        checkpoint: Option<PathBuf>,
+        /// Public key of the gateway that wrote the log.
+        #[arg(long, value_name = "FILE")]
+        key: Option<PathBuf>,
+        /// Public key of a peer, to check what it signed.
+        #[arg(long, value_name = "FILE")]
+        peer_key: Option<PathBuf>,
+        /// Print JSON on stdout.
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+/// Commands of `vmm`.
+#[derive(Debug, Subcommand)]
+pub enum VmmCommand {
+    /// Run one VM in this process, and serve the attach protocol.
+    ///
+    /// A gateway attaches to it over the socket. The guest goes on running when the gateway ends.
+    Run(VmmRunFlags),
+}
+
+/// Flags of `vmm run`.
+#[derive(Debug, Args)]
+#[command(group = clap::ArgGroup::new("boot").required(true).args(["kernel", "payload", "incoming"]))]
+pub struct VmmRunFlags {
+    /// The guest's memory; what arrives decides it for `--incoming`.
+    #[arg(long, value_name = "SIZE", required_unless_present = "incoming", conflicts_with = "incoming", value_parser = quantity::<ByteSize>)]
+    pub memory: Option<ByteSize>,
+    /// The guest's vCPUs.
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=i64::from(VCPUS_MAX)))]
+    pub vcpus: u32,
+    /// Boot a Linux bzImage, an ELF kernel with a PVH entry, or a flat binary.
+    #[arg(long, value_name = "FILE")]
+    pub kernel: Option<PathBuf>,
+    /// Initial RAM disk.
+    #[arg(long, value_name = "FILE", requires = "kernel")]
+    pub initramfs: Option<PathBuf>,
+    /// Kernel command line.
+    #[arg(long, value_name = "TEXT", requires = "kernel")]
+    pub cmdline: Option<String>,
+    /// Run a built-in guest.
+    #[arg(long, value_enum)]
+    pub payload: Option<Payload>,
+    /// Memory that the built-in guest keeps writing.
+    #[arg(long, value_name = "SIZE", requires = "payload", value_parser = quantity::<ByteSize>)]
+    pub working_set: Option<ByteSize>,
+    /// How fast the built-in guest writes, e.g. 100MiB/s; as fast as it can without it.
+    #[arg(long, value_name = "RATE", requires = "payload", value_parser = quantity::<Bandwidth>)]
+    pub dirty_rate: Option<Bandwidth>,
+    /// Be an empty VM, that waits for memory and state of another host.
+    #[arg(long)]
+    pub incoming: bool,
+    /// The VM's UUID; a random one without it.
+    #[arg(long)]
+    pub uuid: Option<VmUuid>,
+    /// Where the attach protocol is served.
+    #[arg(long, value_name = "PATH")]
+    pub socket: PathBuf,
+    /// Pages behind the guest's memory.
+    #[arg(long, value_enum, default_value_t = HugepagesFlag::Advise)]
+    pub hugepages: HugepagesFlag,
+    /// Append the serial console to this file, instead of stdout.
+    #[arg(long, value_name = "FILE")]
+    pub serial: Option<PathBuf>,
+}
+
+/// A built-in guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Payload {
+    /// A KVM guest that keeps writing memory on every vCPU, checks it, and prints numbered heartbeats.
+    Heartbeat,
+    /// The same by threads of the VMM, where there is no KVM.
+    Synthetic,
+}
+
+/// Pages behind the guest's memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum HugepagesFlag {
+    /// Small pages.
+    Off,
+    /// Huge pages where the host allows them for shared memory.
+    Advise,
+    /// Huge pages that the administrator reserved, or nothing.
+    Reserved,
+}

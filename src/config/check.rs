@@ -1,0 +1,408 @@
+//! Every rule of the file. A function reads one table, says all that is wrong with it, and gives a
+//! value only if nothing is.
+
+use std::collections::{BTreeSet, HashMap};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use super::problem::ConfigError;
+use super::raw::{FileKind, FileMention, Located, Reader, Section};
+use super::settings::{Config, Gateway, Identity, Incoming, Limits, Migration, Operator, PLACEHOLDERS, Peer, Trust, Vm};
+use super::typed::TrustDomain;
+use super::{ByteSize, Classification, Compression, Durability, Label, Role, TimeSpan};
+use crate::limits::{HISTORY_COUNT_MAX, LANES_MAX, MIGRATIONS_MAX, RAM_BYTES_MAX, SOCKET_PATH_BYTES_MAX};
+use crate::types::{PeerName, SpiffeId, VmName, VmUuid};
+
+/// A configuration that is complete in itself; files that it names are still to be looked at.
+pub(super) struct Draft {
+    pub(super) reader: Reader,
+    config: Option<Config>,
+}
+
+impl Draft {
+    /// The configuration, or all problems.
+    pub(super) fn finish(mut self) -> Result<Config, ConfigError> {
+        self.reader.outcome()?;
+        match self.config {
+            Some(config) => Ok(Config { settings: self.reader.settings, ..config }),
+            None => {
+                // INVARIANT(all-at-once): whatever withheld the value has said why; this line is the net under it.
+                self.reader.problem(0, "", "a required value is missing".to_owned(), None);
+                self.reader.outcome()?;
+                Err(ConfigError::Invalid { file: self.reader.file, problems: Vec::new() })
+            }
+        }
+    }
+}
+
+pub(super) fn draft(text: &str, file: &Path) -> Draft {
+    let mut reader = Reader::new(text, file);
+    let table = reader.root(text);
+    let mut top = Reader::top(&table);
+    let r = &mut reader;
+
+    let gateway = gateway(r, &mut top);
+    let identity = identity(r, &mut top);
+    let policy_directory = policy(r, &mut top);
+    let migration = migration(r, &mut top);
+    let trusted = identity.as_ref().map(|identity| identity.trust.iter().map(|trust| trust.domain.clone()).collect::<BTreeSet<_>>());
+    let peers = peers(r, &mut top, gateway.as_ref(), trusted.as_ref());
+    // Without all sites, a reference to one cannot be judged.
+    let sites = gateway
+        .as_ref()
+        .zip(peers.as_ref())
+        .map(|(gateway, peers)| peers.iter().map(|peer| peer.site.clone()).chain([gateway.site.clone()]).collect::<BTreeSet<Label>>());
+    let vms = vms(r, &mut top, gateway.as_ref(), sites.as_ref());
+    let incoming = incoming(r, &mut top);
+    let operators = operators(r, &mut top);
+    let limits = limits(r, &mut top);
+    r.finish(top);
+
+    let whole = || {
+        Some(Config {
+            file: file.to_owned(),
+            gateway: gateway?,
+            identity: identity?,
+            policy_directory,
+            migration,
+            peers: peers?,
+            vms: vms?,
+            incoming: incoming.ok()?,
+            operators: operators?,
+            limits,
+            settings: Vec::new(),
+        })
+    };
+    let config = whole();
+    Draft { reader, config }
+}
+
+fn gateway(r: &mut Reader, top: &mut Section<'_, '_>) -> Option<Gateway> {
+    let mut s = r.section(top, "gateway");
+    let name = r.required::<PeerName>(&mut s, "name");
+    let site = r.required::<Label>(&mut s, "site");
+    let listen = r.or(&mut s, "listen", ([127, 0, 0, 1], 4433).into());
+    let control_socket = r.or(&mut s, "control_socket", PathBuf::from(super::DEFAULT_CONTROL_SOCKET));
+    socket_length(r, &s.key("control_socket"), &control_socket, 0);
+    let state_directory = r.or(&mut s, "state_directory", PathBuf::from("/var/lib/sealane")).value;
+    let audit_directory = r.or(&mut s, "audit_directory", PathBuf::from("/var/log/sealane/audit")).value;
+    let runtime_directory = r.or(&mut s, "runtime_directory", PathBuf::from("/run/sealane"));
+    // Room for `/incoming-` + a migration's 32 digits + `.sock`.
+    socket_length(r, &s.key("runtime_directory"), &runtime_directory, 48);
+    r.finish(s);
+    Some(Gateway {
+        name: name?.value,
+        site: site?.value,
+        listen: listen.value,
+        control_socket: control_socket.value,
+        state_directory,
+        audit_directory,
+        runtime_directory: runtime_directory.value,
+    })
+}
+
+fn socket_length(r: &mut Reader, key: &str, path: &Located<PathBuf>, room: usize) {
+    let most = SOCKET_PATH_BYTES_MAX - room;
+    let length = path.value.as_os_str().len();
+    if length > most {
+        let message = format!("expected a path of at most {most} bytes for a Unix socket, got {length}");
+        r.problem(path.at, key, message, Some("use a shorter path, e.g. below /run".to_owned()));
+    }
+}
+
+fn identity(r: &mut Reader, top: &mut Section<'_, '_>) -> Option<Identity> {
+    let mut s = r.section(top, "identity");
+    let certificate = file(r, &mut s, "certificate", FileKind::Certificate);
+    let key = file(r, &mut s, "key", FileKind::PrivateKey);
+    let signing_key = file(r, &mut s, "signing_key", FileKind::PrivateKey);
+    if let (Some(key), Some(signing_key)) = (&key, &signing_key)
+        && key.value == signing_key.value
+    {
+        let hint = "the TLS key and the key that signs handoffs are two keys; `sealane pki issue` makes both".to_owned();
+        r.problem(signing_key.at, &s.key("signing_key"), "the same file as `identity.key`".to_owned(), Some(hint));
+    }
+    let mut domains = HashMap::new();
+    let mut trust = Vec::new();
+    let mut whole = true;
+    let tables = r.sections(&mut s, "trust");
+    if tables.is_empty() && s.is_present() {
+        let hint = Some("add `[[identity.trust]]` with domain, roots and crls".to_owned());
+        r.problem(s.at(), &s.key("trust"), "missing: expected at least one trust domain".to_owned(), hint);
+    }
+    for t in tables {
+        match trust_domain(r, t, &mut domains) {
+            Some(domain) => trust.push(domain),
+            None => whole = false,
+        }
+    }
+    r.finish(s);
+    let identity = Identity { certificate: certificate?.value, key: key?.value, signing_key: signing_key?.value, trust };
+    (whole && !identity.trust.is_empty()).then_some(identity)
+}
+
+fn trust_domain(r: &mut Reader, mut t: Section<'_, '_>, seen: &mut HashMap<String, usize>) -> Option<Trust> {
+    let domain = r.required::<TrustDomain>(&mut t, "domain").map(|domain| Located { value: domain.value.0, at: domain.at });
+    unique(r, &t, "domain", domain.as_ref(), seen, "trust domain");
+    let roots = file(r, &mut t, "roots", FileKind::Pem("CERTIFICATE"));
+    let crls = r.required::<Vec<PathBuf>>(&mut t, "crls");
+    if let Some(crls) = &crls {
+        if crls.value.is_empty() {
+            let hint = "a peer whose revocation cannot be checked is refused; `sealane pki init` makes an empty CRL".to_owned();
+            r.problem(crls.at, &t.key("crls"), "expected at least one revocation list, got none".to_owned(), Some(hint));
+        }
+        for (index, path) in crls.value.iter().enumerate() {
+            let key = format!("{}[{index}]", t.key("crls"));
+            r.mentions.push(FileMention { key, at: crls.at, path: path.clone(), kind: FileKind::Pem("X509 CRL") });
+        }
+    }
+    r.finish(t);
+    Some(Trust { domain: domain?.value, roots: roots?.value, crls: crls?.value })
+}
+
+fn file(r: &mut Reader, s: &mut Section<'_, '_>, key: &'static str, kind: FileKind) -> Option<Located<PathBuf>> {
+    let path = r.required::<PathBuf>(s, key)?;
+    r.mentions.push(FileMention { key: s.key(key), at: path.at, path: path.value.clone(), kind });
+    Some(path)
+}
+
+fn policy(r: &mut Reader, top: &mut Section<'_, '_>) -> PathBuf {
+    let mut s = r.section(top, "policy");
+    let directory = r.or(&mut s, "directory", PathBuf::from("/etc/sealane/policy.d"));
+    let mention = FileMention { key: s.key("directory"), at: directory.at, path: directory.value.clone(), kind: FileKind::PolicyDirectory };
+    r.mentions.push(mention);
+    r.finish(s);
+    directory.value
+}
+
+fn migration(r: &mut Reader, top: &mut Section<'_, '_>) -> Migration {
+    let mut s = r.section(top, "migration");
+    let lanes = r.or(&mut s, "lanes", 2_u16);
+    between(r, &s, "lanes", &lanes, 1, LANES_MAX);
+    let compression = r.or(&mut s, "compression", Compression::Lz4).value;
+    let max_downtime = r.or(&mut s, "max_downtime", TimeSpan { duration: Duration::from_millis(300) });
+    let timeout = r.or(&mut s, "timeout", TimeSpan { duration: Duration::from_secs(3600) });
+    for (key, span) in [("max_downtime", &max_downtime), ("timeout", &timeout)] {
+        if span.value.duration.is_zero() {
+            r.problem(span.at, &s.key(key), "expected more than zero".to_owned(), None);
+        }
+    }
+    let verify = r.or(&mut s, "verify", true).value;
+    let bandwidth = r.optional(&mut s, "bandwidth").map(|bandwidth| bandwidth.value);
+    let durability = r.or(&mut s, "durability", Durability::None).value;
+    r.finish(s);
+    Migration { lanes: lanes.value, compression, max_downtime: max_downtime.value, timeout: timeout.value, verify, bandwidth, durability }
+}
+
+fn between<N: PartialOrd + std::fmt::Display + Copy>(
+    r: &mut Reader,
+    s: &Section<'_, '_>,
+    key: &str,
+    number: &Located<N>,
+    least: N,
+    most: N,
+) {
+    if number.value < least || number.value > most {
+        r.problem(number.at, &s.key(key), format!("expected {least} to {most}, got {}", number.value), None);
+    }
+}
+
+fn unique<T: std::fmt::Display>(
+    r: &mut Reader,
+    s: &Section<'_, '_>,
+    key: &str,
+    value: Option<&Located<T>>,
+    seen: &mut HashMap<String, usize>,
+    what: &str,
+) {
+    let Some(value) = value else { return };
+    let text = value.value.to_string();
+    let line = r.place(value.at).0;
+    match seen.get(&text) {
+        Some(first) => r.problem(value.at, &s.key(key), format!("{what} `{text}` is used already on line {first}"), None),
+        None => {
+            seen.insert(text, line);
+        }
+    }
+}
+
+fn peers(r: &mut Reader, top: &mut Section<'_, '_>, gateway: Option<&Gateway>, trusted: Option<&BTreeSet<String>>) -> Option<Vec<Peer>> {
+    let (mut names, mut identities) = (HashMap::new(), HashMap::new());
+    let mut peers = Some(Vec::new());
+    for mut s in r.sections(top, "peer") {
+        let name = r.required::<PeerName>(&mut s, "name");
+        unique(r, &s, "name", name.as_ref(), &mut names, "peer name");
+        if let (Some(name), Some(gateway)) = (&name, gateway)
+            && name.value == gateway.name
+        {
+            r.problem(name.at, &s.key("name"), format!("`{}` is this gateway's own name", name.value), None);
+        }
+        let address = r.required(&mut s, "address");
+        let spiffe = r.required::<SpiffeId>(&mut s, "spiffe");
+        unique(r, &s, "spiffe", spiffe.as_ref(), &mut identities, "identity");
+        if let (Some(spiffe), Some(trusted)) = (&spiffe, trusted)
+            && !trusted.contains(spiffe.value.trust_domain())
+        {
+            let message = format!("trust domain `{}` has no `[[identity.trust]]`", spiffe.value.trust_domain());
+            let known: Vec<_> = trusted.iter().map(String::as_str).collect();
+            r.problem(spiffe.at, &s.key("spiffe"), message, Some(format!("trusted here: {}", known.join(", "))));
+        }
+        let site = r.required(&mut s, "site");
+        let groups = r.or(&mut s, "groups", Vec::new()).value;
+        r.finish(s);
+        let peer = || Some(Peer { name: name?.value, address: address?.value, spiffe: spiffe?.value, site: site?.value, groups });
+        peers = peers.zip(peer()).map(|(mut peers, peer)| {
+            peers.push(peer);
+            peers
+        });
+    }
+    peers
+}
+
+fn vms(r: &mut Reader, top: &mut Section<'_, '_>, gateway: Option<&Gateway>, sites: Option<&BTreeSet<Label>>) -> Option<Vec<Vm>> {
+    let mut seen = [HashMap::new(), HashMap::new(), HashMap::new()];
+    let mut vms = Some(Vec::new());
+    for s in r.sections(top, "vm") {
+        let vm = vm(r, s, gateway, sites, &mut seen);
+        vms = vms.zip(vm).map(|(mut vms, vm)| {
+            vms.push(vm);
+            vms
+        });
+    }
+    vms
+}
+
+fn vm(
+    r: &mut Reader,
+    mut s: Section<'_, '_>,
+    gateway: Option<&Gateway>,
+    sites: Option<&BTreeSet<Label>>,
+    [names, uuids, sockets]: &mut [HashMap<String, usize>; 3],
+) -> Option<Vm> {
+    let name = r.required::<VmName>(&mut s, "name");
+    unique(r, &s, "name", name.as_ref(), names, "VM name");
+    let uuid = r.required::<VmUuid>(&mut s, "uuid");
+    unique(r, &s, "uuid", uuid.as_ref(), uuids, "UUID");
+    let socket = r.optional::<PathBuf>(&mut s, "socket");
+    if let Some(socket) = &socket {
+        socket_length(r, &s.key("socket"), socket, 0);
+        let shown = Located { value: socket.value.display().to_string(), at: socket.at };
+        unique(r, &s, "socket", Some(&shown), sockets, "socket");
+    }
+    let tenant = r.required::<Label>(&mut s, "tenant");
+    let classification = r.required::<Classification>(&mut s, "classification");
+    let home = gateway.map(|gateway| gateway.site.clone());
+    let home_site = match home {
+        Some(home) => Some(r.or(&mut s, "home_site", home)),
+        None => r.optional(&mut s, "home_site"),
+    };
+    let allowed = home_site.iter().map(|site| site.value.clone()).collect();
+    let allowed_sites = r.or::<Vec<Label>>(&mut s, "allowed_sites", allowed);
+    if let Some(sites) = sites {
+        if let Some(site) = &home_site {
+            known_site(r, &s.key("home_site"), &site.value, site.at, sites);
+        }
+        for (index, site) in allowed_sites.value.iter().enumerate() {
+            known_site(r, &format!("{}[{index}]", s.key("allowed_sites")), site, allowed_sites.at, sites);
+        }
+    }
+    let migratable = r.or(&mut s, "migratable", true).value;
+    let postcopy_ok = r.or(&mut s, "postcopy_ok", false).value;
+    let groups = r.or(&mut s, "groups", Vec::new()).value;
+    r.finish(s);
+    Some(Vm {
+        name: name?.value,
+        uuid: uuid?.value,
+        socket: socket.map(|socket| socket.value),
+        tenant: tenant?.value,
+        classification: classification?.value,
+        home_site: home_site?.value,
+        allowed_sites: allowed_sites.value,
+        migratable,
+        postcopy_ok,
+        groups,
+    })
+}
+
+fn known_site(r: &mut Reader, key: &str, site: &Label, at: usize, sites: &BTreeSet<Label>) {
+    if !sites.contains(site) {
+        let known: Vec<_> = sites.iter().map(Label::as_str).collect();
+        let hint = format!("sites of this gateway and its peers: {}", known.join(", "));
+        r.problem(at, key, format!("unknown site `{site}`"), Some(hint));
+    }
+}
+
+/// `Err` when the table is there and wrong.
+fn incoming(r: &mut Reader, top: &mut Section<'_, '_>) -> Result<Option<Incoming>, ()> {
+    let mut s = r.section(top, "incoming");
+    if !s.is_present() {
+        return Ok(None);
+    }
+    let command = r.required::<Vec<String>>(&mut s, "command");
+    if let Some(command) = &command {
+        placeholders(r, &s.key("command"), command);
+    }
+    let max_memory = r.or(&mut s, "max_memory", ByteSize { bytes: 64 << 30 });
+    if max_memory.value.bytes == 0 || max_memory.value.bytes > RAM_BYTES_MAX {
+        let most = ByteSize { bytes: RAM_BYTES_MAX };
+        r.problem(max_memory.at, &s.key("max_memory"), format!("expected 1B to {most}, got {}", max_memory.value), None);
+    }
+    r.finish(s);
+    command.map(|command| Some(Incoming { command: command.value, max_memory: max_memory.value })).ok_or(())
+}
+
+fn placeholders(r: &mut Reader, key: &str, command: &Located<Vec<String>>) {
+    let known = PLACEHOLDERS.map(|name| format!("{{{name}}}")).join(", ");
+    if command.value.first().is_none_or(|program| program.is_empty() || program.contains('{')) {
+        r.problem(command.at, key, "expected a program as the first element".to_owned(), None);
+    }
+    for (index, argument) in command.value.iter().enumerate() {
+        let mut rest = argument.as_str();
+        while let Some((before, after)) = rest.split_once('{') {
+            let name = after.split_once('}');
+            let wrong = before.contains('}') || name.is_none_or(|(name, _)| !PLACEHOLDERS.contains(&name));
+            if wrong {
+                let message = format!("unknown placeholder in `{}`", argument.escape_debug());
+                r.problem(command.at, &format!("{key}[{index}]"), message, Some(format!("placeholders: {known}")));
+                break;
+            }
+            rest = name.map_or("", |(_, tail)| tail);
+        }
+    }
+    if !command.value.iter().any(|argument| argument.contains("{socket}")) {
+        r.problem(command.at, key, "expected `{socket}` in one of the arguments".to_owned(), Some(format!("placeholders: {known}")));
+    }
+}
+
+fn operators(r: &mut Reader, top: &mut Section<'_, '_>) -> Option<Vec<Operator>> {
+    let (mut names, mut uids) = (HashMap::new(), HashMap::new());
+    let mut operators = Some(Vec::new());
+    for mut s in r.sections(top, "operator") {
+        let name = r.required::<Label>(&mut s, "name");
+        unique(r, &s, "name", name.as_ref(), &mut names, "operator name");
+        let uid = r.required::<u32>(&mut s, "uid");
+        unique(r, &s, "uid", uid.as_ref(), &mut uids, "user id");
+        let teams = r.or(&mut s, "teams", Vec::new()).value;
+        let mfa = r.or(&mut s, "mfa", false).value;
+        let roles = r.required::<Vec<Role>>(&mut s, "roles");
+        if let Some(roles) = roles.as_ref().filter(|roles| roles.value.is_empty()) {
+            r.problem(roles.at, &s.key("roles"), format!("expected at least one of {}", Role::EXPECTED), None);
+        }
+        r.finish(s);
+        let operator = || Some(Operator { name: name?.value, uid: uid?.value, teams, mfa, roles: roles?.value });
+        operators = operators.zip(operator()).map(|(mut operators, operator)| {
+            operators.push(operator);
+            operators
+        });
+    }
+    operators
+}
+
+fn limits(r: &mut Reader, top: &mut Section<'_, '_>) -> Limits {
+    let mut s = r.section(top, "limits");
+    let migrations_max = r.or(&mut s, "migrations_max", 4);
+    between(r, &s, "migrations_max", &migrations_max, 1, MIGRATIONS_MAX);
+    let history_max = r.or(&mut s, "history_max", 1000);
+    between(r, &s, "history_max", &history_max, 1, HISTORY_COUNT_MAX);
+    r.finish(s);
+    Limits { migrations_max: migrations_max.value, history_max: history_max.value }
+}

@@ -1,0 +1,89 @@
+//! The files that a configuration names: there, readable, of the right kind, and not too open.
+
+use std::fs::{File, Metadata};
+use std::io::Read;
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+
+use x509_parser::extensions::GeneralName;
+
+use super::raw::{FileKind, FileMention, Reader};
+use crate::limits::CONFIG_BYTES_MAX;
+
+/// Looks at every mentioned file and adds what is wrong.
+pub(super) fn check(reader: &mut Reader) {
+    for mention in std::mem::take(&mut reader.mentions) {
+        if let Err((message, hint)) = look(reader, &mention) {
+            reader.problem(mention.at, &mention.key, message, hint);
+        }
+    }
+}
+
+type Wrong = (String, Option<String>);
+
+fn look(reader: &mut Reader, mention: &FileMention) -> Result<(), Wrong> {
+    let shown = mention.path.display();
+    let metadata = std::fs::metadata(&mention.path).map_err(|error| (format!("cannot read `{shown}`: {error}"), None))?;
+    match mention.kind {
+        FileKind::PolicyDirectory => policy_directory(&mention.path, &metadata),
+        FileKind::PrivateKey => {
+            let mode = metadata.permissions().mode() & 0o777;
+            if mode & 0o077 != 0 {
+                let hint = format!("chmod 600 {shown}");
+                return Err((format!("private key `{shown}` can be read by others (mode {mode:03o}): expected mode 600"), Some(hint)));
+            }
+            pem(&mention.path, "PRIVATE KEY").map(drop)
+        }
+        FileKind::Pem(label) => pem(&mention.path, label).map(drop),
+        FileKind::Certificate => own_certificate(reader, &mention.path),
+    }
+}
+
+fn policy_directory(path: &Path, metadata: &Metadata) -> Result<(), Wrong> {
+    let shown = path.display();
+    if !metadata.is_dir() {
+        return Err((format!("`{shown}` is not a directory"), None));
+    }
+    let entries = std::fs::read_dir(path).map_err(|error| (format!("cannot read `{shown}`: {error}"), None))?;
+    let policies = entries.filter_map(Result::ok).filter(|entry| entry.path().extension().is_some_and(|suffix| suffix == "cedar"));
+    if policies.count() == 0 {
+        let hint = "without a policy nothing is permitted and the gateway does not start".to_owned();
+        return Err((format!("no `*.cedar` file in `{shown}`"), Some(hint)));
+    }
+    Ok(())
+}
+
+/// The text of a PEM file that has at least one block of the kind.
+fn pem(path: &Path, label: &str) -> Result<String, Wrong> {
+    let shown = path.display();
+    let mut text = String::new();
+    let read = File::open(path).and_then(|file| file.take(CONFIG_BYTES_MAX).read_to_string(&mut text));
+    read.map_err(|error| (format!("cannot read `{shown}`: {error}"), None))?;
+    // `BEGIN EC PRIVATE KEY` is a private key too.
+    let found = text.lines().any(|line| line.starts_with("-----BEGIN ") && line.trim_end().trim_end_matches('-').ends_with(label));
+    if found { Ok(text) } else { Err((format!("`{shown}` has no PEM block `{label}`"), None)) }
+}
+
+/// The gateway's own identity must not be a peer's.
+fn own_certificate(reader: &mut Reader, path: &Path) -> Result<(), Wrong> {
+    let text = pem(path, "CERTIFICATE")?;
+    let unreadable = || (format!("`{}` does not hold an X.509 certificate", path.display()), None);
+    let (_, block) = x509_parser::pem::parse_x509_pem(text.as_bytes()).map_err(|_| unreadable())?;
+    let certificate = block.parse_x509().map_err(|_| unreadable())?;
+    let names = certificate.subject_alternative_name().ok().flatten();
+    let own = names.iter().flat_map(|names| &names.value.general_names).find_map(|name| match name {
+        GeneralName::URI(uri) if uri.starts_with("spiffe://") => Some(*uri),
+        _ => None,
+    });
+    let Some(own) = own else {
+        return Err((format!("certificate `{}` has no SPIFFE ID as URI name", path.display()), None));
+    };
+    let is_own = |setting: &&super::Setting| setting.key.starts_with("peer[") && setting.key.ends_with(".spiffe") && setting.value == own;
+    if let Some(peer) = reader.settings.iter().find(is_own) {
+        return Err((
+            format!("this certificate is for `{own}`, which is also `{}`", peer.key),
+            Some("a gateway is not its own peer".to_owned()),
+        ));
+    }
+    Ok(())
+}

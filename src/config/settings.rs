@@ -1,0 +1,253 @@
+//! The checked configuration. Nothing here changes after it was checked; a reload makes a new one.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use super::raw::Setting;
+use super::{Address, Bandwidth, ByteSize, Classification, Compression, Durability, Label, Role, TimeSpan};
+use crate::types::{PeerName, SpiffeId, VmName, VmUuid};
+
+/// A configuration without problems; made by [`load`](super::load) and [`parse`](super::parse) only.
+#[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
+pub struct Config {
+    /// The file it was read from.
+    pub file: PathBuf,
+    /// This gateway.
+    pub gateway: Gateway,
+    /// Its certificate, and whom it trusts.
+    pub identity: Identity,
+    /// Directory of Cedar policies.
+    pub policy_directory: PathBuf,
+    /// What a migration does unless its request says otherwise.
+    pub migration: Migration,
+    /// The gateways it may talk to.
+    pub peers: Vec<Peer>,
+    /// The VMs it may move away, or has a name for.
+    pub vms: Vec<Vm>,
+    /// How an empty VMM for an incoming VM is started; without it nothing is accepted.
+    pub incoming: Option<Incoming>,
+    /// Who may use the control socket, besides root and the gateway's own user.
+    pub operators: Vec<Operator>,
+    /// How much at once.
+    pub limits: Limits,
+    /// Every value with its origin, for `config check`.
+    pub settings: Vec<Setting>,
+}
+
+impl Config {
+    /// The peer of that name.
+    #[must_use]
+    pub fn peer(&self, name: &PeerName) -> Option<&Peer> {
+        self.peers.iter().find(|peer| peer.name == *name)
+    }
+
+    /// The peer with that identity.
+    #[must_use]
+    pub fn peer_of(&self, spiffe: &SpiffeId) -> Option<&Peer> {
+        self.peers.iter().find(|peer| peer.spiffe == *spiffe)
+    }
+
+    /// The VM of that name.
+    #[must_use]
+    pub fn vm(&self, name: &VmName) -> Option<&Vm> {
+        self.vms.iter().find(|vm| vm.name == *name)
+    }
+
+    /// The operator with that user id.
+    #[must_use]
+    pub fn operator(&self, uid: u32) -> Option<&Operator> {
+        self.operators.iter().find(|operator| operator.uid == uid)
+    }
+}
+
+/// `[gateway]`: this gateway.
+#[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
+pub struct Gateway {
+    /// Its name in messages.
+    pub name: PeerName,
+    /// The site it stands in.
+    pub site: Label,
+    /// UDP address that peers reach it at.
+    pub listen: SocketAddr,
+    /// Unix socket of the control API.
+    pub control_socket: PathBuf,
+    /// Where the journal is.
+    pub state_directory: PathBuf,
+    /// Where the audit log is.
+    pub audit_directory: PathBuf,
+    /// Where the sockets of incoming VMMs are.
+    pub runtime_directory: PathBuf,
+}
+
+/// `[identity]`: the gateway's certificate and whom it trusts.
+#[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
+pub struct Identity {
+    /// PEM file: the leaf and its intermediates.
+    pub certificate: PathBuf,
+    /// PEM file: the leaf's private key.
+    pub key: PathBuf,
+    /// PEM file: the Ed25519 key that signs handoff messages and checkpoints.
+    pub signing_key: PathBuf,
+    /// By trust domain; at least one.
+    pub trust: Vec<Trust>,
+}
+
+/// `[[identity.trust]]`: one trust domain.
+#[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
+pub struct Trust {
+    /// SPIFFE trust domain.
+    pub domain: String,
+    /// PEM file of its roots.
+    pub roots: PathBuf,
+    /// PEM files of its revocation lists; at least one.
+    pub crls: Vec<PathBuf>,
+}
+
+/// `[migration]`: defaults of a migration.
+#[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
+pub struct Migration {
+    /// Lanes wanted.
+    pub lanes: u16,
+    /// Codec of page batches.
+    pub compression: Compression,
+    /// Longest pause wanted.
+    pub max_downtime: TimeSpan,
+    /// Longest migration.
+    pub timeout: TimeSpan,
+    /// Whether memory and state are compared before the switch.
+    pub verify: bool,
+    /// Most that goes over the wire; unlimited when absent.
+    pub bandwidth: Option<Bandwidth>,
+    /// Where the final image is on disk before the switch.
+    pub durability: Durability,
+}
+
+/// `[[peer]]`: another gateway.
+#[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
+pub struct Peer {
+    /// What operators call it.
+    pub name: PeerName,
+    /// Where it listens.
+    pub address: Address,
+    /// Who it must prove to be.
+    pub spiffe: SpiffeId,
+    /// The site it stands in.
+    pub site: Label,
+    /// Groups for policy.
+    pub groups: Vec<Label>,
+}
+
+/// `[[vm]]`: a virtual machine and what policy is told about it.
+#[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
+pub struct Vm {
+    /// What operators call it.
+    pub name: VmName,
+    /// What policy calls it.
+    pub uuid: VmUuid,
+    /// Socket of its running VMM, attached to at start.
+    pub socket: Option<PathBuf>,
+    /// Whose it is.
+    pub tenant: Label,
+    /// How sensitive it is.
+    pub classification: Classification,
+    /// Where it belongs.
+    pub home_site: Label,
+    /// Where it may be.
+    pub allowed_sites: Vec<Label>,
+    /// Whether it may move at all.
+    pub migratable: bool,
+    /// Whether its memory may be in two places at once.
+    pub postcopy_ok: bool,
+    /// Groups for policy.
+    pub groups: Vec<Label>,
+}
+
+/// `[incoming]`: how an empty VMM is started.
+#[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
+pub struct Incoming {
+    /// Program and arguments with placeholders.
+    pub command: Vec<String>,
+    /// Largest guest that is accepted.
+    pub max_memory: ByteSize,
+}
+
+/// What the placeholders of [`Incoming::command`] stand for.
+#[derive(Debug, Clone, Copy)]
+pub struct IncomingValues<'a> {
+    /// `{socket}`: where the VMM has to listen.
+    pub socket: &'a std::path::Path,
+    /// `{vm}`.
+    pub vm: &'a VmName,
+    /// `{uuid}`.
+    pub uuid: VmUuid,
+    /// `{memory_bytes}`.
+    pub memory_bytes: u64,
+    /// `{vcpus}`.
+    pub vcpus: u32,
+}
+
+/// The words that may stand in braces in [`Incoming::command`].
+pub(super) const PLACEHOLDERS: [&str; 6] = ["socket", "vm", "uuid", "memory_bytes", "vcpus", "serial"];
+
+impl Incoming {
+    /// The command for one VM. Values are put in once: what looks like a placeholder inside a value stays.
+    #[must_use]
+    pub fn expand(&self, values: &IncomingValues<'_>) -> Vec<std::ffi::OsString> {
+        self.command.iter().map(|argument| expand(argument, values)).collect()
+    }
+}
+
+fn expand(argument: &str, values: &IncomingValues<'_>) -> std::ffi::OsString {
+    let mut out = std::ffi::OsString::new();
+    let mut rest = argument;
+    while let Some((before, after)) = rest.split_once('{') {
+        out.push(before);
+        let (name, tail) = after.split_once('}').unwrap_or((after, ""));
+        match name {
+            "socket" => out.push(values.socket),
+            "vm" => out.push(values.vm.as_str()),
+            "uuid" => out.push(values.uuid.to_string()),
+            "memory_bytes" => out.push(values.memory_bytes.to_string()),
+            "vcpus" => out.push(values.vcpus.to_string()),
+            // Refused when the file was checked.
+            _ => {}
+        }
+        rest = tail;
+    }
+    out.push(rest);
+    out
+}
+
+/// `[[operator]]`: somebody who may use the control socket.
+#[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
+pub struct Operator {
+    /// The name in the audit log.
+    pub name: Label,
+    /// Their user id, as the kernel tells it of the peer of a Unix socket.
+    pub uid: u32,
+    /// Teams for policy.
+    pub teams: Vec<Label>,
+    /// Whether their login used a second factor; for policy.
+    pub mfa: bool,
+    /// What they may ask.
+    pub roles: Vec<Role>,
+}
+
+/// `[limits]`: how much at once.
+#[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
+pub struct Limits {
+    /// Migrations at once, both directions together.
+    pub migrations_max: u32,
+    /// Finished reports kept.
+    pub history_max: u32,
+}

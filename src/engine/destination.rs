@@ -1,0 +1,441 @@
+//! The destination end of one migration.
+
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use tokio::sync::mpsc;
+
+use crate::engine::digest::{digest_memory, digest_totals, sha256, totals_differ};
+use crate::engine::handoff::{Binding, Evidence, blocking, joined};
+use crate::engine::lanes::{LaneReport, ReceiveShared, receive_lane};
+use crate::engine::source::AskCommit;
+use crate::engine::{EngineError, Link};
+use crate::hypervisor::PagedDestination;
+use crate::limits;
+use crate::memory::GuestRam;
+use crate::migration::{
+    Destination, DestinationAction, DestinationEvent, DestinationRecord, DestinationStep, HandoffAction, Outcome, PreparedRecord,
+};
+use crate::transport::{LaneGate, TransportError};
+use crate::types::Round;
+use crate::wire::{Accept, AuditHead, Failure, FinalDigest, Handoff, LaneTotals, Message, Offer, RoundApplied, StateChunk};
+
+/// What is to be received.
+pub struct DestinationOrder {
+    /// The offer, permitted by policy.
+    pub offer: Offer,
+    /// Lanes granted.
+    pub lanes: u16,
+    /// Journal, audit log, signing key.
+    pub evidence: Evidence,
+    /// The session with the source.
+    pub link: Link,
+    /// The empty twin.
+    pub twin: Box<dyn PagedDestination>,
+    /// Policy at commit.
+    pub ask_commit: AskCommit,
+    /// SHA-256 of the policy set that permitted the offer.
+    pub policy_digest: [u8; 32],
+}
+
+/// How it ended here.
+pub struct DestinationEnd {
+    /// `Moved`: the VM runs here. `Stayed`: it never will, from this attempt. `None`: the twin is
+    /// prepared and the source has to say; the journal knows.
+    pub outcome: Option<Outcome>,
+    /// Why it did not move.
+    pub error: Option<EngineError>,
+    /// Where the twin's VMM is attached.
+    pub address: String,
+}
+
+type Twin = Arc<Mutex<Box<dyn PagedDestination>>>;
+
+struct Run {
+    order: Offer,
+    lanes: u16,
+    evidence: Evidence,
+    link: Link,
+    twin: Twin,
+    ram: Arc<GuestRam>,
+    ask_commit: AskCommit,
+    binding: Binding,
+    machine: Destination,
+    gate: Option<LaneGate>,
+    reports: mpsc::Receiver<Result<LaneReport, EngineError>>,
+    rounds: Rounds,
+    state: StateBuffer,
+    final_said: Option<FinalDigest>,
+    error: Option<EngineError>,
+    ended: Option<Option<Outcome>>,
+}
+
+/// Which lanes have applied how much, and what the source says that it sent.
+struct Rounds {
+    applied: Vec<(Round, LaneTotals)>,
+    said: Option<(Round, bool, Vec<LaneTotals>)>,
+}
+
+/// Device state as it arrives, in order and bounded.
+#[derive(Default)]
+struct StateBuffer {
+    bytes: Vec<u8>,
+    total: Option<u64>,
+}
+
+/// Runs the destination end until the VM's place is decided, or the source has to be waited for.
+pub async fn run_destination(order: DestinationOrder) -> DestinationEnd {
+    let DestinationOrder { offer, lanes, evidence, link, twin, ask_commit, policy_digest } = order;
+    let (reports_in, reports) = mpsc::channel(usize::from(limits::LANES_MAX) * 2);
+    let ram = Arc::clone(twin.ram());
+    let binding = Binding {
+        migration: offer.migration,
+        vm: offer.vm.clone(),
+        uuid: offer.uuid,
+        epoch: offer.epoch.next(),
+        peer: link.peer.spiffe.clone(),
+        peer_incarnation: link.peer.incarnation,
+        peer_key: link.peer.signing_key,
+        address: twin.address(),
+    };
+    let shared = ReceiveShared { migration: offer.migration, ram: Arc::clone(&ram), lanes, reports: reports_in };
+    let gate = link.session.expect_lanes(offer.migration, lanes, Arc::new(move |io| Box::pin(receive_lane(io, shared.clone()))));
+    let migration = offer.migration;
+    let mut run = Run {
+        lanes,
+        evidence,
+        link,
+        twin: Arc::new(Mutex::new(twin)),
+        ram,
+        ask_commit,
+        binding,
+        machine: Destination::default(),
+        gate: None,
+        reports,
+        rounds: Rounds { applied: vec![(Round(0), LaneTotals::default()); usize::from(lanes)], said: None },
+        state: StateBuffer::default(),
+        final_said: None,
+        error: None,
+        ended: None,
+        order: offer,
+    };
+    let first = match gate {
+        Ok(gate) => {
+            run.gate = Some(gate);
+            run.say(Message::Accept(Accept { migration, lanes, policy_digest })).await
+        }
+        Err(source) => Err(EngineError::Transport { migration, source }),
+    };
+    run.to_end(first).await
+}
+
+impl Run {
+    async fn to_end(mut self, first: Result<(), EngineError>) -> DestinationEnd {
+        let mut events = VecDeque::new();
+        if let Err(error) = first {
+            events.push_back(self.give_up(error));
+        }
+        while self.ended.is_none() {
+            let Some(event) = events.pop_front() else {
+                let next = self.next().await;
+                events.extend(next);
+                continue;
+            };
+            match self.machine.step(event) {
+                Ok(actions) => self.perform_all(actions, &mut events).await,
+                Err(refusal) if self.machine.is_prepared() => {
+                    tracing::warn!(migration = %self.order.migration, %refusal, "ignored after PREPARED")
+                }
+                Err(refusal) => events.push_back(self.give_up(refusal.into())),
+            }
+        }
+        drop(self.gate.take());
+        if let Some(error) = &self.error {
+            let reason: String = crate::telemetry::chain(error).chars().take(limits::REASON_BYTES_MAX / 4).collect();
+            let _ = self.say(Message::Failure(Failure { class: error.class(), reason })).await;
+        }
+        // The source closes when it has read the last word; closing first could lose it on the way.
+        let _ = tokio::time::timeout(LINGER, self.link.session.closed()).await;
+        DestinationEnd { outcome: self.ended.flatten(), error: self.error, address: self.binding.address }
+    }
+
+    async fn say(&mut self, message: Message) -> Result<(), EngineError> {
+        let migration = self.order.migration;
+        self.link.session.send(&message).await.map_err(|source| EngineError::Transport { migration, source })
+    }
+
+    fn give_up(&mut self, error: EngineError) -> DestinationEvent {
+        let class = error.class();
+        self.error.get_or_insert(error);
+        DestinationEvent::GiveUp(class)
+    }
+
+    async fn next(&mut self) -> Option<DestinationEvent> {
+        tokio::select! {
+            report = self.reports.recv() => match report {
+                Some(Ok(report)) => self.lane_reported(&report),
+                // A lane that breaks after FINAL has nothing more to carry.
+                Some(Err(_)) if self.final_said.is_some() => None,
+                Some(Err(error)) => Some(self.give_up(error)),
+                None => None,
+            },
+            message = self.link.session.receive() => self.received(message).await,
+        }
+    }
+
+    fn lane_reported(&mut self, report: &LaneReport) -> Option<DestinationEvent> {
+        match self.rounds.applied.get_mut(usize::from(report.lane.0)) {
+            Some(applied) => *applied = (report.round, report.totals),
+            None => return Some(self.give_up(EngineError::Bug("a lane beyond those granted".into()))),
+        }
+        self.round_complete()
+    }
+
+    /// A round is complete when the source has said so and every lane has applied it.
+    fn round_complete(&mut self) -> Option<DestinationEvent> {
+        let (round, last, said) = self.rounds.said.as_ref()?;
+        if self.rounds.applied.iter().any(|(applied, _)| applied < round) {
+            return None;
+        }
+        let applied: Vec<LaneTotals> = self.rounds.applied.iter().map(|(_, totals)| *totals).collect();
+        if let Some(error) = totals_differ(said, &applied) {
+            return Some(self.give_up(error));
+        }
+        let event = DestinationEvent::RoundComplete { round: *round, last: *last };
+        self.rounds.said = None;
+        Some(event)
+    }
+
+    fn final_when_ready(&mut self) -> Option<DestinationEvent> {
+        let ready = self.machine.name() == "await-final" && self.state.is_complete();
+        self.final_said.filter(|_| ready).map(DestinationEvent::Final)
+    }
+
+    async fn received(&mut self, message: Result<Message, TransportError>) -> Option<DestinationEvent> {
+        let message = match message {
+            Ok(message) => message,
+            // After PREPARED only the source's word counts, and it comes on another session.
+            Err(_) if self.machine.is_prepared() => {
+                self.ended = Some(None);
+                return None;
+            }
+            Err(_) if self.machine.name() == "running" => {
+                self.ended = Some(Some(Outcome::Moved));
+                return None;
+            }
+            Err(source) => return Some(self.give_up(EngineError::Transport { migration: self.order.migration, source })),
+        };
+        match message {
+            Message::RoundEnd(end) if end.migration == self.order.migration && end.lanes.len() == usize::from(self.lanes) => {
+                if self.rounds.said.is_some() {
+                    return Some(
+                        self.give_up(EngineError::OutOfPlace {
+                            expected: "the end of the round under way",
+                            got: "another ROUND-END".into(),
+                        }),
+                    );
+                }
+                self.rounds.said = Some((end.round, end.last, end.lanes));
+                self.round_complete()
+            }
+            Message::StateChunk(chunk) => match self.state.take_in(chunk) {
+                Ok(()) => self.final_when_ready(),
+                Err(error) => Some(self.give_up(error)),
+            },
+            Message::Handoff(signed) => match self.evidence.check(&self.binding, &signed) {
+                Ok((_, false)) => {
+                    Some(self.give_up(EngineError::NotAuthentic { migration: self.order.migration, why: "sender's journal" }))
+                }
+                Ok((Handoff::Final { digest, lanes }, true)) if lanes == self.lanes && self.final_said.is_none() => {
+                    self.final_said = Some(digest);
+                    self.final_when_ready()
+                }
+                Ok((step, true)) => {
+                    if let (Handoff::Abort { class }, None) = (&step, &self.error) {
+                        self.error = Some(EngineError::Peer {
+                            migration: self.order.migration,
+                            class: *class,
+                            reason: "the source keeps the VM".into(),
+                        });
+                    }
+                    Some(DestinationEvent::Handoff(DestinationStep::Received(step)))
+                }
+                Err(error) => Some(self.give_up(error)),
+            },
+            Message::AuditHead(head) => {
+                self.keep_peer_head(head).await;
+                None
+            }
+            Message::Failure(failure) => {
+                let error = EngineError::Peer { migration: self.order.migration, class: failure.class, reason: failure.reason };
+                Some(self.give_up(error))
+            }
+            Message::Ping => None,
+            other => Some(self.give_up(EngineError::OutOfPlace { expected: self.machine.name(), got: other.name().to_owned() })),
+        }
+    }
+
+    async fn keep_peer_head(&mut self, head: AuditHead) {
+        let (audit, peer) = (self.evidence.audit.clone(), self.link.peer.clone());
+        let noted = tokio::task::spawn_blocking(move || audit.note_peer_head(&peer.spiffe, &head.checkpoint, &peer.signing_key)).await;
+        match noted {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => {
+                tracing::error!(peer = %self.link.peer.spiffe, error = %error, "the peer's audit head does not follow the one it showed before")
+            }
+            Err(error) => tracing::error!(error = %error, "audit task failed"),
+        }
+    }
+
+    async fn perform_all(&mut self, actions: Vec<DestinationAction>, events: &mut VecDeque<DestinationEvent>) {
+        for action in actions {
+            match self.perform(action).await {
+                Ok(event) => events.extend(event),
+                Err(error) if self.machine.name() == "running" => {
+                    // RUN may be on disk: only a restart can tell. The twin stays as it is.
+                    self.error = Some(error);
+                    self.ended = Some(None);
+                    return;
+                }
+                Err(error) if self.machine.name() == "refused" => {
+                    self.error.get_or_insert(error);
+                    self.ended = Some(Some(Outcome::Stayed));
+                    return;
+                }
+                Err(error) => {
+                    events.push_back(self.give_up(error));
+                    return;
+                }
+            }
+        }
+    }
+
+    async fn perform(&mut self, action: DestinationAction) -> Result<Option<DestinationEvent>, EngineError> {
+        match action {
+            DestinationAction::ConfirmRound(round) => {
+                let lanes = self.rounds.applied.iter().map(|(_, totals)| *totals).collect();
+                self.say(Message::RoundApplied(RoundApplied { migration: self.order.migration, round, lanes })).await?;
+                Ok(self.final_when_ready())
+            }
+            DestinationAction::Compare(digest) => self.compare(digest).await.map(Some),
+            DestinationAction::Handoff(action) => self.handoff(action).await,
+        }
+    }
+
+    /// Restores the twin and computes what it holds; FINAL said what it has to be.
+    async fn compare(&mut self, said: FinalDigest) -> Result<DestinationEvent, EngineError> {
+        let totals: Vec<LaneTotals> = self.rounds.applied.iter().map(|(_, totals)| *totals).collect();
+        let (twin, ram, vm) = (Arc::clone(&self.twin), Arc::clone(&self.ram), self.order.vm.clone());
+        let (state, verify) = (std::mem::take(&mut self.state.bytes), self.order.stream.verify);
+        let held = blocking(move || {
+            let differs = |what| EngineError::Digest { vm: vm.clone(), what };
+            let held =
+                FinalDigest { state: sha256(&state), lanes: digest_totals(&totals), memory: if verify { digest_memory(&ram)? } else { 0 } };
+            // Nothing that was not signed for reaches the hypervisor.
+            for (same, what) in [
+                (held.state == said.state, "device state"),
+                (held.lanes == said.lanes, "lane totals"),
+                (held.memory == said.memory, "guest memory"),
+            ] {
+                if !same {
+                    return Err(differs(what));
+                }
+            }
+            lock(&twin).restore_state(&state)?;
+            Ok(held)
+        })
+        .await?;
+        Ok(DestinationEvent::Handoff(DestinationStep::TwinComplete(Box::new(PreparedRecord {
+            migration: self.binding.migration,
+            vm: self.binding.vm.clone(),
+            uuid: self.binding.uuid,
+            epoch: self.binding.epoch,
+            peer: self.binding.peer.clone(),
+            peer_incarnation: self.binding.peer_incarnation,
+            peer_key: self.binding.peer_key,
+            digest: held,
+            address: self.binding.address.clone(),
+        }))))
+    }
+
+    async fn handoff(&mut self, action: HandoffAction<DestinationRecord>) -> Result<Option<DestinationEvent>, EngineError> {
+        match action {
+            HandoffAction::Journal(record) => {
+                let refused = record == DestinationRecord::Refused;
+                match self.evidence.record(&self.binding, record).await {
+                    // A promise that was never journaled needs no withdrawal on disk.
+                    Err(error) if refused && !self.machine.is_prepared() && self.final_said.is_none() => {
+                        tracing::error!(migration = %self.order.migration, error = %error, "REFUSED is not on disk");
+                        Ok(None)
+                    }
+                    result => result.map(|()| None),
+                }
+            }
+            HandoffAction::Send(step) => {
+                let running = step == Handoff::Running;
+                self.evidence.send(&self.link.session, &self.binding, step).await;
+                if running {
+                    let checkpoint = self.evidence.audit.head().text;
+                    let _ = self.say(Message::AuditHead(AuditHead { checkpoint })).await;
+                }
+                Ok(None)
+            }
+            HandoffAction::AskCommit => {
+                let ask = Arc::clone(&self.ask_commit);
+                let answer = joined(tokio::task::spawn_blocking(move || ask()).await)?;
+                Ok(Some(DestinationEvent::Handoff(match answer {
+                    Ok(()) => DestinationStep::CommitPermitted,
+                    Err(why) => {
+                        self.error.get_or_insert(EngineError::Denied { vm: self.order.vm.clone(), why });
+                        DestinationStep::CommitDenied
+                    }
+                })))
+            }
+            HandoffAction::Resume => {
+                let twin = Arc::clone(&self.twin);
+                blocking(move || Ok(lock(&twin).resume()?)).await.map(|()| None)
+            }
+            HandoffAction::Destroy => {
+                let twin = Arc::clone(&self.twin);
+                if let Err(error) = blocking(move || Ok(lock(&twin).destroy()?)).await {
+                    tracing::warn!(vm = %self.order.vm, error = %error, "the twin is gone already");
+                }
+                Ok(None)
+            }
+            HandoffAction::End(outcome) => {
+                if outcome == Outcome::Moved {
+                    let checkpoint = self.evidence.audit.head().text;
+                    let _ = self.say(Message::AuditHead(AuditHead { checkpoint })).await;
+                }
+                self.ended = Some(Some(outcome));
+                Ok(None)
+            }
+        }
+    }
+}
+
+impl StateBuffer {
+    fn take_in(&mut self, chunk: StateChunk) -> Result<(), EngineError> {
+        let refuse = |got: String| Err(EngineError::OutOfPlace { expected: "the next piece of the device state", got });
+        if chunk.total == 0 || chunk.total > limits::STATE_BYTES_MAX as u64 || *self.total.get_or_insert(chunk.total) != chunk.total {
+            return refuse(format!("a state of {} bytes", chunk.total));
+        }
+        let next = self.bytes.len() as u64;
+        if chunk.offset != next || chunk.bytes.is_empty() || chunk.offset + chunk.bytes.len() as u64 > chunk.total {
+            return refuse(format!("{} bytes at {}", chunk.bytes.len(), chunk.offset));
+        }
+        self.bytes.extend_from_slice(&chunk.bytes);
+        Ok(())
+    }
+
+    fn is_complete(&self) -> bool {
+        self.total == Some(self.bytes.len() as u64)
+    }
+}
+
+fn lock(twin: &Twin) -> std::sync::MutexGuard<'_, Box<dyn PagedDestination>> {
+    twin.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+}
+
+const LINGER: Duration = Duration::from_secs(2);

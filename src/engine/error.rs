@@ -1,0 +1,174 @@
+//! Why a migration did not go through.
+
+use std::time::Duration;
+
+use crate::audit::AuditError;
+use crate::hypervisor::HypervisorError;
+use crate::journal::JournalError;
+use crate::memory::{DecodeError, LayoutError, RamError};
+use crate::migration::{Refusal, Verdict};
+use crate::transport::TransportError;
+use crate::types::{LaneIndex, MigrationId, VmName};
+use crate::wire::{ErrorClass, WireError};
+
+/// Why a migration did not go through.
+#[derive(Debug, thiserror::Error)]
+pub enum EngineError {
+    /// The session or a lane failed.
+    #[error("the tunnel of migration `{migration}` failed")]
+    Transport {
+        /// The attempt.
+        migration: MigrationId,
+        /// What failed.
+        #[source]
+        source: TransportError,
+    },
+    /// The peer sent bytes that are no message or not the one that has to come.
+    #[error("the peer sent a malformed message")]
+    Wire(#[source] WireError),
+    /// The peer sent a message or frame out of place.
+    #[error("the peer broke the protocol: expected {expected}, got {got}")]
+    OutOfPlace {
+        /// What had to come.
+        expected: &'static str,
+        /// What came.
+        got: String,
+    },
+    /// A machine refused an event.
+    #[error(transparent)]
+    Refused(#[from] Refusal),
+    /// A page frame was refused.
+    #[error("lane {lane} sent a frame that was refused")]
+    Frame {
+        /// Which lane.
+        lane: LaneIndex,
+        /// Why.
+        #[source]
+        source: DecodeError,
+    },
+    /// What the lanes carried is not what both sides counted.
+    #[error("round totals differ on lane {lane}: the source sent {sent} frames, {applied} were applied")]
+    Totals {
+        /// Which lane.
+        lane: LaneIndex,
+        /// Frames by the source's count.
+        sent: u64,
+        /// Frames by the destination's count.
+        applied: u64,
+    },
+    /// The final comparison failed.
+    #[error("{what} of `{vm}` at the destination differs from the source's")]
+    Digest {
+        /// Which VM.
+        vm: VmName,
+        /// `device state`, `guest memory` or `lane totals`.
+        what: &'static str,
+    },
+    /// The driver failed.
+    #[error(transparent)]
+    Hypervisor(#[from] HypervisorError),
+    /// Guest RAM could not be read or written.
+    #[error(transparent)]
+    Ram(#[from] RamError),
+    /// The offered memory layout makes no sense.
+    #[error(transparent)]
+    Layout(#[from] LayoutError),
+    /// The journal failed.
+    #[error(transparent)]
+    Journal(#[from] JournalError),
+    /// The audit log failed.
+    #[error(transparent)]
+    Audit(#[from] AuditError),
+    /// A record of the journal cannot be read.
+    #[error("journal of migration `{migration}` holds a record that this version cannot read")]
+    Record {
+        /// The attempt.
+        migration: MigrationId,
+        /// Why.
+        #[source]
+        source: serde_json::Error,
+    },
+    /// The peer gave up; its words are a claim.
+    #[error("the peer ended migration `{migration}`: it says `{reason}`")]
+    Peer {
+        /// The attempt.
+        migration: MigrationId,
+        /// Its class.
+        class: ErrorClass,
+        /// Its words, bounded.
+        reason: String,
+    },
+    /// The guest dirties faster than can be sent.
+    #[error("migration of `{vm}` {verdict}")]
+    NotConverging {
+        /// Which VM.
+        vm: VmName,
+        /// The numbers.
+        verdict: Verdict,
+    },
+    /// Policy or identity no longer permits at commit.
+    #[error("the switch of `{vm}` was denied: {why}")]
+    Denied {
+        /// Which VM.
+        vm: VmName,
+        /// Policy's words.
+        why: String,
+    },
+    /// A handoff message is not from the gateway it has to be from.
+    #[error("a handoff message of migration `{migration}` is not authentic: {why}")]
+    NotAuthentic {
+        /// The attempt.
+        migration: MigrationId,
+        /// Which binding is broken.
+        why: &'static str,
+    },
+    /// Took too long.
+    #[error("migration of `{vm}` did not end within {} s", .limit.as_secs_f64())]
+    TimedOut {
+        /// Which VM.
+        vm: VmName,
+        /// The deadline given.
+        limit: Duration,
+    },
+    /// Somebody asked to stop.
+    #[error("migration of `{vm}` was cancelled")]
+    Cancelled {
+        /// Which VM.
+        vm: VmName,
+    },
+    /// COMMIT is journaled and the destination's answer is missing.
+    #[error("migration `{migration}` of `{vm}` is in doubt: the destination was given the VM and has not answered")]
+    InDoubt {
+        /// Which VM.
+        vm: VmName,
+        /// The attempt.
+        migration: MigrationId,
+    },
+    /// Our own broken invariant.
+    #[error("internal error: {0}; please report it")]
+    Bug(String),
+}
+
+impl EngineError {
+    /// Whose fault.
+    #[must_use]
+    pub fn class(&self) -> ErrorClass {
+        match self {
+            Self::Transport { source, .. } => source.class(),
+            Self::Wire(error) => error.class(),
+            Self::OutOfPlace { .. } | Self::Refused(_) | Self::Frame { .. } | Self::Totals { .. } | Self::Digest { .. } => {
+                ErrorClass::PeerMisbehaved
+            }
+            Self::Layout(_) | Self::NotAuthentic { .. } => ErrorClass::PeerMisbehaved,
+            Self::Hypervisor(HypervisorError::Incompatible { .. }) => ErrorClass::PeerIncompatible,
+            Self::Hypervisor(_) | Self::Ram(_) | Self::Journal(_) | Self::Audit(_) | Self::Record { .. } => ErrorClass::Local,
+            Self::Peer { class, .. } => *class,
+            Self::NotConverging { .. } => ErrorClass::NotConverged,
+            Self::Denied { .. } => ErrorClass::Denied,
+            Self::TimedOut { .. } => ErrorClass::TimedOut,
+            Self::Cancelled { .. } => ErrorClass::Cancelled,
+            Self::InDoubt { .. } => ErrorClass::InDoubt,
+            Self::Bug(_) => ErrorClass::Bug,
+        }
+    }
+}

@@ -1,0 +1,49 @@
+//! A session after both sides have said what they speak.
+
+use std::sync::Arc;
+
+use crate::engine::EngineError;
+use crate::transport::{Session, TransportError};
+use crate::types::{Incarnation, MigrationId, SpiffeId};
+use crate::wire::{Hello, Message, Negotiated, negotiate};
+
+/// What the peer said in its HELLO, bound to the certificate that the session authenticated.
+#[derive(Debug, Clone)]
+pub struct PeerFacts {
+    /// The verified identity.
+    pub spiffe: SpiffeId,
+    /// The peer's journal.
+    pub incarnation: Incarnation,
+    /// The key that signs the peer's handoff messages and audit checkpoints.
+    pub signing_key: [u8; 32],
+}
+
+/// A session whose control stream is open for migration messages.
+#[derive(Debug)]
+pub struct Link {
+    /// The session itself.
+    pub session: Arc<Session>,
+    /// Who is at the other end.
+    pub peer: PeerFacts,
+    /// What both speak.
+    pub negotiated: Negotiated,
+}
+
+fn before_migration(source: TransportError) -> EngineError {
+    EngineError::Transport { migration: MigrationId([0; 16]), source }
+}
+
+/// Exchanges HELLOs. They cross: neither side waits for the other's before it sends its own.
+///
+/// # Errors
+/// The session fails, or the peer speaks nothing that we speak.
+pub async fn greet(session: Session, own: &Hello) -> Result<Link, EngineError> {
+    session.send(&Message::Hello(own.clone())).await.map_err(before_migration)?;
+    let theirs = match session.receive().await.map_err(before_migration)? {
+        Message::Hello(hello) => hello,
+        other => return Err(EngineError::OutOfPlace { expected: "HELLO", got: other.name().to_owned() }),
+    };
+    let negotiated = negotiate(own, &theirs).map_err(EngineError::Wire)?;
+    let peer = PeerFacts { spiffe: session.peer().spiffe().clone(), incarnation: theirs.incarnation, signing_key: theirs.signing_key };
+    Ok(Link { session: Arc::new(session), peer, negotiated })
+}

@@ -1,0 +1,85 @@
+//! What a migration measures while it runs.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use crate::memory::PageCounts;
+
+/// Counters that the lanes advance and the progress display reads.
+#[derive(Debug, Default)]
+pub struct Meter {
+    pages: AtomicU64,
+    frame_bytes: AtomicU64,
+}
+
+impl Meter {
+    pub(super) fn frame(&self, pages: u64, bytes: u64) {
+        self.pages.fetch_add(pages, Ordering::Relaxed);
+        self.frame_bytes.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    /// Pages sent.
+    #[must_use]
+    pub fn pages(&self) -> u64 {
+        self.pages.load(Ordering::Relaxed)
+    }
+
+    /// Bytes of frames sent, without what QUIC and UDP add.
+    #[must_use]
+    pub fn frame_bytes(&self) -> u64 {
+        self.frame_bytes.load(Ordering::Relaxed)
+    }
+}
+
+/// The figures of a finished migration.
+#[derive(Debug, Clone, Default)]
+pub struct Figures {
+    /// Passes over dirty pages, the last one included.
+    pub rounds: u32,
+    /// Pages by how they were sent.
+    pub pages: PageCounts,
+    /// Bytes that the source sent on all lanes, UDP payload.
+    pub wire_bytes: u64,
+    /// From before the pause to the destination's RUNNING.
+    pub downtime: Option<Duration>,
+    /// Where the downtime went, in order.
+    pub breakdown: Vec<(&'static str, Duration)>,
+    /// Whether memory and state were compared and equal.
+    pub verified: bool,
+    /// The destination's last audit head.
+    pub peer_audit_head: Option<String>,
+}
+
+/// Splits a span of time into named parts.
+#[derive(Debug)]
+pub(super) struct Stopwatch {
+    start: Instant,
+    last: Instant,
+    laps: Vec<(&'static str, Duration)>,
+}
+
+impl Stopwatch {
+    pub(super) fn start() -> Self {
+        let now = Instant::now();
+        Self { start: now, last: now, laps: Vec::new() }
+    }
+
+    /// Everything since the last lap was spent on `what`.
+    pub(super) fn lap(&mut self, what: &'static str) {
+        let now = Instant::now();
+        let spent = now - self.last;
+        self.last = now;
+        match self.laps.iter_mut().find(|(name, _)| *name == what) {
+            Some((_, sum)) => *sum += spent,
+            None => self.laps.push((what, spent)),
+        }
+    }
+
+    pub(super) fn total(&self) -> Duration {
+        self.last - self.start
+    }
+
+    pub(super) fn laps(&self) -> &[(&'static str, Duration)] {
+        &self.laps
+    }
+}

@@ -1,0 +1,25 @@
+//! Runs one migration: performs the actions of `migration/` and feeds it events.
+//!
+//! *Owns:* the tasks of a migration, the page pumps of its lanes, the order "journal, wire, effect".
+//! *Never:* decides what `migration/` decides, reads configuration, serves the control socket.
+//! *Invariants:* `journal-wire-effect` (defined in `migration/`; kept by performing actions in order and
+//! dropping those behind a failed record), `vm-comes-back` (a source driver given to a migration is
+//! given back at its end unless the guest was destroyed because it runs elsewhere).
+//! *Read first:* `source.rs`, then `lanes.rs`, `destination.rs`, `handoff.rs`.
+
+mod destination;
+mod digest;
+mod error;
+mod handoff;
+mod lanes;
+mod limiter;
+mod link;
+mod meter;
+mod source;
+
+pub use destination::{DestinationEnd, DestinationOrder, run_destination};
+pub use error::EngineError;
+pub use handoff::{Attach, Evidence, Placement, Resolved, answer, resolve};
+pub use link::{Link, PeerFacts, greet};
+pub use meter::{Figures, Meter};
+pub use source::{AskCommit, Command, Redial, SourceEnd, SourceOrder, SourcePorts, run_source};

@@ -1,0 +1,237 @@
+//! Asks policy with the facts of this gateway, and records every answer before it is acted on.
+
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use arc_swap::ArcSwap;
+
+use crate::audit::{AuditError, AuditLog, Entry, Event, Outcome};
+use crate::config::Config;
+use crate::engine::EngineError;
+use crate::policy::{
+    self, Accept, Action, Channel, Denial, Entities, MigrationContext, Permit, PolicySet, Release, Request, RequestContext, Route, Stream,
+};
+use crate::telemetry::Problem;
+use crate::transport::Session;
+use crate::types::{MigrationId, Side, SpiffeId, VmName, VmUuid};
+use crate::wire::{Compression, CompressionScope, Durability, ErrorClass, StreamTerms};
+
+/// Policy as this gateway asks it.
+#[derive(Debug)]
+pub(super) struct Judge {
+    policies: ArcSwap<PolicySet>,
+    config: Arc<Config>,
+    audit: AuditLog,
+}
+
+/// A question that is about one migration.
+#[derive(Debug, Clone)]
+pub(super) struct Case {
+    pub(super) migration: MigrationId,
+    pub(super) vm: VmName,
+    pub(super) uuid: VmUuid,
+    pub(super) terms: StreamTerms,
+    pub(super) memory_bytes: u64,
+    /// Which end this gateway is.
+    pub(super) side: Side,
+}
+
+/// Why there is no permit.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum NoPermit {
+    #[error(transparent)]
+    Denied(#[from] Denial),
+    #[error("the decision cannot be recorded")]
+    Audit(#[from] AuditError),
+    #[error("the peer's certificate is no longer accepted")]
+    Identity(#[source] crate::transport::TransportError),
+}
+
+impl NoPermit {
+    pub(super) fn class(&self) -> ErrorClass {
+        match self {
+            Self::Denied(_) => ErrorClass::Denied,
+            Self::Audit(_) => ErrorClass::Local,
+            Self::Identity(error) => error.class(),
+        }
+    }
+
+    pub(super) fn problem(&self) -> Problem {
+        let problem = Problem::new(self.class(), crate::telemetry::chain(self));
+        match self {
+            Self::Denied(_) => problem.with_hint("`sealane policy explain` shows which policy decided"),
+            Self::Audit(_) => problem.with_hint("nothing is moved without evidence; see the audit directory's disk"),
+            Self::Identity(_) => problem.with_hint("the certificate or its CRL changed since the session began"),
+        }
+    }
+}
+
+impl From<NoPermit> for EngineError {
+    fn from(no: NoPermit) -> Self {
+        match no {
+            NoPermit::Audit(error) => Self::Audit(error),
+            other => Self::Bug(other.to_string()),
+        }
+    }
+}
+
+impl Judge {
+    pub(super) fn new(config: Arc<Config>, policies: PolicySet, audit: AuditLog) -> Self {
+        Self { policies: ArcSwap::from_pointee(policies), config, audit }
+    }
+
+    pub(super) fn replace(&self, policies: PolicySet) {
+        self.policies.store(Arc::new(policies));
+    }
+
+    pub(super) fn digest(&self) -> [u8; 32] {
+        self.policies.load().digest()
+    }
+
+    /// May this operator ask for this move?
+    pub(super) fn request(&self, operator: &str, case: &Case, route: Route) -> Result<Permit<Request>, NoPermit> {
+        let context = RequestContext { now_unix_ms: now_ms(), route, stream: stream(&case.terms), change_ticket: None };
+        let answer = self.policies.load().ask_request(operator, case.uuid, &context);
+        self.recorded(case, operator, answer)
+    }
+
+    /// May this peer have the VM?
+    pub(super) fn release(&self, case: &Case, session: &Session) -> Result<Permit<Release>, NoPermit> {
+        let peer = session.peer().spiffe();
+        let answer = self.policies.load().ask_release(peer, case.uuid, &self.context(case, session));
+        self.recorded(case, peer.as_str(), answer)
+    }
+
+    /// May this peer give us the VM?
+    pub(super) fn accept(&self, case: &Case, session: &Session) -> Result<Permit<Accept>, NoPermit> {
+        let peer = session.peer().spiffe();
+        let answer = self.policies.load().ask_accept(peer, case.uuid, &self.context(case, session));
+        self.recorded(case, peer.as_str(), answer)
+    }
+
+    /// Is all of that still so, now that the switch is next?
+    pub(super) fn commit(&self, case: &Case, session: &Session) -> Result<Permit<policy::Commit>, NoPermit> {
+        session.verify_again().map_err(NoPermit::Identity)?;
+        let peer = session.peer().spiffe();
+        let answer = self.policies.load().ask_commit(peer, case.uuid, &self.context(case, session));
+        self.recorded(case, peer.as_str(), answer)
+    }
+
+    fn recorded<A: Action>(&self, case: &Case, principal: &str, answer: Result<Permit<A>, Denial>) -> Result<Permit<A>, NoPermit> {
+        let mut entry = Entry::new(Event::Decision).outcome(if answer.is_ok() { Outcome::Allow } else { Outcome::Deny });
+        entry.vm = Some(case.vm.clone());
+        entry.uuid = Some(case.uuid);
+        entry.migration = Some(case.migration);
+        entry.peer = Some(principal.to_owned());
+        entry.detail.insert("action".into(), A::NAME.into());
+        let (ids, digest) = match &answer {
+            Ok(permit) => (permit.policy_ids().to_vec(), *permit.set_digest()),
+            Err(denial) => {
+                entry.detail.insert("why".into(), denial.why.to_string().into());
+                (denial.policy_ids.to_vec(), *denial.set_digest)
+            }
+        };
+        entry.detail.insert("policy_ids".into(), ids.into());
+        entry.detail.insert("policy_digest".into(), hex(&digest).into());
+        self.audit.record(&entry)?;
+        Ok(answer?)
+    }
+
+    fn context(&self, case: &Case, session: &Session) -> MigrationContext {
+        let peer = session.peer();
+        let facts = session.channel();
+        let own_site = self.config.gateway.site.to_string();
+        let peer_site = self.site_of(peer.spiffe());
+        let (src_site, dst_site) = match case.side {
+            Side::Source => (own_site, peer_site),
+            Side::Destination => (peer_site, own_site),
+        };
+        MigrationContext {
+            now_unix_ms: now_ms(),
+            route: Route { src_site, dst_site, peer_ip: facts.peer_ip },
+            channel: Channel {
+                tls: facts.tls.to_owned(),
+                kx: facts.key_exchange,
+                suite: facts.cipher_suite,
+                // A session exists only while every chain element was checked against a CRL that is fresh.
+                crl_fresh: session.verify_again().is_ok(),
+                peer_cert_days_left: peer.days_left(SystemTime::now()),
+            },
+            stream: stream(&case.terms),
+            memory_mib: case.memory_bytes >> 20,
+        }
+    }
+
+    /// The site of a peer by our own configuration: what its certificate claims of itself is not asked.
+    fn site_of(&self, spiffe: &SpiffeId) -> String {
+        self.config.peer_of(spiffe).map(|peer| peer.site.to_string()).unwrap_or_default()
+    }
+}
+
+/// What policies know by configuration.
+pub(super) fn entities(config: &Config) -> Entities {
+    let labels = |labels: &[crate::config::Label]| labels.iter().map(ToString::to_string).collect();
+    Entities {
+        gateways: config
+            .peers
+            .iter()
+            .map(|peer| policy::GatewayEntity { spiffe: peer.spiffe.clone(), site: peer.site.to_string(), groups: labels(&peer.groups) })
+            .collect(),
+        operators: config
+            .operators
+            .iter()
+            .map(|operator| policy::OperatorEntity { id: operator_id(operator.uid), teams: labels(&operator.teams), mfa: operator.mfa })
+            .collect(),
+        vms: config
+            .vms
+            .iter()
+            .map(|vm| policy::VmEntity {
+                uuid: vm.uuid,
+                name: vm.name.clone(),
+                tenant: vm.tenant.to_string(),
+                classification: vm.classification.to_string(),
+                home_site: vm.home_site.to_string(),
+                allowed_sites: labels(&vm.allowed_sites),
+                migratable: vm.migratable,
+                postcopy_ok: vm.postcopy_ok,
+                groups: labels(&vm.groups),
+            })
+            .collect(),
+    }
+}
+
+/// How policies name somebody who comes through the control socket.
+pub(super) fn operator_id(uid: u32) -> String {
+    format!("uid:{uid}")
+}
+
+pub(super) fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+fn now_ms() -> i64 {
+    let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    i64::try_from(since.as_millis()).unwrap_or(i64::MAX)
+}
+
+fn stream(terms: &StreamTerms) -> Stream {
+    Stream {
+        mode: policy::Mode::Precopy,
+        compression: match terms.compression {
+            Compression::None => policy::Codec::None,
+            Compression::Lz4 => policy::Codec::Lz4,
+        },
+        compression_scope: match terms.compression_scope {
+            CompressionScope::Page => policy::CodecScope::Page,
+            CompressionScope::Batch => policy::CodecScope::Batch,
+            CompressionScope::Stream => policy::CodecScope::Stream,
+        },
+        length_padding: terms.length_padding,
+        durability: match terms.durability {
+            Durability::None => policy::Durability::None,
+            Durability::Destination => policy::Durability::Dest,
+            Durability::Both => policy::Durability::Both,
+        },
+        lanes: terms.lanes,
+    }
+}

@@ -1,0 +1,84 @@
+//! The daemon: builds every part, in order, and ends them in reverse. The only composition root.
+//!
+//! *Owns:* which VM is where and which is moving (`registry`), how a migration is started and accepted,
+//! the control socket's server. *Never:* protocol decisions (`migration/`), policy rules (`policy/`),
+//! guests (`vmm/` is another process).
+//! *Invariants:* `one-owner` (one migration at a time has a VM), `evidence-first` (a decision or a
+//! refusal is in the audit log before it is acted on or answered).
+//! *Read first:* `outgoing.rs`, then `incoming.rs`, `recovery.rs`, `serve.rs`.
+
+mod incoming;
+mod judge;
+mod outgoing;
+mod peers;
+mod plan;
+mod recovery;
+mod registry;
+mod report;
+mod serve;
+mod start;
+
+pub use start::run;
+
+use std::path::Path;
+use std::sync::Arc;
+
+use crate::audit::{AuditLog, Entry, Event, Outcome};
+use crate::config::Config;
+use crate::engine::{Attach, Evidence};
+use crate::hypervisor::PagedSource;
+use crate::hypervisor::attach::{AttachedSource, LaunchTemplate, Timeouts};
+use crate::identity::Credentials;
+use crate::journal::Journal;
+use crate::transport::Endpoint;
+use crate::wire::Hello;
+use judge::Judge;
+use registry::Registry;
+
+/// Everything that the parts of a running gateway share.
+struct Gateway {
+    config: Arc<Config>,
+    credentials: Arc<Credentials>,
+    endpoint: Endpoint,
+    journal: Arc<Journal>,
+    audit: AuditLog,
+    judge: Arc<Judge>,
+    registry: Arc<Registry>,
+    incoming: Option<LaunchTemplate>,
+    peers: peers::Reachability,
+}
+
+impl Gateway {
+    fn evidence(&self) -> Evidence {
+        Evidence { journal: Arc::clone(&self.journal), audit: self.audit.clone(), signer: self.credentials.signer() }
+    }
+
+    fn hello(&self) -> Hello {
+        Hello::new(self.journal.incarnation(), self.credentials.signer().public_key())
+    }
+
+    /// Records what needs no answer; a log that fails is shouted about by the log itself.
+    async fn note(&self, entry: Entry) {
+        let audit = self.audit.clone();
+        let result = tokio::task::spawn_blocking(move || audit.record(&entry)).await;
+        if let Ok(Err(error)) = result {
+            tracing::error!(error = %error, "audit entry not recorded");
+        }
+    }
+
+    async fn note_refused_session(&self, peer: Option<String>, address: std::net::SocketAddr, why: String) {
+        let mut entry = Entry::new(Event::SessionRefused).outcome(Outcome::Refused);
+        entry.peer = peer;
+        entry.detail.insert("address".into(), address.to_string().into());
+        entry.detail.insert("why".into(), why.into());
+        self.note(entry).await;
+    }
+}
+
+/// How handoffs reach a guest by the address in a record: always over the attach protocol.
+fn attach() -> Attach {
+    Arc::new(|address, vm| {
+        let source = AttachedSource::attach(Path::new(address), vm.as_str(), Timeouts::default())?;
+        Ok(Box::new(source) as Box<dyn PagedSource>)
+    })
+}

@@ -1,0 +1,359 @@
+//! A VM leaves: from an operator's request to the report.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use ring::rand::{SecureRandom, SystemRandom};
+use tokio::sync::{mpsc, watch};
+
+use crate::audit::{Entry, Event, Outcome};
+use crate::config;
+use crate::control::{Compress, MigrateRequest, Storage};
+use crate::engine::{self, EngineError, Link, Placement, SourceOrder, SourcePorts};
+use crate::gateway::judge::{Case, operator_id};
+use crate::gateway::registry::{Busy, Claim, Migration};
+use crate::gateway::{Gateway, report};
+use crate::hypervisor::PagedSource;
+use crate::hypervisor::attach::{AttachedSource, Timeouts};
+use crate::migration::{Goal, Outcome as Place};
+use crate::policy::Route;
+use crate::telemetry::{self, Mode, Monotone, Problem, Progress, Report, RunningOn};
+use crate::transport::Session;
+use crate::types::{Epoch, MigrationId, Side};
+use crate::wire::{Compression, CompressionScope, Durability, ErrorClass, StreamTerms};
+
+/// A request that was found sensible: the VM is claimed, the peer is known.
+pub(super) struct Departure {
+    pub(super) migration: MigrationId,
+    pub(super) case: Case,
+    pub(super) vm: config::Vm,
+    pub(super) peer: config::Peer,
+    pub(super) address: String,
+    pub(super) epoch: Epoch,
+    pub(super) goal: Goal,
+    pub(super) bandwidth: Option<u64>,
+    pub(super) timeout: Duration,
+    pub(super) operator: u32,
+    claim: Claim,
+}
+
+/// How long the engine looks for a destination that was given the VM; the gateway looks on afterwards.
+const RESOLVE_FOR: Duration = Duration::from_secs(60);
+/// State, journal and round trips, besides what is measured: see `docs/performance.md`.
+const PAUSE_FIXED: Duration = Duration::from_millis(10);
+/// What XXH3 reads a second on a slow host, both ends at the same time.
+const VERIFY_BYTES_PER_SECOND: f64 = 4e9;
+
+impl Gateway {
+    /// Checks a request as far as this host alone can, and takes the VM.
+    pub(super) fn prepare(self: &Arc<Self>, operator: u32, request: &MigrateRequest) -> Result<Departure, Problem> {
+        let misuse = |message: String| Problem::new(ErrorClass::Misuse, message);
+        if request.mode != Mode::Precopy {
+            return Err(misuse("only `--mode precopy` is built".into()).with_code("not-built"));
+        }
+        if request.storage != Storage::None {
+            return Err(misuse("moving disks (`--storage all`) is not built".into()).with_code("not-built"));
+        }
+        let vm = self.config.vm(&request.vm).cloned().ok_or_else(|| {
+            misuse(format!("no VM `{}` in the configuration of gateway `{}`", request.vm, self.config.gateway.name))
+                .with_code("unknown-vm")
+                .with_hint("`sealane vms` lists the VMs that this gateway knows")
+        })?;
+        let peer = self.config.peer(&request.to).cloned().ok_or_else(|| {
+            misuse(format!(
+                "no peer `{}` in the configuration of gateway `{}`: VM `{}` stays where it is",
+                request.to, self.config.gateway.name, vm.name
+            ))
+            .with_code("unknown-peer")
+            .with_hint("`sealane peers` lists the peers that this gateway knows")
+            .with_running_on(RunningOn::Source)
+        })?;
+        let (address, epoch) = match self.registry.place(&vm.name) {
+            Some(Placement::Here { address, epoch }) => (address, epoch),
+            Some(Placement::Away { peer, .. }) => {
+                return Err(misuse(format!("VM `{}` does not run here: `{peer}` has it", vm.name))
+                    .with_code("vm-is-away")
+                    .with_running_on(RunningOn::Destination));
+            }
+            Some(Placement::Given { peer, migration, .. }) => {
+                return Err(Problem::new(
+                    ErrorClass::InDoubt,
+                    format!("VM `{}` was given to `{peer}` in migration `{migration}`, which has not answered", vm.name),
+                )
+                .with_running_on(RunningOn::NeitherYet));
+            }
+            None => {
+                return Err(misuse(format!(
+                    "VM `{}` is not attached here: its configuration has no `socket` and it has not arrived",
+                    vm.name
+                ))
+                .with_code("vm-not-here"));
+            }
+        };
+        let defaults = &self.config.migration;
+        let lanes = request.lanes.unwrap_or(defaults.lanes);
+        if !(1..=crate::limits::LANES_MAX).contains(&lanes) {
+            return Err(misuse(format!("{lanes} lanes: expected 1 to {}", crate::limits::LANES_MAX)).with_running_on(RunningOn::Source));
+        }
+        let migration = new_migration()?;
+        let claim = self.registry.claim(&vm.name, migration, self.config.limits.migrations_max as usize).map_err(|busy| match busy {
+            Busy::Vm(other) => misuse(format!("VM `{}` is moving already, in migration `{other}`", vm.name))
+                .with_code("vm-is-moving")
+                .with_running_on(RunningOn::Source),
+            Busy::Full => {
+                Problem::new(ErrorClass::Local, format!("{} migrations are under way, the most allowed", self.config.limits.migrations_max))
+                    .with_running_on(RunningOn::Source)
+            }
+            Busy::Closing => Problem::new(ErrorClass::Local, "the gateway is shutting down").with_running_on(RunningOn::Source),
+        })?;
+        let terms = StreamTerms {
+            lanes,
+            compression: match request.compress.map_or(defaults.compression, |compress| match compress {
+                Compress::None => config::Compression::None,
+                Compress::Lz4 => config::Compression::Lz4,
+            }) {
+                config::Compression::None => Compression::None,
+                config::Compression::Lz4 => Compression::Lz4,
+            },
+            compression_scope: CompressionScope::Batch,
+            length_padding: false,
+            durability: match defaults.durability {
+                config::Durability::None => Durability::None,
+                config::Durability::Destination => Durability::Destination,
+                config::Durability::Both => Durability::Both,
+            },
+            verify: request.verify.unwrap_or(defaults.verify),
+        };
+        let positive = |seconds: f64, what: &str| {
+            Duration::try_from_secs_f64(seconds)
+                .ok()
+                .filter(|d| !d.is_zero())
+                .ok_or_else(|| misuse(format!("{what} of {seconds} s: expected more than 0")))
+        };
+        let downtime_max =
+            request.max_downtime_seconds.map_or(Ok(defaults.max_downtime.duration), |s| positive(s, "`max_downtime_seconds`"))?;
+        let timeout = request.timeout_seconds.map_or(Ok(defaults.timeout.duration), |s| positive(s, "`timeout_seconds`"))?;
+        let bandwidth = request.bandwidth_bytes_per_second.or(defaults.bandwidth.map(|limit| limit.bytes_per_second));
+        let case = Case { migration, vm: vm.name.clone(), uuid: vm.uuid, terms, memory_bytes: 0, side: Side::Source };
+        let goal = Goal { downtime_max, throttle: request.throttle, fixed_cost: PAUSE_FIXED };
+        Ok(Departure { migration, case, vm, peer, address, epoch, goal, bandwidth, timeout, operator, claim })
+    }
+
+    /// May this operator ask for this? The answer is recorded.
+    pub(super) async fn ask_request(self: &Arc<Self>, departure: &Departure) -> Result<(), Problem> {
+        let (judge, case, operator) = (Arc::clone(&self.judge), departure.case.clone(), operator_id(departure.operator));
+        let route = Route {
+            src_site: self.config.gateway.site.to_string(),
+            dst_site: departure.peer.site.to_string(),
+            peer_ip: crate::gateway::peers::numeric(&departure.peer.address),
+        };
+        let answer = tokio::task::spawn_blocking(move || judge.request(&operator, &case, route)).await.map_err(bug)?;
+        answer.map(drop).map_err(|no| no.problem().with_running_on(RunningOn::Source))
+    }
+
+    /// Starts a migration; it goes on by itself.
+    pub(super) async fn start(self: &Arc<Self>, operator: u32, request: &MigrateRequest) -> Result<MigrationId, Problem> {
+        let departure = self.prepare(operator, request)?;
+        self.ask_request(&departure).await?;
+        let migration = departure.migration;
+        let (progress_in, raw) = watch::channel(Progress::new(migration));
+        let (shown_in, shown) = watch::channel(Progress::new(migration));
+        let (ended_in, ended) = watch::channel(false);
+        let (commands_in, commands) = mpsc::channel(crate::limits::COMMAND_QUEUE);
+        self.registry.begin(Migration {
+            id: migration,
+            vm: departure.vm.name.clone(),
+            peer: departure.peer.name.clone(),
+            side: Side::Source,
+            started: SystemTime::now(),
+            progress: shown,
+            report: None,
+            ended,
+            commands: Some(commands_in),
+        });
+        tokio::spawn(show_monotone(raw, shown_in));
+        let gateway = Arc::clone(self);
+        tokio::spawn(async move {
+            let report = gateway.depart(departure, progress_in, commands).await;
+            gateway.finished(report, ended_in).await;
+        });
+        Ok(migration)
+    }
+
+    /// Keeps a finished migration's report, in memory and on disk, and in the audit log.
+    pub(super) async fn finished(self: &Arc<Self>, mut report: Report, ended: watch::Sender<bool>) {
+        let mut entry = Entry::new(Event::MigrationFinished).outcome(if report.error.is_none() { Outcome::Done } else { Outcome::Failed });
+        entry.vm = Some(report.vm.clone());
+        entry.migration = Some(report.migration_id);
+        entry.detail.insert("state".into(), serde_json::to_value(report.state).unwrap_or_default());
+        entry.detail.insert("running_on".into(), serde_json::to_value(report.running_on).unwrap_or_default());
+        if let Some(error) = &report.error {
+            entry.detail.insert("why".into(), error.message.clone().into());
+        }
+        self.note(entry).await;
+        if report.audit.source_head.is_none() {
+            report.audit.source_head = Some(self.audit.head().text);
+        }
+        let (journal, keep, bytes) = (Arc::clone(&self.journal), self.config.limits.history_max, serde_json::to_vec(&report));
+        if let Ok(bytes) = bytes {
+            let kept = tokio::task::spawn_blocking(move || journal.put_history(&bytes, keep)).await;
+            if let Ok(Err(error)) = kept {
+                tracing::warn!(error = %error, "report not kept in the history");
+            }
+        }
+        self.registry.end(report.migration_id, Arc::new(report));
+        ended.send_replace(true);
+    }
+
+    async fn depart(
+        self: &Arc<Self>,
+        departure: Departure,
+        progress: watch::Sender<Progress>,
+        commands: mpsc::Receiver<engine::Command>,
+    ) -> Report {
+        let started = SystemTime::now();
+        let (vm, migration) = (departure.vm.name.clone(), departure.migration);
+        let spiffe = departure.peer.spiffe.clone();
+        let mut report = match self.move_away(departure, progress, commands, started).await {
+            Ok(report) => report,
+            Err(problem) => {
+                let state = if problem.class == ErrorClass::Cancelled { telemetry::Outcome::Cancelled } else { telemetry::Outcome::Failed };
+                let mut report = Report::new(migration, vm, state, RunningOn::Source);
+                report.policy.decision = (problem.class == ErrorClass::Denied).then(|| "deny".to_owned());
+                report.error = Some(problem.with_running_on(RunningOn::Source));
+                report.duration_seconds = started.elapsed().unwrap_or_default().as_secs_f64();
+                report
+            }
+        };
+        report.authenticated.source = Some(self.credentials.own_id());
+        if report.authenticated.destination.is_none() && report.policy.decision.is_some() {
+            report.authenticated.destination = Some(spiffe);
+        }
+        report
+    }
+
+    /// Everything before the engine takes over leaves the guest untouched.
+    async fn move_away(
+        self: &Arc<Self>,
+        mut departure: Departure,
+        progress: watch::Sender<Progress>,
+        commands: mpsc::Receiver<engine::Command>,
+        started: SystemTime,
+    ) -> Result<Report, Problem> {
+        let (address, name) = (departure.address.clone(), departure.vm.name.clone());
+        let guest = tokio::task::spawn_blocking(move || AttachedSource::attach(Path::new(&address), name.as_str(), Timeouts::default()))
+            .await
+            .map_err(bug)?
+            .map_err(|error| Problem::new(ErrorClass::Local, telemetry::chain(&error)).with_code("vmm-unreachable"))?;
+        let machine = guest.machine().clone();
+        if machine.uuid != departure.vm.uuid {
+            return Err(Problem::new(
+                ErrorClass::Denied,
+                format!(
+                    "the guest at `{}` is `{}`, not VM `{}` with UUID `{}`",
+                    departure.address, machine.uuid, departure.vm.name, departure.vm.uuid
+                ),
+            ));
+        }
+        departure.case.memory_bytes = guest.ram().layout().bytes();
+        if departure.case.terms.verify {
+            departure.goal.fixed_cost += Duration::from_secs_f64(departure.case.memory_bytes as f64 / VERIFY_BYTES_PER_SECOND);
+        }
+        let link = self.dial(&departure.peer).await?;
+        let permit = {
+            let (judge, case, session) = (Arc::clone(&self.judge), departure.case.clone(), Arc::clone(&link.session));
+            tokio::task::spawn_blocking(move || judge.release(&case, &session)).await.map_err(bug)?
+        }
+        .map_err(|no| {
+            link.session.close(Some(no.class()), "not permitted");
+            no.problem()
+        })?;
+        let mut entry = Entry::new(Event::MigrationOffered).outcome(Outcome::Done);
+        entry.vm = Some(departure.vm.name.clone());
+        entry.uuid = Some(departure.vm.uuid);
+        entry.migration = Some(departure.migration);
+        entry.peer = Some(departure.peer.spiffe.to_string());
+        let audit = self.audit.clone();
+        tokio::task::spawn_blocking(move || audit.record(&entry))
+            .await
+            .map_err(bug)?
+            .map_err(|error| Problem::new(ErrorClass::Local, telemetry::chain(&error)))?;
+
+        let (ids, kind, bytes) = (permit.policy_ids().to_vec(), machine.kind.clone(), departure.case.memory_bytes);
+        let order = SourceOrder {
+            migration: departure.migration,
+            vm: departure.vm.name.clone(),
+            uuid: departure.vm.uuid,
+            epoch: departure.epoch,
+            address: departure.address.clone(),
+            goal: departure.goal,
+            bandwidth: departure.bandwidth,
+            stream: departure.case.terms.clone(),
+            timeout: Some(departure.timeout),
+            resolve_timeout: RESOLVE_FOR,
+            policy_digest: *permit.set_digest(),
+        };
+        let ports = self.source_ports(&departure, link, Box::new(guest), progress, commands);
+        let end = engine::run_source(order, ports).await;
+        let mut report = report::report(departure.migration, &departure.vm.name, end.outcome, end.error.as_ref(), started);
+        report::put_figures(&mut report, &end.figures);
+        report.hypervisor = kind;
+        report.guest_memory_bytes = bytes;
+        report.authenticated.destination = Some(departure.peer.spiffe.clone());
+        let denied = matches!(end.error, Some(EngineError::Denied { .. }));
+        report.policy.decision = Some(if denied { "deny" } else { "allow" }.to_owned());
+        report.policy.policy_ids = ids;
+        self.refresh_place(&departure.vm.name);
+        if end.outcome.is_none() {
+            self.resolve_later(departure.migration);
+        }
+        debug_assert!(end.outcome != Some(Place::Moved) || report.error.is_none());
+        drop(departure.claim);
+        Ok(report)
+    }
+
+    fn source_ports(
+        self: &Arc<Self>,
+        departure: &Departure,
+        link: Link,
+        guest: Box<dyn PagedSource>,
+        progress: watch::Sender<Progress>,
+        commands: mpsc::Receiver<engine::Command>,
+    ) -> SourcePorts {
+        let ask_commit = self.commit_question(&departure.case, &link.session);
+        let (gateway, peer) = (Arc::clone(self), departure.peer.clone());
+        let redial: engine::Redial = Arc::new(move || {
+            let (gateway, peer) = (Arc::clone(&gateway), peer.clone());
+            Box::pin(async move { gateway.dial(&peer).await.map_err(|problem| EngineError::Bug(problem.message)) })
+        });
+        SourcePorts { evidence: self.evidence(), link, guest, ask_commit, redial, progress, commands }
+    }
+
+    pub(super) fn commit_question(self: &Arc<Self>, case: &Case, session: &Arc<Session>) -> engine::AskCommit {
+        let (judge, case, session) = (Arc::clone(&self.judge), case.clone(), Arc::downgrade(session));
+        Arc::new(move || {
+            let session = session.upgrade().ok_or_else(|| "the session is over".to_owned())?;
+            judge.commit(&case, &session).map(drop).map_err(|no| telemetry::chain(&no))
+        })
+    }
+}
+
+/// Hands progress on so that it never runs backwards.
+pub(super) async fn show_monotone(mut raw: watch::Receiver<Progress>, shown: watch::Sender<Progress>) {
+    let mut monotone = Monotone::new();
+    while raw.changed().await.is_ok() {
+        let next = raw.borrow_and_update().clone();
+        shown.send_replace(monotone.admit(next));
+    }
+}
+
+pub(super) fn bug(error: tokio::task::JoinError) -> Problem {
+    Problem::new(ErrorClass::Bug, format!("a task of the gateway ended: {error}"))
+}
+
+fn new_migration() -> Result<MigrationId, Problem> {
+    let mut id = [0; 16];
+    SystemRandom::new().fill(&mut id).map_err(|_| Problem::new(ErrorClass::Local, "the system's random numbers cannot be read"))?;
+    Ok(MigrationId(id))
+}

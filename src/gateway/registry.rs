@@ -1,0 +1,148 @@
+//! Which VMs this gateway knows, where they are, and which of them is moving. One owner for each.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::SystemTime;
+
+use tokio::sync::{mpsc, watch};
+
+use crate::engine::{Command, Placement};
+use crate::telemetry::{Progress, Report};
+use crate::types::{MigrationId, PeerName, Side, VmName};
+
+/// The VMs and migrations of this gateway.
+#[derive(Debug, Default)]
+pub(super) struct Registry {
+    inner: Mutex<Inner>,
+}
+
+#[derive(Debug, Default)]
+struct Inner {
+    places: BTreeMap<VmName, Placement>,
+    busy: BTreeMap<VmName, MigrationId>,
+    migrations: BTreeMap<MigrationId, Migration>,
+    ended: VecDeque<MigrationId>,
+    resolving: BTreeMap<MigrationId, Arc<tokio::sync::Mutex<()>>>,
+    closed: bool,
+}
+
+/// A migration as others see it.
+#[derive(Debug, Clone)]
+pub(super) struct Migration {
+    pub(super) id: MigrationId,
+    pub(super) vm: VmName,
+    pub(super) peer: PeerName,
+    pub(super) side: Side,
+    pub(super) started: SystemTime,
+    pub(super) progress: watch::Receiver<Progress>,
+    /// Absent while it runs.
+    pub(super) report: Option<Arc<Report>>,
+    /// Told when the report is there.
+    pub(super) ended: watch::Receiver<bool>,
+    /// How operators talk to it; only a source listens.
+    pub(super) commands: Option<mpsc::Sender<Command>>,
+}
+
+/// Why a VM cannot be taken.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Busy {
+    /// It is moving already.
+    Vm(MigrationId),
+    /// Too many migrations at once.
+    Full,
+    /// The gateway is shutting down.
+    Closing,
+}
+
+/// The right to move one VM; given back when dropped.
+#[derive(Debug)]
+pub(super) struct Claim {
+    registry: Arc<Registry>,
+    vm: VmName,
+}
+
+impl Drop for Claim {
+    fn drop(&mut self) {
+        self.registry.lock().busy.remove(&self.vm);
+    }
+}
+
+/// Finished migrations that `status` still shows.
+const ENDED_SHOWN: usize = 256;
+
+impl Registry {
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn place(&self, vm: &VmName) -> Option<Placement> {
+        self.lock().places.get(vm).cloned()
+    }
+
+    pub(super) fn places(&self) -> BTreeMap<VmName, Placement> {
+        self.lock().places.clone()
+    }
+
+    pub(super) fn set_place(&self, vm: VmName, place: Placement) {
+        self.lock().places.insert(vm, place);
+    }
+
+    pub(super) fn moving(&self, vm: &VmName) -> Option<MigrationId> {
+        self.lock().busy.get(vm).copied()
+    }
+
+    /// Takes a VM for one migration.
+    pub(super) fn claim(self: &Arc<Self>, vm: &VmName, migration: MigrationId, most: usize) -> Result<Claim, Busy> {
+        let mut inner = self.lock();
+        if inner.closed {
+            return Err(Busy::Closing);
+        }
+        if let Some(other) = inner.busy.get(vm) {
+            return Err(Busy::Vm(*other));
+        }
+        if inner.busy.len() >= most {
+            return Err(Busy::Full);
+        }
+        inner.busy.insert(vm.clone(), migration);
+        Ok(Claim { registry: Arc::clone(self), vm: vm.clone() })
+    }
+
+    /// Waits for the turn to settle an interrupted handoff: one at a time speaks for a migration.
+    pub(super) async fn resolving(&self, migration: MigrationId) -> tokio::sync::OwnedMutexGuard<()> {
+        let turn = Arc::clone(self.lock().resolving.entry(migration).or_default());
+        turn.lock_owned().await
+    }
+
+    pub(super) fn begin(&self, migration: Migration) {
+        self.lock().migrations.insert(migration.id, migration);
+    }
+
+    pub(super) fn end(&self, id: MigrationId, report: Arc<Report>) {
+        let mut inner = self.lock();
+        if let Some(migration) = inner.migrations.get_mut(&id) {
+            migration.report = Some(report);
+            migration.commands = None;
+        }
+        inner.ended.push_back(id);
+        if inner.ended.len() > ENDED_SHOWN
+            && let Some(oldest) = inner.ended.pop_front()
+        {
+            inner.migrations.remove(&oldest);
+        }
+    }
+
+    pub(super) fn migration(&self, id: MigrationId) -> Option<Migration> {
+        self.lock().migrations.get(&id).cloned()
+    }
+
+    pub(super) fn migrations(&self) -> Vec<Migration> {
+        self.lock().migrations.values().cloned().collect()
+    }
+
+    /// No new migration from now on; those under way are told to stop.
+    pub(super) fn close(&self) -> Vec<Migration> {
+        let mut inner = self.lock();
+        inner.closed = true;
+        inner.migrations.values().filter(|migration| migration.report.is_none()).cloned().collect()
+    }
+}

@@ -1,0 +1,246 @@
+//! Start and end of the daemon.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::signal::unix::{SignalKind, signal};
+
+use crate::audit::{self, AuditLog, Entry, Event, Outcome};
+use crate::config::{self, Config};
+use crate::engine::Command;
+use crate::gateway::judge::{Judge, entities};
+use crate::gateway::registry::Registry;
+use crate::gateway::{Gateway, peers, serve};
+use crate::hypervisor::attach::LaunchTemplate;
+use crate::identity::{Credentials, IdentityConfig, Signer, TrustDomainConfig};
+use crate::journal::Journal;
+use crate::limits;
+use crate::policy::{PolicyFile, PolicySet};
+use crate::telemetry::{Problem, chain};
+use crate::transport::{Endpoint, TransportConfig};
+use crate::wire::ErrorClass;
+
+/// How long a shutdown waits for migrations to end.
+const SHUTDOWN: Duration = Duration::from_secs(30);
+
+/// Runs the gateway that `file` configures until SIGTERM or SIGINT.
+///
+/// # Errors
+/// A part cannot be built; nothing was started then. The problem names the part.
+pub fn run(file: &Path) -> Result<(), Problem> {
+    let config =
+        Arc::new(config::load(file).map_err(|error| Problem::new(ErrorClass::Misuse, error.to_string()).with_code("configuration"))?);
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .thread_name("gateway")
+        .build()
+        .map_err(|error| Problem::new(ErrorClass::Local, format!("the runtime cannot be started: {error}")))?;
+    runtime.block_on(async {
+        let gateway = build(config)?;
+        live(gateway).await
+    })
+}
+
+fn build(config: Arc<Config>) -> Result<Arc<Gateway>, Problem> {
+    let local = |what: &str, error: &dyn std::error::Error| Problem::new(ErrorClass::Local, format!("{what}: {}", chain(error)));
+    let credentials =
+        Credentials::load(identity_config(&config)).map_err(|error| Problem::new(error.class(), chain(&error)).with_code("identity"))?;
+    if let Some(peer) = config.peers.iter().find(|peer| peer.spiffe == credentials.own_id()) {
+        let message = format!("peer `{}` has this gateway's own identity `{}`", peer.name, peer.spiffe);
+        return Err(Problem::new(ErrorClass::Misuse, message).with_code("configuration"));
+    }
+    let policies = load_policies(&config)?;
+    // The journal first: its lock keeps a second gateway from everything that follows.
+    let journal = Journal::open(&config.gateway.state_directory.join("state.redb")).map_err(|error| local("journal", &error))?;
+    let signer: Arc<dyn audit::Signer> = Arc::new(AuditSigner { signer: credentials.signer(), name: credentials.own_id().to_string() });
+    let audit = AuditLog::open(&config.gateway.audit_directory, credentials.own_id().as_str(), signer)
+        .map_err(|error| local("audit log", &error))?;
+    std::fs::create_dir_all(&config.gateway.runtime_directory).map_err(|error| local("runtime directory", &error))?;
+    let incoming = config.incoming.as_ref().map(|incoming| LaunchTemplate::new(&incoming.command)).transpose();
+    let incoming =
+        incoming.map_err(|error| Problem::new(ErrorClass::Misuse, format!("incoming.command: {error}")).with_code("configuration"))?;
+    let endpoint = Endpoint::bind(TransportConfig::new(config.gateway.listen), Arc::clone(&credentials))
+        .map_err(|error| local("listening port", &error))?;
+    Ok(Arc::new(Gateway {
+        judge: Arc::new(Judge::new(Arc::clone(&config), policies, audit.clone())),
+        config,
+        credentials,
+        endpoint,
+        journal: Arc::new(journal),
+        audit,
+        registry: Arc::new(Registry::default()),
+        incoming,
+        peers: peers::Reachability::default(),
+    }))
+}
+
+fn identity_config(config: &Config) -> IdentityConfig {
+    let trust =
+        |trust: &config::Trust| TrustDomainConfig { domain: trust.domain.clone(), roots: trust.roots.clone(), crls: trust.crls.clone() };
+    IdentityConfig {
+        certificate: config.identity.certificate.clone(),
+        key: config.identity.key.clone(),
+        signing_key: config.identity.signing_key.clone(),
+        trust: config.identity.trust.iter().map(trust).collect(),
+    }
+}
+
+/// Reads every `*.cedar` of the policy directory.
+fn load_policies(config: &Config) -> Result<PolicySet, Problem> {
+    let files = read_policies(&config.policy_directory)
+        .map_err(|(path, error)| Problem::new(ErrorClass::Local, format!("policy `{}`: {error}", path.display())).with_code("policy"))?;
+    PolicySet::parse(&files, &entities(config)).map_err(|errors| {
+        Problem::new(ErrorClass::Misuse, format!("policies in `{}` are not usable:\n{errors}", config.policy_directory.display()))
+            .with_code("policy")
+            .with_hint("`sealane policy check` says the same without starting anything")
+    })
+}
+
+fn read_policies(directory: &Path) -> Result<Vec<PolicyFile>, (PathBuf, std::io::Error)> {
+    let at = |path: &Path| {
+        let path = path.to_owned();
+        move |error| (path, error)
+    };
+    let mut paths = Vec::new();
+    for entry in std::fs::read_dir(directory).map_err(at(directory))? {
+        let path = entry.map_err(at(directory))?.path();
+        if path.extension().is_some_and(|extension| extension == "cedar") {
+            paths.push(path);
+        }
+    }
+    paths.sort();
+    let read = |path: PathBuf| {
+        let name = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+        let size = std::fs::metadata(&path).map_err(at(&path))?.len();
+        if size > limits::POLICY_BYTES_MAX as u64 {
+            return Err((path, std::io::Error::other(format!("{size} bytes, more than {}", limits::POLICY_BYTES_MAX))));
+        }
+        Ok(PolicyFile { text: std::fs::read_to_string(&path).map_err(at(&path))?, name })
+    };
+    paths.into_iter().map(read).collect()
+}
+
+async fn live(gateway: Arc<Gateway>) -> Result<(), Problem> {
+    let local = |what: &str, error: std::io::Error| Problem::new(ErrorClass::Local, format!("{what}: {error}"));
+    let mut entry = Entry::new(Event::GatewayStarted).outcome(Outcome::Done);
+    entry.detail.insert("version".into(), env!("CARGO_PKG_VERSION").into());
+    entry.detail.insert("incarnation".into(), gateway.journal.incarnation().to_string().into());
+    entry.detail.insert("policy_digest".into(), crate::gateway::judge::hex(&gateway.judge.digest()).into());
+    gateway.audit.record(&entry).map_err(|error| Problem::new(ErrorClass::Local, chain(&error)))?;
+    gateway.recover().await;
+
+    let path = gateway.config.gateway.control_socket.clone();
+    let listener = serve::bind(&path).map_err(|error| local(&format!("control socket `{}`", path.display()), error))?;
+    let (stop_in, stop) = tokio::sync::watch::channel(false);
+    let mut stopped = stop.clone();
+    let served = tokio::spawn(serve::serve(Arc::clone(&gateway), listener, async move {
+        let _ = stopped.wait_for(|stop| *stop).await;
+    }));
+    let accepting = tokio::spawn(Arc::clone(&gateway).accept_sessions());
+    let refusals = tokio::spawn(Arc::clone(&gateway).record_refusals());
+    let mut terminate = signal(SignalKind::terminate()).map_err(|error| local("signals", error))?;
+    let mut interrupt = signal(SignalKind::interrupt()).map_err(|error| local("signals", error))?;
+    let mut reload = signal(SignalKind::hangup()).map_err(|error| local("signals", error))?;
+    tracing::info!(name = %gateway.config.gateway.name, spiffe = %gateway.credentials.own_id(), listen = %gateway.endpoint.local_address(), "ready");
+    // Without systemd there is nobody to tell.
+    let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
+    loop {
+        tokio::select! {
+            _ = terminate.recv() => break,
+            _ = interrupt.recv() => break,
+            _ = reload.recv() => gateway.reload().await,
+        }
+    }
+    let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
+    gateway.settle().await;
+    stop_in.send_replace(true);
+    let _ = tokio::time::timeout(Duration::from_secs(2), served).await;
+    accepting.abort();
+    refusals.abort();
+    gateway.endpoint.shutdown().await;
+    gateway.note(Entry::new(Event::GatewayStopped).outcome(Outcome::Done)).await;
+    let _ = std::fs::remove_file(path);
+    Ok(())
+}
+
+impl Gateway {
+    /// Certificates, CRLs and policies are read again: all of them or none.
+    async fn reload(self: &Arc<Self>) {
+        let gateway = Arc::clone(self);
+        let reloaded = tokio::task::spawn_blocking(move || {
+            let policies = load_policies(&gateway.config)?;
+            gateway.credentials.reload().map_err(|error| Problem::new(error.class(), chain(&error)).with_code("identity"))?;
+            gateway.judge.replace(policies);
+            Ok::<_, Problem>(crate::gateway::judge::hex(&gateway.judge.digest()))
+        })
+        .await;
+        let mut entry = Entry::new(Event::PolicyLoaded).outcome(Outcome::Done);
+        match reloaded {
+            Ok(Ok(digest)) => {
+                tracing::info!(policy = digest, "certificates, CRLs and policies read again");
+                entry.detail.insert("policy_digest".into(), digest.into());
+            }
+            Ok(Err(problem)) => {
+                tracing::error!(why = problem.message, "reload refused; what was in force stays in force");
+                entry.outcome = Some(Outcome::Failed);
+                entry.detail.insert("why".into(), problem.message.into());
+            }
+            Err(error) => tracing::error!(error = %error, "reload task"),
+        }
+        self.note(entry).await;
+    }
+
+    /// Strangers that TLS turned away have no session; the verifier remembers why.
+    async fn record_refusals(self: Arc<Self>) {
+        let mut tick = tokio::time::interval(Duration::from_millis(200));
+        loop {
+            tick.tick().await;
+            for refusal in self.credentials.drain_refusals() {
+                let mut entry = Entry::new(Event::SessionRefused).outcome(Outcome::Refused);
+                entry.peer = refusal.claimed.map(|spiffe| spiffe.to_string());
+                entry.detail.insert("why".into(), refusal.reason.to_string().into());
+                self.note(entry).await;
+            }
+        }
+    }
+
+    /// Migrations under way end: those before COMMIT are cancelled, those after are left to finish.
+    async fn settle(self: &Arc<Self>) {
+        let under_way = self.registry.close();
+        for migration in &under_way {
+            if let Some(commands) = &migration.commands {
+                // A migration that ends by itself at this moment does not listen any more.
+                let _ = commands.try_send(Command::Cancel);
+            }
+        }
+        let all = async {
+            for mut migration in under_way {
+                let _ = migration.ended.wait_for(|ended| *ended).await;
+            }
+        };
+        if tokio::time::timeout(SHUTDOWN, all).await.is_err() {
+            tracing::error!("migrations are still under way; their journals decide at the next start");
+        }
+    }
+}
+
+/// Signs checkpoints with the gateway's key.
+struct AuditSigner {
+    signer: Arc<Signer>,
+    name: String,
+}
+
+impl audit::Signer for AuditSigner {
+    fn sign(&self, message: &[u8]) -> [u8; 64] {
+        self.signer.sign(message)
+    }
+
+    fn public_key(&self) -> [u8; 32] {
+        self.signer.public_key()
+    }
+
+    fn name(&self) -> &str {
+        &self.name
+    }
+}

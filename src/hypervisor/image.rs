@@ -1,0 +1,299 @@
+//! A file as the RAM of a stopped VM, for benchmarks.
+//!
+//! *Owns:* reading an image into memory, and an empty memory that receives one. *Never:* writing to the image.
+//! *Invariants:* the image is copied before the first page is read, so a file that is cut meanwhile is an error
+//! and not a fault, and the disk is not measured; a source is paused from the start and only `redirty` dirties it.
+
+use std::collections::VecDeque;
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::path::Path;
+use std::sync::Arc;
+
+use crate::hypervisor::{GuestStatus, HypervisorError, Machine, PagedDestination, PagedSource, RunState};
+use crate::memory::{GuestRam, MemoryLayout, PageSet, RamError};
+use crate::types::{PAGE_BYTES, PageNumber, VmUuid};
+
+/// The `kind` of a memory image.
+pub const IMAGE_KIND: &str = "image";
+/// Device state of something that has no devices.
+const STATE: &[u8] = b"memory image, no devices, version 1";
+/// Pages copied at once.
+const PIECE_PAGES: u64 = 256;
+/// Where a re-dirtied page changes, and how much.
+const CHANGED_BYTES: std::ops::Range<usize> = 1024..1088;
+
+/// The RAM of a stopped VM, read from a file.
+#[derive(Debug)]
+pub struct ImageSource {
+    name: String,
+    machine: Machine,
+    ram: Arc<GuestRam>,
+    tracking: bool,
+    dirty: PageSet,
+    rounds: VecDeque<PageSet>,
+    state: RunState,
+}
+
+impl ImageSource {
+    /// Reads the image at `path`; `name` is for messages.
+    ///
+    /// # Errors
+    /// The file cannot be read, is empty, or is not a whole number of pages.
+    pub fn open(path: &Path, name: &str, uuid: VmUuid) -> Result<Self, HypervisorError> {
+        let local = |source| HypervisorError::Local { vm: name.to_owned(), what: "cannot read the memory image", source };
+        let mut file = File::open(path).map_err(local)?;
+        let bytes = file.metadata().map_err(local)?.len();
+        let invalid = |reason: String| local(io::Error::new(io::ErrorKind::InvalidData, reason));
+        if bytes == 0 || !bytes.is_multiple_of(PAGE_BYTES as u64) {
+            return Err(invalid(format!("it has {bytes} bytes: expected a multiple of {PAGE_BYTES}")));
+        }
+        let layout = MemoryLayout::flat(bytes / PAGE_BYTES as u64).map_err(|error| invalid(error.to_string()))?;
+        let regions = layout.regions().to_vec();
+        let ram_error = |source| HypervisorError::Ram { vm: name.to_owned(), source };
+        let ram = GuestRam::anonymous(layout).map_err(ram_error)?;
+        for (first, mut piece) in pieces(ram.pages()) {
+            file.read_exact(&mut piece).map_err(local)?;
+            // Zero pages stay untouched, as in a guest that never used them.
+            if piece.iter().any(|byte| *byte != 0) {
+                ram.write(first, &piece).map_err(ram_error)?;
+            }
+        }
+        let machine = Machine { kind: IMAGE_KIND.to_owned(), uuid, regions, vcpus: 0, profile: serde_json::Value::Null };
+        let dirty = PageSet::empty(ram.pages());
+        let rounds = VecDeque::new();
+        Ok(Self { name: name.to_owned(), machine, ram: Arc::new(ram), tracking: false, dirty, rounds, state: RunState::Paused })
+    }
+
+    /// What each harvest finds dirty, in turn; the pages are changed a little when they are. Afterwards none is.
+    pub fn redirty(&mut self, rounds: impl IntoIterator<Item = PageSet>) {
+        self.rounds.extend(rounds);
+    }
+
+    fn change(&self, pages: &PageSet) -> Result<(), RamError> {
+        let mut page = [0; PAGE_BYTES];
+        for number in pages.iter() {
+            self.ram.read(number, &mut page)?;
+            for byte in page.get_mut(CHANGED_BYTES).unwrap_or_default() {
+                *byte = byte.wrapping_mul(5).wrapping_add(1);
+            }
+            self.ram.write(number, &page)?;
+        }
+        Ok(())
+    }
+}
+
+/// Buffers of the length of each piece of RAM, with its first page.
+fn pieces(pages: u64) -> impl Iterator<Item = (PageNumber, Vec<u8>)> {
+    (0..pages.div_ceil(PIECE_PAGES)).map(move |index| {
+        let first = index * PIECE_PAGES;
+        let count = usize::try_from((pages - first).min(PIECE_PAGES)).unwrap_or(0);
+        (PageNumber(first), vec![0; count * PAGE_BYTES])
+    })
+}
+
+fn status_of(state: RunState) -> GuestStatus {
+    GuestStatus { state, exit_code: None, last_line: None }
+}
+
+impl PagedSource for ImageSource {
+    fn machine(&self) -> &Machine {
+        &self.machine
+    }
+    fn ram(&self) -> &Arc<GuestRam> {
+        &self.ram
+    }
+    fn start_tracking(&mut self) -> Result<(), HypervisorError> {
+        self.tracking = true;
+        self.dirty = PageSet::empty(self.ram.pages());
+        Ok(())
+    }
+    fn harvest(&mut self) -> Result<PageSet, HypervisorError> {
+        if !self.tracking {
+            let reason = "dirty pages are not tracked".to_owned();
+            return Err(HypervisorError::Refused { vm: self.name.clone(), request: "harvest", reason });
+        }
+        let Some(round) = self.rounds.pop_front() else { return Ok(self.dirty.take()) };
+        let mut within = PageSet::empty(self.ram.pages());
+        within.merge(&round);
+        self.change(&within).map_err(|source| HypervisorError::Ram { vm: self.name.clone(), source })?;
+        Ok(within)
+    }
+    fn stop_tracking(&mut self) -> Result<(), HypervisorError> {
+        self.tracking = false;
+        Ok(())
+    }
+    fn throttle(&mut self, _percent: u8) -> Result<(), HypervisorError> {
+        Ok(())
+    }
+    fn pause(&mut self) -> Result<(), HypervisorError> {
+        // A paused guest writes nothing: rounds that were not reached are never dirty.
+        self.state = RunState::Paused;
+        self.rounds.clear();
+        Ok(())
+    }
+    fn resume(&mut self) -> Result<(), HypervisorError> {
+        self.state = RunState::Running;
+        Ok(())
+    }
+    fn save_state(&mut self) -> Result<Vec<u8>, HypervisorError> {
+        Ok(STATE.to_vec())
+    }
+    fn status(&mut self) -> Result<GuestStatus, HypervisorError> {
+        Ok(status_of(self.state))
+    }
+    fn destroy(&mut self) -> Result<(), HypervisorError> {
+        self.state = RunState::Ended;
+        Ok(())
+    }
+}
+
+/// Empty memory that receives an image.
+#[derive(Debug)]
+pub struct ImageDestination {
+    name: String,
+    ram: Arc<GuestRam>,
+    state: RunState,
+}
+
+impl ImageDestination {
+    /// Memory for `machine`.
+    ///
+    /// # Errors
+    /// It is no image, or there is no memory for it.
+    pub fn prepare(name: &str, machine: &Machine) -> Result<Self, HypervisorError> {
+        let incompatible = |lack| HypervisorError::Incompatible { vm: name.to_owned(), lacks: vec![lack] };
+        if machine.kind != IMAGE_KIND {
+            return Err(incompatible(format!("machine kind `{}`: expected `{IMAGE_KIND}`", machine.kind)));
+        }
+        let layout = MemoryLayout::new(machine.regions.clone()).map_err(|error| incompatible(error.to_string()))?;
+        let ram = GuestRam::anonymous(layout).map_err(|source| HypervisorError::Ram { vm: name.to_owned(), source })?;
+        Ok(Self { name: name.to_owned(), ram: Arc::new(ram), state: RunState::Incoming })
+    }
+
+    /// Writes what was received to a new file.
+    ///
+    /// # Errors
+    /// The file exists or cannot be written.
+    pub fn write_to(&self, path: &Path) -> Result<(), HypervisorError> {
+        let local = |source| HypervisorError::Local { vm: self.name.clone(), what: "cannot write the memory image", source };
+        let mut file = File::create_new(path).map_err(local)?;
+        for (first, mut piece) in pieces(self.ram.pages()) {
+            self.ram.read(first, &mut piece).map_err(|source| HypervisorError::Ram { vm: self.name.clone(), source })?;
+            file.write_all(&piece).map_err(local)?;
+        }
+        file.sync_all().map_err(local)
+    }
+}
+
+impl PagedDestination for ImageDestination {
+    fn ram(&self) -> &Arc<GuestRam> {
+        &self.ram
+    }
+    fn restore_state(&mut self, state: &[u8]) -> Result<(), HypervisorError> {
+        if state != STATE {
+            let reason = "state is not that of a memory image".to_owned();
+            return Err(HypervisorError::Refused { vm: self.name.clone(), request: "restore-state", reason });
+        }
+        self.state = RunState::Paused;
+        Ok(())
+    }
+    fn save_state(&mut self) -> Result<Vec<u8>, HypervisorError> {
+        Ok(STATE.to_vec())
+    }
+    fn resume(&mut self) -> Result<(), HypervisorError> {
+        if self.state == RunState::Incoming {
+            let reason = "no state was restored".to_owned();
+            return Err(HypervisorError::Refused { vm: self.name.clone(), request: "resume", reason });
+        }
+        self.state = RunState::Running;
+        Ok(())
+    }
+    fn status(&mut self) -> Result<GuestStatus, HypervisorError> {
+        Ok(status_of(self.state))
+    }
+    fn destroy(&mut self) -> Result<(), HypervisorError> {
+        self.state = RunState::Ended;
+        Ok(())
+    }
+    fn address(&self) -> String {
+        format!("image:{}", self.name)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const UUID: VmUuid = VmUuid([3; 16]);
+
+    fn image(dir: &Path, pages: usize) -> std::path::PathBuf {
+        let path = dir.join("ram.img");
+        let byte = |at: usize| if (at / PAGE_BYTES).is_multiple_of(3) { 0 } else { u8::try_from(at / 7 % 251).unwrap() };
+        let bytes: Vec<u8> = (0..pages * PAGE_BYTES).map(byte).collect();
+        std::fs::write(&path, bytes).unwrap();
+        path
+    }
+
+    fn copy(pages: &PageSet, from: &GuestRam, to: &GuestRam) {
+        let mut page = [0; PAGE_BYTES];
+        for number in pages.iter() {
+            from.read(number, &mut page).unwrap();
+            to.write(number, &page).unwrap();
+        }
+    }
+
+    #[test]
+    fn an_image_arrives_byte_for_byte() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = image(dir.path(), 600);
+        let mut source = ImageSource::open(&path, "vm-1", UUID).unwrap();
+        let mut destination = ImageDestination::prepare("vm-1", source.machine()).unwrap();
+        source.start_tracking().unwrap();
+        copy(&PageSet::full(600), source.ram(), destination.ram());
+        assert!(source.harvest().unwrap().is_empty(), "nothing runs, so nothing is dirty");
+        assert!(destination.resume().is_err());
+        destination.restore_state(&source.save_state().unwrap()).unwrap();
+        destination.resume().unwrap();
+        let copied = dir.path().join("copy.img");
+        destination.write_to(&copied).unwrap();
+        assert_eq!(std::fs::read(&copied).unwrap(), std::fs::read(&path).unwrap());
+        assert!(destination.write_to(&copied).is_err(), "no file is overwritten");
+    }
+
+    #[test]
+    fn redirtied_pages_really_change_round_by_round_until_the_pause() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = image(dir.path(), 10);
+        let mut source = ImageSource::open(&path, "vm-1", UUID).unwrap();
+        let destination = ImageDestination::prepare("vm-1", source.machine()).unwrap();
+        let mut two = PageSet::empty(12);
+        two.insert(PageNumber(1));
+        two.insert(PageNumber(11));
+        source.redirty([two, PageSet::full(10), PageSet::full(10)]);
+        source.start_tracking().unwrap();
+        copy(&PageSet::full(10), source.ram(), destination.ram());
+        let first = source.harvest().unwrap();
+        assert_eq!((first.len(), first.pages()), (1, 10), "pages beyond the image are none");
+        let (mut was, mut now) = ([0; PAGE_BYTES], [0; PAGE_BYTES]);
+        destination.ram().read(PageNumber(1), &mut was).unwrap();
+        source.ram().read(PageNumber(1), &mut now).unwrap();
+        assert_ne!(was, now);
+        assert_eq!(source.harvest().unwrap().len(), 10);
+        source.pause().unwrap();
+        assert!(source.harvest().unwrap().is_empty());
+        assert_eq!(std::fs::read(&path).unwrap()[PAGE_BYTES..2 * PAGE_BYTES], was, "the image itself is not written to");
+    }
+
+    #[test]
+    fn files_that_are_no_image_are_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("x");
+        for bytes in [0, 1, PAGE_BYTES + 1] {
+            std::fs::write(&path, vec![1; bytes]).unwrap();
+            assert!(ImageSource::open(&path, "vm-1", UUID).is_err());
+        }
+        assert!(ImageSource::open(dir.path(), "vm-1", UUID).is_err());
+        assert!(ImageSource::open(&dir.path().join("none"), "vm-1", UUID).is_err());
+    }
+}

@@ -1,0 +1,148 @@
+//! The destination of one migration, from the accepted offer to the end.
+
+use crate::migration::Refusal;
+use crate::migration::handoff::{DestinationHandoff, DestinationRecord, DestinationStep, HandoffAction};
+use crate::types::Round;
+use crate::wire::{ErrorClass, FinalDigest, Handoff};
+
+/// The destination of one migration.
+#[derive(Debug)]
+pub struct Destination {
+    state: State,
+}
+
+#[derive(Debug)]
+enum State {
+    /// Pages of this round are arriving.
+    Receiving(Round),
+    /// The last round is in RAM; the rest of the state and FINAL are awaited.
+    AwaitFinal,
+    /// FINAL came; the twin is being restored and compared.
+    Comparing,
+    /// The handoff decides.
+    HandingOff(DestinationHandoff),
+}
+
+/// What happens to a destination.
+#[derive(Debug, Clone)]
+pub enum DestinationEvent {
+    /// The source says that a round is complete, and every lane agrees.
+    RoundComplete {
+        /// The round.
+        round: Round,
+        /// Whether the guest was paused before its pages were read.
+        last: bool,
+    },
+    /// FINAL came.
+    Final(FinalDigest),
+    /// Something for the handoff.
+    Handoff(DestinationStep),
+    /// Give up if that is still possible.
+    GiveUp(ErrorClass),
+}
+
+/// What a destination does; performed strictly in order.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum DestinationAction {
+    /// Say that a round is in guest RAM.
+    ConfirmRound(Round),
+    /// Restore the state, compare with this digest, and feed `TwinComplete` or `GiveUp`.
+    Compare(FinalDigest),
+    /// Part of the handoff.
+    Handoff(HandoffAction<DestinationRecord>),
+}
+
+impl Default for Destination {
+    fn default() -> Self {
+        Self { state: State::Receiving(Round(1)) }
+    }
+}
+
+impl Destination {
+    /// The state by name, for logs and people.
+    #[must_use]
+    pub fn name(&self) -> &'static str {
+        self.state.name()
+    }
+
+    /// Whether only the source's word can end it: after PREPARED.
+    #[must_use]
+    pub fn is_prepared(&self) -> bool {
+        matches!(&self.state, State::HandingOff(handoff) if handoff.is_prepared())
+    }
+
+    /// One step.
+    ///
+    /// # Errors
+    /// [`Refusal`] when the event has no place in this state; the state is then unchanged.
+    pub fn step(&mut self, event: DestinationEvent) -> Result<Vec<DestinationAction>, Refusal> {
+        let state = std::mem::replace(&mut self.state, State::AwaitFinal);
+        let (next, result) = Self::turn(state, event);
+        self.state = next;
+        result
+    }
+
+    fn turn(state: State, event: DestinationEvent) -> (State, Result<Vec<DestinationAction>, Refusal>) {
+        match (state, event) {
+            (State::Receiving(expected), DestinationEvent::RoundComplete { round, last }) if round == expected => {
+                let next = if last { State::AwaitFinal } else { State::Receiving(Round(round.0 + 1)) };
+                (next, Ok(vec![DestinationAction::ConfirmRound(round)]))
+            }
+            (State::AwaitFinal, DestinationEvent::Final(digest)) => (State::Comparing, Ok(vec![DestinationAction::Compare(digest)])),
+            (State::Comparing, DestinationEvent::Handoff(step @ DestinationStep::TwinComplete(_))) => {
+                Self::handoff(DestinationHandoff::Receiving, &step)
+            }
+            (State::Receiving(_) | State::AwaitFinal | State::Comparing, DestinationEvent::GiveUp(class)) => {
+                Self::handoff(DestinationHandoff::Receiving, &DestinationStep::GiveUp(class))
+            }
+            (
+                State::Receiving(_) | State::AwaitFinal | State::Comparing,
+                DestinationEvent::Handoff(step @ DestinationStep::Received(Handoff::Abort { .. })),
+            ) => Self::handoff(DestinationHandoff::Receiving, &step),
+            (State::HandingOff(handoff), DestinationEvent::GiveUp(class)) => Self::handoff(handoff, &DestinationStep::GiveUp(class)),
+            (State::HandingOff(handoff), DestinationEvent::Handoff(step)) => Self::handoff(handoff, &step),
+            (state, event) => {
+                let refusal = Refusal { state: state.name(), event: event.name(), expected: state.expects() };
+                (state, Err(refusal))
+            }
+        }
+    }
+
+    fn handoff(mut handoff: DestinationHandoff, step: &DestinationStep) -> (State, Result<Vec<DestinationAction>, Refusal>) {
+        let result = handoff.step(step).map(|actions| actions.into_iter().map(DestinationAction::Handoff).collect());
+        (State::HandingOff(handoff), result)
+    }
+}
+
+impl State {
+    fn name(&self) -> &'static str {
+        match self {
+            Self::Receiving(_) => "receiving",
+            Self::AwaitFinal => "await-final",
+            Self::Comparing => "comparing",
+            Self::HandingOff(handoff) => handoff.name(),
+        }
+    }
+
+    fn expects(&self) -> &'static str {
+        match self {
+            Self::Receiving(_) => "the end of this round, or ABORT",
+            Self::AwaitFinal => "FINAL or ABORT",
+            Self::Comparing => "the end of the comparison",
+            Self::HandingOff(_) => "a step of the handoff",
+        }
+    }
+}
+
+impl DestinationEvent {
+    /// The event by name.
+    #[must_use]
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::RoundComplete { .. } => "round-complete",
+            Self::Final(_) => "FINAL",
+            Self::Handoff(step) => step.name(),
+            Self::GiveUp(_) => "give-up",
+        }
+    }
+}

@@ -1,0 +1,39 @@
+//! The decisions of a migration, as pure machines: events in, actions out.
+//!
+//! *Owns:* when a round ends, when the guest is paused, what is journaled before what is said and
+//! done, and what a journal means after a crash. *Never:* time, files, sockets, memory contents.
+//!
+//! *Invariants:* `single-runner` (a source that journaled COMMIT never runs the guest again unless
+//! the destination's REFUSE came from the journal that was offered it; a destination runs it only
+//! after COMMIT), `journal-wire-effect` (a record is durable before the message that tells it and
+//! before the effect that it permits: actions are performed strictly in order and a failed journal
+//! action cuts off those behind it).
+//! *Read first:* `handoff.rs`, then `source.rs`, `destination.rs`, `convergence.rs`.
+//! `transitions.txt` holds every state against every event, as the tests found them.
+
+mod convergence;
+mod destination;
+mod handoff;
+mod source;
+#[cfg(test)]
+mod transitions;
+
+pub use convergence::{Convergence, Decision, Goal, RoundMeasure, Verdict};
+pub use destination::{Destination, DestinationAction, DestinationEvent};
+pub use handoff::{
+    DestinationHandoff, DestinationRecord, DestinationStep, HandoffAction, OfferRecord, Outcome, PreparedRecord, SourceHandoff,
+    SourceRecord, SourceStep,
+};
+pub use source::{Source, SourceAction, SourceEvent};
+
+/// An event that a machine does not take in its state.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("unexpected {event} while {state}: expected {expected}")]
+pub struct Refusal {
+    /// The state, by name.
+    pub state: &'static str,
+    /// The event, by name.
+    pub event: &'static str,
+    /// What would have been taken.
+    pub expected: &'static str,
+}

@@ -1,0 +1,277 @@
+//! The circumstances of a question, as the schema's context types.
+
+use std::net::IpAddr;
+
+use cedar_policy::{Context, RestrictedExpression};
+use serde::Deserialize;
+
+use crate::policy::entities::uid;
+
+/// How memory moves.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Mode {
+    /// All memory before the switch.
+    Precopy,
+    /// Memory after the switch, on demand.
+    Postcopy,
+    /// Rounds first, the rest after the switch.
+    Hybrid,
+}
+
+/// What packs pages.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Codec {
+    /// Nothing.
+    None,
+    /// LZ4.
+    Lz4,
+    /// Zstandard.
+    Zstd,
+}
+
+/// How far back a codec may look for repetitions.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum CodecScope {
+    /// Each page by itself.
+    Page,
+    /// Pages of one batch.
+    Batch,
+    /// Everything this VM has sent.
+    Stream,
+}
+
+/// Where the final image is on disk before the switch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Durability {
+    /// Nowhere.
+    None,
+    /// At the destination.
+    Dest,
+    /// At both ends.
+    Both,
+}
+
+macro_rules! words {
+    ($($type:ident { $($variant:ident = $word:literal),* })*) => {$(
+        impl $type {
+            /// The word that policies compare with.
+            #[must_use]
+            pub fn as_str(self) -> &'static str {
+                match self {
+                    $(Self::$variant => $word,)*
+                }
+            }
+        }
+    )*};
+}
+words! {
+    Mode { Precopy = "precopy", Postcopy = "postcopy", Hybrid = "hybrid" }
+    Codec { None = "none", Lz4 = "lz4", Zstd = "zstd" }
+    CodecScope { Page = "page", Batch = "batch", Stream = "stream" }
+    Durability { None = "none", Dest = "dest", Both = "both" }
+}
+
+/// From where to where.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Route {
+    /// The source's site.
+    pub src_site: String,
+    /// The destination's site.
+    pub dst_site: String,
+    /// The peer's address as this gateway sees it.
+    pub peer_ip: IpAddr,
+}
+
+/// The authenticated channel to the peer.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Channel {
+    /// TLS version, `1.3`.
+    pub tls: String,
+    /// Key exchange, e.g. `X25519MLKEM768`.
+    pub kx: String,
+    /// Cipher suite, e.g. `TLS13_AES_256_GCM_SHA384`.
+    pub suite: String,
+    /// Whether every element of the peer's chain was checked against a CRL that is fresh now.
+    pub crl_fresh: bool,
+    /// Whole days until the peer's certificate ends; negative once it has.
+    pub peer_cert_days_left: i64,
+}
+
+/// The terms of the page stream.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Stream {
+    /// How memory moves.
+    pub mode: Mode,
+    /// What packs pages.
+    pub compression: Codec,
+    /// How far back it may look.
+    pub compression_scope: CodecScope,
+    /// Whether frame lengths are padded to buckets.
+    pub length_padding: bool,
+    /// Where the final image is on disk before the switch.
+    pub durability: Durability,
+    /// Lanes.
+    pub lanes: u16,
+}
+
+/// The circumstances of `release`, `accept` and `commit`.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct MigrationContext {
+    /// Now, in milliseconds since 1970-01-01 UTC.
+    #[serde(rename = "now", deserialize_with = "instant")]
+    pub now_unix_ms: i64,
+    /// From where to where.
+    pub route: Route,
+    /// The channel to the peer.
+    pub channel: Channel,
+    /// The terms of the page stream.
+    pub stream: Stream,
+    /// Guest RAM, in MiB.
+    #[serde(rename = "memoryMiB")]
+    pub memory_mib: u64,
+}
+
+/// The circumstances of `request`.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct RequestContext {
+    /// Now, in milliseconds since 1970-01-01 UTC.
+    #[serde(rename = "now", deserialize_with = "instant")]
+    pub now_unix_ms: i64,
+    /// From where to where.
+    pub route: Route,
+    /// The terms asked for.
+    pub stream: Stream,
+    /// The change ticket given, if any.
+    #[serde(default)]
+    pub change_ticket: Option<String>,
+}
+
+/// The circumstances of `resolveInDoubt`.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct ResolveContext {
+    /// Now, in milliseconds since 1970-01-01 UTC.
+    #[serde(rename = "now", deserialize_with = "instant")]
+    pub now_unix_ms: i64,
+    /// Operators who agreed.
+    pub approvers: Vec<String>,
+    /// Whether it was shown that the other copy cannot run.
+    pub fence_evidence: bool,
+}
+
+fn instant<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<i64, D::Error> {
+    let text = String::deserialize(deserializer)?;
+    let time: jiff::Timestamp = text.parse().map_err(|_| serde::de::Error::custom(format!("`{text}` is no RFC 3339 time")))?;
+    Ok(time.as_millisecond())
+}
+
+type Pair = (String, RestrictedExpression);
+
+fn text(value: &str) -> RestrictedExpression {
+    RestrictedExpression::new_string(value.to_owned())
+}
+
+fn flag(value: bool) -> RestrictedExpression {
+    RestrictedExpression::new_bool(value)
+}
+
+fn pair(name: &str, value: RestrictedExpression) -> Pair {
+    (name.to_owned(), value)
+}
+
+fn record<const N: usize>(pairs: [(&str, RestrictedExpression); N]) -> Result<RestrictedExpression, String> {
+    RestrictedExpression::new_record(pairs.map(|(name, value)| pair(name, value))).map_err(|error| error.to_string())
+}
+
+fn now(unix_ms: i64) -> Result<Pair, String> {
+    let time = jiff::Timestamp::from_millisecond(unix_ms).map_err(|_| format!("time `{unix_ms}` ms is outside of the calendar"))?;
+    // Cedar reads exactly three digits of a second's fraction.
+    Ok(pair("now", RestrictedExpression::new_datetime(format!("{time:.3}"))))
+}
+
+impl Route {
+    fn expression(&self) -> Result<RestrictedExpression, String> {
+        record([
+            ("srcSite", text(&self.src_site)),
+            ("dstSite", text(&self.dst_site)),
+            // A v4 peer seen through a dual-stack socket must match the v4 ranges that policies are written with.
+            ("peerIp", RestrictedExpression::new_ip(self.peer_ip.to_canonical().to_string())),
+        ])
+    }
+}
+
+impl Channel {
+    fn expression(&self) -> Result<RestrictedExpression, String> {
+        record([
+            ("tls", text(&self.tls)),
+            ("kx", text(&self.kx)),
+            ("suite", text(&self.suite)),
+            ("crlFresh", flag(self.crl_fresh)),
+            ("peerCertDaysLeft", RestrictedExpression::new_long(self.peer_cert_days_left)),
+        ])
+    }
+}
+
+impl Stream {
+    fn expression(&self) -> Result<RestrictedExpression, String> {
+        record([
+            ("mode", text(self.mode.as_str())),
+            ("compression", text(self.compression.as_str())),
+            ("compressionScope", text(self.compression_scope.as_str())),
+            ("lengthPadding", flag(self.length_padding)),
+            ("durability", text(self.durability.as_str())),
+            ("lanes", RestrictedExpression::new_long(self.lanes.into())),
+        ])
+    }
+}
+
+fn context<const N: usize>(pairs: [Pair; N], optional: Option<Pair>) -> Result<Context, String> {
+    Context::from_pairs(pairs.into_iter().chain(optional)).map_err(|error| error.to_string())
+}
+
+impl MigrationContext {
+    pub(super) fn context(&self) -> Result<Context, String> {
+        let memory = i64::try_from(self.memory_mib).map_err(|_| format!("guest memory of `{}` MiB does not fit", self.memory_mib))?;
+        context(
+            [
+                now(self.now_unix_ms)?,
+                pair("route", self.route.expression()?),
+                pair("channel", self.channel.expression()?),
+                pair("stream", self.stream.expression()?),
+                pair("memoryMiB", RestrictedExpression::new_long(memory)),
+            ],
+            None,
+        )
+    }
+}
+
+impl RequestContext {
+    pub(super) fn context(&self) -> Result<Context, String> {
+        let ticket = self.change_ticket.as_deref().map(|ticket| pair("changeTicket", text(ticket)));
+        context([now(self.now_unix_ms)?, pair("route", self.route.expression()?), pair("stream", self.stream.expression()?)], ticket)
+    }
+}
+
+impl ResolveContext {
+    pub(super) fn context(&self) -> Result<Context, String> {
+        let approvers: Vec<_> =
+            self.approvers.iter().map(|id| uid("Operator", id).map(RestrictedExpression::new_entity_uid)).collect::<Result<_, _>>()?;
+        context(
+            [
+                now(self.now_unix_ms)?,
+                pair("approvers", RestrictedExpression::new_set(approvers)),
+                pair("fenceEvidence", flag(self.fence_evidence)),
+            ],
+            None,
+        )
+    }
+}

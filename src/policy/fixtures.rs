@@ -1,0 +1,147 @@
+//! Tests that policy authors write: `tests.json` beside the policies.
+//!
+//! ```json
+//! {
+//!   "entities": { "gateways": [], "operators": [], "vms": [] },
+//!   "context": { "now": "2026-12-01T23:00:00Z", "route": {}, "channel": {}, "stream": {}, "memoryMiB": 4096 },
+//!   "tests": [
+//!     { "name": "acme may move from dc1 to dc2", "action": "release",
+//!       "principal": "spiffe://dc2.example.net/gateway/gw-b", "resource": "0f0e0d0c-0b0a-0908-0706-050403020100",
+//!       "context": { "stream": { "lanes": 8 } }, "expect": "allow", "policy": "p1-acme-dc1-to-dc2" }
+//!   ]
+//! }
+//! ```
+//!
+//! `entities` (of the file, or of one test) replaces the entities that the set was loaded with. `context` of the file
+//! holds defaults; what a test says is laid over it, object by object, and fields of the defaults that the action does
+//! not have are left out. `principal` is a SPIFFE ID, or an operator for `request` and `resolveInDoubt`; `resource` is the VM's
+//! UUID. `policy` is optional: the `@id` that must be among the policies that decided (or that failed to evaluate).
+
+use serde::Deserialize;
+use serde_json::{Map, Value};
+
+use crate::limits;
+use crate::policy::ask::{Answer, Question, why};
+use crate::policy::entities::Entities;
+use crate::policy::load::PolicySet;
+use crate::types::{SpiffeId, VmUuid};
+
+/// What became of one test.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TestOutcome {
+    /// Its name.
+    pub name: String,
+    /// Whether it is as expected.
+    pub passed: bool,
+    /// What was decided and why, or why the test makes no sense.
+    pub detail: String,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct File {
+    entities: Option<Entities>,
+    #[serde(default)]
+    context: Map<String, Value>,
+    tests: Vec<Test>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Test {
+    name: String,
+    action: String,
+    principal: String,
+    resource: VmUuid,
+    #[serde(default)]
+    context: Map<String, Value>,
+    entities: Option<Entities>,
+    expect: Expect,
+    policy: Option<String>,
+}
+
+#[derive(Deserialize, Clone, Copy, PartialEq, Eq)]
+#[serde(rename_all = "lowercase")]
+enum Expect {
+    Allow,
+    Deny,
+}
+
+/// Runs the tests of one `tests.json`. A file that makes no sense, or has no test, is one failed test.
+#[must_use]
+pub fn run_tests(set: &PolicySet, text: &str) -> Vec<TestOutcome> {
+    let broken = |detail: String| vec![TestOutcome { name: "tests.json".to_owned(), passed: false, detail }];
+    if text.len() > limits::POLICY_BYTES_MAX {
+        return broken(format!("longer than {} bytes", limits::POLICY_BYTES_MAX));
+    }
+    let file: File = match serde_json::from_str(text) {
+        Ok(file) => file,
+        Err(error) => return broken(error.to_string()),
+    };
+    if file.tests.is_empty() {
+        return broken("no test in `tests`, expected at least one".to_owned());
+    }
+    let set = match file.entities.as_ref().map(|entities| set.with_entities(entities)).transpose() {
+        Ok(replaced) => replaced.unwrap_or_else(|| set.clone()),
+        Err(errors) => return broken(errors.to_string()),
+    };
+    file.tests.iter().map(|test| outcome(test, run(&set, &file.context, test))).collect()
+}
+
+fn outcome(test: &Test, run: Result<Answer, String>) -> TestOutcome {
+    let name = test.name.clone();
+    let answer = match run {
+        Ok(answer) => answer,
+        Err(detail) => return TestOutcome { name, passed: false, detail },
+    };
+    let decided = answer.allowed == (test.expect == Expect::Allow);
+    let by = |id: &String| answer.ids.contains(id) || answer.errors.iter().any(|error| error.policy.as_ref() == Some(id));
+    let named = test.policy.as_ref().is_none_or(by);
+    let word = if answer.allowed { "allow" } else { "deny" };
+    let detail = match (&test.policy, named) {
+        (Some(id), false) => format!("{word}: {}; expected policy `{id}` to decide", why(&answer)),
+        _ => format!("{word}: {}", why(&answer)),
+    };
+    TestOutcome { name, passed: decided && named, detail }
+}
+
+fn run(set: &PolicySet, defaults: &Map<String, Value>, test: &Test) -> Result<Answer, String> {
+    let replaced = test.entities.as_ref().map(|entities| set.with_entities(entities)).transpose().map_err(|errors| errors.to_string())?;
+    let set = replaced.as_ref().unwrap_or(set);
+    let peer = || test.principal.parse::<SpiffeId>().map_err(|error| error.to_string());
+    let migration = || context(defaults, &test.context, &["now", "route", "channel", "stream", "memoryMiB"]);
+    match test.action.as_str() {
+        "request" => {
+            let context = context(defaults, &test.context, &["now", "route", "stream", "changeTicket"])?;
+            Ok(set.decide(test.resource, &Question::Request(&test.principal, &context)))
+        }
+        "release" => Ok(set.decide(test.resource, &Question::Release(&peer()?, &migration()?))),
+        "accept" => Ok(set.decide(test.resource, &Question::Accept(&peer()?, &migration()?))),
+        "commit" => Ok(set.decide(test.resource, &Question::Commit(&peer()?, &migration()?))),
+        "resolveInDoubt" => {
+            let context = context(defaults, &test.context, &["now", "approvers", "fenceEvidence"])?;
+            Ok(set.decide(test.resource, &Question::Resolve(&test.principal, &context)))
+        }
+        other => Err(format!("unknown action `{other}`, expected `request`, `release`, `accept`, `commit` or `resolveInDoubt`")),
+    }
+}
+
+fn context<T: serde::de::DeserializeOwned>(defaults: &Map<String, Value>, own: &Map<String, Value>, fields: &[&str]) -> Result<T, String> {
+    let mut merged: Map<String, Value> = defaults.iter().filter(|(name, _)| fields.contains(&name.as_str())).map(own_pair).collect();
+    overlay(&mut merged, own);
+    serde_json::from_value(Value::Object(merged)).map_err(|error| format!("context: {error}"))
+}
+
+fn own_pair((name, value): (&String, &Value)) -> (String, Value) {
+    (name.clone(), value.clone())
+}
+
+/// Recursion is bounded by serde_json's own depth limit.
+fn overlay(base: &mut Map<String, Value>, top: &Map<String, Value>) {
+    for (name, value) in top {
+        match (base.get_mut(name), value) {
+            (Some(Value::Object(below)), Value::Object(above)) => overlay(below, above),
+            _ => drop(base.insert(name.clone(), value.clone())),
+        }
+    }
+}
