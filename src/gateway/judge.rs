@@ -8,13 +8,14 @@ use arc_swap::ArcSwap;
 use crate::audit::{AuditError, AuditLog, Entry, Event, Outcome};
 use crate::config::Config;
 use crate::engine::EngineError;
+use crate::gateway::policies::stream;
 use crate::policy::{
-    self, Accept, Action, Channel, Denial, Entities, MigrationContext, Permit, PolicySet, Release, Request, RequestContext, Route, Stream,
+    self, Accept, Action, Channel, Denial, MigrationContext, Permit, PolicySet, Release, Request, RequestContext, Route,
 };
 use crate::telemetry::Problem;
 use crate::transport::Session;
 use crate::types::{MigrationId, Side, SpiffeId, VmName, VmUuid};
-use crate::wire::{Compression, CompressionScope, Durability, ErrorClass, StreamTerms};
+use crate::wire::{ErrorClass, StreamTerms};
 
 /// Policy as this gateway asks it.
 #[derive(Debug)]
@@ -168,43 +169,6 @@ impl Judge {
     }
 }
 
-/// What policies know by configuration.
-pub(super) fn entities(config: &Config) -> Entities {
-    let labels = |labels: &[crate::config::Label]| labels.iter().map(ToString::to_string).collect();
-    Entities {
-        gateways: config
-            .peers
-            .iter()
-            .map(|peer| policy::GatewayEntity { spiffe: peer.spiffe.clone(), site: peer.site.to_string(), groups: labels(&peer.groups) })
-            .collect(),
-        operators: config
-            .operators
-            .iter()
-            .map(|operator| policy::OperatorEntity { id: operator_id(operator.uid), teams: labels(&operator.teams), mfa: operator.mfa })
-            .collect(),
-        vms: config
-            .vms
-            .iter()
-            .map(|vm| policy::VmEntity {
-                uuid: vm.uuid,
-                name: vm.name.clone(),
-                tenant: vm.tenant.to_string(),
-                classification: vm.classification.to_string(),
-                home_site: vm.home_site.to_string(),
-                allowed_sites: labels(&vm.allowed_sites),
-                migratable: vm.migratable,
-                postcopy_ok: vm.postcopy_ok,
-                groups: labels(&vm.groups),
-            })
-            .collect(),
-    }
-}
-
-/// How policies name somebody who comes through the control socket.
-pub(super) fn operator_id(uid: u32) -> String {
-    format!("uid:{uid}")
-}
-
 pub(super) fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
@@ -212,26 +176,4 @@ pub(super) fn hex(bytes: &[u8]) -> String {
 fn now_ms() -> i64 {
     let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     i64::try_from(since.as_millis()).unwrap_or(i64::MAX)
-}
-
-fn stream(terms: &StreamTerms) -> Stream {
-    Stream {
-        mode: policy::Mode::Precopy,
-        compression: match terms.compression {
-            Compression::None => policy::Codec::None,
-            Compression::Lz4 => policy::Codec::Lz4,
-        },
-        compression_scope: match terms.compression_scope {
-            CompressionScope::Page => policy::CodecScope::Page,
-            CompressionScope::Batch => policy::CodecScope::Batch,
-            CompressionScope::Stream => policy::CodecScope::Stream,
-        },
-        length_padding: terms.length_padding,
-        durability: match terms.durability {
-            Durability::None => policy::Durability::None,
-            Durability::Destination => policy::Durability::Dest,
-            Durability::Both => policy::Durability::Both,
-        },
-        lanes: terms.lanes,
-    }
 }

@@ -12,6 +12,7 @@ mod judge;
 mod outgoing;
 mod peers;
 mod plan;
+mod policies;
 mod recovery;
 mod registry;
 mod report;
@@ -19,6 +20,11 @@ mod serve;
 mod start;
 
 pub use start::run;
+
+// For `sealane policy` and `sealane bench`, which ask and report as the daemon does.
+pub(crate) use policies::{address_of, default_stream, entities, operator_id, read_policies, read_policy_text};
+pub(crate) use report::{put_figures, report};
+pub(crate) use start::audit_signer;
 
 use std::path::Path;
 use std::sync::Arc;

@@ -11,7 +11,8 @@ use crate::audit::{Entry, Event, Outcome};
 use crate::config;
 use crate::control::{Compress, MigrateRequest, Storage};
 use crate::engine::{self, EngineError, Link, Placement, SourceOrder, SourcePorts};
-use crate::gateway::judge::{Case, operator_id};
+use crate::gateway::judge::Case;
+use crate::gateway::policies::{default_terms, operator_id};
 use crate::gateway::registry::{Busy, Claim, Migration};
 use crate::gateway::{Gateway, report};
 use crate::hypervisor::PagedSource;
@@ -21,7 +22,7 @@ use crate::policy::Route;
 use crate::telemetry::{self, Mode, Monotone, Problem, Progress, Report, RunningOn};
 use crate::transport::Session;
 use crate::types::{Epoch, MigrationId, Side};
-use crate::wire::{Compression, CompressionScope, Durability, ErrorClass, StreamTerms};
+use crate::wire::{Compression, ErrorClass};
 
 /// A request that was found sensible: the VM is claimed, the peer is known.
 pub(super) struct Departure {
@@ -107,24 +108,14 @@ impl Gateway {
             }
             Busy::Closing => Problem::new(ErrorClass::Local, "the gateway is shutting down").with_running_on(RunningOn::Source),
         })?;
-        let terms = StreamTerms {
-            lanes,
-            compression: match request.compress.map_or(defaults.compression, |compress| match compress {
-                Compress::None => config::Compression::None,
-                Compress::Lz4 => config::Compression::Lz4,
-            }) {
-                config::Compression::None => Compression::None,
-                config::Compression::Lz4 => Compression::Lz4,
-            },
-            compression_scope: CompressionScope::Batch,
-            length_padding: false,
-            durability: match defaults.durability {
-                config::Durability::None => Durability::None,
-                config::Durability::Destination => Durability::Destination,
-                config::Durability::Both => Durability::Both,
-            },
-            verify: request.verify.unwrap_or(defaults.verify),
-        };
+        let mut terms = default_terms(defaults);
+        terms.lanes = lanes;
+        match request.compress {
+            Some(Compress::None) => terms.compression = Compression::None,
+            Some(Compress::Lz4) => terms.compression = Compression::Lz4,
+            None => {}
+        }
+        terms.verify = request.verify.unwrap_or(terms.verify);
         let positive = |seconds: f64, what: &str| {
             Duration::try_from_secs_f64(seconds)
                 .ok()

@@ -9,7 +9,7 @@ use crate::types::{MigrationId, VmName};
 use crate::wire::ErrorClass;
 
 /// Who decides what a report says about where the VM is.
-pub(super) fn report(
+pub(crate) fn report(
     migration: MigrationId,
     vm: &VmName,
     outcome: Option<migration::Outcome>,
@@ -52,7 +52,7 @@ pub(super) fn problem(error: &EngineError, running_on: RunningOn) -> Problem {
 }
 
 /// Puts the engine's figures in.
-pub(super) fn put_figures(report: &mut Report, figures: &Figures) {
+pub(crate) fn put_figures(report: &mut Report, figures: &Figures) {
     report.rounds = figures.rounds;
     report.pages = figures.pages;
     report.wire_bytes = figures.wire_bytes;

@@ -1,6 +1,6 @@
 //! Start and end of the daemon.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -9,14 +9,14 @@ use tokio::signal::unix::{SignalKind, signal};
 use crate::audit::{self, AuditLog, Entry, Event, Outcome};
 use crate::config::{self, Config};
 use crate::engine::Command;
-use crate::gateway::judge::{Judge, entities};
+use crate::gateway::judge::Judge;
+use crate::gateway::policies::{entities, read_policies};
 use crate::gateway::registry::Registry;
 use crate::gateway::{Gateway, peers, serve};
 use crate::hypervisor::attach::LaunchTemplate;
 use crate::identity::{Credentials, IdentityConfig, Signer, TrustDomainConfig};
 use crate::journal::Journal;
-use crate::limits;
-use crate::policy::{PolicyFile, PolicySet};
+use crate::policy::PolicySet;
 use crate::telemetry::{Problem, chain};
 use crate::transport::{Endpoint, TransportConfig};
 use crate::wire::ErrorClass;
@@ -53,7 +53,7 @@ fn build(config: Arc<Config>) -> Result<Arc<Gateway>, Problem> {
     let policies = load_policies(&config)?;
     // The journal first: its lock keeps a second gateway from everything that follows.
     let journal = Journal::open(&config.gateway.state_directory.join("state.redb")).map_err(|error| local("journal", &error))?;
-    let signer: Arc<dyn audit::Signer> = Arc::new(AuditSigner { signer: credentials.signer(), name: credentials.own_id().to_string() });
+    let signer = audit_signer(&credentials);
     let audit = AuditLog::open(&config.gateway.audit_directory, credentials.own_id().as_str(), signer)
         .map_err(|error| local("audit log", &error))?;
     std::fs::create_dir_all(&config.gateway.runtime_directory).map_err(|error| local("runtime directory", &error))?;
@@ -95,30 +95,6 @@ fn load_policies(config: &Config) -> Result<PolicySet, Problem> {
             .with_code("policy")
             .with_hint("`sealane policy check` says the same without starting anything")
     })
-}
-
-fn read_policies(directory: &Path) -> Result<Vec<PolicyFile>, (PathBuf, std::io::Error)> {
-    let at = |path: &Path| {
-        let path = path.to_owned();
-        move |error| (path, error)
-    };
-    let mut paths = Vec::new();
-    for entry in std::fs::read_dir(directory).map_err(at(directory))? {
-        let path = entry.map_err(at(directory))?.path();
-        if path.extension().is_some_and(|extension| extension == "cedar") {
-            paths.push(path);
-        }
-    }
-    paths.sort();
-    let read = |path: PathBuf| {
-        let name = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
-        let size = std::fs::metadata(&path).map_err(at(&path))?.len();
-        if size > limits::POLICY_BYTES_MAX as u64 {
-            return Err((path, std::io::Error::other(format!("{size} bytes, more than {}", limits::POLICY_BYTES_MAX))));
-        }
-        Ok(PolicyFile { text: std::fs::read_to_string(&path).map_err(at(&path))?, name })
-    };
-    paths.into_iter().map(read).collect()
 }
 
 async fn live(gateway: Arc<Gateway>) -> Result<(), Problem> {
@@ -225,7 +201,11 @@ impl Gateway {
     }
 }
 
-/// Signs checkpoints with the gateway's key.
+/// Signs checkpoints with the gateway's key, under its identity.
+pub(crate) fn audit_signer(credentials: &Credentials) -> Arc<dyn audit::Signer> {
+    Arc::new(AuditSigner { signer: credentials.signer(), name: credentials.own_id().to_string() })
+}
+
 struct AuditSigner {
     signer: Arc<Signer>,
     name: String,

@@ -1,0 +1,132 @@
+//! Policies of a directory and what they are told by configuration: one way for the daemon and for `sealane policy`.
+
+use std::io::Read;
+use std::net::IpAddr;
+use std::path::{Path, PathBuf};
+
+use crate::config::{self, Config, Peer};
+use crate::gateway::peers;
+use crate::limits;
+use crate::policy::{self, Entities, PolicyFile, Stream};
+use crate::wire::{Compression, CompressionScope, Durability, StreamTerms};
+
+/// Every `*.cedar` of a directory, in order of name; or the path that cannot be read, and why.
+pub(crate) fn read_policies(directory: &Path) -> Result<Vec<PolicyFile>, (PathBuf, std::io::Error)> {
+    let at = |path: &Path| {
+        let path = path.to_owned();
+        move |error| (path, error)
+    };
+    let mut paths = Vec::new();
+    for entry in std::fs::read_dir(directory).map_err(at(directory))? {
+        let path = entry.map_err(at(directory))?.path();
+        if path.extension().is_some_and(|extension| extension == "cedar") {
+            paths.push(path);
+        }
+    }
+    paths.sort();
+    let read = |path: PathBuf| {
+        let name = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+        Ok(PolicyFile { text: read_policy_text(&path).map_err(at(&path))?, name })
+    };
+    paths.into_iter().map(read).collect()
+}
+
+/// A text that is about policy, at most as long as policies may be.
+pub(crate) fn read_policy_text(path: &Path) -> std::io::Result<String> {
+    let most = limits::POLICY_BYTES_MAX as u64;
+    let mut text = String::new();
+    std::fs::File::open(path)?.take(most + 1).read_to_string(&mut text)?;
+    if text.len() as u64 > most {
+        return Err(std::io::Error::other(format!("it has more than {most} bytes")));
+    }
+    Ok(text)
+}
+
+/// What policies know by configuration.
+pub(crate) fn entities(config: &Config) -> Entities {
+    let labels = |labels: &[config::Label]| labels.iter().map(ToString::to_string).collect();
+    Entities {
+        gateways: config
+            .peers
+            .iter()
+            .map(|peer| policy::GatewayEntity { spiffe: peer.spiffe.clone(), site: peer.site.to_string(), groups: labels(&peer.groups) })
+            .collect(),
+        operators: config
+            .operators
+            .iter()
+            .map(|operator| policy::OperatorEntity { id: operator_id(operator.uid), teams: labels(&operator.teams), mfa: operator.mfa })
+            .collect(),
+        vms: config
+            .vms
+            .iter()
+            .map(|vm| policy::VmEntity {
+                uuid: vm.uuid,
+                name: vm.name.clone(),
+                tenant: vm.tenant.to_string(),
+                classification: vm.classification.to_string(),
+                home_site: vm.home_site.to_string(),
+                allowed_sites: labels(&vm.allowed_sites),
+                migratable: vm.migratable,
+                postcopy_ok: vm.postcopy_ok,
+                groups: labels(&vm.groups),
+            })
+            .collect(),
+    }
+}
+
+/// How policies name somebody who comes through the control socket.
+pub(crate) fn operator_id(uid: u32) -> String {
+    format!("uid:{uid}")
+}
+
+/// What a migration asks of its stream unless its request says otherwise.
+pub(super) fn default_terms(defaults: &config::Migration) -> StreamTerms {
+    StreamTerms {
+        lanes: defaults.lanes,
+        compression: match defaults.compression {
+            config::Compression::None => Compression::None,
+            config::Compression::Lz4 => Compression::Lz4,
+        },
+        compression_scope: CompressionScope::Batch,
+        length_padding: false,
+        durability: match defaults.durability {
+            config::Durability::None => Durability::None,
+            config::Durability::Destination => Durability::Destination,
+            config::Durability::Both => Durability::Both,
+        },
+        verify: defaults.verify,
+    }
+}
+
+/// The terms of a stream as policies see them.
+pub(super) fn stream(terms: &StreamTerms) -> Stream {
+    Stream {
+        mode: policy::Mode::Precopy,
+        compression: match terms.compression {
+            Compression::None => policy::Codec::None,
+            Compression::Lz4 => policy::Codec::Lz4,
+        },
+        compression_scope: match terms.compression_scope {
+            CompressionScope::Page => policy::CodecScope::Page,
+            CompressionScope::Batch => policy::CodecScope::Batch,
+            CompressionScope::Stream => policy::CodecScope::Stream,
+        },
+        length_padding: terms.length_padding,
+        durability: match terms.durability {
+            Durability::None => policy::Durability::None,
+            Durability::Destination => policy::Durability::Dest,
+            Durability::Both => policy::Durability::Both,
+        },
+        lanes: terms.lanes,
+    }
+}
+
+/// The terms that a migration without wishes of its own is judged by.
+pub(crate) fn default_stream(config: &Config) -> Stream {
+    stream(&default_terms(&config.migration))
+}
+
+/// The address that a request is judged by before the peer was reached.
+pub(crate) fn address_of(peer: &Peer) -> IpAddr {
+    peers::numeric(&peer.address)
+}
