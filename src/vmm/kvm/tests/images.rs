@@ -5,7 +5,6 @@ use std::io::Write;
 use super::*;
 use crate::vmm::config::EntryMode;
 use crate::vmm::exit::ExitVerdict;
-use crate::vmm::{VmmError, VmmOptions};
 
 /// `mov eax, esi or ebx; mov dx, 0xf4; out dx, eax; hlt`: reports a register as the verdict.
 const REPORT_RSI: [u8; 9] = [0x89, 0xf0, 0x66, 0xba, 0xf4, 0x00, 0xef, 0xf4, 0xf4];
@@ -14,8 +13,9 @@ const REPORT_EBX: [u8; 9] = [0x89, 0xd8, 0x66, 0xba, 0xf4, 0x00, 0xef, 0xf4, 0xf
 fn verdict(boot: Boot) -> ExitVerdict {
     let mut config = VmConfig::new(32 << 20, 1, VmUuid([3; 16]), boot).unwrap();
     config.serial = SerialSink::Discard;
-    let options = VmmOptions { vm: config, socket: None, start: true };
-    crate::vmm::run::<VmmError>(&options, |_, _| Ok(())).unwrap()
+    let vm = Vm::create(&config).unwrap();
+    vm.start().unwrap();
+    vm.wait_exit()
 }
 
 fn file(bytes: &[u8]) -> tempfile::NamedTempFile {
