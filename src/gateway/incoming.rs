@@ -254,6 +254,11 @@ impl Gateway {
     /// A peer comes back for a handoff that was interrupted.
     async fn take_up(self: Arc<Self>, link: Link, signed: &SignedHandoff) {
         let migration = signed.message.migration;
+        // Our own end of it has not seen yet that its session is gone; the peer comes again.
+        if self.registry.migration(migration).is_some_and(|known| known.report.is_none()) {
+            link.session.close(Some(ErrorClass::Local), "this migration is still under way here");
+            return;
+        }
         let _turn = self.registry.resolving(migration).await;
         match engine::answer(&self.evidence(), &attach(), &link, signed).await {
             Ok(resolved) => tracing::info!(%migration, ?resolved, peer = %link.peer.spiffe, "interrupted handoff taken up"),
