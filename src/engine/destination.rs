@@ -199,6 +199,7 @@ impl Run {
         self.round_complete()
     }
 
+    // SPEC: PROTOCOL.md#must-applied-complete
     /// A round is complete when the source has said so and every lane has applied it.
     fn round_complete(&mut self) -> Option<DestinationEvent> {
         let (round, last, said) = self.rounds.said.as_ref()?;
@@ -214,6 +215,7 @@ impl Run {
         Some(event)
     }
 
+    // SPEC: PROTOCOL.md#must-state-complete
     fn final_when_ready(&mut self) -> Option<DestinationEvent> {
         let ready = self.machine.name() == "await-final" && self.state.is_complete();
         self.final_said.filter(|_| ready).map(DestinationEvent::Final)
