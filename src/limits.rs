@@ -173,6 +173,8 @@ pub const CONSOLE_BUFFER_BYTES_MAX: usize = 1 << 20;
 pub const CONSOLE_QUEUE_LINES_MAX: usize = 1024;
 /// LIMIT: the smallest dirty ring that KVM accepts is a little over its reserve of 576 entries.
 pub const DIRTY_RING_ENTRIES_MIN: u32 = 1024;
+/// LIMIT: a vCPU that writes 500,000 pages a second fills 2,500 entries of its ring in between.
+pub const DIRTY_RING_PERIOD: std::time::Duration = std::time::Duration::from_millis(5);
 /// LIMIT: x86 Linux reads at most 2048 bytes of command line.
 pub const KERNEL_CMDLINE_BYTES_MAX: usize = 2048;
 /// LIMIT: a vCPU leaves the guest within microseconds; this is for hosts that are badly overloaded.
@@ -203,8 +205,8 @@ pub const CONTROL_RESPONSE_BYTES_MAX: usize = 16 << 20;
 pub const CONTROL_EVENT_BYTES_MAX: usize = 256 * 1024;
 /// LIMIT: one journal record; handoff records are under 1 KiB, placement records under 64 KiB.
 pub const JOURNAL_RECORD_BYTES_MAX: usize = 256 * 1024;
-/// LIMIT: finished reports that a gateway can be told to keep; about 2 KiB each.
-pub const HISTORY_COUNT_MAX: u32 = 100_000;
+/// LIMIT: finished reports that a gateway can be told to keep; about 2 KiB each, and all fit one answer.
+pub const HISTORY_COUNT_MAX: u32 = 5_000;
 
 // --- gateway ------------------------------------------------------------------------------------
 
@@ -223,3 +225,4 @@ const _: () = assert!(FRAME_BODY_BYTES_MAX > BATCH_PAGES_MAX * (crate::types::PA
 const _: () = assert!(RAM_BYTES_MAX / (crate::types::PAGE_BYTES as u64) < 1 << 40);
 const _: () = assert!(STRIPE_PAGES.is_multiple_of(64) && STRIPE_PAGES <= FRAME_PAGES_MAX);
 const _: () = assert!(2 * AUDIT_CHECKPOINT_BYTES_MAX + 1024 < AUDIT_LINE_BYTES_MAX);
+const _: () = assert!(HISTORY_COUNT_MAX as usize * 3 * 1024 <= CONTROL_RESPONSE_BYTES_MAX);

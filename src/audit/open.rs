@@ -162,6 +162,10 @@ fn resume(disk: &dyn Disk, dir: &Path, walk: &Walk) -> Result<(DiskFile, u64, Op
     for path in &ahead {
         read_tail(path, 0, &mut tail)?;
     }
+    if tail.iter().filter(|byte| **byte == b'\n').count() > limits::AUDIT_BATCH_ENTRIES_MAX {
+        let why = format!("more than {} entries after the last signed one, which no crash leaves", limits::AUDIT_BATCH_ENTRIES_MAX);
+        return Err(AuditError::damaged(&path, size, why));
+    }
     let wrap = |what: &'static str, path: &Path| {
         let path = path.to_owned();
         move |error| AuditError::io(what, &path, error)

@@ -92,7 +92,7 @@ pub(super) fn set(flags: &SetFlags, out: Out) -> Ending {
 pub(super) fn watch(flags: &IdFlags, out: Out) -> Ending {
     with_client(&flags.daemon, async |client| {
         let id = find(&client, &flags.id).await?;
-        follow::follow(&client, id, out, follow::Style { events: out.json, interrupts: Interrupts::EndTheCommand }).await
+        follow::follow(&client, id, out, out.json, Interrupts::end_the_command()).await
     })
 }
 
@@ -121,7 +121,14 @@ pub(super) fn migrate(flags: &MigrateFlags, out: Out) -> Ending {
     }
     let request = request(&flags.migration);
     with_client(&flags.migration.daemon, async |client| {
-        let started = untouched(client.start(&request).await.map_err(|error| error.problem()))?;
+        // From here on Ctrl-C must not leave a migration behind that nobody knows of.
+        let mut interrupts = Interrupts::cancel_then_detach()?;
+        let Some(started) = interrupts.through(client.start(&request), out).await else {
+            return Err(Problem::new(ErrorClass::InDoubt, format!("left before the gateway said whether it migrates `{}`", request.vm))
+                .with_code("answer-lost")
+                .with_hint("`sealane status` and `sealane vms` tell"));
+        };
+        let started = untouched(started.map_err(|error| error.problem()))?;
         if flags.detach {
             if out.json {
                 out.object(&started);
@@ -131,7 +138,7 @@ pub(super) fn migrate(flags: &MigrateFlags, out: Out) -> Ending {
             return Ok(Exit::Done);
         }
         out.talk(&format!("migration {} of {} to {}", started.id, started.vm, started.peer));
-        follow::follow(&client, started.id, out, follow::Style { events: false, interrupts: Interrupts::CancelThenDetach }).await
+        follow::follow(&client, started.id, out, false, interrupts).await
     })
 }
 

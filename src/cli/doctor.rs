@@ -205,7 +205,7 @@ fn directory(name: &str, path: &Path) -> Check {
     if room.flags().contains(nix::sys::statvfs::FsFlags::ST_RDONLY) {
         return check(name, CheckVerdict::Fail, format!("`{shown}` is on a read-only file system"), None);
     }
-    let free = u64::from(room.fragment_size()).saturating_mul(u64::from(room.blocks_available()));
+    let free = room.fragment_size().saturating_mul(room.blocks_available());
     let detail = format!("`{shown}`, {} free", render::bytes(free));
     let verdict = if free < FREE_BYTES { CheckVerdict::Warn } else { CheckVerdict::Pass };
     check(name, verdict, detail, (verdict == CheckVerdict::Warn).then_some("a full disk stops migrations"))

@@ -22,7 +22,7 @@ use crate::types::{PeerName, VmName};
 /// Environment: SEALANE_CONFIG and SEALANE_SOCKET stand in for --config and --socket, SEALANE_LOG filters logs (e.g. `debug`),
 /// NO_COLOR turns colours off.
 #[derive(Debug, Parser)]
-#[command(name = "sealane", version, disable_help_subcommand = true, arg_required_else_help = true, propagate_version = true)]
+#[command(name = "sealane", version, disable_help_subcommand = true, arg_required_else_help = true)]
 pub struct Cli {
     /// What to do.
     #[command(subcommand)]
@@ -45,7 +45,7 @@ pub enum Command {
     /// Move a VM to a peer.
     ///
     /// Shows progress until the VM runs there, and prints a report. Ctrl-C cancels with the VM running on the source; a
-    /// second Ctrl-C leaves the migration alone. Values that are not given are the configuration's.
+    /// second Ctrl-C leaves the migration alone, and exits with 6 because its end was not seen. Values that are not given are the configuration's.
     Migrate(MigrateFlags),
     /// Say what a migration would do, without doing it.
     ///

@@ -1,6 +1,9 @@
 //! Follows a migration to its end: progress, Ctrl-C, the report.
 
+use std::future::Future;
 use std::time::{Duration, Instant};
+
+use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use super::Ending;
 use super::output::{Out, Tone};
@@ -9,33 +12,61 @@ use crate::control::{Client, ClientError, Event, Exit, Watch, exit_of_report};
 use crate::telemetry::{ErrorClass, Monotone, Phase, Problem, Progress, Report};
 use crate::types::MigrationId;
 
-/// What Ctrl-C does.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Interrupts {
-    /// Ends this command; the migration goes on.
-    EndTheCommand,
-    /// The first cancels the migration, the second ends the command.
-    CancelThenDetach,
+/// What Ctrl-C does, and what has been pressed.
+#[derive(Debug)]
+pub(super) struct Interrupts {
+    /// `None`: Ctrl-C ends the command as it ends any other.
+    signal: Option<Signal>,
+    pressed: bool,
 }
 
-/// How a migration is followed.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Style {
-    /// Whether every event is printed as one JSON line.
-    pub(super) events: bool,
-    /// What Ctrl-C does.
-    pub(super) interrupts: Interrupts,
+impl Interrupts {
+    /// Ctrl-C ends this command; the migration goes on.
+    pub(super) fn end_the_command() -> Self {
+        Self { signal: None, pressed: false }
+    }
+
+    /// The first Ctrl-C cancels the migration, the second ends the command.
+    pub(super) fn cancel_then_detach() -> Result<Self, Problem> {
+        let signal = signal(SignalKind::interrupt());
+        let signal = signal.map_err(|error| Problem::new(ErrorClass::Local, format!("cannot listen for Ctrl-C: {error}")))?;
+        Ok(Self { signal: Some(signal), pressed: false })
+    }
+
+    /// Waits for the next Ctrl-C.
+    async fn next(&mut self) {
+        match &mut self.signal {
+            Some(signal) => {
+                signal.recv().await;
+            }
+            None => std::future::pending().await,
+        }
+    }
+
+    /// Waits for work through the first Ctrl-C, which is remembered; the second gives the work up.
+    pub(super) async fn through<T>(&mut self, work: impl Future<Output = T>, out: Out) -> Option<T> {
+        tokio::pin!(work);
+        loop {
+            tokio::select! {
+                value = &mut work => return Some(value),
+                () = self.next() => {}
+            }
+            if self.pressed {
+                return None;
+            }
+            self.pressed = true;
+            out.talk("will cancel as soon as the gateway answers; press Ctrl-C again to leave it alone");
+        }
+    }
 }
 
-/// Shows progress until the migration has ended; the exit code is the migration's.
-pub(super) async fn follow(client: &Client, id: MigrationId, out: Out, style: Style) -> Ending {
-    let mut follower = Follower { client, id, out, style, cancelling: false, monotone: Monotone::new(), meter: Meter::new(out.live) };
-    let report = follower.to_the_end(PATIENCE).await;
+/// Shows progress until the migration has ended; the exit code is the migration's. With `events` every event is a
+/// JSON line.
+pub(super) async fn follow(client: &Client, id: MigrationId, out: Out, events: bool, interrupts: Interrupts) -> Ending {
+    let mut follower = Follower { client, id, out, events, interrupts, monotone: Monotone::new(), meter: Meter::new(out.live) };
+    let report = follower.until_the_end().await;
     out.live_end();
-    let Some(report) = report? else {
-        out.talk(&format!("detached; `sealane status {}` tells how it ends", render::short(id)));
-        return Ok(Exit::Unknown);
-    };
+    let Some(report) = report? else { return Ok(detached(id, out)) };
     if out.json {
         out.object(&report);
     } else {
@@ -47,12 +78,17 @@ pub(super) async fn follow(client: &Client, id: MigrationId, out: Out, style: St
     Ok(exit_of_report(&report))
 }
 
+fn detached(id: MigrationId, out: Out) -> Exit {
+    out.talk(&format!("detached; `sealane status {}` tells how it ends", render::short(id)));
+    Exit::Unknown
+}
+
 struct Follower<'a> {
     client: &'a Client,
     id: MigrationId,
     out: Out,
-    style: Style,
-    cancelling: bool,
+    events: bool,
+    interrupts: Interrupts,
     monotone: Monotone,
     meter: Meter,
 }
@@ -67,16 +103,16 @@ enum Happened {
 
 impl Follower<'_> {
     /// The report, or nothing after the second Ctrl-C.
-    async fn to_the_end(&mut self, patience: u32) -> Result<Option<Box<Report>>, Problem> {
+    async fn until_the_end(&mut self) -> Result<Option<Box<Report>>, Problem> {
         let started = Instant::now();
         let mut watch = self.client.watch(self.id).await.map_err(|error| error.problem())?;
+        if self.interrupts.pressed && self.cancel().await {
+            return Ok(None);
+        }
         loop {
-            let happened = match self.style.interrupts {
-                Interrupts::EndTheCommand => Happened::Event(watch.next().await),
-                Interrupts::CancelThenDetach => tokio::select! {
-                    event = watch.next() => Happened::Event(event),
-                    _ = tokio::signal::ctrl_c() => Happened::Interrupt,
-                },
+            let happened = tokio::select! {
+                event = watch.next() => Happened::Event(event),
+                () = self.interrupts.next() => Happened::Interrupt,
             };
             match happened {
                 Happened::Event(Ok(Some(Event::Report(report)))) => return Ok(Some(report)),
@@ -84,17 +120,27 @@ impl Follower<'_> {
                     let progress = self.monotone.admit(*progress);
                     self.show(&progress, started.elapsed());
                 }
-                Happened::Event(Err(error @ (ClientError::Answer { .. } | ClientError::Event { .. }))) => return Err(self.lost(&error)),
-                Happened::Event(Ok(None)) => watch = self.again(None, patience).await?,
-                Happened::Event(Err(error)) => watch = self.again(Some(error), patience).await?,
-                Happened::Interrupt if self.cancelling => return Ok(None),
-                Happened::Interrupt => self.cancel().await,
+                Happened::Event(Err(error @ (ClientError::Answer { .. } | ClientError::Event { .. }))) => {
+                    return Err(lost(self.id, &error));
+                }
+                Happened::Event(event) => {
+                    let found = tokio::select! {
+                        found = again(self.client, self.id, self.out, event.err(), PATIENCE) => found?,
+                        () = self.interrupts.next() => return Ok(None),
+                    };
+                    watch = found;
+                }
+                Happened::Interrupt => {
+                    if self.interrupts.pressed || self.cancel().await {
+                        return Ok(None);
+                    }
+                }
             }
         }
     }
 
     fn show(&mut self, progress: &Progress, since_start: Duration) {
-        if self.style.events {
+        if self.events {
             self.out.object(progress);
         } else if let Some(line) = self.meter.line(progress, since_start) {
             let tone = if progress.stalled_because.is_some() { Tone::Doubtful } else { Tone::Good };
@@ -103,41 +149,45 @@ impl Follower<'_> {
         }
     }
 
-    async fn cancel(&mut self) {
-        self.cancelling = true;
+    /// Asks the gateway to cancel; true when Ctrl-C was pressed again meanwhile.
+    async fn cancel(&mut self) -> bool {
+        self.interrupts.pressed = true;
         self.out.live_end();
-        match self.client.cancel(self.id).await {
+        let answer = tokio::select! {
+            answer = self.client.cancel(self.id) => answer,
+            () = self.interrupts.next() => return true,
+        };
+        match answer {
             Ok(_) => self.out.talk("cancelling; press Ctrl-C again to leave it alone"),
             Err(error) => {
                 self.out.say_problem(&error.problem());
                 self.out.talk("not cancelled; press Ctrl-C again to leave it alone");
             }
         }
+        false
     }
+}
 
-    /// Looks for a gateway that went away.
-    async fn again(&self, mut lost: Option<ClientError>, patience: u32) -> Result<Watch, Problem> {
-        self.out.live_end();
-        self.out.talk("the gateway went away; looking for it");
-        for _ in 0..patience {
-            tokio::time::sleep(Duration::from_secs(1)).await;
-            match self.client.watch(self.id).await {
-                Ok(watch) => return Ok(watch),
-                Err(ClientError::Refused(problem)) => return Err(*problem),
-                Err(error) => lost = Some(error),
-            }
+/// Looks for a gateway that went away.
+async fn again(client: &Client, id: MigrationId, out: Out, mut last: Option<ClientError>, patience: u32) -> Result<Watch, Problem> {
+    out.live_end();
+    out.talk("the gateway went away; looking for it");
+    for _ in 0..patience {
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        match client.watch(id).await {
+            Ok(watch) => return Ok(watch),
+            Err(ClientError::Refused(problem)) => return Err(*problem),
+            Err(error) => last = Some(error),
         }
-        let lost = lost.unwrap_or_else(|| ClientError::Silent { socket: self.client.socket().to_owned(), changes: true });
-        Err(self.lost(&lost))
     }
+    let last = last.unwrap_or_else(|| ClientError::Silent { socket: client.socket().to_owned(), changes: true });
+    Err(lost(id, &last))
+}
 
-    fn lost(&self, error: &ClientError) -> Problem {
-        let message = format!("lost sight of migration `{}`: {}", self.id, crate::telemetry::chain(error));
-        Problem::new(ErrorClass::InDoubt, message).with_code("gateway-lost").with_hint(format!(
-            "start the gateway again; its journal knows who owns the VM, and `sealane status {}` then tells",
-            render::short(self.id)
-        ))
-    }
+fn lost(id: MigrationId, error: &ClientError) -> Problem {
+    let message = format!("lost sight of migration `{id}`: {}", crate::telemetry::chain(error));
+    let hint = format!("start the gateway again; its journal knows who owns the VM, and `sealane status {}` then tells", render::short(id));
+    Problem::new(ErrorClass::InDoubt, message).with_code("gateway-lost").with_hint(hint)
 }
 
 /// Decides when a line of progress is worth printing where lines cannot be replaced.
@@ -207,7 +257,7 @@ mod tests {
         let mut stalled = at(Phase::Memory);
         stalled.stalled_because = Some("the link is down".to_owned());
         let line = meter.line(&stalled, Duration::from_secs(1)).unwrap();
-        assert!(line.ends_with("stalled: the link is down"), "{line}");
+        assert!(line.starts_with("memory 0 %, stalled: the link is down, round 0"), "{line}");
     }
 
     #[test]
@@ -220,17 +270,7 @@ mod tests {
     async fn a_gateway_that_stays_away_leaves_the_outcome_unknown() {
         let client = Client::new("/nonexistent/api.sock");
         let id = MigrationId([0xab; 16]);
-        let style = Style { events: false, interrupts: Interrupts::EndTheCommand };
-        let follower = Follower {
-            client: &client,
-            id,
-            out: Out::new(false),
-            style,
-            cancelling: false,
-            monotone: Monotone::new(),
-            meter: Meter::new(false),
-        };
-        let problem = follower.again(None, 0).await.unwrap_err();
+        let problem = again(&client, id, Out::new(false), None, 0).await.unwrap_err();
         assert_eq!(crate::control::exit_of(&problem), Exit::Unknown);
         assert!(problem.message.contains(&id.to_string()), "{}", problem.message);
     }

@@ -66,6 +66,10 @@ pub(super) fn progress_line(progress: &Progress) -> String {
         line.push_str(", ");
         line.push_str(&text);
     };
+    // First, because a narrow terminal cuts the line.
+    if let Some(why) = &progress.stalled_because {
+        add(format!("stalled: {}", printable(why)));
+    }
     if progress.phase == crate::telemetry::Phase::Memory {
         add(format!("round {}", progress.round));
         add(format!("{} of {} left", bytes(progress.memory_remaining_bytes), bytes(progress.memory_total_bytes)));
@@ -77,9 +81,6 @@ pub(super) fn progress_line(progress: &Progress) -> String {
         if let Some(eta) = progress.eta_seconds {
             add(format!("ETA {}", seconds(eta)));
         }
-    }
-    if let Some(why) = &progress.stalled_because {
-        add(format!("stalled: {}", printable(why)));
     }
     line
 }
@@ -367,9 +368,12 @@ fn table(out: Out, header: &[&str], rows: Vec<Vec<Cell>>) -> String {
         let mut line = String::new();
         let mut pending = 0;
         for (cell, width) in row.iter().zip(&widths).filter(|(_, width)| **width > 0) {
-            line.extend(std::iter::repeat_n(' ', pending));
-            line.push_str(&cell.tone.map_or_else(|| cell.text.clone(), |tone| out.paint(tone, &cell.text)));
-            pending = width - cell.text.chars().count() + 2;
+            if !cell.text.is_empty() {
+                line.extend(std::iter::repeat_n(' ', pending));
+                line.push_str(&cell.tone.map_or_else(|| cell.text.clone(), |tone| out.paint(tone, &cell.text)));
+                pending = 0;
+            }
+            pending += width - cell.text.chars().count() + 2;
         }
         let _ = writeln!(text, "{line}");
     }

@@ -195,7 +195,7 @@ pub struct IncomingValues<'a> {
 }
 
 /// The words that may stand in braces in [`Incoming::command`].
-pub(super) const PLACEHOLDERS: [&str; 5] = ["socket", "vm", "uuid", "memory_bytes", "vcpus"];
+pub(super) const PLACEHOLDERS: [&str; 6] = ["socket", "vm", "uuid", "memory_bytes", "vcpus", "serial"];
 
 impl Incoming {
     /// The command for one VM. Values are put in once: what looks like a placeholder inside a value stays.

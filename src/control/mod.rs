@@ -26,14 +26,17 @@ mod client;
 mod error;
 pub mod paths;
 mod problem;
+#[cfg(test)]
+mod tests;
 mod vocabulary;
 
 pub use client::{Client, Watch};
 pub use error::ClientError;
 pub use problem::{Exit, Row, exit_of, exit_of_report, row, status_of};
 pub use vocabulary::{
-    Check, CheckVerdict, Compress, Estimate, Event, EventError, GatewayView, History, MigrateRequest, MigrationList, MigrationState,
-    MigrationView, PeerList, PeerView, PlanView, SetRequest, Storage, VmList, VmState, VmView,
+    Check, CheckVerdict, Compress, Estimate, Event, EventError, GatewaySchema, GatewayView, History, HistorySchema, MigrateRequest,
+    MigrationList, MigrationSchema, MigrationState, MigrationView, MigrationsSchema, PeerList, PeerView, PeersSchema, PlanSchema, PlanView,
+    SetRequest, Storage, VmList, VmState, VmView, VmsSchema,
 };
 
 pub use crate::telemetry::Problem;

@@ -373,12 +373,7 @@ impl Run {
                 }
             }
             HandoffAction::Send(step) => {
-                let running = step == Handoff::Running;
                 self.evidence.send(&self.link.session, &self.binding, step).await;
-                if running {
-                    let checkpoint = self.evidence.audit.head().text;
-                    let _ = self.say(Message::AuditHead(AuditHead { checkpoint })).await;
-                }
                 Ok(None)
             }
             HandoffAction::AskCommit => {

@@ -21,7 +21,7 @@ use crate::migration::{
     Goal, HandoffAction, OfferRecord, Outcome, RoundMeasure, Source, SourceAction, SourceEvent, SourceRecord, SourceStep,
 };
 use crate::telemetry::{Phase, Progress};
-use crate::transport::TransportError;
+use crate::transport::{LaneHandle, TransportError};
 use crate::types::{Epoch, LaneIndex, MigrationId, Round, VmName, VmUuid};
 use crate::wire::{AuditHead, Failure, FinalDigest, Handoff, LaneTotals, Message, Offer, RoundEnd, StateChunk, StreamTerms};
 
@@ -111,6 +111,8 @@ struct Run {
     binding: Option<Binding>,
     tracker: Option<Tracker>,
     lanes: Vec<mpsc::Sender<LaneRound>>,
+    /// Keeps the lanes' threads alive.
+    threads: Vec<LaneHandle<()>>,
     /// Pages by how they were sent and UDP payload, by lane.
     carried: Vec<(PageCounts, u64)>,
     reports: mpsc::Receiver<Result<LaneReport, EngineError>>,
@@ -160,6 +162,7 @@ pub async fn run_source(order: SourceOrder, ports: SourcePorts) -> SourceEnd {
         binding: None,
         tracker: None,
         lanes: Vec::new(),
+        threads: Vec::new(),
         carried: Vec::new(),
         meter: Arc::default(),
         finals: None,
@@ -481,7 +484,8 @@ impl Run {
             let (rounds_in, rounds) = mpsc::channel(1);
             let shared = shared.clone();
             let task = move |io| send_lane(io, shared, rounds);
-            self.link.session.open_lane(migration, lane, task).await.map_err(|source| EngineError::Transport { migration, source })?;
+            let opened = self.link.session.open_lane(migration, lane, task).await;
+            self.threads.push(opened.map_err(|source| EngineError::Transport { migration, source })?);
             self.lanes.push(rounds_in);
             self.carried.push((PageCounts::default(), 0));
         }
@@ -691,12 +695,12 @@ impl Run {
         SourceEnd { outcome, error: self.error, figures: self.figures }
     }
 
-    /// The destination's last audit head, if it comes soon.
+    /// The destination's audit head behind its last entry, if it comes soon.
     async fn last_words(&mut self) {
         let listen = async {
             while let Ok(message) = self.link.session.receive().await {
                 if let Message::AuditHead(head) = message {
-                    self.keep_peer_head(head).await;
+                    return self.keep_peer_head(head).await;
                 }
             }
         };

@@ -65,7 +65,7 @@ pub(crate) fn put_figures(report: &mut Report, figures: &Figures) {
             pause_seconds: lap("pause"),
             last_pages_seconds: lap("last-pages"),
             state_seconds: lap("state"),
-            verify_seconds: lap("destination"),
+            verify_seconds: lap("digest") + lap("destination"),
             journal_seconds: lap("journal"),
             network_seconds: lap("network") + lap("policy"),
             resume_seconds: lap("resume"),

@@ -30,6 +30,8 @@ pub fn digest_stripes(ram: &GuestRam, stripes: Range<u64>) -> Result<Vec<StripeD
         return Err(RamError::OutOfBounds { page: PageNumber(stripes.end.saturating_mul(STRIPE_PAGES)), pages: ram.pages() });
     }
     let mut block = vec![0; BLOCK_BYTES];
+    let zeroes = vec![0; BLOCK_BYTES];
+    let mut written = ram.next_written(PageNumber(stripes.start.saturating_mul(STRIPE_PAGES)));
     let mut hash = Xxh3Default::new();
     let mut digests = Vec::new();
     for stripe in stripes {
@@ -41,8 +43,16 @@ pub fn digest_stripes(ram: &GuestRam, stripes: Range<u64>) -> Result<Vec<StripeD
             let bytes = usize::try_from(pages).map_or(BLOCK_BYTES, |pages| pages * PAGE_BYTES);
             // INVARIANT(block-bound): `pages` is at most what the block holds.
             let block = &mut block[..bytes];
-            ram.read(PageNumber(page), block)?;
-            hash.update(block);
+            if written.is_some_and(|written| written.0 < page) {
+                written = ram.next_written(PageNumber(page));
+            }
+            // A hole is zero; reading it would allocate it.
+            if written.is_none_or(|written| written.0 >= page + pages) {
+                hash.update(&zeroes[..bytes]);
+            } else {
+                ram.read(PageNumber(page), block)?;
+                hash.update(block);
+            }
             page += pages;
         }
         digests.push(StripeDigest(hash.digest128()));

@@ -107,9 +107,22 @@ impl Encoder {
     ) -> Result<Option<PageNumber>, RamError> {
         self.runs.clear();
         let (mut at, mut filled) = (from, 0);
+        let mut written = ram.next_written(from);
         while filled < BATCH_PAGES_FULL && frame.fits(BATCH_PAGES_MAX) {
             let room = BATCH_PAGES_MAX - filled;
             let Some((first, count)) = pages.next_run_of_lane(self.lane, self.lanes, at, room as u64) else { return Ok(None) };
+            // What the guest never wrote need not be read, which would allocate it. If it is written from here
+            // on, the dirty log knows.
+            if written.is_some_and(|written| written < first) {
+                written = ram.next_written(first);
+            }
+            if written.is_none_or(|written| written.0 >= first.0 + count) {
+                if let Some(run) = Run::new(first, count) {
+                    self.packer.zero(frame, run);
+                }
+                at = PageNumber(first.0 + count);
+                continue;
+            }
             let count = usize::try_from(count).unwrap_or(room).min(room);
             // INVARIANT(scratch-bound): filled + count <= BATCH_PAGES_MAX, the size of the scratch.
             ram.read(first, &mut self.scratch[filled * PAGE_BYTES..(filled + count) * PAGE_BYTES])?;

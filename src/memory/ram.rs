@@ -96,6 +96,20 @@ impl GuestRam {
         self.mapping.as_ptr()
     }
 
+    /// The first page at or after `from` that has memory behind it; the pages between are zero and have
+    /// never been written. `None` when only such pages follow. Reading those would allocate them.
+    #[must_use]
+    pub fn next_written(&self, from: PageNumber) -> Option<PageNumber> {
+        let Some(file) = self.mapping.file_offset() else { return Some(from) };
+        let offset = from.0.checked_mul(PAGE_BYTES as u64).filter(|offset| *offset < self.layout.bytes())?;
+        match rustix::fs::seek(file.file(), rustix::fs::SeekFrom::Data(offset)) {
+            Ok(data) => Some(PageNumber(data / PAGE_BYTES as u64)).filter(|page| page.0 < self.pages()),
+            Err(rustix::io::Errno::NXIO) => None,
+            // A file that does not know its holes has none.
+            Err(_) => Some(from),
+        }
+    }
+
     fn slice(&self, page: PageNumber, count: u64) -> Result<VolatileSlice<'_>, RamError> {
         let refuse = || RamError::OutOfBounds { page, pages: self.pages() };
         let end = page.0.checked_add(count).filter(|end| *end <= self.pages()).ok_or_else(refuse)?;
@@ -139,6 +153,20 @@ impl GuestRam {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn holes_are_found_without_touching_them() {
+        let file = crate::hypervisor::attach::memory_file(8 * PAGE_BYTES as u64).unwrap();
+        let ram = GuestRam::map(file, MemoryLayout::flat(8).unwrap()).unwrap();
+        assert_eq!(ram.next_written(PageNumber(0)), None);
+        ram.write(PageNumber(5), &[1; PAGE_BYTES]).unwrap();
+        assert_eq!(ram.next_written(PageNumber(0)), Some(PageNumber(5)));
+        assert_eq!(ram.next_written(PageNumber(5)), Some(PageNumber(5)));
+        assert_eq!(ram.next_written(PageNumber(6)), None);
+        assert_eq!(ram.next_written(PageNumber(u64::MAX)), None);
+        let private = GuestRam::anonymous(MemoryLayout::flat(2).unwrap()).unwrap();
+        assert_eq!(private.next_written(PageNumber(1)), Some(PageNumber(1)));
+    }
 
     #[test]
     fn accesses_stay_inside_the_ram() {

@@ -56,8 +56,8 @@ impl TransportConfig {
             keep_alive: Duration::from_secs(3),
             handshake_timeout: Duration::from_secs(3),
             connect_timeout: Duration::from_secs(10),
-            lane_receive_window_bytes: 32 << 20,
-            lane_send_window_bytes: 32 << 20,
+            lane_receive_window_bytes: 16 << 20,
+            lane_send_window_bytes: 16 << 20,
             socket_buffer_bytes: 16 << 20,
             ack_threshold: 10,
         }

@@ -189,6 +189,9 @@ pub enum LaneRefusal {
     /// No migration of that id waits for lanes of this peer.
     #[error("no migration of this id expects lanes from this peer")]
     Unexpected,
+    /// The session that granted the lanes has ended.
+    #[error("the session of this migration is over")]
+    SessionOver,
     /// The number is not among the lanes granted.
     #[error("the lane number is beyond the lanes granted")]
     BeyondGranted,
@@ -221,7 +224,7 @@ impl TransportError {
             Self::Misbehaved { .. } => ErrorClass::PeerMisbehaved,
             Self::Wire { source, .. } => source.class(),
             Self::LaneRefused { why, .. } => match why {
-                LaneRefusal::Unexpected | LaneRefusal::BadTag => ErrorClass::Unauthenticated,
+                LaneRefusal::Unexpected | LaneRefusal::SessionOver | LaneRefusal::BadTag => ErrorClass::Unauthenticated,
                 LaneRefusal::BeyondGranted | LaneRefusal::AlreadyUsed => ErrorClass::PeerMisbehaved,
             },
             Self::LaneLost { .. } => ErrorClass::Bug,

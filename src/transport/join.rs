@@ -31,13 +31,14 @@ pub type LaneHandler = Arc<dyn Fn(LaneIo) -> Pin<Box<dyn Future<Output = ()>>> +
 #[derive(Clone)]
 pub(super) struct JoinKey {
     migration: MigrationId,
+    session: quinn::Connection,
     key: hmac::Key,
 }
 
 impl JoinKey {
     pub(super) fn new(session: &quinn::Connection, migration: MigrationId) -> Result<Self, TransportError> {
         let secret = export(session, SESSION_LABEL, &migration.0)?;
-        Ok(Self { migration, key: hmac::Key::new(hmac::HMAC_SHA256, &secret) })
+        Ok(Self { migration, session: session.clone(), key: hmac::Key::new(hmac::HMAC_SHA256, &secret) })
     }
 
     /// The join that opens `lane` on `connection`.
@@ -126,6 +127,9 @@ impl LaneTable {
         let expectation = expected.get_mut(&join.migration).ok_or_else(|| refuse(LaneRefusal::Unexpected))?;
         if expectation.peer.spiffe() != peer.spiffe() || expectation.peer.spki_sha256() != peer.spki_sha256() {
             return Err(refuse(LaneRefusal::Unexpected));
+        }
+        if expectation.key.session.close_reason().is_some() {
+            return Err(refuse(LaneRefusal::SessionOver));
         }
         if !expectation.key.accepts(join, connection)? {
             return Err(refuse(LaneRefusal::BadTag));

@@ -22,3 +22,11 @@ pub use error::VmmError;
 pub use exit::ExitVerdict;
 pub use kvm::{StateError, Vm, check_compatible, state_differences};
 pub use payload::{PayloadConfig, PayloadFault, heartbeat_number};
+
+/// Whether guests can run under KVM here.
+///
+/// # Errors
+/// `/dev/kvm` is missing, may not be opened, or is not the KVM that this VMM speaks to.
+pub fn usable() -> Result<(), VmmError> {
+    kvm::usable()
+}

@@ -129,12 +129,12 @@ first:
     jb 3b
     cmp rdi, rsi
     jb first
+    call check
     inc r15
     call stamp
 
 # --- every other pass: verify what the last pass wrote, then write -----------------------------
 pass:
-    call check
     call slice
     call keys
 chunk:
@@ -159,6 +159,7 @@ chunk:
     jb 4b
     cmp rdi, rsi
     jb chunk
+    call check                              # before stamp, which would cover what is stale
     inc r15
     call stamp
     jmp pass
@@ -205,7 +206,7 @@ stamp:
     mov [rdx + 0x310], eax                  # upper ICR: a byte that nothing else uses
     ret
 
-# Everything stamped must still say r15.
+# Everything stamped at the end of the last pass must still say r15. Uses rbx.
 check:
     mov ebx, E_REGS
     mov rax, [r13]

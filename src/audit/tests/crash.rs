@@ -147,11 +147,15 @@ fn a_torn_tail_is_set_aside_and_said_so() {
 
 #[test]
 fn a_tail_longer_than_one_commit_is_no_crash() {
-    let dir = written(1);
-    let mut bytes = std::fs::read(segment(dir.path())).unwrap();
-    bytes.resize(bytes.len() + crate::limits::AUDIT_BATCH_BYTES_MAX + 1, b'x');
-    std::fs::write(segment(dir.path()), &bytes).unwrap();
-    let error = AuditLog::open(dir.path(), ORIGIN, TestSigner::new(1)).unwrap_err();
-    assert!(error.to_string().contains("no crash leaves"), "{error}");
-    assert_eq!(std::fs::read(segment(dir.path())).unwrap().len(), bytes.len(), "evidence was destroyed");
+    let bytes_max = "x".repeat(crate::limits::AUDIT_BATCH_BYTES_MAX + 1);
+    let entries_max = "{}\n".repeat(crate::limits::AUDIT_BATCH_ENTRIES_MAX + 1);
+    for tail in [bytes_max, entries_max] {
+        let dir = written(1);
+        let mut bytes = std::fs::read(segment(dir.path())).unwrap();
+        bytes.extend_from_slice(tail.as_bytes());
+        std::fs::write(segment(dir.path()), &bytes).unwrap();
+        let error = AuditLog::open(dir.path(), ORIGIN, TestSigner::new(1)).unwrap_err();
+        assert!(error.to_string().contains("no crash leaves"), "{error}");
+        assert_eq!(std::fs::read(segment(dir.path())).unwrap().len(), bytes.len(), "evidence was destroyed");
+    }
 }

@@ -150,6 +150,18 @@ async fn another_gateway_of_the_same_authority_cannot_open_lanes_of_a_migration(
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_lane_cannot_join_a_session_that_is_over() {
+    let (pair, credentials, gates) = two_migrations().await;
+    let raw = Raw::lane(&credentials, pair.destination.local_address()).await;
+    let honest = JoinKey::new(&pair.ours.connection, MIGRATION).unwrap().join(&raw.connection, LaneIndex(0)).unwrap();
+    pair.theirs.close(None, "over");
+    let _streams = raw.join(honest).await;
+    assert_eq!(raw.end().await, Some(ErrorClass::Unauthenticated));
+    assert_eq!(why(&pair.refusal().await), LaneRefusal::SessionOver);
+    assert_eq!(gates[0].joined(), 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_lane_with_another_key_than_its_session_is_refused() {
     let (pair, credentials, _gates) = two_migrations().await;
     pair.fleet.renew("gw-a");

@@ -154,6 +154,27 @@ async fn a_peer_that_vanishes_ends_the_session_after_the_idle_timeout() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn one_listener_on_the_ipv6_wildcard_serves_both_families() {
+    let fleet = Fleet::new();
+    let source = endpoint(&fleet.gateway("gw-a"));
+    let everywhere = TransportConfig { listen: "[::]:0".parse().unwrap(), ..config() };
+    let destination = match Endpoint::bind(everywhere, fleet.gateway("gw-b")) {
+        Ok(destination) => destination,
+        Err(error) => return eprintln!("SKIPPED: no IPv6 here: {error}"),
+    };
+    let port = destination.local_address().port();
+    for ip in ["127.0.0.1", "::1"] {
+        let address = SocketAddr::new(ip.parse().unwrap(), port);
+        let (ours, theirs) = join_up(&source, &destination, address).await;
+        assert_eq!(theirs.channel().peer_ip.to_string(), ip);
+        let gate = theirs.expect_lanes(MIGRATION, 1, Arc::new(|io| Box::pin(lanes::drain(io)))).unwrap();
+        let lane = ours.open_lane(MIGRATION, crate::types::LaneIndex(0), |mut io| async move { io.sender.finish().await.is_ok() });
+        assert!(within(within(lane).await.unwrap().join()).await.unwrap());
+        lanes::joined(&gate, 1).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn nobody_at_an_address_is_unreachable() {
     let fleet = Fleet::new();
     let hasty = TransportConfig { connect_timeout: Duration::from_millis(300), ..config() };

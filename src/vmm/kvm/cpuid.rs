@@ -39,7 +39,10 @@ pub(super) fn leaf_of(entry: &kvm_cpuid_entry2) -> Leaf {
 /// What this host can give.
 #[derive(Debug, Clone)]
 pub(super) struct Host {
+    /// What this VMM asks KVM to show to a guest.
     pub(super) cpuid: Vec<kvm_cpuid_entry2>,
+    /// What KVM then shows; a KVM that cannot hide the processor's features shows more.
+    pub(super) shown: Vec<kvm_cpuid_entry2>,
     pub(super) msrs: Vec<u32>,
     pub(super) tsc_khz: u32,
     pub(super) tsc_scaling: bool,
@@ -65,6 +68,7 @@ const REQUIRED: [(Cap, &str); 12] = [
 ];
 
 impl Host {
+    /// Probes this host with an empty VM that is dropped again.
     pub(super) fn probe(kvm: &Kvm) -> Result<Self, VmmError> {
         for (capability, name) in REQUIRED {
             if !kvm.check_extension(capability) {
@@ -72,14 +76,19 @@ impl Host {
             }
         }
         let raw = |capability: u32| kvm.check_extension_raw(capability.into());
-        let mut cpuid =
-            kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(VmmError::kvm("KVM_GET_SUPPORTED_CPUID"))?.as_slice().to_vec();
+        let supported = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).map_err(VmmError::kvm("KVM_GET_SUPPORTED_CPUID"))?;
+        let mut cpuid = supported.as_slice().to_vec();
         adapt(&mut cpuid, kvm.check_extension(Cap::TscDeadlineTimer));
         let msrs = kvm.get_msr_index_list().map_err(VmmError::kvm("KVM_GET_MSR_INDEX_LIST"))?.as_slice().to_vec();
+        let vm = kvm.create_vm().map_err(VmmError::kvm("KVM_CREATE_VM"))?;
+        let vcpu = vm.create_vcpu(0).map_err(VmmError::kvm("KVM_CREATE_VCPU"))?;
+        vcpu.set_cpuid2(&Self::cpuid_of(&cpuid, 0, 1)?).map_err(VmmError::kvm("KVM_SET_CPUID2"))?;
+        let shown = vcpu.get_cpuid2(KVM_MAX_CPUID_ENTRIES).map_err(VmmError::kvm("KVM_GET_CPUID2"))?.as_slice().to_vec();
         Ok(Self {
             cpuid,
+            shown,
             msrs,
-            tsc_khz: 0,
+            tsc_khz: vcpu.get_tsc_khz().unwrap_or(0),
             tsc_scaling: kvm.check_extension(Cap::TscControl),
             xsave_bytes: usize::try_from(raw(KVM_CAP_XSAVE2)).unwrap_or(0).clamp(4096, limits::XSAVE_BYTES_MAX),
             sregs2: raw(KVM_CAP_SREGS2) > 0,
@@ -88,14 +97,8 @@ impl Host {
         })
     }
 
-    /// Probes this host, TSC frequency included, by making and dropping an empty VM.
     pub(super) fn open() -> Result<Self, VmmError> {
-        let kvm = Kvm::new().map_err(|source| VmmError::NoKvm(source.into()))?;
-        let mut host = Self::probe(&kvm)?;
-        let vm = kvm.create_vm().map_err(VmmError::kvm("KVM_CREATE_VM"))?;
-        let vcpu = vm.create_vcpu(0).map_err(VmmError::kvm("KVM_CREATE_VCPU"))?;
-        host.tsc_khz = vcpu.get_tsc_khz().unwrap_or(0);
-        Ok(host)
+        Self::probe(&Kvm::new().map_err(|source| VmmError::NoKvm(source.into()))?)
     }
 
     pub(super) fn profile(&self, msrs: Vec<u32>) -> Profile {
@@ -105,7 +108,7 @@ impl Host {
         }
         Profile {
             format: FORMAT,
-            cpuid: self.cpuid.iter().map(leaf_of).collect(),
+            cpuid: self.shown.iter().map(leaf_of).collect(),
             msrs,
             tsc_khz: self.tsc_khz,
             xsave_bytes: self.xsave_bytes,
@@ -244,7 +247,7 @@ pub(super) fn lacks_of(machine: &Machine, host: &Host, memory_bytes: Option<u64>
             if let Some(available) = memory_bytes.filter(|available| *available < layout.bytes()) {
                 lacks.push(format!("memory: the guest has {} bytes, this host has {available} bytes available", layout.bytes()));
             }
-            let bits = physical_bits(&host.cpuid.iter().map(leaf_of).collect::<Vec<_>>()).min(63);
+            let bits = physical_bits(&host.shown.iter().map(leaf_of).collect::<Vec<_>>()).min(63);
             let end = layout.regions().last().map_or(0, |region| region.guest_base + region.bytes);
             if end > 1 << bits {
                 lacks.push(format!("memory: guest RAM ends at {end:#x}, this host's CPU addresses {bits} bits"));
@@ -256,7 +259,7 @@ pub(super) fn lacks_of(machine: &Machine, host: &Host, memory_bytes: Option<u64>
     if !(1..=vcpus_max).contains(&machine.vcpus) {
         lacks.push(format!("vCPUs: the guest has {}, this VMM runs 1 to {vcpus_max}", machine.vcpus));
     }
-    lacks.extend(missing_cpuid(&profile.cpuid, &host.cpuid));
+    lacks.extend(missing_cpuid(&profile.cpuid, &host.shown));
     lacks.extend(profile.msrs.iter().filter(|index| !host.msrs.contains(index)).map(|index| format!("MSR {index:#x}")));
     lacks.extend(tsc_lack(profile.tsc_khz, host));
     if profile.xsave_bytes > host.xsave_bytes {

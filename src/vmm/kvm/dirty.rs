@@ -21,6 +21,8 @@ use crate::vmm::error::VmmError;
 
 /// Pages cleared in one request: 1 GiB, so that vCPUs do not wait long for the lock behind it.
 const CLEAR_PAGES: u64 = 1 << 18;
+/// Each request takes back what is there unless a signal comes in between.
+const RESETS_MAX: u32 = 100;
 
 /// One piece of guest RAM as KVM knows it.
 #[derive(Debug, Clone, Copy)]
@@ -46,6 +48,10 @@ pub(super) struct DirtyLog {
     method: Method,
     tracking: bool,
     pending: PageSet,
+    /// Entries that were collected and that the kernel has not taken back yet.
+    unreset: u64,
+    /// A ring ran over: what it held is unknown, and the kernel has no way to start it again.
+    lost: bool,
 }
 
 impl DirtyLog {
@@ -65,7 +71,7 @@ impl DirtyLog {
         });
         let slots = slots.collect();
         let pending = PageSet::empty(ram.pages());
-        let log = Self { vm, ram, slots, method, tracking: false, pending };
+        let log = Self { vm, ram, slots, method, tracking: false, pending, unreset: 0, lost: false };
         log.set_regions(0)?;
         Ok(log)
     }
@@ -97,7 +103,7 @@ impl DirtyLog {
     /// From now on every written page is recorded; what was recorded before is forgotten.
     pub(super) fn start(&mut self) -> Result<(), VmmError> {
         if !self.tracking {
-            self.set_regions(KVM_MEM_LOG_DIRTY_PAGES)?;
+            self.set_regions(if self.lost { 0 } else { KVM_MEM_LOG_DIRTY_PAGES })?;
             self.tracking = true;
         }
         if let Method::Bitmap { initially_set: true, .. } = self.method {
@@ -148,6 +154,9 @@ impl DirtyLog {
                 }
             }
         }
+        if self.lost {
+            return Ok(PageSet::full(self.ram.pages()));
+        }
         Ok(self.pending.take())
     }
 
@@ -168,21 +177,52 @@ impl DirtyLog {
         Ok(())
     }
 
-    /// Empties the rings into `pending`. Called for each harvest and by a vCPU whose ring is full.
+    /// Whether rings have to be emptied now and then.
+    pub(super) fn needs_collecting(&self) -> bool {
+        self.tracking && !self.lost && matches!(self.method, Method::Ring { .. })
+    }
+
+    /// Whether the record can be emptied by [`DirtyLog::collect_rings`] at all.
+    pub(super) fn uses_rings(&self) -> bool {
+        matches!(self.method, Method::Ring { .. })
+    }
+
+    /// Empties the rings into `pending`: for each harvest, now and then, and when a vCPU's ring is full.
+    ///
+    /// A ring that is dirty all around has run over: a correct kernel leaves the guest before that, but
+    /// one that emulates many instructions at a time does not always. Its pages are unknown, so from
+    /// then on every page counts as written.
     pub(super) fn collect_rings(&mut self) -> Result<(), VmmError> {
-        let Method::Ring { rings, .. } = &mut self.method else { return Ok(()) };
-        let mut collected = 0u64;
+        let Method::Ring { entries, rings } = &mut self.method else { return Ok(()) };
         for ring in rings {
+            let mut collected = 0u64;
             while let Some((slot, offset)) = ring.collect() {
-                collected += 1;
                 let slot = usize::try_from(slot & 0xffff).ok().and_then(|slot| self.slots.get(slot));
                 if let Some(slot) = slot.filter(|slot| offset < slot.pages) {
                     self.pending.insert(PageNumber(slot.first.0 + offset));
                 }
+                collected += 1;
+                if collected >= u64::from(*entries) {
+                    self.lost = true;
+                    break;
+                }
             }
+            self.unreset += collected;
         }
-        if collected > 0 {
-            sys::reset_dirty_rings(&self.vm).map_err(VmmError::kvm("KVM_RESET_DIRTY_RINGS"))?;
+        // The kernel stops early for a signal, so ask until it has taken back all of them.
+        for _ in 0..RESETS_MAX {
+            if self.unreset == 0 {
+                break;
+            }
+            let taken = sys::reset_dirty_rings(&self.vm).map_err(VmmError::kvm("KVM_RESET_DIRTY_RINGS"))?;
+            self.unreset = self.unreset.saturating_sub(u64::try_from(taken).unwrap_or(0));
+        }
+        if self.unreset > 0 {
+            self.lost = true;
+        }
+        if self.lost && self.tracking {
+            // WHY off: the guest would stop at its full ring for ever.
+            self.set_regions(0)?;
         }
         Ok(())
     }

@@ -24,3 +24,9 @@ pub use vm::Vm;
 
 #[cfg(test)]
 mod tests;
+
+/// Opens KVM and asks for everything that the VMM cannot do without.
+pub(super) fn usable() -> Result<(), super::VmmError> {
+    let kvm = kvm_ioctls::Kvm::new().map_err(|source| super::VmmError::NoKvm(source.into()))?;
+    cpuid::Host::probe(&kvm).map(drop)
+}

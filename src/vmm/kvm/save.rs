@@ -122,7 +122,7 @@ pub(super) fn check(bytes: &[u8], machine: &Machine, host: &Host, pages: u64) ->
     }
     for (index, vcpu) in state.vcpus.iter().enumerate() {
         let leaves: Vec<_> = vcpu.cpuid.iter().map(leaf_of).collect();
-        if let Some(missing) = cpuid::missing_cpuid(&leaves, &host.cpuid).first() {
+        if let Some(missing) = cpuid::missing_cpuid(&leaves, &host.shown).first() {
             return Err(unfit("cpuid", index, format!("this host lacks {missing}")));
         }
         let apic_id = leaves.iter().find(|leaf| leaf[0] == 1).map(|leaf| leaf[4] >> 24);

@@ -37,14 +37,16 @@ pub(super) fn drop_missed_ticks(vm: &VmFd) -> Result<(), Errno> {
 
 /// Clears the dirty bits of `bitmap` and protects those pages again.
 pub(super) fn clear_dirty_log(vm: &VmFd, slot: u32, first_page: u64, pages: u32, bitmap: &mut [u64]) -> Result<(), Errno> {
-    assert!(bitmap.len() as u64 * 64 >= u64::from(pages));
+    if (bitmap.len() as u64).saturating_mul(64) < u64::from(pages) {
+        return Err(Errno::new(nix::libc::EINVAL));
+    }
     let request = kvm_clear_dirty_log {
         slot,
         num_pages: pages,
         first_page,
         __bindgen_anon_1: kvm_clear_dirty_log__bindgen_ty_1 { dirty_bitmap: bitmap.as_mut_ptr().cast() },
     };
-    // SAFETY: the kernel reads the request and `pages` bits behind `dirty_bitmap`, both alive and, by the assertion, long enough.
+    // SAFETY: the kernel reads the request and `pages` bits behind `dirty_bitmap`, both alive and, by the check above, long enough.
     check(unsafe { ioctl_with_ref(vm, KVM_CLEAR_DIRTY_LOG(), &request) }).map(|_| ())
 }
 

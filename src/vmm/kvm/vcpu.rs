@@ -116,10 +116,40 @@ impl Shared {
                 *place = Some(thread);
             }
         }
-        let shared = Arc::clone(self);
-        let throttle = std::thread::Builder::new().name("throttle".to_owned()).spawn(move || shared.throttle_thread());
-        lock(&self.threads).push(Some(throttle.map_err(VmmError::local("start the throttle thread"))?));
+        self.spawn_helper("throttle", Self::throttle_thread)?;
+        if lock(&self.dirty).uses_rings() {
+            self.spawn_helper("dirty-rings", Self::collect_thread)?;
+        }
         Ok(())
+    }
+
+    fn spawn_helper(self: &Arc<Self>, name: &str, body: fn(&Self)) -> Result<(), VmmError> {
+        let shared = Arc::clone(self);
+        let thread = std::thread::Builder::new().name(name.to_owned()).spawn(move || body(&shared));
+        lock(&self.threads).push(Some(thread.map_err(VmmError::local("start a helper thread"))?));
+        Ok(())
+    }
+
+    /// Empties the rings before vCPUs have to stop for them.
+    fn collect_thread(&self) {
+        loop {
+            self.sleep(limits::DIRTY_RING_PERIOD);
+            {
+                let gate = lock(&self.gate);
+                if gate.quit || gate.ended.is_some() {
+                    return;
+                }
+            }
+            let mut dirty = lock(&self.dirty);
+            if dirty.needs_collecting()
+                && let Err(error) = dirty.collect_rings()
+            {
+                drop(dirty);
+                self.update(|gate| {
+                    gate.ended.get_or_insert(ExitVerdict::Failed(format!("dirty rings: {error}")));
+                });
+            }
+        }
     }
 
     /// Changes the gate and tells everybody: vCPUs that may not run any more are thrown out of the guest.
@@ -290,7 +320,7 @@ impl Shared {
         let until = Instant::now() + time;
         let mut gate = lock(&self.gate);
         while let Some(left) = until.checked_duration_since(Instant::now()).filter(|left| !left.is_zero()) {
-            if gate.quit {
+            if gate.quit || gate.ended.is_some() {
                 return;
             }
             gate = self.changed.wait_timeout(gate, left).unwrap_or_else(PoisonError::into_inner).0;

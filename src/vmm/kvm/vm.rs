@@ -96,7 +96,7 @@ impl Vm {
     /// The configuration is out of bounds, this host lacks something, or the guest image cannot be loaded.
     pub fn create(config: &VmConfig) -> Result<Self, VmmError> {
         let kvm = Kvm::new().map_err(|source| VmmError::NoKvm(source.into()))?;
-        let mut host = Host::probe(&kvm)?;
+        let host = Host::probe(&kvm)?;
         let memory = memory::create(config.layout.bytes(), config.hugepages)?;
         let vm = Arc::new(kvm.create_vm().map_err(VmmError::kvm("KVM_CREATE_VM"))?);
         let ram = Arc::new(
@@ -118,9 +118,6 @@ impl Vm {
             let fd = vm.create_vcpu(index.into()).map_err(VmmError::kvm("KVM_CREATE_VCPU"))?;
             dirty.add_vcpu(&fd)?;
             vcpus.push(Vcpu::new(fd)?);
-        }
-        if let Some(first) = vcpus.first() {
-            host.tsc_khz = first.lock().get_tsc_khz().unwrap_or(0);
         }
         let (machine, phase) = match &config.boot {
             Boot::Incoming(machine) => {
