@@ -40,6 +40,7 @@ pub struct DestinationOrder {
 }
 
 /// How it ended here.
+#[derive(Debug)]
 pub struct DestinationEnd {
     /// `Moved`: the VM runs here. `Stayed`: it never will, from this attempt. `None`: the twin is
     /// prepared and the source has to say; the journal knows.
@@ -48,6 +49,12 @@ pub struct DestinationEnd {
     pub error: Option<EngineError>,
     /// Where the twin's VMM is attached.
     pub address: String,
+}
+
+impl std::fmt::Debug for DestinationOrder {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("DestinationOrder").field("migration", &self.offer.migration).field("vm", &self.offer.vm).finish_non_exhaustive()
+    }
 }
 
 type Twin = Arc<Mutex<Box<dyn PagedDestination>>>;
@@ -127,11 +134,11 @@ pub async fn run_destination(order: DestinationOrder) -> DestinationEnd {
         }
         Err(source) => Err(EngineError::Transport { migration, source }),
     };
-    run.to_end(first).await
+    run.run(first).await
 }
 
 impl Run {
-    async fn to_end(mut self, first: Result<(), EngineError>) -> DestinationEnd {
+    async fn run(mut self, first: Result<(), EngineError>) -> DestinationEnd {
         let mut events = VecDeque::new();
         if let Err(error) = first {
             events.push_back(self.give_up(error));
@@ -239,7 +246,7 @@ impl Run {
                 self.rounds.said = Some((end.round, end.last, end.lanes));
                 self.round_complete()
             }
-            Message::StateChunk(chunk) => match self.state.take_in(chunk) {
+            Message::StateChunk(chunk) => match self.state.take_in(&chunk) {
                 Ok(()) => self.final_when_ready(),
                 Err(error) => Some(self.give_up(error)),
             },
@@ -411,7 +418,7 @@ impl Run {
 }
 
 impl StateBuffer {
-    fn take_in(&mut self, chunk: StateChunk) -> Result<(), EngineError> {
+    fn take_in(&mut self, chunk: &StateChunk) -> Result<(), EngineError> {
         let refuse = |got: String| Err(EngineError::OutOfPlace { expected: "the next piece of the device state", got });
         if chunk.total == 0 || chunk.total > limits::STATE_BYTES_MAX as u64 || *self.total.get_or_insert(chunk.total) != chunk.total {
             return refuse(format!("a state of {} bytes", chunk.total));

@@ -299,7 +299,7 @@ impl<'a> Interrupted<'a> {
         if let Some(SourceRecord::Offer(offer)) = sources.first() {
             let Some((machine, actions)) = SourceHandoff::recover(&sources) else { return Ok((None, Resolved::Settled)) };
             let settled = matches!(sources.last(), Some(SourceRecord::Abort | SourceRecord::Reclaim | SourceRecord::Done));
-            let mut this = Self { evidence, attach, binding: offer.as_ref().into(), machine: Machine::Source(machine) };
+            let this = Self { evidence, attach, binding: offer.as_ref().into(), machine: Machine::Source(machine) };
             let mut resolved = Resolved::Open { peer: this.binding.peer.clone(), source: true };
             if settled {
                 resolved = Resolved::Settled;
@@ -314,7 +314,7 @@ impl<'a> Interrupted<'a> {
                 _ => true,
             };
             let (machine, actions) = DestinationHandoff::recover(&destinations, intact);
-            let mut this = Self { evidence, attach, binding: record.as_ref().into(), machine: Machine::Destination(machine) };
+            let this = Self { evidence, attach, binding: record.as_ref().into(), machine: Machine::Destination(machine) };
             let resolved = match destinations.last() {
                 Some(DestinationRecord::Refused | DestinationRecord::Closed) => Resolved::Settled,
                 _ => Resolved::Open { peer: this.binding.peer.clone(), source: false },

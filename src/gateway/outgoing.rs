@@ -339,6 +339,7 @@ pub(super) async fn show_monotone(mut raw: watch::Receiver<Progress>, shown: wat
     }
 }
 
+#[expect(clippy::needless_pass_by_value, reason = "used as a function for map_err")]
 pub(super) fn bug(error: tokio::task::JoinError) -> Problem {
     Problem::new(ErrorClass::Bug, format!("a task of the gateway ended: {error}"))
 }
