@@ -15,7 +15,7 @@ mod faults;
 mod images;
 mod state;
 
-const WAIT: Duration = Duration::from_secs(120);
+const WAIT: Duration = Duration::from_secs(60);
 
 /// Whether a test that needs KVM can run here.
 fn kvm_usable(test: &str) -> bool {
