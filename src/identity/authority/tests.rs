@@ -169,7 +169,7 @@ fn show_names_what_matters_and_no_key() {
     let Some(crate::identity::RefusalReason::Revoked { serial }) = serial.refusal() else { panic!("{serial}") };
     assert!(certificate.contains(serial.as_str()));
     let crl = text(&place.files.crl);
-    assert!(crl.contains(&format!("revoked             {serial} at 20")) && crl.contains("number            2"), "{crl}");
+    assert!(crl.contains(&format!("revoked             {serial} at 20")) && crl.contains("number              2"), "{crl}");
     assert!(text(&place.files.certificate).contains("authority           yes"));
     assert_eq!(text(&files.key), "private key (not shown)\n");
     assert!(text(&files.signing_public_key).starts_with("public key"));
