@@ -347,6 +347,24 @@ fn a_log_that_was_written_anew_does_not_extend_a_kept_checkpoint() {
     forged.says(1, &["content       good", "signer        good", "completeness  bad"]);
 }
 
+#[test]
+fn a_peers_head_under_another_key_is_not_taken_for_the_peers() {
+    let dir = with_logs();
+    authority::issue(&dir.path().join("ca"), "gw-c", "dc1").unwrap();
+    let (writer, forger) = (AsGateway::new(dir.path(), "gw-a"), AsGateway::new(dir.path(), "gw-c"));
+    // Whoever holds our own key can write into our log what a peer never signed.
+    let theirs = AuditLog::open(&dir.path().join("gw-c"), "spiffe://dc1.example.net/gateway/gw-b", Arc::new(forger)).unwrap();
+    for _ in 0..9 {
+        theirs.record(&Entry::new(Event::GatewayStarted)).unwrap();
+    }
+    let ours = AuditLog::open(&dir.path().join("gw-a"), &writer.1.clone(), Arc::new(writer)).unwrap();
+    let peer = "spiffe://dc1.example.net/gateway/gw-b".parse().unwrap();
+    ours.note_peer_head(&peer, &theirs.head().text, &AsGateway::new(dir.path(), "gw-c").public_key()).unwrap();
+    drop(ours);
+    let all = sealane(dir.path(), &format!("audit verify gw-a {KEYS}"));
+    all.says(1, &["content       good", "signer        good", "peer          bad at entry 8", "signed by another key"]);
+}
+
 /// Zero pages, repetitive ones and noise.
 fn image(dir: &Path, pages: usize) {
     let mut noise = 1_u64;
