@@ -28,6 +28,7 @@ pub(super) fn vmm(command: &VmmCommand) -> Ending {
     Ok(if verdict.unwrap_or(0) == 0 { Exit::Done } else { Exit::Failed })
 }
 
+#[expect(clippy::needless_pass_by_value, reason = "used as a function for map_err")]
 fn failed(error: crate::vmm::VmmError) -> Problem {
     Problem::new(ErrorClass::Local, chain(&error))
 }
