@@ -24,11 +24,12 @@ use crate::wire::ErrorClass;
 /// How long a shutdown waits for migrations to end.
 const SHUTDOWN: Duration = Duration::from_secs(30);
 
-/// Runs the gateway that `file` configures until SIGTERM or SIGINT.
+/// Runs the gateway that `config` describes until SIGTERM or SIGINT.
 ///
 /// # Errors
 /// A part cannot be built; nothing was started then. The problem names the part.
-pub fn run(file: &Path) -> Result<(), Problem> {
+pub fn run(config: Config) -> Result<(), Problem> {
+    let config = Arc::new(config);
     let config =
         Arc::new(config::load(file).map_err(|error| Problem::new(ErrorClass::Misuse, error.to_string()).with_code("configuration"))?);
     let runtime = tokio::runtime::Builder::new_multi_thread()
