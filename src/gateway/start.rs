@@ -1,6 +1,5 @@
 //! Start and end of the daemon.
 
-use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -30,8 +29,6 @@ const SHUTDOWN: Duration = Duration::from_secs(30);
 /// A part cannot be built; nothing was started then. The problem names the part.
 pub fn run(config: Config) -> Result<(), Problem> {
     let config = Arc::new(config);
-    let config =
-        Arc::new(config::load(file).map_err(|error| Problem::new(ErrorClass::Misuse, error.to_string()).with_code("configuration"))?);
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .thread_name("gateway")
