@@ -104,7 +104,15 @@ impl Running {
         signal(&self.child, rustix::process::Signal::INT);
     }
 
-    pub fn stderr(&self) -> String {
+    /// Fails the test when it has ended already.
+    #[track_caller]
+    pub fn must_go_on(&mut self) {
+        if let Some(status) = self.child.try_wait().unwrap() {
+            panic!("a command ended early with {status}: {}", self.stderr());
+        }
+    }
+
+    fn stderr(&self) -> String {
         std::fs::read_to_string(&self.stderr).unwrap()
     }
 

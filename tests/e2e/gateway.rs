@@ -92,6 +92,10 @@ impl Gateway {
         fs::read_to_string(self.directory.join("gateway.log")).unwrap_or_default()
     }
 
+    pub fn is_up(&self) -> bool {
+        self.process.is_some()
+    }
+
     /// SIGKILL.
     pub fn kill(&mut self) {
         if let Some(mut child) = self.process.take() {

@@ -42,15 +42,14 @@ impl Setup {
     }
 
     /// Puts other text into a gateway's configuration.
-    pub fn replace(mut self, name: Name, from: &'static str, to: &str) -> Self {
+    pub fn replace(self, name: Name, from: &'static str, to: &str) -> Self {
         let to = to.to_owned();
-        self.edits.push((name, Box::new(move |text| replaced(&text, from, &to))));
-        self
+        self.edit(name, move |text| replaced(&text, from, &to))
     }
 
-    /// Adds text to a gateway's configuration.
-    pub fn append(mut self, name: Name, more: String) -> Self {
-        self.edits.push((name, Box::new(move |text| text + &more)));
+    /// Changes a gateway's configuration.
+    pub fn edit(mut self, name: Name, edit: impl FnOnce(String) -> String + 'static) -> Self {
+        self.edits.push((name, Box::new(edit)));
         self
     }
 
@@ -160,8 +159,10 @@ impl Lab {
     /// Starts a migration on a slow link and waits until pages go over it; the command and the migration's id.
     #[track_caller]
     pub fn start_slow_migration(&self, from: Name, flags: &[&str]) -> (Running, String) {
-        let running = self.start_migrate(from, &[&["--bandwidth", "1MiB/s"], flags].concat());
+        // The guest's pages would be next to nothing compressed.
+        let mut running = self.start_migrate(from, &[&["--compress", "none", "--bandwidth", "1MiB/s"], flags].concat());
         let id = wait_for("a migration in its rounds", || {
+            running.must_go_on();
             let list = self.gateway(from).command(&["status"]).json();
             let migrations = list["migrations"].as_array().unwrap();
             let active = migrations.iter().find(|migration| migration["state"] == "active")?;
@@ -188,6 +189,18 @@ impl Lab {
         let at = |name: Name| self.gateway(name).vmm_sockets().into_iter().map(move |socket| (name, socket));
         let all = at(A).chain(at(B));
         all.filter(|(_, socket)| guest::status(socket).is_some_and(|status| status.state == RunState::Running)).map(|(name, _)| name).collect()
+    }
+
+    /// SIGKILL to every VMM at a gateway.
+    pub fn kill_vmms_of(&self, name: Name) {
+        let mut killed = 0;
+        for socket in self.gateway(name).vmm_sockets() {
+            for pid in processes_with(&socket) {
+                rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
+                killed += 1;
+            }
+        }
+        assert_ne!(killed, 0, "no VMM to kill");
     }
 
     /// VMMs that answer, in any state.
@@ -259,14 +272,14 @@ impl Drop for Lab {
     }
 }
 
-/// Processes whose command line names a directory that only one lab has.
-fn processes_with(directory: &Path) -> Vec<rustix::process::Pid> {
-    let directory = directory.to_str().unwrap();
+/// Processes whose command line names a path that only one lab has.
+fn processes_with(path: &Path) -> Vec<rustix::process::Pid> {
+    let path = path.to_str().unwrap();
     let mut found = Vec::new();
     for entry in fs::read_dir("/proc").unwrap().flatten() {
         let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
         let arguments = fs::read(entry.path().join("cmdline")).unwrap_or_default();
-        if String::from_utf8_lossy(&arguments).contains(directory) {
+        if String::from_utf8_lossy(&arguments).contains(path) {
             found.extend(rustix::process::Pid::from_raw(pid));
         }
     }

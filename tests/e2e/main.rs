@@ -27,5 +27,6 @@ mod lab;
 mod moves;
 mod operators;
 mod peers;
+mod picky_vmm;
 mod policy;
 mod stranger;
