@@ -23,7 +23,7 @@ use crate::migration::{
 use crate::telemetry::{Phase, Progress};
 use crate::transport::{LaneHandle, TransportError};
 use crate::types::{Epoch, LaneIndex, MigrationId, Round, VmName, VmUuid};
-use crate::wire::{AuditHead, Failure, FinalDigest, Handoff, LaneTotals, Message, Offer, RoundEnd, StateChunk, StreamTerms};
+use crate::wire::{AuditHead, ErrorClass, Failure, FinalDigest, Handoff, LaneTotals, Message, Offer, RoundEnd, StateChunk, StreamTerms};
 
 /// What is to be done.
 #[derive(Debug, Clone)]
@@ -52,8 +52,8 @@ pub struct SourceOrder {
     pub policy_digest: [u8; 32],
 }
 
-/// Asks policy and identity again, at commit. Errors are the words of the denial.
-pub type AskCommit = Arc<dyn Fn() -> Result<(), String> + Send + Sync>;
+/// Asks policy and identity again, at commit. The error says who denies it, or why the answer cannot be had.
+pub type AskCommit = Arc<dyn Fn() -> Result<(), EngineError> + Send + Sync>;
 /// Opens a new session with the same destination and greets it.
 pub type Redial = Arc<dyn Fn() -> Pin<Box<dyn Future<Output = Result<Link, EngineError>> + Send>> + Send + Sync>;
 
@@ -124,6 +124,8 @@ struct Run {
     digest: Option<FinalDigest>,
     pause: Option<Stopwatch>,
     error: Option<EngineError>,
+    /// REFUSE came, and why comes behind it.
+    refused: bool,
     figures: Figures,
     phase: Phase,
     started: Instant,
@@ -169,6 +171,7 @@ pub async fn run_source(order: SourceOrder, ports: SourcePorts) -> SourceEnd {
         digest: None,
         pause: None,
         error: None,
+        refused: false,
         figures: Figures::default(),
         phase: Phase::Connect,
         started: Instant::now(),
@@ -354,6 +357,7 @@ impl Run {
                                 class: *class,
                                 reason: "the destination refused the VM".into(),
                             });
+                            self.refused = true;
                         }
                         Some(SourceEvent::Handoff(SourceStep::Received { step, incarnation_same }))
                     }
@@ -637,8 +641,9 @@ impl Run {
                 Ok(Some(SourceEvent::Handoff(match answer {
                     Ok(()) => SourceStep::CommitPermitted,
                     Err(why) => {
-                        self.error.get_or_insert(EngineError::Denied { vm: self.order.vm.clone(), why });
-                        SourceStep::CommitDenied
+                        let class = why.class();
+                        self.error.get_or_insert(why);
+                        if class == ErrorClass::Denied { SourceStep::CommitDenied } else { SourceStep::GiveUp(class) }
                     }
                 })))
             }
@@ -685,6 +690,9 @@ impl Run {
             let _ = self.say(Message::AuditHead(AuditHead { checkpoint: head })).await;
             self.last_words().await;
         } else {
+            if self.refused {
+                self.hear_why().await;
+            }
             self.say_failure().await;
         }
         self.figures.pages = self.counts();
@@ -693,6 +701,21 @@ impl Run {
         self.lanes.clear();
         self.link.session.close(None, "migration ended");
         SourceEnd { outcome, error: self.error, figures: self.figures }
+    }
+
+    /// REFUSE has a class and no words; the words follow, if they come soon.
+    async fn hear_why(&mut self) {
+        let listen = async {
+            while let Ok(message) = self.link.session.receive().await {
+                if let Message::Failure(failure) = message {
+                    return Some(failure);
+                }
+            }
+            None
+        };
+        if let Ok(Some(Failure { class, reason })) = tokio::time::timeout(LAST_WORDS, listen).await {
+            self.error = Some(EngineError::Peer { migration: self.order.migration, class, reason });
+        }
     }
 
     /// The destination's audit head behind its last entry, if it comes soon.

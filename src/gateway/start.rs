@@ -1,6 +1,5 @@
 //! Start and end of the daemon.
 
-use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -24,20 +23,18 @@ use crate::wire::ErrorClass;
 /// How long a shutdown waits for migrations to end.
 const SHUTDOWN: Duration = Duration::from_secs(30);
 
-/// Runs the gateway that `file` configures until SIGTERM or SIGINT.
+/// Runs the gateway that `config` describes until SIGTERM or SIGINT.
 ///
 /// # Errors
 /// A part cannot be built; nothing was started then. The problem names the part.
-pub fn run(file: &Path) -> Result<(), Problem> {
-    let config =
-        Arc::new(config::load(file).map_err(|error| Problem::new(ErrorClass::Misuse, error.to_string()).with_code("configuration"))?);
+pub fn run(config: Config) -> Result<(), Problem> {
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .thread_name("gateway")
         .build()
         .map_err(|error| Problem::new(ErrorClass::Local, format!("the runtime cannot be started: {error}")))?;
     runtime.block_on(async {
-        let gateway = build(config)?;
+        let gateway = build(Arc::new(config))?;
         live(gateway).await
     })
 }
@@ -72,6 +69,7 @@ fn build(config: Arc<Config>) -> Result<Arc<Gateway>, Problem> {
         registry: Arc::new(Registry::default()),
         incoming,
         peers: peers::Reachability::default(),
+        taken_up: tokio::sync::Notify::new(),
     }))
 }
 
