@@ -9,7 +9,7 @@ use tokio::sync::mpsc;
 use crate::engine::digest::{digest_memory, digest_totals, sha256, totals_differ};
 use crate::engine::handoff::{Binding, Evidence, blocking, joined};
 use crate::engine::lanes::{LaneReport, ReceiveShared, receive_lane};
-use crate::engine::source::AskCommit;
+use crate::engine::source::{AskCommit, Command};
 use crate::engine::{EngineError, Link};
 use crate::hypervisor::PagedDestination;
 use crate::limits;
@@ -19,7 +19,7 @@ use crate::migration::{
 };
 use crate::transport::{LaneGate, TransportError};
 use crate::types::Round;
-use crate::wire::{Accept, AuditHead, Failure, FinalDigest, Handoff, LaneTotals, Message, Offer, RoundApplied, StateChunk};
+use crate::wire::{Accept, AuditHead, ErrorClass, Failure, FinalDigest, Handoff, LaneTotals, Message, Offer, RoundApplied, StateChunk};
 
 /// What is to be received.
 pub struct DestinationOrder {
@@ -37,6 +37,8 @@ pub struct DestinationOrder {
     pub ask_commit: AskCommit,
     /// SHA-256 of the policy set that permitted the offer.
     pub policy_digest: [u8; 32],
+    /// [`Command::Cancel`] says that this gateway is shutting down; everything else is steered at the source.
+    pub commands: mpsc::Receiver<Command>,
 }
 
 /// How it ended here.
@@ -74,6 +76,9 @@ struct Run {
     rounds: Rounds,
     state: StateBuffer,
     final_said: Option<FinalDigest>,
+    commands: mpsc::Receiver<Command>,
+    /// PREPARED was said: from then on REFUSED has to be on disk before the twin goes.
+    promised: bool,
     error: Option<EngineError>,
     ended: Option<Option<Outcome>>,
 }
@@ -93,7 +98,7 @@ struct StateBuffer {
 
 /// Runs the destination end until the VM's place is decided, or the source has to be waited for.
 pub async fn run_destination(order: DestinationOrder) -> DestinationEnd {
-    let DestinationOrder { offer, lanes, evidence, link, twin, ask_commit, policy_digest } = order;
+    let DestinationOrder { offer, lanes, evidence, link, twin, ask_commit, policy_digest, commands } = order;
     let (reports_in, reports) = mpsc::channel(usize::from(limits::LANES_MAX) * 2);
     let ram = Arc::clone(twin.ram());
     let binding = Binding {
@@ -123,6 +128,8 @@ pub async fn run_destination(order: DestinationOrder) -> DestinationEnd {
         rounds: Rounds { applied: vec![(Round(0), LaneTotals::default()); usize::from(lanes)], said: None },
         state: StateBuffer::default(),
         final_said: None,
+        commands,
+        promised: false,
         error: None,
         ended: None,
         order: offer,
@@ -188,6 +195,13 @@ impl Run {
                 None => None,
             },
             message = self.link.session.receive() => self.received(message).await,
+            Some(command) = self.commands.recv() => match command {
+                // After PREPARED only the source decides, and it is about to.
+                Command::Cancel if !self.machine.is_prepared() && self.machine.name() != "running" => {
+                    Some(self.give_up(EngineError::ShuttingDown { vm: self.order.vm.clone() }))
+                }
+                Command::Cancel | Command::Bandwidth(_) | Command::DowntimeMax(_) => None,
+            },
         }
     }
 
@@ -373,8 +387,8 @@ impl Run {
             HandoffAction::Journal(record) => {
                 let refused = record == DestinationRecord::Refused;
                 match self.evidence.record(&self.binding, record).await {
-                    // A promise that was never journaled needs no withdrawal on disk.
-                    Err(error) if refused && !self.machine.is_prepared() && self.final_said.is_none() => {
+                    // A promise that was never said needs no withdrawal on disk: without PREPARED there is no COMMIT.
+                    Err(error) if refused && !self.promised => {
                         tracing::error!(migration = %self.order.migration, error = %error, "REFUSED is not on disk");
                         Ok(None)
                     }
@@ -382,6 +396,7 @@ impl Run {
                 }
             }
             HandoffAction::Send(step) => {
+                self.promised |= matches!(step, Handoff::Prepared { .. });
                 self.evidence.send(&self.link.session, &self.binding, step).await;
                 Ok(None)
             }
@@ -391,8 +406,9 @@ impl Run {
                 Ok(Some(DestinationEvent::Handoff(match answer {
                     Ok(()) => DestinationStep::CommitPermitted,
                     Err(why) => {
-                        self.error.get_or_insert(EngineError::Denied { vm: self.order.vm.clone(), why });
-                        DestinationStep::CommitDenied
+                        let class = why.class();
+                        self.error.get_or_insert(why);
+                        if class == ErrorClass::Denied { DestinationStep::CommitDenied } else { DestinationStep::GiveUp(class) }
                     }
                 })))
             }

@@ -53,8 +53,8 @@ pub struct SourceOrder {
     pub policy_digest: [u8; 32],
 }
 
-/// Asks policy and identity again, at commit. Errors are the words of the denial.
-pub type AskCommit = Arc<dyn Fn() -> Result<(), String> + Send + Sync>;
+/// Asks policy and identity again, at commit. The error says who denies it, or why the answer cannot be had.
+pub type AskCommit = Arc<dyn Fn() -> Result<(), EngineError> + Send + Sync>;
 /// Opens a new session with the same destination and greets it.
 pub type Redial = Arc<dyn Fn() -> Pin<Box<dyn Future<Output = Result<Link, EngineError>> + Send>> + Send + Sync>;
 
@@ -132,6 +132,8 @@ struct Run {
     digest: Option<FinalDigest>,
     pause: Option<Stopwatch>,
     error: Option<EngineError>,
+    /// REFUSE came, and why comes behind it.
+    refused: bool,
     figures: Figures,
     phase: Phase,
     started: Instant,
@@ -158,6 +160,7 @@ pub async fn run_source(order: SourceOrder, ports: SourcePorts) -> SourceEnd {
         digest: None,
         pause: None,
         error: None,
+        refused: false,
         figures: Figures::default(),
         phase: Phase::Connect,
         started: Instant::now(),
@@ -343,6 +346,7 @@ impl Run {
                                 class: *class,
                                 reason: "the destination refused the VM".into(),
                             });
+                            self.refused = true;
                         }
                         Some(SourceEvent::Handoff(SourceStep::Received { step, incarnation_same }))
                     }

@@ -3,11 +3,11 @@
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 
 use crate::audit::{Entry, Event, Outcome};
 use crate::config;
-use crate::engine::{self, DestinationOrder, EngineError, Link, Placement};
+use crate::engine::{self, DestinationOrder, Link, Placement};
 use crate::gateway::judge::Case;
 use crate::gateway::registry::{Busy, Claim, Migration};
 use crate::gateway::{Gateway, attach, report};
@@ -167,7 +167,7 @@ impl Gateway {
             self.registry.claim(&offer.vm, offer.migration, self.config.limits.migrations_max as usize).map_err(|busy| match busy {
                 Busy::Vm(other) => Refusal::new(ErrorClass::Denied, format!("VM `{}` is moving already, in migration `{other}`", offer.vm)),
                 Busy::Full => Refusal::new(ErrorClass::Local, "too many migrations are under way"),
-                Busy::Closing => Refusal::new(ErrorClass::Local, "the gateway is shutting down"),
+                Busy::Closing => Refusal::new(ErrorClass::PeerUnreachable, "the gateway is shutting down"),
             })?;
         let twin = self.build_twin(template, &offer, machine).await?;
         let lanes = offer.stream.lanes.clamp(1, limits::LANES_MAX);
@@ -228,6 +228,7 @@ impl Gateway {
         shown.memory_total_bytes = case.memory_bytes;
         let (_progress, progress) = watch::channel(shown);
         let (ended_in, ended) = watch::channel(false);
+        let (commands_in, commands) = mpsc::channel(limits::COMMAND_QUEUE);
         self.registry.begin(Migration {
             id: migration,
             vm: vm.clone(),
@@ -237,25 +238,25 @@ impl Gateway {
             progress,
             report: None,
             ended,
-            commands: None,
+            commands: Some(commands_in),
         });
         let ask_commit = self.commit_question(&case, &link.session);
         let source_spiffe = link.peer.spiffe.clone();
-        let order = DestinationOrder { offer, lanes, evidence: self.evidence(), link, twin, ask_commit, policy_digest };
+        let order = DestinationOrder { offer, lanes, evidence: self.evidence(), link, twin, ask_commit, policy_digest, commands };
         let end = engine::run_destination(order).await;
         let mut report = report::report(migration, &vm, end.outcome, end.error.as_ref(), started);
         report.hypervisor = kind;
         report.guest_memory_bytes = case.memory_bytes;
         report.authenticated.source = Some(source_spiffe);
         report.authenticated.destination = Some(self.credentials.own_id());
-        report.policy.decision = Some(if matches!(end.error, Some(EngineError::Denied { .. })) { "deny" } else { "allow" }.to_owned());
+        report.policy.decision = Some(report::decision(end.error.as_ref()));
         report.policy.policy_ids = policy_ids;
         report.verified = end.outcome == Some(Place::Moved) && case.terms.verify;
         report.audit.destination_head = Some(self.audit.head().text);
         self.refresh_place(&vm);
         drop(claim);
         if end.outcome.is_none() {
-            self.resolve_later(migration);
+            self.resolve_later(migration, None);
         }
         self.finished(report, ended_in).await;
     }
@@ -276,6 +277,7 @@ impl Gateway {
             }
         }
         self.load_places();
+        self.taken_up.notify_waiters();
     }
 }
 

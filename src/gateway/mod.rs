@@ -52,6 +52,8 @@ struct Gateway {
     registry: Arc<Registry>,
     incoming: Option<LaunchTemplate>,
     peers: peers::Reachability,
+    /// Told when a peer came back for an interrupted handoff.
+    taken_up: tokio::sync::Notify,
 }
 
 impl Gateway {

@@ -142,7 +142,7 @@ impl Gateway {
             peer_ip: crate::gateway::peers::numeric(&departure.peer.address),
         };
         let answer = tokio::task::spawn_blocking(move || judge.request(&operator, &case, route)).await.map_err(bug)?;
-        answer.map(drop).map_err(|no| no.problem().with_running_on(RunningOn::Source))
+        answer.map(drop).map_err(|no| report::named(no.problem(), &departure.vm.name).with_running_on(RunningOn::Source))
     }
 
     /// Starts a migration; it goes on by itself.
@@ -176,7 +176,12 @@ impl Gateway {
 
     /// Keeps a finished migration's report, in memory and on disk, and in the audit log.
     pub(super) async fn finished(self: &Arc<Self>, mut report: Report, ended: watch::Sender<bool>) {
-        let mut entry = Entry::new(Event::MigrationFinished).outcome(if report.error.is_none() { Outcome::Done } else { Outcome::Failed });
+        let mut entry = Entry::new(Event::MigrationFinished).outcome(match report.state {
+            telemetry::Outcome::Completed => Outcome::Done,
+            telemetry::Outcome::Failed => Outcome::Failed,
+            telemetry::Outcome::Cancelled => Outcome::Cancelled,
+            telemetry::Outcome::InDoubt => Outcome::InDoubt,
+        });
         entry.vm = Some(report.vm.clone());
         entry.migration = Some(report.migration_id);
         entry.detail.insert("state".into(), serde_json::to_value(report.state).unwrap_or_default());
@@ -214,7 +219,7 @@ impl Gateway {
                 let state = if problem.class == ErrorClass::Cancelled { telemetry::Outcome::Cancelled } else { telemetry::Outcome::Failed };
                 let mut report = Report::new(migration, vm, state, RunningOn::Source);
                 report.policy.decision = (problem.class == ErrorClass::Denied).then(|| "deny".to_owned());
-                report.error = Some(problem.with_running_on(RunningOn::Source));
+                report.error = Some(report::named(problem, &report.vm).with_running_on(RunningOn::Source));
                 report.duration_seconds = started.elapsed().unwrap_or_default().as_secs_f64();
                 report
             }
@@ -259,12 +264,11 @@ impl Gateway {
         report.hypervisor = kind;
         report.guest_memory_bytes = bytes;
         report.authenticated.destination = Some(departure.peer.spiffe.clone());
-        let denied = matches!(end.error, Some(EngineError::Denied { .. }));
-        report.policy.decision = Some(if denied { "deny" } else { "allow" }.to_owned());
+        report.policy.decision = Some(report::decision(end.error.as_ref()));
         report.policy.policy_ids = ids;
         self.refresh_place(&departure.vm.name);
         if end.outcome.is_none() {
-            self.resolve_later(departure.migration);
+            self.resolve_later(departure.migration, None);
         }
         debug_assert!(end.outcome != Some(Place::Moved) || report.error.is_none());
         drop(departure.claim);
@@ -329,8 +333,9 @@ impl Gateway {
     pub(super) fn commit_question(self: &Arc<Self>, case: &Case, session: &Arc<Session>) -> engine::AskCommit {
         let (judge, case, session) = (Arc::clone(&self.judge), case.clone(), Arc::downgrade(session));
         Arc::new(move || {
-            let session = session.upgrade().ok_or_else(|| "the session is over".to_owned())?;
-            judge.commit(&case, &session).map(drop).map_err(|no| telemetry::chain(&no))
+            let over = || EngineError::Denied { vm: case.vm.clone(), why: "the session with the peer is over".to_owned() };
+            let session = session.upgrade().ok_or_else(over)?;
+            judge.commit(&case, &session).map(drop).map_err(|no| no.at_commit(&case))
         })
     }
 }

@@ -39,7 +39,7 @@ pub(super) struct Migration {
     pub(super) report: Option<Arc<Report>>,
     /// Told when the report is there.
     pub(super) ended: watch::Receiver<bool>,
-    /// How operators talk to it; only a source listens.
+    /// How it is steered; at a destination only to stop it when the gateway does.
     pub(super) commands: Option<mpsc::Sender<Command>>,
 }
 

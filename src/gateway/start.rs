@@ -28,14 +28,13 @@ const SHUTDOWN: Duration = Duration::from_secs(30);
 /// # Errors
 /// A part cannot be built; nothing was started then. The problem names the part.
 pub fn run(config: Config) -> Result<(), Problem> {
-    let config = Arc::new(config);
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .thread_name("gateway")
         .build()
         .map_err(|error| Problem::new(ErrorClass::Local, format!("the runtime cannot be started: {error}")))?;
     runtime.block_on(async {
-        let gateway = build(config)?;
+        let gateway = build(Arc::new(config))?;
         live(gateway).await
     })
 }
@@ -76,6 +75,7 @@ fn build(config: Arc<Config>) -> Result<Arc<Gateway>, Problem> {
         registry: Arc::new(Registry::default()),
         incoming,
         peers: peers::Reachability::default(),
+        taken_up: tokio::sync::Notify::new(),
     }))
 }
 

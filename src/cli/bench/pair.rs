@@ -285,7 +285,10 @@ impl Side {
         };
         let lanes = offer.stream.lanes;
         let evidence = self.evidence.clone();
-        let order = DestinationOrder { offer, lanes, evidence, link, twin, ask_commit: Arc::new(|| Ok(())), policy_digest: [0; 32] };
+        // Nobody shuts a benchmark down from outside.
+        let (_steering, commands) = tokio::sync::mpsc::channel(1);
+        let order =
+            DestinationOrder { offer, lanes, evidence, link, twin, ask_commit: Arc::new(|| Ok(())), policy_digest: [0; 32], commands };
         Ok(run_destination(order).await)
     }
 }

@@ -8,7 +8,7 @@ use crate::engine::EngineError;
 use crate::engine::handoff::{joined, wake};
 use crate::migration::{HandoffAction, Outcome, SourceEvent, SourceRecord, SourceStep};
 use crate::telemetry::Phase;
-use crate::wire::{AuditHead, Message};
+use crate::wire::{AuditHead, ErrorClass, Failure, Message};
 
 impl Run {
     /// COMMIT was said and the session is gone: only the destination knows. Ask until it answers.
@@ -61,8 +61,9 @@ impl Run {
                 Ok(Some(SourceEvent::Handoff(match answer {
                     Ok(()) => SourceStep::CommitPermitted,
                     Err(why) => {
-                        self.error.get_or_insert(EngineError::Denied { vm: self.order.vm.clone(), why });
-                        SourceStep::CommitDenied
+                        let class = why.class();
+                        self.error.get_or_insert(why);
+                        if class == ErrorClass::Denied { SourceStep::CommitDenied } else { SourceStep::GiveUp(class) }
                     }
                 })))
             }
@@ -109,6 +110,9 @@ impl Run {
             let _ = self.say(Message::AuditHead(AuditHead { checkpoint: head })).await;
             self.last_words().await;
         } else {
+            if self.refused {
+                self.hear_why().await;
+            }
             self.say_failure().await;
         }
         self.figures.pages = self.counts();
@@ -117,6 +121,21 @@ impl Run {
         self.lanes.clear();
         self.link.session.close(None, "migration ended");
         SourceEnd { outcome, error: self.error, figures: self.figures }
+    }
+
+    /// REFUSE has a class and no words; the words follow, if they come soon.
+    async fn hear_why(&mut self) {
+        let listen = async {
+            while let Ok(message) = self.link.session.receive().await {
+                if let Message::Failure(failure) = message {
+                    return Some(failure);
+                }
+            }
+            None
+        };
+        if let Ok(Some(Failure { class, reason })) = tokio::time::timeout(LAST_WORDS, listen).await {
+            self.error = Some(EngineError::Peer { migration: self.order.migration, class, reason });
+        }
     }
 
     /// The destination's audit head behind its last entry, if it comes soon.
