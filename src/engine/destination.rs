@@ -42,6 +42,7 @@ pub struct DestinationOrder {
 }
 
 /// How it ended here.
+#[derive(Debug)]
 pub struct DestinationEnd {
     /// `Moved`: the VM runs here. `Stayed`: it never will, from this attempt. `None`: the twin is
     /// prepared and the source has to say; the journal knows.
@@ -50,6 +51,12 @@ pub struct DestinationEnd {
     pub error: Option<EngineError>,
     /// Where the twin's VMM is attached.
     pub address: String,
+}
+
+impl std::fmt::Debug for DestinationOrder {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("DestinationOrder").field("migration", &self.offer.migration).field("vm", &self.offer.vm).finish_non_exhaustive()
+    }
 }
 
 type Twin = Arc<Mutex<Box<dyn PagedDestination>>>;
@@ -134,11 +141,11 @@ pub async fn run_destination(order: DestinationOrder) -> DestinationEnd {
         }
         Err(source) => Err(EngineError::Transport { migration, source }),
     };
-    run.to_end(first).await
+    run.run(first).await
 }
 
 impl Run {
-    async fn to_end(mut self, first: Result<(), EngineError>) -> DestinationEnd {
+    async fn run(mut self, first: Result<(), EngineError>) -> DestinationEnd {
         let mut events = VecDeque::new();
         if let Err(error) = first {
             events.push_back(self.give_up(error));
@@ -206,6 +213,7 @@ impl Run {
         self.round_complete()
     }
 
+    // SPEC: PROTOCOL.md#must-applied-complete
     /// A round is complete when the source has said so and every lane has applied it.
     fn round_complete(&mut self) -> Option<DestinationEvent> {
         let (round, last, said) = self.rounds.said.as_ref()?;
@@ -221,6 +229,7 @@ impl Run {
         Some(event)
     }
 
+    // SPEC: PROTOCOL.md#must-state-complete
     fn final_when_ready(&mut self) -> Option<DestinationEvent> {
         let ready = self.machine.name() == "await-final" && self.state.is_complete();
         self.final_said.filter(|_| ready).map(DestinationEvent::Final)
@@ -253,7 +262,7 @@ impl Run {
                 self.rounds.said = Some((end.round, end.last, end.lanes));
                 self.round_complete()
             }
-            Message::StateChunk(chunk) => match self.state.take_in(chunk) {
+            Message::StateChunk(chunk) => match self.state.take_in(&chunk) {
                 Ok(()) => self.final_when_ready(),
                 Err(error) => Some(self.give_up(error)),
             },
@@ -427,7 +436,7 @@ impl Run {
 }
 
 impl StateBuffer {
-    fn take_in(&mut self, chunk: StateChunk) -> Result<(), EngineError> {
+    fn take_in(&mut self, chunk: &StateChunk) -> Result<(), EngineError> {
         let refuse = |got: String| Err(EngineError::OutOfPlace { expected: "the next piece of the device state", got });
         if chunk.total == 0 || chunk.total > limits::STATE_BYTES_MAX as u64 || *self.total.get_or_insert(chunk.total) != chunk.total {
             return refuse(format!("a state of {} bytes", chunk.total));

@@ -39,6 +39,7 @@ fn before_migration(source: TransportError) -> EngineError {
 /// The session fails, or the peer speaks nothing that we speak.
 pub async fn greet(session: Session, own: &Hello) -> Result<Link, EngineError> {
     session.send(&Message::Hello(own.clone())).await.map_err(before_migration)?;
+    // SPEC: PROTOCOL.md#must-hello-first
     let theirs = match session.receive().await.map_err(before_migration)? {
         Message::Hello(hello) => hello,
         other => return Err(EngineError::OutOfPlace { expected: "HELLO", got: other.name().to_owned() }),

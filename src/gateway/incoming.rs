@@ -11,7 +11,7 @@ use crate::engine::{self, DestinationOrder, Link, Placement};
 use crate::gateway::judge::Case;
 use crate::gateway::registry::{Busy, Claim, Migration};
 use crate::gateway::{Gateway, attach, report};
-use crate::hypervisor::attach::{AttachedDestination, LaunchVariables, Timeouts};
+use crate::hypervisor::attach::{AttachedDestination, LaunchTemplate, LaunchVariables, Timeouts};
 use crate::hypervisor::{HypervisorError, Machine, PagedDestination};
 use crate::limits;
 use crate::memory::MemoryLayout;
@@ -134,27 +134,13 @@ impl Gateway {
 
     /// Judges an offer and puts everything for it in place; says why not, one reason at a time.
     async fn admit(self: &Arc<Self>, link: &Link, offer: Offer) -> Result<Arrival, Refusal> {
-        let machine: Machine = serde_json::from_slice(&offer.machine)
-            .map_err(|_| Refusal::new(ErrorClass::PeerMisbehaved, "the machine description is malformed"))?;
-        let layout =
-            MemoryLayout::new(offer.regions.clone()).map_err(|error| Refusal::new(ErrorClass::PeerMisbehaved, error.to_string()))?;
-        // What the stream says it is must be what was judged: one name, one UUID, one layout.
-        if machine.uuid != offer.uuid || machine.regions != offer.regions || machine.kind != offer.hypervisor {
-            return Err(Refusal::new(ErrorClass::PeerMisbehaved, "the machine description contradicts the offer"));
-        }
-        let vm = self
-            .config
-            .vm(&offer.vm)
-            .ok_or_else(|| Refusal::new(ErrorClass::Denied, format!("VM `{}` is not in this gateway's configuration", offer.vm)))?;
-        if vm.uuid != offer.uuid {
-            return Err(Refusal::new(ErrorClass::Denied, format!("VM `{}` has UUID `{}` here, not `{}`", vm.name, vm.uuid, offer.uuid)));
-        }
+        let (machine, memory_bytes) = self.read_offer(&offer)?;
         let case = Case {
             migration: offer.migration,
             vm: offer.vm.clone(),
             uuid: offer.uuid,
             terms: offer.stream.clone(),
-            memory_bytes: layout.bytes(),
+            memory_bytes,
             side: Side::Destination,
         };
         let (judge, judged, session) = (Arc::clone(&self.judge), case.clone(), Arc::clone(&link.session));
@@ -170,12 +156,9 @@ impl Gateway {
             .clone()
             .ok_or_else(|| Refusal::new(ErrorClass::Denied, "this gateway accepts no VMs: its configuration has no [incoming]"))?;
         let most = self.config.incoming.as_ref().map_or(0, |incoming| incoming.max_memory.bytes);
-        if layout.bytes() > most {
-            let (needs, most) = (layout.bytes(), most);
-            return Err(Refusal::new(
-                ErrorClass::PeerIncompatible,
-                format!("VM `{}` needs {needs} bytes of memory: this gateway accepts {most}", offer.vm),
-            ));
+        if memory_bytes > most {
+            let why = format!("VM `{}` needs {memory_bytes} bytes of memory: this gateway accepts {most}", offer.vm);
+            return Err(Refusal::new(ErrorClass::PeerIncompatible, why));
         }
         if let Some(Placement::Here { .. }) = self.registry.place(&offer.vm) {
             return Err(Refusal::new(ErrorClass::Denied, format!("VM `{}` is here already", offer.vm)));
@@ -186,29 +169,55 @@ impl Gateway {
                 Busy::Full => Refusal::new(ErrorClass::Local, "too many migrations are under way"),
                 Busy::Closing => Refusal::new(ErrorClass::PeerUnreachable, "the gateway is shutting down"),
             })?;
+        let twin = self.build_twin(template, &offer, machine).await?;
+        let lanes = offer.stream.lanes.clamp(1, limits::LANES_MAX);
+        let (policy_digest, policy_ids) = (*permit.set_digest(), permit.policy_ids().to_vec());
+        Ok(Arrival { offer, lanes, case, twin: Box::new(twin), policy_digest, policy_ids, claim })
+    }
+
+    /// What the offer says it is, checked against itself and against what this gateway knows of the VM.
+    fn read_offer(&self, offer: &Offer) -> Result<(Machine, u64), Refusal> {
+        let machine: Machine = serde_json::from_slice(&offer.machine)
+            .map_err(|_| Refusal::new(ErrorClass::PeerMisbehaved, "the machine description is malformed"))?;
+        let layout =
+            MemoryLayout::new(offer.regions.clone()).map_err(|error| Refusal::new(ErrorClass::PeerMisbehaved, error.to_string()))?;
+        // What the stream says it is must be what was judged: one name, one UUID, one layout.
+        if machine.uuid != offer.uuid || machine.regions != offer.regions || machine.kind != offer.hypervisor {
+            return Err(Refusal::new(ErrorClass::PeerMisbehaved, "the machine description contradicts the offer"));
+        }
+        let vm = self
+            .config
+            .vm(&offer.vm)
+            .ok_or_else(|| Refusal::new(ErrorClass::Denied, format!("VM `{}` is not in this gateway's configuration", offer.vm)))?;
+        if vm.uuid != offer.uuid {
+            return Err(Refusal::new(ErrorClass::Denied, format!("VM `{}` has UUID `{}` here, not `{}`", vm.name, vm.uuid, offer.uuid)));
+        }
+        Ok((machine, layout.bytes()))
+    }
+
+    /// Starts an empty VMM and lets it say what this host lacks.
+    async fn build_twin(&self, template: LaunchTemplate, offer: &Offer, machine: Machine) -> Result<AttachedDestination, Refusal> {
         let runtime = &self.config.gateway.runtime_directory;
-        let stem = format!("{}-{}", offer.vm, offer.migration);
+        // A Unix socket's path has at most 107 bytes.
+        let migration = offer.migration.to_string();
+        let stem = format!("{}-{}", offer.vm, migration.get(..12).unwrap_or_default());
         let variables = LaunchVariables {
             socket: runtime.join(format!("{stem}.sock")),
             vm: offer.vm.clone(),
             uuid: offer.uuid,
-            memory_bytes: layout.bytes(),
+            memory_bytes: machine.regions.iter().map(|region| region.bytes).sum(),
             vcpus: machine.vcpus,
             serial: runtime.join(format!("{}.serial", offer.vm)),
             log: runtime.join(format!("{stem}.log")),
         };
-        let twin = tokio::task::spawn_blocking(move || -> Result<AttachedDestination, HypervisorError> {
+        let built = tokio::task::spawn_blocking(move || -> Result<AttachedDestination, HypervisorError> {
             let mut vmm = template.launch(&variables, LAUNCH)?;
             AttachedDestination::prepare(&vmm.socket.clone(), variables.vm.as_str(), &machine, Timeouts::default()).inspect_err(|_| {
                 // An empty twin is nobody's guest.
                 let _ = vmm.kill();
             })
-        })
-        .await
-        .map_err(|error| Refusal::new(ErrorClass::Bug, error.to_string()))??;
-        let lanes = offer.stream.lanes.clamp(1, limits::LANES_MAX);
-        let (policy_digest, policy_ids) = (*permit.set_digest(), permit.policy_ids().to_vec());
-        Ok(Arrival { offer, lanes, case, twin: Box::new(twin), policy_digest, policy_ids, claim })
+        });
+        Ok(built.await.map_err(|error| Refusal::new(ErrorClass::Bug, error.to_string()))??)
     }
 
     async fn receive(self: Arc<Self>, link: Link, peer: &config::Peer, arrival: Arrival, started: SystemTime) {
@@ -255,6 +264,11 @@ impl Gateway {
     /// A peer comes back for a handoff that was interrupted.
     async fn take_up(self: Arc<Self>, link: Link, signed: &SignedHandoff) {
         let migration = signed.message.migration;
+        // Our own end of it has not seen yet that its session is gone; the peer comes again.
+        if self.registry.migration(migration).is_some_and(|known| known.report.is_none()) {
+            link.session.close(Some(ErrorClass::Local), "this migration is still under way here");
+            return;
+        }
         let _turn = self.registry.resolving(migration).await;
         match engine::answer(&self.evidence(), &attach(), &link, signed).await {
             Ok(resolved) => tracing::info!(%migration, ?resolved, peer = %link.peer.spiffe, "interrupted handoff taken up"),

@@ -79,10 +79,6 @@ impl Registry {
         self.lock().places.get(vm).cloned()
     }
 
-    pub(super) fn places(&self) -> BTreeMap<VmName, Placement> {
-        self.lock().places.clone()
-    }
-
     pub(super) fn set_place(&self, vm: VmName, place: Placement) {
         self.lock().places.insert(vm, place);
     }

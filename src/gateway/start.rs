@@ -41,8 +41,14 @@ pub fn run(config: Config) -> Result<(), Problem> {
 
 fn build(config: Arc<Config>) -> Result<Arc<Gateway>, Problem> {
     let local = |what: &str, error: &dyn std::error::Error| Problem::new(ErrorClass::Local, format!("{what}: {}", chain(error)));
-    let credentials =
-        Credentials::load(identity_config(&config)).map_err(|error| Problem::new(error.class(), chain(&error)).with_code("identity"))?;
+    let identity = |error: crate::identity::IdentityError| Problem::new(error.class(), chain(&error)).with_code("identity");
+    // A CRL number never goes back, not even across a restart.
+    let remembered = config.gateway.state_directory.join("crl-numbers");
+    std::fs::create_dir_all(&config.gateway.state_directory).map_err(|error| local("state directory", &error))?;
+    let credentials = Credentials::load_remembering(identity_config(&config), remembered).map_err(identity)?;
+    if let Err(error) = credentials.own_standing() {
+        tracing::warn!(error = %chain(&error), "peers will refuse this gateway's own certificate");
+    }
     if let Some(peer) = config.peers.iter().find(|peer| peer.spiffe == credentials.own_id()) {
         let message = format!("peer `{}` has this gateway's own identity `{}`", peer.name, peer.spiffe);
         return Err(Problem::new(ErrorClass::Misuse, message).with_code("configuration"));

@@ -19,7 +19,7 @@ pub const MODULES: &[(&str, u8, &str)] = &[
     ("hypervisor", 2, "memory"),
     ("vmm", 2, "memory hypervisor"),
     ("storage", 2, "wire"),
-    ("telemetry", 2, "wire"),
+    ("telemetry", 2, "wire memory"),
     ("engine", 3, "wire memory migration policy identity audit journal transport hypervisor storage telemetry"),
     ("control", 4, "telemetry"),
     ("config", 4, ""),

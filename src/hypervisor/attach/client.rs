@@ -10,7 +10,7 @@ use std::time::Duration;
 use super::protocol::{ATTACH_VERSION, Answer, AnswerHeader, Attachment, RefusalCode, Request, RequestHeader, Role, parse, printable};
 use super::ram_file::check_memory_file;
 use super::wire::{Deadline, WireError, after, receive_header, receive_payload, send_message};
-use crate::hypervisor::{GuestStatus, HypervisorError, Machine, PagedDestination, PagedSource};
+use crate::hypervisor::{GuestStatus, HypervisorError, Machine, PagedDestination, PagedSource, RunState};
 use crate::limits;
 use crate::memory::{GuestRam, MemoryLayout, PageSet};
 
