@@ -413,6 +413,10 @@ impl Run {
                 blocking(move || Ok(lock(&guest).throttle(percent)?)).await.map(|()| None)
             }
             SourceAction::Pause => {
+                // A journal that cannot be written any more is found while the guest still runs: behind a COMMIT that
+                // failed only a restart can tell who owns the guest, and until then it stands still.
+                let journal = Arc::clone(&self.evidence.journal);
+                joined(tokio::task::spawn_blocking(move || journal.counter("switchovers")).await)??;
                 self.phase = Phase::Switchover;
                 self.pause = Some(Stopwatch::start());
                 let guest = Arc::clone(&self.guest);

@@ -8,8 +8,8 @@ use tokio::sync::watch;
 use crate::engine::{self, Interruption, Placement, Resolved};
 use crate::gateway::registry::Migration;
 use crate::gateway::{Gateway, attach, report};
-use crate::hypervisor::attach::{AttachedSource, Timeouts, observe};
-use crate::hypervisor::{PagedSource, RunState};
+use crate::hypervisor::RunState;
+use crate::hypervisor::attach::{Timeouts, discard, observe};
 use crate::migration::Outcome;
 use crate::telemetry::{self, Phase, Progress, Report};
 use crate::types::{Epoch, MigrationId, Side, VmName};
@@ -105,7 +105,7 @@ impl Gateway {
                 tracing::error!(vm, %migration, address = %path.display(), "a guest runs that no record speaks of; it is not touched");
                 continue;
             }
-            match AttachedSource::attach(&path, vm, Timeouts::default()).and_then(|mut twin| twin.destroy()) {
+            match discard(&path, vm, Timeouts::default()) {
                 Ok(()) => tracing::warn!(vm, %migration, "ended the twin of a migration that was cut off"),
                 Err(error) => tracing::warn!(vm, %migration, error = %telemetry::chain(&error), "a twin of nobody is not ended"),
             }

@@ -30,7 +30,7 @@ use crate::gateway::Gateway;
 use crate::gateway::judge::hex;
 use crate::gateway::registry::Migration;
 use crate::hypervisor::RunState;
-use crate::hypervisor::attach::{Timeouts, observe};
+use crate::hypervisor::attach::{Timeouts, inspect};
 use crate::limits;
 use crate::telemetry::{Outcome, Problem, Progress, Report};
 use crate::types::{Epoch, MigrationId, Side};
@@ -227,8 +227,13 @@ fn vm_view(gateway: &Gateway, vm: &crate::config::Vm) -> VmView {
         Some(Placement::Here { address, epoch }) => {
             view.place = "here".to_owned();
             view.owner_epoch = epoch;
-            match observe(std::path::Path::new(&address), vm.name.as_str(), Timeouts::default()) {
-                Ok((_, status)) => {
+            match inspect(std::path::Path::new(&address), vm.name.as_str(), Timeouts::default()) {
+                Ok((machine, status)) => {
+                    if let Some(machine) = machine {
+                        view.memory_bytes = Some(machine.regions.iter().map(|region| region.bytes).sum());
+                        view.vcpus = Some(machine.vcpus);
+                        view.driver = machine.kind;
+                    }
                     view.state = match (status.state, moving) {
                         (RunState::Running, Some(_)) => VmState::Leaving,
                         (RunState::Running, None) => VmState::Running,
