@@ -9,9 +9,7 @@ use crate::audit::{AuditError, AuditLog, Entry, Event, Outcome};
 use crate::config::Config;
 use crate::engine::EngineError;
 use crate::gateway::policies::stream;
-use crate::policy::{
-    self, Accept, Action, Channel, Denial, MigrationContext, Permit, PolicySet, Release, Request, RequestContext, Route,
-};
+use crate::policy::{self, Accept, Action, Channel, Denial, MigrationContext, Permit, PolicySet, Release, Request, RequestContext, Route};
 use crate::telemetry::Problem;
 use crate::transport::Session;
 use crate::types::{MigrationId, Side, SpiffeId, VmName, VmUuid};
