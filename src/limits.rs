@@ -208,6 +208,26 @@ pub const JOURNAL_RECORD_BYTES_MAX: usize = 256 * 1024;
 /// LIMIT: finished reports that a gateway can be told to keep; about 2 KiB each, and all fit one answer.
 pub const HISTORY_COUNT_MAX: u32 = 5_000;
 
+// --- engine -------------------------------------------------------------------------------------
+
+/// LIMIT: how long a peer may take for its HELLO, and again for what it wants.
+pub const GREETING_WITHIN: std::time::Duration = std::time::Duration::from_secs(10);
+/// LIMIT: how long a control message may wait for a peer that lives and does not read.
+pub const SEND_WITHIN: std::time::Duration = std::time::Duration::from_secs(10);
+/// LIMIT: how long a peer that settles an interrupted handoff may take for each answer: a guest is started, records are made.
+pub const ANSWER_WITHIN: std::time::Duration = std::time::Duration::from_secs(30);
+/// LIMIT: a source that has nothing to say says that it lives.
+pub const PING_EVERY: std::time::Duration = std::time::Duration::from_secs(5);
+/// LIMIT: several missing signs of life: the source's QUIC lives, its migration does not.
+pub const SILENCE_MAX: std::time::Duration = std::time::Duration::from_secs(30);
+/// LIMIT: signs of life without a page or a message that leads on. The slowest bandwidth limit of use, 64 KiB/s, takes 8 s a frame;
+/// the digest of 1 TiB takes a few minutes.
+pub const STALL_MAX: std::time::Duration = std::time::Duration::from_secs(600);
+/// LIMIT: what a pause may last beyond ten times what was planned, before the guest goes on at the source.
+pub const PAUSE_SLACK: std::time::Duration = std::time::Duration::from_secs(30);
+/// LIMIT: rounds of one migration; a source gives up after 60.
+pub const ROUNDS_MAX: u32 = 1000;
+
 // --- gateway ------------------------------------------------------------------------------------
 
 /// LIMIT: commands of operators that wait for one migration.

@@ -12,16 +12,9 @@ pub(super) fn sha256(bytes: &[u8]) -> [u8; 32] {
     out
 }
 
-/// SHA-256 over every lane's totals, lane by lane, all numbers big-endian.
+/// SHA-256 over every lane's totals, as the final digest has them.
 pub(super) fn digest_totals(totals: &[LaneTotals]) -> [u8; 32] {
-    let mut bytes = Vec::with_capacity(totals.len() * 40);
-    for lane in totals {
-        for number in [lane.frames, lane.pages, lane.bytes] {
-            bytes.extend_from_slice(&number.to_be_bytes());
-        }
-        bytes.extend_from_slice(&lane.digest.to_be_bytes());
-    }
-    sha256(&bytes)
+    sha256(&LaneTotals::canonical_bytes(totals))
 }
 
 pub(super) fn totals_differ(source: &[LaneTotals], destination: &[LaneTotals]) -> Option<EngineError> {

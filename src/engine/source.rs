@@ -12,6 +12,7 @@ use crate::engine::digest::{digest_memory, digest_totals, sha256, totals_differ}
 use crate::engine::handoff::{Binding, Evidence, blocking, joined, wake};
 use crate::engine::lanes::{LaneReport, LaneRound, SendShared, send_lane};
 use crate::engine::limiter::Limiter;
+use crate::engine::link::send_within;
 use crate::engine::meter::{Figures, Meter, Stopwatch};
 use crate::engine::{EngineError, Link};
 use crate::hypervisor::PagedSource;
@@ -127,6 +128,12 @@ struct Run {
     figures: Figures,
     phase: Phase,
     started: Instant,
+    /// When the guest that is paused goes on here, come what may.
+    pause_ends: Option<Instant>,
+    /// When a destination that was given the VM and does not answer is left to the gateway.
+    doubt_ends: Option<Instant>,
+    reconnect_pause: Duration,
+    said: Instant,
     ended: Option<Option<Outcome>>,
 }
 
@@ -172,6 +179,10 @@ pub async fn run_source(order: SourceOrder, ports: SourcePorts) -> SourceEnd {
         figures: Figures::default(),
         phase: Phase::Connect,
         started: Instant::now(),
+        pause_ends: None,
+        doubt_ends: None,
+        reconnect_pause: RECONNECT_FIRST,
+        said: Instant::now(),
         ended: None,
         order,
         evidence,
@@ -236,7 +247,56 @@ impl Run {
 
     async fn say(&mut self, message: Message) -> Result<(), EngineError> {
         let migration = self.order.migration;
-        self.link.session.send(&message).await.map_err(|source| EngineError::Transport { migration, source })
+        // A peer that does not read holds up neither the deadline nor the guest.
+        let left = self.deadline().map_or(limits::SEND_WITHIN, |at| at.saturating_duration_since(Instant::now()));
+        let sent = send_within(&self.link.session, &message, left.min(limits::SEND_WITHIN)).await;
+        self.said = Instant::now();
+        sent.map_err(|source| EngineError::Transport { migration, source })
+    }
+
+    /// When this has to be over as it is now: the migration, the pause, or the wait for an answer to COMMIT.
+    fn deadline(&self) -> Option<Instant> {
+        if self.machine.is_committed() {
+            return self.doubt_ends;
+        }
+        let end = self.order.timeout.map(|limit| self.started + limit);
+        [end, self.pause_ends].into_iter().flatten().min()
+    }
+
+    fn deadline_passed(&mut self) -> Option<SourceEvent> {
+        let vm = self.order.vm.clone();
+        if self.machine.is_committed() {
+            self.in_doubt();
+            return None;
+        }
+        let paused_too_long = self.pause_ends.take_if(|at| *at <= Instant::now()).is_some();
+        let error = match self.order.timeout.take_if(|_| !paused_too_long) {
+            Some(limit) => EngineError::TimedOut { vm, limit },
+            None => EngineError::PausedTooLong { vm, limit: self.pause_max() },
+        };
+        Some(self.give_up(error))
+    }
+
+    fn pause_max(&self) -> Duration {
+        let goal = self.machine.convergence().goal();
+        limits::PAUSE_SLACK + (goal.downtime_max + goal.fixed_cost) * 10
+    }
+
+    fn in_doubt(&mut self) {
+        self.error = Some(EngineError::InDoubt { vm: self.order.vm.clone(), migration: self.order.migration });
+        self.ended = Some(None);
+    }
+
+    /// A destination that hears nothing for too long takes this for lost.
+    async fn sign_of_life(&mut self) -> Option<SourceEvent> {
+        if self.said.elapsed() < limits::PING_EVERY {
+            return None;
+        }
+        match self.say(Message::Ping).await {
+            Err(error) if !self.machine.is_committed() => Some(self.give_up(error)),
+            // After COMMIT the end of the session is what counts.
+            _ => None,
+        }
     }
 
     /// Keeps the first error, which is the cause, and asks the machine to give up.
@@ -256,13 +316,13 @@ impl Run {
 
     /// Waits for whatever happens next.
     async fn next(&mut self, commands: &mut mpsc::Receiver<Command>, tick: &mut tokio::time::Interval) -> Option<SourceEvent> {
+        let deadline = self.deadline();
         let finals = async {
             match &mut self.finals {
                 Some(task) => task.await,
                 None => std::future::pending().await,
             }
         };
-        let deadline = self.order.timeout.map(|limit| self.started + limit).filter(|_| !self.machine.is_committed());
         let timed_out = async {
             match deadline {
                 Some(at) => tokio::time::sleep_until(at.into()).await,
@@ -287,14 +347,10 @@ impl Run {
             },
             message = self.link.session.receive() => self.received(message).await,
             command = commands.recv() => self.commanded(command),
-            () = timed_out => {
-                let limit = self.order.timeout.unwrap_or_default();
-                self.order.timeout = None;
-                Some(self.give_up(EngineError::TimedOut { vm: self.order.vm.clone(), limit }))
-            }
+            () = timed_out => self.deadline_passed(),
             _ = tick.tick() => {
                 self.show(|_| {});
-                None
+                self.sign_of_life().await
             }
         }
     }
@@ -338,7 +394,7 @@ impl Run {
                 self.binding = Some(offer.as_ref().into());
                 Some(SourceEvent::Accepted { offer, lanes: accept.lanes })
             }
-            Message::RoundApplied(applied) => self.round_applied(applied.round, &applied.lanes).await,
+            Message::RoundApplied(applied) if applied.migration == self.order.migration => self.round_applied(applied.round, &applied.lanes).await,
             Message::Handoff(signed) => {
                 let Some(binding) = &self.binding else {
                     return Some(self.give_up(EngineError::OutOfPlace { expected: "ACCEPT", got: "a handoff message".into() }));
@@ -369,7 +425,7 @@ impl Run {
                 None
             }
             Message::Failure(failure) => {
-                let error = EngineError::Peer { migration: self.order.migration, class: failure.class, reason: failure.reason };
+                let error = EngineError::peer(self.order.migration, failure.class, &failure.reason);
                 Some(self.give_up(error))
             }
             Message::Ping => None,
@@ -392,23 +448,25 @@ impl Run {
 
     /// COMMIT was said and the session is gone: only the destination knows. Ask until it answers.
     async fn reconnect(&mut self) -> Option<SourceEvent> {
-        let deadline = Instant::now() + self.order.resolve_timeout;
-        let mut pause = RECONNECT_FIRST;
+        let deadline = self.doubt_ends.unwrap_or_else(Instant::now);
+        // The destination may still hold the old session for alive.
+        self.link.session.close(None, "the handoff goes on in another session");
         self.show(|progress| progress.stalled_because = Some("the destination was given the VM and does not answer".into()));
-        while Instant::now() < deadline {
-            match (self.redial)().await {
-                Ok(link) if link.peer.spiffe == self.link.peer.spiffe => {
+        while Instant::now() + self.reconnect_pause < deadline {
+            // A destination that takes sessions and drops them is not asked any faster than one that is gone.
+            tokio::time::sleep(self.reconnect_pause).await;
+            self.reconnect_pause = (self.reconnect_pause * 2).min(RECONNECT_LONGEST);
+            match tokio::time::timeout_at(deadline.into(), (self.redial)()).await {
+                Ok(Ok(link)) if link.peer.spiffe == self.link.peer.spiffe => {
                     self.link = link;
                     return Some(SourceEvent::Handoff(SourceStep::Reconnected));
                 }
-                Ok(_) => {}
-                Err(error) => tracing::debug!(error = %error, "destination not reached"),
+                Ok(Ok(_)) => {}
+                Ok(Err(error)) => tracing::debug!(error = %error, "destination not reached"),
+                Err(_) => break,
             }
-            tokio::time::sleep(pause).await;
-            pause = (pause * 2).min(RECONNECT_LONGEST);
         }
-        self.error = Some(EngineError::InDoubt { vm: self.order.vm.clone(), migration: self.order.migration });
-        self.ended = Some(None);
+        self.in_doubt();
         None
     }
 
@@ -444,6 +502,7 @@ impl Run {
             SourceAction::Pause => {
                 self.phase = Phase::Switchover;
                 self.pause = Some(Stopwatch::start());
+                self.pause_ends = Some(Instant::now() + self.pause_max());
                 let guest = Arc::clone(&self.guest);
                 blocking(move || Ok(lock(&guest).pause()?)).await?;
                 self.lap("pause");
@@ -613,7 +672,7 @@ impl Run {
         let binding = self.binding.clone().ok_or_else(|| EngineError::Bug("handoff without an offer".into()))?;
         match action {
             HandoffAction::Journal(record) => {
-                let abort = record == SourceRecord::Abort;
+                let (abort, commit) = (record == SourceRecord::Abort, record == SourceRecord::Commit);
                 let result = self.evidence.record(&binding, record).await;
                 self.lap("journal");
                 match result {
@@ -623,6 +682,9 @@ impl Run {
                         tracing::error!(migration = %binding.migration, error = %error, "ABORT is not on disk; a restart will repeat it")
                     }
                     result => result?,
+                }
+                if commit {
+                    self.doubt_ends = Some(Instant::now() + self.order.resolve_timeout);
                 }
                 Ok(None)
             }
@@ -684,7 +746,7 @@ impl Run {
             let head = self.evidence.audit.head().text;
             let _ = self.say(Message::AuditHead(AuditHead { checkpoint: head })).await;
             self.last_words().await;
-        } else {
+        } else if outcome.is_some() {
             self.say_failure().await;
         }
         self.figures.pages = self.counts();
