@@ -230,6 +230,12 @@ pub const ROUNDS_MAX: u32 = 1000;
 
 // --- gateway ------------------------------------------------------------------------------------
 
+/// LIMIT: sessions that one peer holds at once: one for each migration with it, probes, and room for others' sessions beside.
+pub const SESSIONS_PER_PEER_MAX: usize = 80;
+/// LIMIT: sessions that one peer opens in a row.
+pub const SESSIONS_BURST: u32 = 256;
+/// LIMIT: sessions of one peer in the long run: 1 GB of audit log a day if all of them come to nothing.
+pub const SESSIONS_PER_SECOND: u32 = 4;
 /// LIMIT: commands of operators that wait for one migration.
 pub const COMMAND_QUEUE: usize = 8;
 /// LIMIT: lines of progress that wait for one slow watcher; it then sees fewer of them.
@@ -246,3 +252,5 @@ const _: () = assert!(RAM_BYTES_MAX / (crate::types::PAGE_BYTES as u64) < 1 << 4
 const _: () = assert!(STRIPE_PAGES.is_multiple_of(64) && STRIPE_PAGES <= FRAME_PAGES_MAX);
 const _: () = assert!(2 * AUDIT_CHECKPOINT_BYTES_MAX + 1024 < AUDIT_LINE_BYTES_MAX);
 const _: () = assert!(HISTORY_COUNT_MAX as usize * 3 * 1024 <= CONTROL_RESPONSE_BYTES_MAX);
+const _: () = assert!(SESSIONS_PER_PEER_MAX > MIGRATIONS_MAX as usize && 3 * SESSIONS_PER_PEER_MAX < SESSIONS_MAX);
+const _: () = assert!(PING_EVERY.as_secs() * 3 < SILENCE_MAX.as_secs() && SILENCE_MAX.as_secs() < STALL_MAX.as_secs());

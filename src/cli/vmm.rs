@@ -33,6 +33,8 @@ pub(super) fn vmm(command: &VmmCommand) -> Ending {
     // Bound after the guest was built: whoever finds the socket finds a guest.
     let listener = attach::bind(&flags.socket).map_err(local(format!("attach socket `{}`", flags.socket.display())))?;
     attach::serve(&listener, Arc::clone(&guest)).map_err(local("attach protocol".to_owned()))?;
+    // Nobody listens there any more; whoever replaced it meanwhile has a socket of its own.
+    let _ = std::fs::remove_file(&flags.socket);
     let verdict = guest.lock().unwrap_or_else(PoisonError::into_inner).status().exit_code;
     Ok(if verdict.unwrap_or(0) == 0 { Exit::Done } else { Exit::Failed })
 }

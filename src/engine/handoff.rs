@@ -278,6 +278,8 @@ pub enum Resolved {
     Ended(Outcome),
     /// The peer has to be asked.
     Open {
+        /// The VM.
+        vm: VmName,
         /// The peer gateway.
         peer: SpiffeId,
         /// Whether this gateway is the source.
@@ -355,7 +357,11 @@ impl<'a> Interrupted<'a> {
         };
         Ok(match ended {
             Some(outcome) => Resolved::Ended(outcome),
-            None => Resolved::Open { peer: self.binding.peer.clone(), source: matches!(self.machine, Machine::Source(_)) },
+            None => Resolved::Open {
+                vm: self.binding.vm.clone(),
+                peer: self.binding.peer.clone(),
+                source: matches!(self.machine, Machine::Source(_)),
+            },
         })
     }
 

@@ -55,7 +55,7 @@ pub async fn greet(session: Session, own: &Hello) -> Result<Link, EngineError> {
     let (negotiated, theirs) = match greeted {
         Ok(greeted) => greeted,
         Err(error) => {
-            session.finish(Some(error.class()), &crate::telemetry::chain(&error), GOODBYE).await;
+            session.close(Some(error.class()), &crate::telemetry::chain(&error));
             return Err(error);
         }
     };
@@ -68,6 +68,3 @@ pub(super) async fn send_within(session: &Session, message: &Message, within: Du
     let timed_out = |_| TransportError::TimedOut { address: session.peer_address(), awaited: "read a control message", after: within };
     tokio::time::timeout(within, session.send(message)).await.map_err(timed_out)?
 }
-
-/// For our HELLO to arrive in front of the close that refuses the peer's.
-const GOODBYE: Duration = Duration::from_millis(500);

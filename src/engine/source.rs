@@ -394,7 +394,9 @@ impl Run {
                 self.binding = Some(offer.as_ref().into());
                 Some(SourceEvent::Accepted { offer, lanes: accept.lanes })
             }
-            Message::RoundApplied(applied) if applied.migration == self.order.migration => self.round_applied(applied.round, &applied.lanes).await,
+            Message::RoundApplied(applied) if applied.migration == self.order.migration => {
+                self.round_applied(applied.round, &applied.lanes).await
+            }
             Message::Handoff(signed) => {
                 let Some(binding) = &self.binding else {
                     return Some(self.give_up(EngineError::OutOfPlace { expected: "ACCEPT", got: "a handoff message".into() }));

@@ -14,7 +14,7 @@ use crate::engine::{self, EngineError, Link, Placement, SourceOrder, SourcePorts
 use crate::gateway::judge::Case;
 use crate::gateway::policies::{default_terms, operator_id};
 use crate::gateway::registry::{Busy, Claim, Migration};
-use crate::gateway::{Gateway, report};
+use crate::gateway::{Gateway, put_class, report};
 use crate::hypervisor::PagedSource;
 use crate::hypervisor::attach::{AttachedSource, Timeouts};
 use crate::migration::{Goal, Outcome as Place};
@@ -107,6 +107,7 @@ impl Gateway {
                     .with_running_on(RunningOn::Source)
             }
             Busy::Closing => Problem::new(ErrorClass::Local, "the gateway is shutting down").with_running_on(RunningOn::Source),
+            Busy::Id => Problem::new(ErrorClass::Bug, format!("migration `{migration}` exists already")).with_running_on(RunningOn::Source),
         })?;
         let mut terms = default_terms(defaults);
         terms.lanes = lanes;
@@ -181,6 +182,7 @@ impl Gateway {
         entry.detail.insert("running_on".into(), serde_json::to_value(report.running_on).unwrap_or_default());
         if let Some(error) = &report.error {
             entry.detail.insert("why".into(), error.message.clone().into());
+            put_class(&mut entry, error.class);
         }
         self.note(entry).await;
         if report.audit.source_head.is_none() {
@@ -297,10 +299,9 @@ impl Gateway {
         report.policy.policy_ids = ids;
         self.refresh_place(&departure.vm.name);
         if end.outcome.is_none() {
-            self.resolve_later(departure.migration);
+            self.resolve_later(departure.migration, Some(departure.claim));
         }
         debug_assert!(end.outcome != Some(Place::Moved) || report.error.is_none());
-        drop(departure.claim);
         Ok(report)
     }
 

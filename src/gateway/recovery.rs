@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::engine::{self, Placement, Resolved};
+use crate::gateway::registry::Claim;
 use crate::gateway::{Gateway, attach};
 use crate::migration::Outcome;
 use crate::telemetry;
@@ -56,9 +57,9 @@ impl Gateway {
             match engine::resolve(&self.evidence(), &attach(), migration, None).await {
                 Ok(Resolved::Settled) => {}
                 Ok(Resolved::Ended(outcome)) => tracing::warn!(%migration, ?outcome, "interrupted migration settled from the journal"),
-                Ok(Resolved::Open { peer, source }) => {
-                    tracing::warn!(%migration, %peer, source, "interrupted handoff: the peer will be asked");
-                    self.resolve_later(migration);
+                Ok(Resolved::Open { vm, peer, source }) => {
+                    tracing::warn!(%migration, %vm, %peer, source, "interrupted handoff: the peer will be asked");
+                    self.resolve_later(migration, Some(self.registry.claim_waiting(&vm, migration)));
                 }
                 Err(error) => {
                     tracing::error!(%migration, error = %telemetry::chain(&error), "interrupted migration not settled; will be tried again")
@@ -68,9 +69,12 @@ impl Gateway {
         self.load_places();
     }
 
-    /// Asks the peer of an interrupted handoff until it is settled.
-    pub(super) fn resolve_later(self: &Arc<Self>, migration: MigrationId) {
+    /// Asks the peer of an interrupted handoff until it is settled. `INVARIANT(one-owner)`: until then the VM is claimed.
+    pub(super) fn resolve_later(self: &Arc<Self>, migration: MigrationId, claim: Option<Claim>) {
         let gateway = Arc::clone(self);
+        if let Some(claim) = &claim {
+            claim.wait();
+        }
         tokio::spawn(async move {
             let mut pause = FIRST_PAUSE;
             loop {
@@ -78,6 +82,7 @@ impl Gateway {
                 pause = (pause * 2).min(LONGEST_PAUSE);
                 if gateway.try_resolve(migration).await {
                     gateway.load_places();
+                    drop(claim);
                     return;
                 }
             }

@@ -133,6 +133,8 @@ crls = ["../pki/crl.pem"]
 directory = "policy.d"
 [migration]
 lanes = 2
+[limits]
+migrations_max = 8
 [incoming]
 command = [{program}, "vmm", "run", "--incoming", "--socket", "{{socket}}", "--serial", "{{serial}}"]
 max_memory = "64MiB"
@@ -300,9 +302,14 @@ impl Gateway {
     pub async fn recorded(&self, case: &str, migration: MigrationId, class: ErrorClass) {
         let filter = Filter { migration: Some(migration), event: Some(Event::MigrationFinished), ..Filter::default() };
         let name = serde_json::to_value(class).unwrap();
-        let ended = until(case, || self.entries(filter.clone()).pop()).await;
-        assert_ne!(ended.outcome, Some(audit::Outcome::Done), "{case}: {ended:?}");
-        assert_eq!(ended.detail.get("class"), Some(&name), "{case}: {ended:?}");
+        let ended = |entry: &StoredEntry| entry.detail.get("class") == Some(&name);
+        let found = || self.entries(filter.clone()).into_iter().find(ended);
+        let start = Instant::now();
+        while found().is_none() {
+            assert!(start.elapsed() < PATIENCE, "{case}: expected {name} among {:?}", self.entries(filter.clone()));
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        assert!(self.entries(filter.clone()).iter().all(|entry| entry.outcome != Some(audit::Outcome::Done)), "{case}");
     }
 
     /// Handoff records of a migration, in order.
