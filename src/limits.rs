@@ -208,8 +208,34 @@ pub const JOURNAL_RECORD_BYTES_MAX: usize = 256 * 1024;
 /// LIMIT: finished reports that a gateway can be told to keep; about 2 KiB each, and all fit one answer.
 pub const HISTORY_COUNT_MAX: u32 = 5_000;
 
+// --- engine -------------------------------------------------------------------------------------
+
+/// LIMIT: how long a peer may take for its HELLO, and again for what it wants.
+pub const GREETING_WITHIN: std::time::Duration = std::time::Duration::from_secs(10);
+/// LIMIT: how long a control message may wait for a peer that lives and does not read.
+pub const SEND_WITHIN: std::time::Duration = std::time::Duration::from_secs(10);
+/// LIMIT: how long a peer that settles an interrupted handoff may take for each answer: a guest is started, records are made.
+pub const ANSWER_WITHIN: std::time::Duration = std::time::Duration::from_secs(30);
+/// LIMIT: a source that has nothing to say says that it lives.
+pub const PING_EVERY: std::time::Duration = std::time::Duration::from_secs(5);
+/// LIMIT: several missing signs of life: the source's QUIC lives, its migration does not.
+pub const SILENCE_MAX: std::time::Duration = std::time::Duration::from_secs(30);
+/// LIMIT: signs of life without a page or a message that leads on. The slowest bandwidth limit of use, 64 KiB/s, takes 8 s a frame;
+/// the digest of 1 TiB takes a few minutes.
+pub const STALL_MAX: std::time::Duration = std::time::Duration::from_secs(600);
+/// LIMIT: what a pause may last beyond ten times what was planned, before the guest goes on at the source.
+pub const PAUSE_SLACK: std::time::Duration = std::time::Duration::from_secs(30);
+/// LIMIT: rounds of one migration; a source gives up after 60.
+pub const ROUNDS_MAX: u32 = 1000;
+
 // --- gateway ------------------------------------------------------------------------------------
 
+/// LIMIT: sessions that one peer holds at once: one for each migration with it, probes, and room for others' sessions beside.
+pub const SESSIONS_PER_PEER_MAX: usize = 80;
+/// LIMIT: sessions that one peer opens in a row.
+pub const SESSIONS_BURST: u32 = 256;
+/// LIMIT: sessions of one peer in the long run: 1 GB of audit log a day if all of them come to nothing.
+pub const SESSIONS_PER_SECOND: u32 = 4;
 /// LIMIT: commands of operators that wait for one migration.
 pub const COMMAND_QUEUE: usize = 8;
 /// LIMIT: lines of progress that wait for one slow watcher; it then sees fewer of them.
@@ -226,3 +252,5 @@ const _: () = assert!(RAM_BYTES_MAX / (crate::types::PAGE_BYTES as u64) < 1 << 4
 const _: () = assert!(STRIPE_PAGES.is_multiple_of(64) && STRIPE_PAGES <= FRAME_PAGES_MAX);
 const _: () = assert!(2 * AUDIT_CHECKPOINT_BYTES_MAX + 1024 < AUDIT_LINE_BYTES_MAX);
 const _: () = assert!(HISTORY_COUNT_MAX as usize * 3 * 1024 <= CONTROL_RESPONSE_BYTES_MAX);
+const _: () = assert!(SESSIONS_PER_PEER_MAX > MIGRATIONS_MAX as usize && 3 * SESSIONS_PER_PEER_MAX < SESSIONS_MAX);
+const _: () = assert!(PING_EVERY.as_secs() * 3 < SILENCE_MAX.as_secs() && SILENCE_MAX.as_secs() < STALL_MAX.as_secs());

@@ -2,13 +2,15 @@
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::sync::mpsc;
 
 use crate::engine::digest::{digest_memory, digest_totals, sha256, totals_differ};
 use crate::engine::handoff::{Binding, Evidence, blocking, joined};
-use crate::engine::lanes::{LaneReport, ReceiveShared, receive_lane};
+use crate::engine::lanes::{LaneReport, ReceiveShared, Seal, receive_lane};
+use crate::engine::link::send_within;
+use crate::engine::meter::Meter;
 use crate::engine::source::{AskCommit, Command};
 use crate::engine::{EngineError, Link};
 use crate::hypervisor::PagedDestination;
@@ -73,6 +75,8 @@ struct Run {
     machine: Destination,
     gate: Option<LaneGate>,
     reports: mpsc::Receiver<Result<LaneReport, EngineError>>,
+    seal: Arc<Seal>,
+    watch: Watch,
     rounds: Rounds,
     state: StateBuffer,
     final_said: Option<FinalDigest>,
@@ -87,6 +91,14 @@ struct Run {
 struct Rounds {
     applied: Vec<(Round, LaneTotals)>,
     said: Option<(Round, bool, Vec<LaneTotals>)>,
+}
+
+/// When the source was last heard, and when it last led on.
+struct Watch {
+    meter: Arc<Meter>,
+    bytes: u64,
+    heard: Instant,
+    led_on: Instant,
 }
 
 /// Device state as it arrives, in order and bounded.
@@ -111,7 +123,15 @@ pub async fn run_destination(order: DestinationOrder) -> DestinationEnd {
         peer_key: link.peer.signing_key,
         address: twin.address(),
     };
-    let shared = ReceiveShared { migration: offer.migration, ram: Arc::clone(&ram), lanes, reports: reports_in };
+    let (meter, seal) = (Arc::<Meter>::default(), Arc::<Seal>::default());
+    let shared = ReceiveShared {
+        migration: offer.migration,
+        ram: Arc::clone(&ram),
+        lanes,
+        meter: Arc::clone(&meter),
+        seal: Arc::clone(&seal),
+        reports: reports_in,
+    };
     let gate = link.session.expect_lanes(offer.migration, lanes, Arc::new(move |io| Box::pin(receive_lane(io, shared.clone()))));
     let migration = offer.migration;
     let mut run = Run {
@@ -125,6 +145,8 @@ pub async fn run_destination(order: DestinationOrder) -> DestinationEnd {
         machine: Destination::default(),
         gate: None,
         reports,
+        seal,
+        watch: Watch { meter, bytes: 0, heard: Instant::now(), led_on: Instant::now() },
         rounds: Rounds { applied: vec![(Round(0), LaneTotals::default()); usize::from(lanes)], said: None },
         state: StateBuffer::default(),
         final_said: None,
@@ -150,9 +172,11 @@ impl Run {
         if let Err(error) = first {
             events.push_back(self.give_up(error));
         }
+        let mut tick = tokio::time::interval(WATCH_INTERVAL);
+        tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         while self.ended.is_none() {
             let Some(event) = events.pop_front() else {
-                let next = self.next().await;
+                let next = self.next(&mut tick).await;
                 events.extend(next);
                 continue;
             };
@@ -176,7 +200,8 @@ impl Run {
 
     async fn say(&mut self, message: Message) -> Result<(), EngineError> {
         let migration = self.order.migration;
-        self.link.session.send(&message).await.map_err(|source| EngineError::Transport { migration, source })
+        let sent = send_within(&self.link.session, &message, limits::SEND_WITHIN).await;
+        sent.map_err(|source| EngineError::Transport { migration, source })
     }
 
     fn give_up(&mut self, error: EngineError) -> DestinationEvent {
@@ -185,13 +210,27 @@ impl Run {
         DestinationEvent::GiveUp(class)
     }
 
-    async fn next(&mut self) -> Option<DestinationEvent> {
+    async fn next(&mut self, tick: &mut tokio::time::Interval) -> Option<DestinationEvent> {
         tokio::select! {
-            report = self.reports.recv() => match report {
-                Some(Ok(report)) => self.lane_reported(&report),
-                // A lane that breaks after FINAL has nothing more to carry.
-                Some(Err(_)) if self.final_said.is_some() => None,
-                Some(Err(error)) => Some(self.give_up(error)),
+            // The gate holds the other end for as long as this runs.
+            Some(report) = self.reports.recv() => match report {
+                Ok(report) => self.lane_reported(&report),
+                // What was promised is not taken back for a lane that can do no harm any more.
+                Err(error) if self.machine.is_prepared() || self.machine.name() == "running" => {
+                    tracing::warn!(migration = %self.order.migration, error = %crate::telemetry::chain(&error), "ignored after PREPARED");
+                    None
+                }
+                Err(error) => Some(self.give_up(error)),
+            },
+            message = self.link.session.receive() => {
+                self.watch.heard = Instant::now();
+                if !matches!(message, Ok(Message::Ping)) {
+                    self.watch.led_on = self.watch.heard;
+                }
+                self.received(message).await
+            }
+            _ = tick.tick() => match self.watch.look() {
+                Some((expected, limit)) => self.silent(expected, limit),
                 None => None,
             },
             message = self.link.session.receive() => self.received(message).await,
@@ -203,6 +242,24 @@ impl Run {
                 Command::Cancel | Command::Bandwidth(_) | Command::DowntimeMax(_) => None,
             },
         }
+    }
+
+    /// The source lives and does not go on: nothing is held for it any longer than it has to be.
+    fn silent(&mut self, expected: &'static str, limit: Duration) -> Option<DestinationEvent> {
+        let error = EngineError::Silent { migration: self.order.migration, expected, limit };
+        self.left_alone().then(|| self.give_up(error))
+    }
+
+    /// Whether a source that is gone means to give up. After PREPARED only its word counts, which comes on another
+    /// session; after RUN the VM is here whatever it says.
+    fn left_alone(&mut self) -> bool {
+        if self.machine.is_prepared() {
+            self.error = Some(EngineError::Undecided { vm: self.order.vm.clone(), migration: self.order.migration });
+            self.ended = Some(None);
+        } else if self.machine.name() == "running" {
+            self.ended = Some(Some(Outcome::Moved));
+        }
+        self.ended.is_none()
     }
 
     fn lane_reported(&mut self, report: &LaneReport) -> Option<DestinationEvent> {
@@ -224,9 +281,16 @@ impl Run {
         if let Some(error) = totals_differ(said, &applied) {
             return Some(self.give_up(error));
         }
-        let event = DestinationEvent::RoundComplete { round: *round, last: *last };
+        let (round, last) = (*round, *last);
         self.rounds.said = None;
-        Some(event)
+        if round.0 > limits::ROUNDS_MAX {
+            let got = format!("round {round}");
+            return Some(self.give_up(EngineError::OutOfPlace { expected: "an end of the rounds", got }));
+        }
+        if last {
+            self.seal.close();
+        }
+        Some(DestinationEvent::RoundComplete { round, last })
     }
 
     // SPEC: PROTOCOL.md#must-state-complete
@@ -238,16 +302,10 @@ impl Run {
     async fn received(&mut self, message: Result<Message, TransportError>) -> Option<DestinationEvent> {
         let message = match message {
             Ok(message) => message,
-            // After PREPARED only the source's word counts, and it comes on another session.
-            Err(_) if self.machine.is_prepared() => {
-                self.ended = Some(None);
-                return None;
+            Err(source) => {
+                let error = EngineError::Transport { migration: self.order.migration, source };
+                return self.left_alone().then(|| self.give_up(error));
             }
-            Err(_) if self.machine.name() == "running" => {
-                self.ended = Some(Some(Outcome::Moved));
-                return None;
-            }
-            Err(source) => return Some(self.give_up(EngineError::Transport { migration: self.order.migration, source })),
         };
         match message {
             Message::RoundEnd(end) if end.migration == self.order.migration && end.lanes.len() == usize::from(self.lanes) => {
@@ -262,7 +320,7 @@ impl Run {
                 self.rounds.said = Some((end.round, end.last, end.lanes));
                 self.round_complete()
             }
-            Message::StateChunk(chunk) => match self.state.take_in(&chunk) {
+            Message::StateChunk(chunk) if chunk.migration == self.order.migration => match self.state.take_in(&chunk) {
                 Ok(()) => self.final_when_ready(),
                 Err(error) => Some(self.give_up(error)),
             },
@@ -291,7 +349,7 @@ impl Run {
                 None
             }
             Message::Failure(failure) => {
-                let error = EngineError::Peer { migration: self.order.migration, class: failure.class, reason: failure.reason };
+                let error = EngineError::peer(self.order.migration, failure.class, &failure.reason);
                 Some(self.give_up(error))
             }
             Message::Ping => None,
@@ -435,6 +493,20 @@ impl Run {
     }
 }
 
+impl Watch {
+    /// What is missing, if it has been for too long.
+    fn look(&mut self) -> Option<(&'static str, Duration)> {
+        let (now, bytes) = (Instant::now(), self.meter.frame_bytes());
+        if bytes != self.bytes {
+            (self.bytes, self.heard, self.led_on) = (bytes, now, now);
+        }
+        if now - self.led_on > limits::STALL_MAX {
+            return Some(("pages or a step", limits::STALL_MAX));
+        }
+        (now - self.heard > limits::SILENCE_MAX).then_some(("a sign of life", limits::SILENCE_MAX))
+    }
+}
+
 impl StateBuffer {
     fn take_in(&mut self, chunk: &StateChunk) -> Result<(), EngineError> {
         let refuse = |got: String| Err(EngineError::OutOfPlace { expected: "the next piece of the device state", got });
@@ -458,4 +530,5 @@ fn lock(twin: &Twin) -> std::sync::MutexGuard<'_, Box<dyn PagedDestination>> {
     twin.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
 }
 
+const WATCH_INTERVAL: Duration = Duration::from_secs(1);
 const LINGER: Duration = Duration::from_secs(2);

@@ -12,7 +12,7 @@ pub(super) fn sha256(bytes: &[u8]) -> [u8; 32] {
     out
 }
 
-/// SHA-256 over every lane's totals, lane by lane.
+/// SHA-256 over every lane's totals, as the final digest has them.
 pub(super) fn digest_totals(totals: &[LaneTotals]) -> [u8; 32] {
     sha256(&LaneTotals::canonical_bytes(totals))
 }

@@ -5,6 +5,7 @@ use std::time::Duration;
 use crate::audit::AuditError;
 use crate::hypervisor::HypervisorError;
 use crate::journal::JournalError;
+use crate::limits;
 use crate::memory::{DecodeError, LayoutError, RamError};
 use crate::migration::{Refusal, Verdict};
 use crate::transport::TransportError;
@@ -95,7 +96,7 @@ pub enum EngineError {
         migration: MigrationId,
         /// Its class.
         class: ErrorClass,
-        /// Its words, bounded.
+        /// Its words, bounded and without control characters.
         reason: String,
     },
     /// The guest dirties faster than can be sent.
@@ -150,12 +151,44 @@ pub enum EngineError {
         /// The attempt.
         migration: MigrationId,
     },
+    /// The guest stands still and the destination takes too long.
+    #[error("the switch of `{vm}` did not end within {} s of its pause", .limit.as_secs_f64())]
+    PausedTooLong {
+        /// Which VM.
+        vm: VmName,
+        /// The deadline.
+        limit: Duration,
+    },
+    /// PREPARED is journaled and the source's word is missing.
+    #[error("migration `{migration}` of `{vm}` is in doubt: the twin is prepared and the source has not decided")]
+    Undecided {
+        /// Which VM.
+        vm: VmName,
+        /// The attempt.
+        migration: MigrationId,
+    },
+    /// The peer lives and does not go on.
+    #[error("the peer of migration `{migration}` is silent: expected {expected} within {} s", .limit.as_secs_f64())]
+    Silent {
+        /// The attempt.
+        migration: MigrationId,
+        /// What had to come.
+        expected: &'static str,
+        /// How long it was waited for.
+        limit: Duration,
+    },
     /// Our own broken invariant.
     #[error("internal error: {0}; please report it")]
     Bug(String),
 }
 
 impl EngineError {
+    /// The peer gave up. What it says reaches terminals and logs, so it does so without control characters.
+    pub(super) fn peer(migration: MigrationId, class: ErrorClass, words: &str) -> Self {
+        let plain = |c: char| if c.is_control() { c.escape_default().collect() } else { vec![c] };
+        Self::Peer { migration, class, reason: words.chars().flat_map(plain).take(limits::REASON_BYTES_MAX).collect() }
+    }
+
     /// Whose fault.
     #[must_use]
     pub fn class(&self) -> ErrorClass {
@@ -171,11 +204,11 @@ impl EngineError {
             Self::Peer { class, .. } => *class,
             Self::NotConverging { .. } => ErrorClass::NotConverged,
             Self::Denied { .. } => ErrorClass::Denied,
-            Self::TimedOut { .. } => ErrorClass::TimedOut,
+            Self::TimedOut { .. } | Self::PausedTooLong { .. } | Self::Silent { .. } => ErrorClass::TimedOut,
             Self::Cancelled { .. } => ErrorClass::Cancelled,
             // To the source this gateway is one that cannot be reached any more.
             Self::ShuttingDown { .. } => ErrorClass::PeerUnreachable,
-            Self::InDoubt { .. } => ErrorClass::InDoubt,
+            Self::InDoubt { .. } | Self::Undecided { .. } => ErrorClass::InDoubt,
             Self::Bug(_) => ErrorClass::Bug,
         }
     }

@@ -5,15 +5,17 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 use crate::audit::{AuditLog, Entry, Event, Outcome as AuditOutcome};
+use crate::engine::link::send_within;
 use crate::engine::{EngineError, Link};
 use crate::hypervisor::{HypervisorError, PagedSource, RunState};
 use crate::identity::{Signer, verify_signature};
 use crate::journal::Journal;
+use crate::limits;
 use crate::migration::{
     DestinationHandoff, DestinationRecord, DestinationStep, HandoffAction, OfferRecord, Outcome, PreparedRecord, SourceHandoff,
     SourceRecord, SourceStep,
 };
-use crate::transport::Session;
+use crate::transport::{Session, TransportError};
 use crate::types::{Epoch, Incarnation, MigrationId, Side, SpiffeId, VmName, VmUuid};
 use crate::wire::{ErrorClass, Handoff, HandoffMessage, Message, SignedHandoff};
 
@@ -216,7 +218,8 @@ impl Evidence {
             step,
         };
         let signature = self.signer.sign(&message.signed_bytes());
-        if let Err(error) = session.send(&Message::Handoff(SignedHandoff { message, signature })).await {
+        let message = Message::Handoff(SignedHandoff { message, signature });
+        if let Err(error) = send_within(session, &message, limits::SEND_WITHIN).await {
             tracing::debug!(migration = %binding.migration, error = %error, "handoff message not sent");
         }
     }
@@ -239,6 +242,13 @@ impl Evidence {
             return Err(not_authentic("receiver"));
         }
         Ok((message.step.clone(), message.sender == binding.peer_incarnation))
+    }
+
+    /// Whether the VM is still where and what a handoff left it.
+    fn is_here(&self, binding: &Binding, epoch: Epoch) -> Result<bool, EngineError> {
+        let Some(bytes) = self.journal.vm(&binding.vm)? else { return Ok(false) };
+        let place = Placement::read(&bytes).map_err(|source| EngineError::Record { migration: binding.migration, source })?;
+        Ok(place == Placement::Here { address: binding.address.clone(), epoch })
     }
 
     fn records(&self, migration: MigrationId) -> Result<Vec<JournalRecord>, EngineError> {
@@ -268,6 +278,8 @@ pub enum Resolved {
     Ended(Outcome),
     /// The peer has to be asked.
     Open {
+        /// The VM.
+        vm: VmName,
         /// The peer gateway.
         peer: SpiffeId,
         /// Whether this gateway is the source.
@@ -286,45 +298,71 @@ struct Interrupted<'a> {
     attach: &'a Attach,
     binding: Binding,
     machine: Machine,
+    /// What the journal alone decides; not done yet.
+    due: Due,
+    /// Nothing more can come of it.
+    settled: bool,
+}
+
+enum Due {
+    Source(Vec<HandoffAction<SourceRecord>>),
+    Destination(Vec<HandoffAction<DestinationRecord>>),
 }
 
 impl<'a> Interrupted<'a> {
-    /// Rebuilds a handoff; performs what the journal alone decides.
-    async fn recover(evidence: &'a Evidence, attach: &'a Attach, migration: MigrationId) -> Result<(Option<Self>, Resolved), EngineError> {
+    /// Rebuilds a handoff. Nothing is done yet: whoever asks may not be who it is about.
+    fn load(evidence: &'a Evidence, attach: &'a Attach, migration: MigrationId) -> Result<Option<Self>, EngineError> {
         let records = evidence.records(migration)?;
         let sources: Vec<_> =
             records.iter().filter_map(|r| if let JournalRecord::Source(r) = r { Some(r.clone()) } else { None }).collect();
         let destinations: Vec<_> =
             records.iter().filter_map(|r| if let JournalRecord::Destination(r) = r { Some(r.clone()) } else { None }).collect();
         if let Some(SourceRecord::Offer(offer)) = sources.first() {
-            let Some((machine, actions)) = SourceHandoff::recover(&sources) else { return Ok((None, Resolved::Settled)) };
-            let settled = matches!(sources.last(), Some(SourceRecord::Abort | SourceRecord::Reclaim | SourceRecord::Done));
-            let this = Self { evidence, attach, binding: offer.as_ref().into(), machine: Machine::Source(machine) };
-            let mut resolved = Resolved::Open { peer: this.binding.peer.clone(), source: true };
-            if settled {
-                resolved = Resolved::Settled;
-            } else if let Some(outcome) = this.perform(actions, None).await? {
-                resolved = Resolved::Ended(outcome);
+            let Some((machine, actions)) = SourceHandoff::recover(&sources) else { return Ok(None) };
+            let mut settled = matches!(sources.last(), Some(SourceRecord::Abort | SourceRecord::Reclaim | SourceRecord::Done));
+            let binding = Binding::from(offer.as_ref());
+            if matches!(sources.last(), Some(SourceRecord::Offer(_))) && !evidence.is_here(&binding, offer.epoch)? {
+                // Another attempt has moved the VM since; this one was never given back its end on disk.
+                settled = true;
             }
-            return Ok((Some(this), resolved));
+            return Ok(Some(Self { evidence, attach, binding, machine: Machine::Source(machine), due: Due::Source(actions), settled }));
         }
         if let Some(DestinationRecord::Prepared(record)) = destinations.first() {
             let intact = match destinations.last() {
                 Some(DestinationRecord::Prepared(_)) => attach(&record.address, &record.vm).is_ok(),
                 _ => true,
             };
-            let (machine, actions) = DestinationHandoff::recover(&destinations, intact);
-            let this = Self { evidence, attach, binding: record.as_ref().into(), machine: Machine::Destination(machine) };
-            let resolved = match destinations.last() {
-                Some(DestinationRecord::Refused | DestinationRecord::Closed) => Resolved::Settled,
-                _ => Resolved::Open { peer: this.binding.peer.clone(), source: false },
-            };
-            if resolved != Resolved::Settled {
-                this.perform(actions, None).await?;
+            let (machine, mut actions) = DestinationHandoff::recover(&destinations, intact);
+            let settled = matches!(destinations.last(), Some(DestinationRecord::Refused | DestinationRecord::Closed));
+            let binding = Binding::from(record.as_ref());
+            if matches!(destinations.last(), Some(DestinationRecord::Run)) && !evidence.is_here(&binding, binding.epoch)? {
+                // INVARIANT(single-runner): a VM that was given on since is not this handoff's to start.
+                actions.clear();
             }
-            return Ok((Some(this), resolved));
+            let (machine, due) = (Machine::Destination(machine), Due::Destination(actions));
+            return Ok(Some(Self { evidence, attach, binding, machine, due, settled }));
         }
-        Ok((None, Resolved::Settled))
+        Ok(None)
+    }
+
+    /// Performs what the journal alone decides.
+    async fn settle(&mut self) -> Result<Resolved, EngineError> {
+        let due = std::mem::replace(&mut self.due, Due::Source(Vec::new()));
+        if self.settled {
+            return Ok(Resolved::Settled);
+        }
+        let ended = match due {
+            Due::Source(actions) => self.perform(actions, None).await?,
+            Due::Destination(actions) => self.perform(actions, None).await?,
+        };
+        Ok(match ended {
+            Some(outcome) => Resolved::Ended(outcome),
+            None => Resolved::Open {
+                vm: self.binding.vm.clone(),
+                peer: self.binding.peer.clone(),
+                source: matches!(self.machine, Machine::Source(_)),
+            },
+        })
     }
 
     async fn with_guest(&self, what: fn(&mut dyn PagedSource) -> Result<(), HypervisorError>) -> Result<(), EngineError> {
@@ -394,7 +432,11 @@ impl<'a> Interrupted<'a> {
                 return Ok(Resolved::Ended(outcome));
             }
             event = loop {
-                match link.session.receive().await {
+                let received = tokio::time::timeout(limits::ANSWER_WITHIN, link.session.receive()).await.unwrap_or_else(|_| {
+                    let (address, after) = (link.session.peer_address(), limits::ANSWER_WITHIN);
+                    Err(TransportError::TimedOut { address, awaited: "go on with the handoff", after })
+                });
+                match received {
                     Ok(Message::Handoff(signed)) => {
                         let (step, same) = self.evidence.check(&self.binding, &signed)?;
                         break Step::Received(step, same);
@@ -510,9 +552,10 @@ pub async fn repeat_effect(evidence: &Evidence, attach: &Attach, migration: Migr
 /// # Errors
 /// The journal cannot be read, the guest cannot be reached, or the peer misbehaves; nothing was decided then.
 pub async fn resolve(evidence: &Evidence, attach: &Attach, migration: MigrationId, link: Option<&Link>) -> Result<Resolved, EngineError> {
-    let (interrupted, resolved) = Interrupted::recover(evidence, attach, migration).await?;
-    match (interrupted, &resolved, link) {
-        (Some(interrupted), Resolved::Open { peer, .. }, Some(link)) => {
+    let Some(mut interrupted) = Interrupted::load(evidence, attach, migration)? else { return Ok(Resolved::Settled) };
+    let resolved = interrupted.settle().await?;
+    match (&resolved, link) {
+        (Resolved::Open { peer, .. }, Some(link)) => {
             if link.peer.spiffe != *peer {
                 return Err(EngineError::NotAuthentic { migration, why: "session peer" });
             }
@@ -528,8 +571,7 @@ pub async fn resolve(evidence: &Evidence, attach: &Attach, migration: MigrationI
 /// As [`resolve`].
 pub async fn answer(evidence: &Evidence, attach: &Attach, link: &Link, signed: &SignedHandoff) -> Result<Resolved, EngineError> {
     let migration = signed.message.migration;
-    let (interrupted, _) = Interrupted::recover(evidence, attach, migration).await?;
-    let Some(interrupted) = interrupted else {
+    let Some(mut interrupted) = Interrupted::load(evidence, attach, migration)? else {
         // Nothing was ever promised for this migration, and never will be.
         if !verify_signature(&link.peer.signing_key, &signed.message.signed_bytes(), &signed.signature) {
             return Err(EngineError::NotAuthentic { migration, why: "signature" });
@@ -555,7 +597,9 @@ pub async fn answer(evidence: &Evidence, attach: &Attach, link: &Link, signed: &
     if link.peer.spiffe != interrupted.binding.peer {
         return Err(EngineError::NotAuthentic { migration, why: "session peer" });
     }
+    // Only now is it known that the right peer asks.
     let (step, same) = evidence.check(&interrupted.binding, signed)?;
+    interrupted.settle().await?;
     interrupted.converse(link, Step::Received(step, same)).await
 }
 

@@ -1,6 +1,6 @@
 //! The page pumps: one task a lane on the lane's own thread, at each end.
 
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError, RwLock};
 
 use bytes::{Bytes, BytesMut};
 use tokio::sync::mpsc;
@@ -93,7 +93,24 @@ pub(super) struct ReceiveShared {
     pub(super) migration: MigrationId,
     pub(super) ram: Arc<GuestRam>,
     pub(super) lanes: u16,
+    pub(super) meter: Arc<Meter>,
+    pub(super) seal: Arc<Seal>,
     pub(super) reports: mpsc::Sender<Result<LaneReport, EngineError>>,
+}
+
+/// `INVARIANT(sealed-memory)`: once the last round is complete, no lane writes guest memory any more.
+#[derive(Debug, Default)]
+pub(super) struct Seal(RwLock<bool>);
+
+impl Seal {
+    /// Returns when every write that had begun has ended; none begins afterwards.
+    pub(super) fn close(&self) {
+        *self.0.write().unwrap_or_else(PoisonError::into_inner) = true;
+    }
+
+    fn is_closed(&self) -> bool {
+        *self.0.read().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 /// Applies frames on the thread that decrypted them until the source finishes or something fails.
@@ -108,8 +125,10 @@ pub(super) async fn receive_lane(mut io: LaneIo, shared: ReceiveShared) {
                     return;
                 }
             }
-            Err(None) => return,
-            Err(Some(error)) => {
+            // After the last round a lane may end as it likes.
+            Err(None) | Err(Some(EngineError::Transport { .. })) if shared.seal.is_closed() => return,
+            Err(error) => {
+                let error = error.unwrap_or_else(|| ended_early("a frame"));
                 // Nobody listens any more when the migration has ended for another reason.
                 let _ = shared.reports.send(Err(error)).await;
                 return;
@@ -134,8 +153,18 @@ async fn receive_frame(
     // The header's decoder bounds the length by the size of this buffer.
     let body = body.get_mut(..header.body_bytes).ok_or_else(|| Some(EngineError::Bug("frame body above its bound".into())))?;
     if !body.is_empty() && !io.receiver.read_exact(body).await.map_err(transport)? {
-        return Err(Some(EngineError::OutOfPlace { expected: "the body of a frame", got: "the end of the lane".into() }));
+        return Err(Some(ended_early("the body of a frame")));
+    }
+    let closed = shared.seal.0.read().unwrap_or_else(PoisonError::into_inner);
+    if *closed {
+        return Err(Some(EngineError::OutOfPlace { expected: "nothing behind the last round", got: "a frame".into() }));
     }
     let ended = decoder.apply(&header, body, &shared.ram).map_err(|source| Some(EngineError::Frame { lane, source }))?;
+    drop(closed);
+    shared.meter.frame(0, header.body_bytes as u64);
     Ok(ended.map(|round| LaneReport { lane, round, totals: decoder.totals(), counts: decoder.counts(), wire_bytes: 0 }))
+}
+
+fn ended_early(expected: &'static str) -> EngineError {
+    EngineError::OutOfPlace { expected, got: "the end of the lane".into() }
 }

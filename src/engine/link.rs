@@ -1,8 +1,10 @@
 //! A session after both sides have said what they speak.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use crate::engine::EngineError;
+use crate::limits;
 use crate::transport::{Session, TransportError};
 use crate::types::{Incarnation, MigrationId, SpiffeId};
 use crate::wire::{Hello, Message, Negotiated, negotiate};
@@ -38,13 +40,32 @@ fn before_migration(source: TransportError) -> EngineError {
 /// # Errors
 /// The session fails, or the peer speaks nothing that we speak.
 pub async fn greet(session: Session, own: &Hello) -> Result<Link, EngineError> {
-    session.send(&Message::Hello(own.clone())).await.map_err(before_migration)?;
-    // SPEC: PROTOCOL.md#must-hello-first
-    let theirs = match session.receive().await.map_err(before_migration)? {
-        Message::Hello(hello) => hello,
-        other => return Err(EngineError::OutOfPlace { expected: "HELLO", got: other.name().to_owned() }),
+    let greeting = async {
+        session.send(&Message::Hello(own.clone())).await.map_err(before_migration)?;
+        // SPEC: PROTOCOL.md#must-hello-first
+        let theirs = match session.receive().await.map_err(before_migration)? {
+            Message::Hello(hello) => hello,
+            other => return Err(EngineError::OutOfPlace { expected: "HELLO", got: other.name().to_owned() }),
+        };
+        Ok((negotiate(own, &theirs).map_err(EngineError::Wire)?, theirs))
     };
-    let negotiated = negotiate(own, &theirs).map_err(EngineError::Wire)?;
+    let greeted = tokio::time::timeout(limits::GREETING_WITHIN, greeting).await.unwrap_or_else(|_| {
+        let (address, after) = (session.peer_address(), limits::GREETING_WITHIN);
+        Err(before_migration(TransportError::TimedOut { address, awaited: "say HELLO", after }))
+    });
+    let (negotiated, theirs) = match greeted {
+        Ok(greeted) => greeted,
+        Err(error) => {
+            session.close(Some(error.class()), &crate::telemetry::chain(&error));
+            return Err(error);
+        }
+    };
     let peer = PeerFacts { spiffe: session.peer().spiffe().clone(), incarnation: theirs.incarnation, signing_key: theirs.signing_key };
     Ok(Link { session: Arc::new(session), peer, negotiated })
+}
+
+/// Sends a message; a peer that does not read is waited for until `within`.
+pub(super) async fn send_within(session: &Session, message: &Message, within: Duration) -> Result<(), TransportError> {
+    let timed_out = |_| TransportError::TimedOut { address: session.peer_address(), awaited: "read a control message", after: within };
+    tokio::time::timeout(within, session.send(message)).await.map_err(timed_out)?
 }

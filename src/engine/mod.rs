@@ -4,7 +4,9 @@
 //! *Never:* decides what `migration/` decides, reads configuration, serves the control socket.
 //! *Invariants:* `journal-wire-effect` (defined in `migration/`; kept by performing actions in order and
 //! dropping those behind a failed record), `vm-comes-back` (a source driver given to a migration is
-//! given back at its end unless the guest was destroyed because it runs elsewhere).
+//! given back at its end unless the guest was destroyed because it runs elsewhere), `sealed-memory` (no lane writes guest
+//! memory behind the last round), `no-endless-wait` (whatever is asked of a peer ends by itself: a peer that lives and is
+//! silent, or does not read, costs a bounded time).
 //! *Read first:* `source.rs`, then `lanes.rs`, `destination.rs`, `handoff.rs`.
 
 mod destination;

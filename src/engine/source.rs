@@ -14,6 +14,7 @@ use tokio::task::JoinHandle;
 use crate::engine::handoff::{Binding, Evidence, blocking, joined};
 use crate::engine::lanes::{LaneReport, LaneRound};
 use crate::engine::limiter::Limiter;
+use crate::engine::link::send_within;
 use crate::engine::meter::{Figures, Meter, Stopwatch};
 use crate::engine::{EngineError, Link};
 use crate::hypervisor::PagedSource;
@@ -25,6 +26,7 @@ use crate::transport::{LaneHandle, TransportError};
 use crate::types::{Epoch, MigrationId, Round, VmName, VmUuid};
 use crate::wire::{AuditHead, Failure, FinalDigest, Handoff, Message, Offer, StreamTerms};
 use rounds::{Finals, RoundUnderWay};
+use switch::RECONNECT_FIRST;
 
 /// What is to be done.
 #[derive(Debug, Clone)]
@@ -137,6 +139,12 @@ struct Run {
     figures: Figures,
     phase: Phase,
     started: Instant,
+    /// When the guest that is paused goes on here, come what may.
+    pause_ends: Option<Instant>,
+    /// When a destination that was given the VM and does not answer is left to the gateway.
+    doubt_ends: Option<Instant>,
+    reconnect_pause: Duration,
+    said: Instant,
     ended: Option<Option<Outcome>>,
 }
 
@@ -164,6 +172,10 @@ pub async fn run_source(order: SourceOrder, ports: SourcePorts) -> SourceEnd {
         figures: Figures::default(),
         phase: Phase::Connect,
         started: Instant::now(),
+        pause_ends: None,
+        doubt_ends: None,
+        reconnect_pause: RECONNECT_FIRST,
+        said: Instant::now(),
         ended: None,
         order,
         evidence,
@@ -228,7 +240,56 @@ impl Run {
 
     async fn say(&mut self, message: Message) -> Result<(), EngineError> {
         let migration = self.order.migration;
-        self.link.session.send(&message).await.map_err(|source| EngineError::Transport { migration, source })
+        // A peer that does not read holds up neither the deadline nor the guest.
+        let left = self.deadline().map_or(limits::SEND_WITHIN, |at| at.saturating_duration_since(Instant::now()));
+        let sent = send_within(&self.link.session, &message, left.min(limits::SEND_WITHIN)).await;
+        self.said = Instant::now();
+        sent.map_err(|source| EngineError::Transport { migration, source })
+    }
+
+    /// When this has to be over as it is now: the migration, the pause, or the wait for an answer to COMMIT.
+    fn deadline(&self) -> Option<Instant> {
+        if self.machine.is_committed() {
+            return self.doubt_ends;
+        }
+        let end = self.order.timeout.map(|limit| self.started + limit);
+        [end, self.pause_ends].into_iter().flatten().min()
+    }
+
+    fn deadline_passed(&mut self) -> Option<SourceEvent> {
+        let vm = self.order.vm.clone();
+        if self.machine.is_committed() {
+            self.in_doubt();
+            return None;
+        }
+        let paused_too_long = self.pause_ends.take_if(|at| *at <= Instant::now()).is_some();
+        let error = match self.order.timeout.take_if(|_| !paused_too_long) {
+            Some(limit) => EngineError::TimedOut { vm, limit },
+            None => EngineError::PausedTooLong { vm, limit: self.pause_max() },
+        };
+        Some(self.give_up(error))
+    }
+
+    fn pause_max(&self) -> Duration {
+        let goal = self.machine.convergence().goal();
+        limits::PAUSE_SLACK + (goal.downtime_max + goal.fixed_cost) * 10
+    }
+
+    fn in_doubt(&mut self) {
+        self.error = Some(EngineError::InDoubt { vm: self.order.vm.clone(), migration: self.order.migration });
+        self.ended = Some(None);
+    }
+
+    /// A destination that hears nothing for too long takes this for lost.
+    async fn sign_of_life(&mut self) -> Option<SourceEvent> {
+        if self.said.elapsed() < limits::PING_EVERY {
+            return None;
+        }
+        match self.say(Message::Ping).await {
+            Err(error) if !self.machine.is_committed() => Some(self.give_up(error)),
+            // After COMMIT the end of the session is what counts.
+            _ => None,
+        }
     }
 
     /// Keeps the first error, which is the cause, and asks the machine to give up.
@@ -248,13 +309,13 @@ impl Run {
 
     /// Waits for whatever happens next.
     async fn next(&mut self, commands: &mut mpsc::Receiver<Command>, tick: &mut tokio::time::Interval) -> Option<SourceEvent> {
+        let deadline = self.deadline();
         let finals = async {
             match &mut self.finals {
                 Some(task) => task.await,
                 None => std::future::pending().await,
             }
         };
-        let deadline = self.order.timeout.map(|limit| self.started + limit).filter(|_| !self.machine.is_committed());
         let timed_out = async {
             match deadline {
                 Some(at) => tokio::time::sleep_until(at.into()).await,
@@ -279,14 +340,10 @@ impl Run {
             },
             message = self.link.session.receive() => self.received(message).await,
             command = commands.recv() => self.commanded(command),
-            () = timed_out => {
-                let limit = self.order.timeout.unwrap_or_default();
-                self.order.timeout = None;
-                Some(self.give_up(EngineError::TimedOut { vm: self.order.vm.clone(), limit }))
-            }
+            () = timed_out => self.deadline_passed(),
             _ = tick.tick() => {
                 self.show(|_| {});
-                None
+                self.sign_of_life().await
             }
         }
     }
@@ -330,7 +387,9 @@ impl Run {
                 self.binding = Some(offer.as_ref().into());
                 Some(SourceEvent::Accepted { offer, lanes: accept.lanes })
             }
-            Message::RoundApplied(applied) => self.round_applied(applied.round, &applied.lanes).await,
+            Message::RoundApplied(applied) if applied.migration == self.order.migration => {
+                self.round_applied(applied.round, &applied.lanes).await
+            }
             Message::Handoff(signed) => {
                 let Some(binding) = &self.binding else {
                     return Some(self.give_up(EngineError::OutOfPlace { expected: "ACCEPT", got: "a handoff message".into() }));
@@ -362,7 +421,7 @@ impl Run {
                 None
             }
             Message::Failure(failure) => {
-                let error = EngineError::Peer { migration: self.order.migration, class: failure.class, reason: failure.reason };
+                let error = EngineError::peer(self.order.migration, failure.class, &failure.reason);
                 Some(self.give_up(error))
             }
             Message::Ping => None,
@@ -419,6 +478,7 @@ impl Run {
                 joined(tokio::task::spawn_blocking(move || journal.counter("switchovers")).await)??;
                 self.phase = Phase::Switchover;
                 self.pause = Some(Stopwatch::start());
+                self.pause_ends = Some(Instant::now() + self.pause_max());
                 let guest = Arc::clone(&self.guest);
                 blocking(move || Ok(lock(&guest).pause()?)).await?;
                 self.lap("pause");

@@ -1,7 +1,8 @@
 //! A VM arrives: from a stranger's datagram to a running guest.
 
+use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use tokio::sync::{mpsc, watch};
 
@@ -10,7 +11,7 @@ use crate::config;
 use crate::engine::{self, DestinationOrder, Link, Placement};
 use crate::gateway::judge::Case;
 use crate::gateway::registry::{Busy, Claim, Migration};
-use crate::gateway::{Gateway, attach, report};
+use crate::gateway::{Gateway, attach, put_class, report};
 use crate::hypervisor::attach::{AttachedDestination, LaunchTemplate, LaunchVariables, Timeouts};
 use crate::hypervisor::{HypervisorError, Machine, PagedDestination};
 use crate::limits;
@@ -18,11 +19,11 @@ use crate::memory::MemoryLayout;
 use crate::migration::Outcome as Place;
 use crate::telemetry::{self, Phase, Progress};
 use crate::transport::{Refused, Session};
-use crate::types::Side;
+use crate::types::{MigrationId, Side};
 use crate::wire::{ErrorClass, Failure, Message, Offer, SignedHandoff};
 
-/// How long a peer may take to say what it wants.
-const FIRST_MESSAGE: Duration = Duration::from_secs(10);
+/// How long the source may take to read why it is refused.
+const LAST_WORDS: Duration = Duration::from_secs(2);
 /// How long a VMM may take to listen.
 const LAUNCH: Duration = Duration::from_secs(10);
 
@@ -51,9 +52,27 @@ struct Arrival {
     lanes: u16,
     case: Case,
     twin: Box<dyn PagedDestination>,
+    leavings: Leavings,
     policy_digest: [u8; 32],
     policy_ids: Vec<String>,
     claim: Claim,
+}
+
+/// Files that a VMM leaves behind when it ends.
+struct Leavings([PathBuf; 2]);
+
+impl Leavings {
+    /// A peer could fill the runtime directory with them.
+    fn remove(&self) {
+        for path in &self.0 {
+            // Whichever of them was made.
+            let _ = std::fs::remove_file(path);
+        }
+    }
+}
+
+fn used_before(migration: MigrationId) -> Refusal {
+    Refusal::new(ErrorClass::PeerMisbehaved, format!("migration `{migration}` was there before: an id is used once"))
 }
 
 impl Gateway {
@@ -65,7 +84,11 @@ impl Gateway {
                 match session {
                     Ok(session) => gateway.serve_session(session).await,
                     Err(Refused { peer_address, peer, reason, .. }) => {
-                        gateway.note_refused_session(peer.map(|peer| peer.to_string()), peer_address, telemetry::chain(&reason)).await;
+                        let who = peer.clone().filter(|peer| gateway.config.peer_of(peer).is_some());
+                        if gateway.crowd.attempt(&who, Instant::now()) {
+                            let (peer, why) = (peer.map(|peer| peer.to_string()), telemetry::chain(&reason));
+                            gateway.note_refused_session(peer, peer_address, reason.class(), why).await;
+                        }
                     }
                 }
             });
@@ -75,8 +98,15 @@ impl Gateway {
     async fn serve_session(self: Arc<Self>, session: Session) {
         let (spiffe, address) = (session.peer().spiffe().clone(), session.peer_address());
         let Some(peer) = self.config.peer_of(&spiffe).cloned() else {
+            if self.crowd.attempt(&None, Instant::now()) {
+                let why = "the identity is not one of the configured peers".into();
+                self.note_refused_session(Some(spiffe.to_string()), address, ErrorClass::Denied, why).await;
+            }
             session.close(Some(ErrorClass::Denied), "not a configured peer");
-            self.note_refused_session(Some(spiffe.to_string()), address, "the identity is not one of the configured peers".into()).await;
+            return;
+        };
+        let Some(_seat) = self.crowd.sit(&Some(spiffe.clone()), Instant::now()) else {
+            session.close(Some(ErrorClass::Local), "too many sessions at once or in a row");
             return;
         };
         let mut entry = Entry::new(Event::SessionOpened).outcome(Outcome::Done);
@@ -87,22 +117,18 @@ impl Gateway {
         let link = match engine::greet(session, &self.hello()).await {
             Ok(link) => link,
             Err(error) => {
-                self.note_refused_session(Some(spiffe.to_string()), address, telemetry::chain(&error)).await;
+                self.note_refused_session(Some(spiffe.to_string()), address, error.class(), telemetry::chain(&error)).await;
                 return;
             }
         };
-        let first = tokio::time::timeout(FIRST_MESSAGE, link.session.receive()).await;
+        let first = tokio::time::timeout(limits::GREETING_WITHIN, link.session.receive()).await;
         match first {
             Ok(Ok(Message::Offer(offer))) => self.take_offer(link, &peer, offer).await,
             Ok(Ok(Message::Handoff(signed))) => self.take_up(link, &signed).await,
             Ok(Ok(other)) => {
+                let why = format!("expected OFFER or a handoff message, got {}", other.name());
+                self.note_refused_session(Some(spiffe.to_string()), address, ErrorClass::PeerMisbehaved, why).await;
                 link.session.close(Some(ErrorClass::PeerMisbehaved), "expected OFFER or a handoff message");
-                self.note_refused_session(
-                    Some(spiffe.to_string()),
-                    address,
-                    format!("expected OFFER or a handoff message, got {}", other.name()),
-                )
-                .await;
             }
             // A probe of `sealane peers` says nothing and leaves.
             Ok(Err(_)) => {}
@@ -117,6 +143,7 @@ impl Gateway {
             Ok(arrival) => self.receive(link, peer, arrival, started).await,
             Err(refusal) => {
                 let mut entry = Entry::new(Event::MigrationFinished).outcome(Outcome::Refused);
+                put_class(&mut entry, refusal.class);
                 entry.vm = Some(vm.clone());
                 entry.migration = Some(migration);
                 entry.peer = Some(peer.spiffe.to_string());
@@ -125,9 +152,12 @@ impl Gateway {
                 self.note(entry).await;
                 tracing::info!(%migration, %vm, peer = %peer.spiffe, why = refusal.reason, "offer refused");
                 let reason = cut(&refusal.reason);
-                let _ = link.session.send(&Message::Failure(Failure { class: refusal.class, reason })).await;
-                // The source closes when it has read it.
-                let _ = tokio::time::timeout(Duration::from_secs(2), link.session.closed()).await;
+                let last_words = async {
+                    let _ = link.session.send(&Message::Failure(Failure { class: refusal.class, reason })).await;
+                    // The source closes when it has read it.
+                    link.session.closed().await
+                };
+                let _ = tokio::time::timeout(LAST_WORDS, last_words).await;
             }
         }
     }
@@ -160,19 +190,18 @@ impl Gateway {
             let why = format!("VM `{}` needs {memory_bytes} bytes of memory: this gateway accepts {most}", offer.vm);
             return Err(Refusal::new(ErrorClass::PeerIncompatible, why));
         }
-        if let Some(Placement::Here { .. }) = self.registry.place(&offer.vm) {
-            return Err(Refusal::new(ErrorClass::Denied, format!("VM `{}` is here already", offer.vm)));
-        }
         let claim =
             self.registry.claim(&offer.vm, offer.migration, self.config.limits.migrations_max as usize).map_err(|busy| match busy {
                 Busy::Vm(other) => Refusal::new(ErrorClass::Denied, format!("VM `{}` is moving already, in migration `{other}`", offer.vm)),
                 Busy::Full => Refusal::new(ErrorClass::Local, "too many migrations are under way"),
                 Busy::Closing => Refusal::new(ErrorClass::PeerUnreachable, "the gateway is shutting down"),
+                Busy::Id => used_before(offer.migration),
             })?;
-        let twin = self.build_twin(template, &offer, machine).await?;
+        self.check_place(&offer).await?;
+        let (twin, leavings) = self.build_twin(template, &offer, machine).await?;
         let lanes = offer.stream.lanes.clamp(1, limits::LANES_MAX);
         let (policy_digest, policy_ids) = (*permit.set_digest(), permit.policy_ids().to_vec());
-        Ok(Arrival { offer, lanes, case, twin: Box::new(twin), policy_digest, policy_ids, claim })
+        Ok(Arrival { offer, lanes, case, twin: Box::new(twin), leavings, policy_digest, policy_ids, claim })
     }
 
     /// What the offer says it is, checked against itself and against what this gateway knows of the VM.
@@ -185,6 +214,9 @@ impl Gateway {
         if machine.uuid != offer.uuid || machine.regions != offer.regions || machine.kind != offer.hypervisor {
             return Err(Refusal::new(ErrorClass::PeerMisbehaved, "the machine description contradicts the offer"));
         }
+        if offer.epoch.next() == offer.epoch {
+            return Err(Refusal::new(ErrorClass::PeerMisbehaved, "there is no epoch after the offer's"));
+        }
         let vm = self
             .config
             .vm(&offer.vm)
@@ -196,11 +228,15 @@ impl Gateway {
     }
 
     /// Starts an empty VMM and lets it say what this host lacks.
-    async fn build_twin(&self, template: LaunchTemplate, offer: &Offer, machine: Machine) -> Result<AttachedDestination, Refusal> {
+    async fn build_twin(
+        &self,
+        template: LaunchTemplate,
+        offer: &Offer,
+        machine: Machine,
+    ) -> Result<(AttachedDestination, Leavings), Refusal> {
         let runtime = &self.config.gateway.runtime_directory;
-        // A Unix socket's path has at most 107 bytes.
-        let migration = offer.migration.to_string();
-        let stem = format!("{}-{}", offer.vm, migration.get(..12).unwrap_or_default());
+        // A Unix socket's path has at most 107 bytes: the id alone names it, and says whose twin it is.
+        let stem = offer.migration.to_string();
         let variables = LaunchVariables {
             socket: runtime.join(format!("{stem}.sock")),
             vm: offer.vm.clone(),
@@ -210,6 +246,7 @@ impl Gateway {
             serial: runtime.join(format!("{}.serial", offer.vm)),
             log: runtime.join(format!("{stem}.log")),
         };
+        let leavings = Leavings([variables.socket.clone(), variables.log.clone()]);
         let built = tokio::task::spawn_blocking(move || -> Result<AttachedDestination, HypervisorError> {
             let mut vmm = template.launch(&variables, LAUNCH)?;
             AttachedDestination::prepare(&vmm.socket.clone(), variables.vm.as_str(), &machine, Timeouts::default()).inspect_err(|_| {
@@ -217,11 +254,38 @@ impl Gateway {
                 let _ = vmm.kill();
             })
         });
-        Ok(built.await.map_err(|error| Refusal::new(ErrorClass::Bug, error.to_string()))??)
+        let twin = match built.await {
+            Ok(twin) => twin.map_err(Refusal::from),
+            Err(error) => Err(Refusal::new(ErrorClass::Bug, error.to_string())),
+        };
+        Ok((twin.inspect_err(|_| leavings.remove())?, leavings))
+    }
+
+    /// A VM can come if it is not here, was not given away without an answer, and comes at an epoch that follows what is
+    /// known of it. The id of its migration is new.
+    async fn check_place(&self, offer: &Offer) -> Result<(), Refusal> {
+        let (journal, migration) = (Arc::clone(&self.journal), offer.migration);
+        let records = tokio::task::spawn_blocking(move || journal.records(migration)).await;
+        let records = records.map_err(|error| Refusal::new(ErrorClass::Bug, error.to_string()))?;
+        if !records.map_err(|error| Refusal::new(ErrorClass::Local, telemetry::chain(&error)))?.is_empty() {
+            return Err(used_before(migration));
+        }
+        let denied = |why: String| Err(Refusal::new(ErrorClass::Denied, format!("VM `{}` {why}", offer.vm)));
+        match self.registry.place(&offer.vm) {
+            Some(Placement::Here { .. }) => denied("is here already".into()),
+            // INVARIANT(one-owner): the copy that waits here may have to go on.
+            Some(Placement::Given { migration, peer, .. }) => {
+                denied(format!("was given to `{peer}` in migration `{migration}`, which has not answered"))
+            }
+            Some(Placement::Away { epoch, .. }) if offer.epoch < epoch => {
+                denied(format!("left at epoch {epoch}: an offer at epoch {} is older", offer.epoch))
+            }
+            Some(Placement::Away { .. }) | None => Ok(()),
+        }
     }
 
     async fn receive(self: Arc<Self>, link: Link, peer: &config::Peer, arrival: Arrival, started: SystemTime) {
-        let Arrival { offer, lanes, case, twin, policy_digest, policy_ids, claim } = arrival;
+        let Arrival { offer, lanes, case, twin, leavings, policy_digest, policy_ids, claim } = arrival;
         let (migration, vm, kind) = (offer.migration, offer.vm.clone(), offer.hypervisor.clone());
         let mut shown = Progress::new(migration);
         shown.phase = Phase::Memory;
@@ -254,26 +318,42 @@ impl Gateway {
         report.verified = end.outcome == Some(Place::Moved) && case.terms.verify;
         report.audit.destination_head = Some(self.audit.head().text);
         self.refresh_place(&vm);
-        drop(claim);
-        if end.outcome.is_none() {
-            self.resolve_later(migration, None);
-        }
+        let claim = match end.outcome {
+            // Nothing is left of a VM that did not come.
+            Some(Place::Stayed | Place::Reclaimed) => {
+                leavings.remove();
+                Some(claim)
+            }
+            Some(Place::Moved) => Some(claim),
+            None => {
+                self.resolve_later(migration, None, Some(claim));
+                None
+            }
+        };
         self.finished(report, ended_in).await;
+        drop(claim);
     }
 
     /// A peer comes back for a handoff that was interrupted.
     async fn take_up(self: Arc<Self>, link: Link, signed: &SignedHandoff) {
         let migration = signed.message.migration;
-        // Our own end of it has not seen yet that its session is gone; the peer comes again.
-        if self.registry.migration(migration).is_some_and(|known| known.report.is_none()) {
-            link.session.close(Some(ErrorClass::Local), "this migration is still under way here");
+        if self.registry.is_under_way(migration) {
+            // The peer may have lost its session before we have; it comes again.
+            link.session.close(Some(ErrorClass::Local), "the migration is under way in another session");
+            return;
+        }
+        if !self.config.vms.iter().any(|vm| vm.uuid == signed.message.uuid) {
+            let why = format!("a handoff message is about VM `{}`, which is not in the configuration", signed.message.uuid);
+            self.note_refused_session(Some(link.peer.spiffe.to_string()), link.session.peer_address(), ErrorClass::Denied, why).await;
+            link.session.close(Some(ErrorClass::Denied), "no such VM");
             return;
         }
         let _turn = self.registry.resolving(migration).await;
         match engine::answer(&self.evidence(), &attach(), &link, signed).await {
             Ok(resolved) => tracing::info!(%migration, ?resolved, peer = %link.peer.spiffe, "interrupted handoff taken up"),
             Err(error) => {
-                tracing::warn!(%migration, error = %telemetry::chain(&error), peer = %link.peer.spiffe, "interrupted handoff not settled")
+                tracing::warn!(%migration, error = %telemetry::chain(&error), peer = %link.peer.spiffe, "interrupted handoff not settled");
+                link.session.close(Some(error.class()), "the handoff was not settled");
             }
         }
         self.load_places();

@@ -7,6 +7,7 @@
 //! refusal is in the audit log before it is acted on or answered).
 //! *Read first:* `outgoing.rs`, then `incoming.rs`, `recovery.rs`, `serve.rs`.
 
+mod crowd;
 mod incoming;
 mod judge;
 mod outgoing;
@@ -37,7 +38,7 @@ use crate::hypervisor::attach::{AttachedSource, LaunchTemplate, Timeouts};
 use crate::identity::Credentials;
 use crate::journal::Journal;
 use crate::transport::Endpoint;
-use crate::wire::Hello;
+use crate::wire::{ErrorClass, Hello};
 use judge::Judge;
 use registry::Registry;
 
@@ -54,6 +55,7 @@ struct Gateway {
     peers: peers::Reachability,
     /// Told when a peer came back for an interrupted handoff.
     taken_up: tokio::sync::Notify,
+    crowd: Arc<crowd::Crowd>,
 }
 
 impl Gateway {
@@ -74,13 +76,19 @@ impl Gateway {
         }
     }
 
-    async fn note_refused_session(&self, peer: Option<String>, address: std::net::SocketAddr, why: String) {
+    async fn note_refused_session(&self, peer: Option<String>, address: std::net::SocketAddr, class: ErrorClass, why: String) {
         let mut entry = Entry::new(Event::SessionRefused).outcome(Outcome::Refused);
         entry.peer = peer;
+        put_class(&mut entry, class);
         entry.detail.insert("address".into(), address.to_string().into());
         entry.detail.insert("why".into(), why.into());
         self.note(entry).await;
     }
+}
+
+/// Whose fault it was, as everywhere else.
+fn put_class(entry: &mut Entry, class: ErrorClass) {
+    entry.detail.insert("class".into(), serde_json::to_value(class).unwrap_or_default());
 }
 
 /// How handoffs reach a guest by the address in a record: always over the attach protocol.

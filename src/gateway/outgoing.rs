@@ -14,7 +14,7 @@ use crate::engine::{self, EngineError, Link, Placement, SourceOrder, SourcePorts
 use crate::gateway::judge::Case;
 use crate::gateway::policies::{default_terms, operator_id};
 use crate::gateway::registry::{Busy, Claim, Migration};
-use crate::gateway::{Gateway, report};
+use crate::gateway::{Gateway, put_class, report};
 use crate::hypervisor::PagedSource;
 use crate::hypervisor::attach::{AttachedSource, Timeouts};
 use crate::migration::{Goal, Outcome as Place};
@@ -127,6 +127,7 @@ impl Gateway {
                 Busy::Vm(other) => Problem::new(ErrorClass::Misuse, format!("VM `{}` is moving already, in migration `{other}`", vm.name))
                     .with_code("vm-is-moving"),
                 Busy::Full => Problem::new(ErrorClass::Local, format!("{most} migrations are under way, the most allowed")),
+                Busy::Id => Problem::new(ErrorClass::Bug, format!("migration `{migration}` exists already")),
                 Busy::Closing => Problem::new(ErrorClass::Local, "the gateway is shutting down"),
             };
             problem.with_running_on(RunningOn::Source)
@@ -188,6 +189,7 @@ impl Gateway {
         entry.detail.insert("running_on".into(), serde_json::to_value(report.running_on).unwrap_or_default());
         if let Some(error) = &report.error {
             entry.detail.insert("why".into(), error.message.clone().into());
+            put_class(&mut entry, error.class);
         }
         self.note(entry).await;
         if report.audit.source_head.is_none() {
@@ -268,10 +270,9 @@ impl Gateway {
         report.policy.policy_ids = ids;
         self.refresh_place(&departure.vm.name);
         if end.outcome.is_none() {
-            self.resolve_later(departure.migration, None);
+            self.resolve_later(departure.migration, None, Some(departure.claim));
         }
         debug_assert!(end.outcome != Some(Place::Moved) || report.error.is_none());
-        drop(departure.claim);
         Ok(report)
     }
 

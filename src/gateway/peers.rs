@@ -50,7 +50,7 @@ impl Gateway {
             Err(error) => {
                 let problem = Problem::new(error.class(), named(&error));
                 if problem.class == ErrorClass::Unauthenticated {
-                    self.note_refused_session(Some(peer.spiffe.to_string()), address, problem.message.clone()).await;
+                    self.note_refused_session(Some(peer.spiffe.to_string()), address, problem.class, problem.message.clone()).await;
                     return Err(problem.with_hint("compare both sides' certificates with `sealane pki show`"));
                 }
                 return Err(problem.with_hint("`sealane peers` shows which peers answer"));

@@ -6,7 +6,7 @@ use std::time::{Duration, SystemTime};
 use tokio::sync::watch;
 
 use crate::engine::{self, Interruption, Placement, Resolved};
-use crate::gateway::registry::Migration;
+use crate::gateway::registry::{Claim, Migration};
 use crate::gateway::{Gateway, attach, report};
 use crate::hypervisor::RunState;
 use crate::hypervisor::attach::{Timeouts, discard, observe};
@@ -69,15 +69,15 @@ impl Gateway {
                     let ended = self.reopen(migration);
                     self.settled(migration, ended).await;
                 }
-                Ok(Resolved::Open { peer, source }) => {
-                    tracing::warn!(%migration, %peer, source, "interrupted handoff: the peer will be asked");
+                Ok(Resolved::Open { vm, peer, source }) => {
+                    tracing::warn!(%migration, %vm, %peer, source, "interrupted handoff: the peer will be asked");
                     let ended = self.reopen(migration);
-                    self.resolve_later(migration, ended);
+                    self.resolve_later(migration, ended, Some(self.registry.claim_waiting(&vm, migration)));
                 }
                 Err(error) => {
                     tracing::error!(%migration, error = %telemetry::chain(&error), "interrupted migration not settled; will be tried again");
                     let ended = self.reopen(migration);
-                    self.resolve_later(migration, ended);
+                    self.resolve_later(migration, ended, None);
                 }
             }
         }
@@ -93,8 +93,8 @@ impl Gateway {
         let Ok(entries) = std::fs::read_dir(&self.config.gateway.runtime_directory) else { return };
         for path in entries.flatten().map(|entry| entry.path()) {
             let name = path.file_name().and_then(|name| name.to_str()).and_then(|name| name.strip_suffix(".sock"));
-            let Some((vm, migration)) = name.and_then(|name| name.rsplit_once('-')) else { continue };
-            let Ok(migration) = migration.parse::<MigrationId>() else { continue };
+            let Some(Ok(migration)) = name.map(str::parse::<MigrationId>) else { continue };
+            let vm = "twin";
             // A journal that cannot be read may promise anything.
             if engine::may_own_twin(&self.evidence(), migration).unwrap_or(true) {
                 continue;
@@ -162,9 +162,12 @@ impl Gateway {
         report
     }
 
-    /// Asks the peer of an interrupted handoff until it is settled.
-    pub(super) fn resolve_later(self: &Arc<Self>, migration: MigrationId, ended: Option<watch::Sender<bool>>) {
+    /// Asks the peer of an interrupted handoff until it is settled. `INVARIANT(one-owner)`: until then the VM is claimed.
+    pub(super) fn resolve_later(self: &Arc<Self>, migration: MigrationId, ended: Option<watch::Sender<bool>>, claim: Option<Claim>) {
         let gateway = Arc::clone(self);
+        if let Some(claim) = &claim {
+            claim.wait();
+        }
         tokio::spawn(async move {
             let mut pause = FIRST_PAUSE;
             loop {
@@ -173,6 +176,7 @@ impl Gateway {
                 pause = (pause * 2).min(LONGEST_PAUSE);
                 if gateway.try_resolve(migration).await {
                     gateway.load_places();
+                    drop(claim);
                     gateway.settled(migration, ended).await;
                     return;
                 }

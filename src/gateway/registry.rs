@@ -1,6 +1,6 @@
 //! Which VMs this gateway knows, where they are, and which of them is moving. One owner for each.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
 
@@ -20,6 +20,8 @@ pub(super) struct Registry {
 struct Inner {
     places: BTreeMap<VmName, Placement>,
     busy: BTreeMap<VmName, MigrationId>,
+    /// Those of `busy` that only wait for a peer's word, which may take for ever.
+    waiting: BTreeSet<VmName>,
     migrations: BTreeMap<MigrationId, Migration>,
     ended: VecDeque<MigrationId>,
     resolving: BTreeMap<MigrationId, Arc<tokio::sync::Mutex<()>>>,
@@ -50,6 +52,8 @@ pub(super) enum Busy {
     Vm(MigrationId),
     /// Too many migrations at once.
     Full,
+    /// Another migration has this id.
+    Id,
     /// The gateway is shutting down.
     Closing,
 }
@@ -61,9 +65,37 @@ pub(super) struct Claim {
     vm: VmName,
 }
 
+impl Claim {
+    /// The VM is still nobody else's, but no longer one of the migrations at once.
+    pub(super) fn wait(&self) {
+        self.registry.lock().waiting.insert(self.vm.clone());
+    }
+}
+
 impl Drop for Claim {
     fn drop(&mut self) {
-        self.registry.lock().busy.remove(&self.vm);
+        let mut inner = self.registry.lock();
+        inner.busy.remove(&self.vm);
+        inner.waiting.remove(&self.vm);
+    }
+}
+
+/// The turn to settle one interrupted handoff.
+#[derive(Debug)]
+pub(super) struct Turn {
+    registry: Arc<Registry>,
+    migration: MigrationId,
+    guard: Option<tokio::sync::OwnedMutexGuard<()>>,
+}
+
+impl Drop for Turn {
+    fn drop(&mut self) {
+        self.guard = None;
+        let mut inner = self.registry.lock();
+        // Peers choose the ids: what nobody waits for is not kept.
+        if inner.resolving.get(&self.migration).is_some_and(|turn| Arc::strong_count(turn) == 1) {
+            inner.resolving.remove(&self.migration);
+        }
     }
 }
 
@@ -93,20 +125,40 @@ impl Registry {
         if inner.closed {
             return Err(Busy::Closing);
         }
+        // The same peer or another one may say an id again: two migrations would share their records.
+        if inner.migrations.contains_key(&migration) || inner.busy.values().any(|other| *other == migration) {
+            return Err(Busy::Id);
+        }
         if let Some(other) = inner.busy.get(vm) {
             return Err(Busy::Vm(*other));
         }
-        if inner.busy.len() >= most {
+        if inner.busy.len() - inner.waiting.len() >= most {
             return Err(Busy::Full);
         }
         inner.busy.insert(vm.clone(), migration);
         Ok(Claim { registry: Arc::clone(self), vm: vm.clone() })
     }
 
+    /// A VM whose interrupted handoff waits for a peer's word, found at the start.
+    pub(super) fn claim_waiting(self: &Arc<Self>, vm: &VmName, migration: MigrationId) -> Claim {
+        let mut inner = self.lock();
+        inner.busy.insert(vm.clone(), migration);
+        inner.waiting.insert(vm.clone());
+        Claim { registry: Arc::clone(self), vm: vm.clone() }
+    }
+
     /// Waits for the turn to settle an interrupted handoff: one at a time speaks for a migration.
-    pub(super) async fn resolving(&self, migration: MigrationId) -> tokio::sync::OwnedMutexGuard<()> {
+    pub(super) async fn resolving(self: &Arc<Self>, migration: MigrationId) -> Turn {
         let turn = Arc::clone(self.lock().resolving.entry(migration).or_default());
-        turn.lock_owned().await
+        let guard = Some(turn.lock_owned().await);
+        Turn { registry: Arc::clone(self), migration, guard }
+    }
+
+    /// Whether a migration is under way in this process: then only its own session speaks for it.
+    pub(super) fn is_under_way(&self, migration: MigrationId) -> bool {
+        let inner = self.lock();
+        inner.migrations.get(&migration).is_some_and(|migration| migration.report.is_none())
+            || inner.busy.iter().any(|(vm, other)| *other == migration && !inner.waiting.contains(vm))
     }
 
     pub(super) fn begin(&self, migration: Migration) {

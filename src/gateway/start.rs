@@ -1,7 +1,7 @@
 //! Start and end of the daemon.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -11,7 +11,7 @@ use crate::engine::Command;
 use crate::gateway::judge::Judge;
 use crate::gateway::policies::{entities, read_policies};
 use crate::gateway::registry::Registry;
-use crate::gateway::{Gateway, peers, serve};
+use crate::gateway::{Gateway, peers, put_class, serve};
 use crate::hypervisor::attach::LaunchTemplate;
 use crate::identity::{Credentials, IdentityConfig, Signer, TrustDomainConfig};
 use crate::journal::Journal;
@@ -22,6 +22,9 @@ use crate::wire::ErrorClass;
 
 /// How long a shutdown waits for migrations to end.
 const SHUTDOWN: Duration = Duration::from_secs(30);
+
+/// How often those who were turned away are summed up in the audit log.
+const SUM_UP_EVERY: Duration = Duration::from_secs(5);
 
 /// Runs the gateway that `config` describes until SIGTERM or SIGINT.
 ///
@@ -76,6 +79,7 @@ fn build(config: Arc<Config>) -> Result<Arc<Gateway>, Problem> {
         incoming,
         peers: peers::Reachability::default(),
         taken_up: tokio::sync::Notify::new(),
+        crowd: Arc::default(),
     }))
 }
 
@@ -174,14 +178,34 @@ impl Gateway {
     /// Strangers that TLS turned away have no session; the verifier remembers why.
     async fn record_refusals(self: Arc<Self>) {
         let mut tick = tokio::time::interval(Duration::from_millis(200));
+        let mut summed_up = Instant::now();
         loop {
             tick.tick().await;
+            if summed_up.elapsed() >= SUM_UP_EVERY {
+                summed_up = Instant::now();
+                self.record_turned_away().await;
+            }
             for refusal in self.credentials.drain_refusals() {
+                if !self.crowd.attempt(&None, Instant::now()) {
+                    continue;
+                }
                 let mut entry = Entry::new(Event::SessionRefused).outcome(Outcome::Refused);
                 entry.peer = refusal.claimed.map(|spiffe| spiffe.to_string());
                 entry.detail.insert("why".into(), refusal.reason.to_string().into());
                 self.note(entry).await;
             }
+        }
+    }
+
+    /// Those who came too often are in the log as a number.
+    async fn record_turned_away(&self) {
+        for (who, count) in self.crowd.turned_away() {
+            let mut entry = Entry::new(Event::SessionRefused).outcome(Outcome::Refused);
+            entry.peer = who.map(|spiffe| spiffe.to_string());
+            entry.detail.insert("count".into(), count.into());
+            entry.detail.insert("why".into(), "too many sessions at once or in a row".into());
+            put_class(&mut entry, ErrorClass::PeerMisbehaved);
+            self.note(entry).await;
         }
     }
 

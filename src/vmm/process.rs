@@ -46,6 +46,8 @@ pub fn serve(process: Process, socket: &Path) -> Result<Option<u32>, VmmError> {
     // Bound after the guest was built: whoever finds the socket finds a guest.
     let listener = attach::bind(socket).map_err(VmmError::local("bind the attach socket"))?;
     attach::serve(&listener, Arc::clone(&guest)).map_err(VmmError::local("serve the attach protocol"))?;
+    // Nobody listens there any more; whoever replaced it meanwhile has a socket of its own.
+    let _ = std::fs::remove_file(socket);
     let verdict = guest.lock().unwrap_or_else(PoisonError::into_inner).status().exit_code;
     Ok(verdict)
 }

@@ -13,23 +13,25 @@ use crate::wire::{AuditHead, ErrorClass, Failure, Message};
 impl Run {
     /// COMMIT was said and the session is gone: only the destination knows. Ask until it answers.
     pub(super) async fn reconnect(&mut self) -> Option<SourceEvent> {
-        let deadline = Instant::now() + self.order.resolve_timeout;
-        let mut pause = RECONNECT_FIRST;
+        let deadline = self.doubt_ends.unwrap_or_else(Instant::now);
+        // The destination may still hold the old session for alive.
+        self.link.session.close(None, "the handoff goes on in another session");
         self.show(|progress| progress.stalled_because = Some("the destination was given the VM and does not answer".into()));
-        while Instant::now() < deadline {
-            match (self.redial)().await {
-                Ok(link) if link.peer.spiffe == self.link.peer.spiffe => {
+        while Instant::now() + self.reconnect_pause < deadline {
+            // A destination that takes sessions and drops them is not asked any faster than one that is gone.
+            tokio::time::sleep(self.reconnect_pause).await;
+            self.reconnect_pause = (self.reconnect_pause * 2).min(RECONNECT_LONGEST);
+            match tokio::time::timeout_at(deadline.into(), (self.redial)()).await {
+                Ok(Ok(link)) if link.peer.spiffe == self.link.peer.spiffe => {
                     self.link = link;
                     return Some(SourceEvent::Handoff(SourceStep::Reconnected));
                 }
-                Ok(_) => {}
-                Err(error) => tracing::debug!(error = %error, "destination not reached"),
+                Ok(Ok(_)) => {}
+                Ok(Err(error)) => tracing::debug!(error = %error, "destination not reached"),
+                Err(_) => break,
             }
-            tokio::time::sleep(pause).await;
-            pause = (pause * 2).min(RECONNECT_LONGEST);
         }
-        self.error = Some(EngineError::InDoubt { vm: self.order.vm.clone(), migration: self.order.migration });
-        self.ended = Some(None);
+        self.in_doubt();
         None
     }
 
@@ -37,7 +39,7 @@ impl Run {
         let binding = self.binding.clone().ok_or_else(|| EngineError::Bug("handoff without an offer".into()))?;
         match action {
             HandoffAction::Journal(record) => {
-                let abort = record == SourceRecord::Abort;
+                let (abort, commit) = (record == SourceRecord::Abort, record == SourceRecord::Commit);
                 let result = self.evidence.record(&binding, record).await;
                 self.lap("journal");
                 match result {
@@ -47,6 +49,9 @@ impl Run {
                         tracing::error!(migration = %binding.migration, error = %error, "ABORT is not on disk; a restart will repeat it")
                     }
                     result => result?,
+                }
+                if commit {
+                    self.doubt_ends = Some(Instant::now() + self.order.resolve_timeout);
                 }
                 Ok(None)
             }
@@ -109,7 +114,7 @@ impl Run {
             let head = self.evidence.audit.head().text;
             let _ = self.say(Message::AuditHead(AuditHead { checkpoint: head })).await;
             self.last_words().await;
-        } else {
+        } else if outcome.is_some() {
             if self.refused {
                 self.hear_why().await;
             }
@@ -134,7 +139,7 @@ impl Run {
             None
         };
         if let Ok(Some(Failure { class, reason })) = tokio::time::timeout(LAST_WORDS, listen).await {
-            self.error = Some(EngineError::Peer { migration: self.order.migration, class, reason });
+            self.error = Some(EngineError::peer(self.order.migration, class, &reason));
         }
     }
 
@@ -151,6 +156,6 @@ impl Run {
     }
 }
 
-const RECONNECT_FIRST: Duration = Duration::from_millis(50);
+pub(super) const RECONNECT_FIRST: Duration = Duration::from_millis(50);
 const RECONNECT_LONGEST: Duration = Duration::from_secs(5);
 const LAST_WORDS: Duration = Duration::from_secs(2);
