@@ -406,6 +406,11 @@ impl Run {
                         if let Some(watch) = &mut self.pause {
                             watch.lap(if matches!(step, Handoff::Prepared { .. }) { "destination" } else { "network" });
                         }
+                        if matches!(&step, Handoff::Prepared { digest } if self.machine.name() == "await-prepared" && self.digest != Some(*digest))
+                        {
+                            let error = EngineError::Digest { vm: self.order.vm.clone(), what: "the final digest" };
+                            self.error.get_or_insert(error);
+                        }
                         if let (Handoff::Refuse { class }, None) = (&step, &self.error) {
                             self.error = Some(EngineError::Peer {
                                 migration: self.order.migration,
