@@ -412,11 +412,7 @@ impl Run {
                             self.error.get_or_insert(error);
                         }
                         if let (Handoff::Refuse { class }, None) = (&step, &self.error) {
-                            self.error = Some(EngineError::Peer {
-                                migration: self.order.migration,
-                                class: *class,
-                                reason: "the destination refused the VM".into(),
-                            });
+                            self.error = Some(EngineError::peer(self.order.migration, *class, "the destination refused the VM"));
                         }
                         Some(SourceEvent::Handoff(SourceStep::Received { step, incarnation_same }))
                     }

@@ -185,7 +185,7 @@ impl Taking<'_> {
 pub async fn migrate(gateway: &Gateway, index: usize, timeout: f64) -> MigrationView {
     let mut request = MigrateRequest::new(vm(index), EVIL.parse().unwrap());
     request.timeout_seconds = Some(timeout);
-    request.max_downtime_seconds = Some(2.0);
+    request.max_downtime_seconds = Some(0.5);
     within("start", gateway.client().start(&request)).await.unwrap()
 }
 

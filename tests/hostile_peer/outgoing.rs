@@ -140,13 +140,18 @@ async fn before_commit_the_guest_runs_on_whatever_the_destination_does() {
         t.refuse().await;
     })
     .await;
-    case(g, s, "failure with words for a terminal", &[ErrorClass::Bug], 30.0, async |t| {
+    case(g, s, "failure with words for a terminal", &[ErrorClass::Local], 30.0, async |t| {
         t.first_round().await;
-        t.say(Message::Failure(Failure { class: ErrorClass::Bug, reason: "\u{1b}]0;owned\u{7}\r\n".repeat(40) })).await;
+        t.say(Message::Failure(Failure { class: ErrorClass::Local, reason: "\u{1b}]0;owned\u{7}\r\n".repeat(40) })).await;
     })
     .await;
-    case(g, s, "failure with a reason over its bound", misbehaved, 30.0, async |t| {
-        t.say(Message::Failure(Failure { class: ErrorClass::Bug, reason: "x".repeat(513) })).await;
+    case(g, s, "failure of ours, in a long text", misbehaved, 30.0, async |t| {
+        t.say(Message::Failure(Failure { class: ErrorClass::Bug, reason: "x".repeat(10_000) })).await;
+    })
+    .await;
+    case(g, s, "a claim that an operator has to decide", misbehaved, 30.0, async |t| {
+        t.first_round().await;
+        t.step(Handoff::Refuse { class: InDoubt }).await;
     })
     .await;
     assert!(!gateway.log().contains('\u{1b}'), "{}", gateway.log());
@@ -193,7 +198,7 @@ async fn a_pause_ends_without_the_destination() {
     let lab = Lab::new();
     let mut gateway = lab.gateway(1).await;
     let sink = Sink::new(&lab);
-    // 30 s, and ten times 2 s and what state and comparison are expected to take.
+    // 30 s, and ten times the pause that is allowed and what state and comparison are expected to take.
     case(&mut gateway, &sink, "silence in the pause", &[TimedOut], 3600.0, async |t| t.finalised().await).await;
 }
 
@@ -267,7 +272,7 @@ async fn an_answer_that_does_not_come_leaves_the_vm_in_doubt_and_paused() {
         }
     };
     drop(done);
-    // Doubled pauses up to 5 s, for 60 s, and the gateway's own tries afterwards.
+    // Doubled pauses up to 5 s, for 30 s, and the gateway's own tries afterwards.
     assert!((1..40).contains(&dropped), "{dropped} sessions");
     for (index, ended) in [reports.0, reports.1].iter().enumerate() {
         assert_eq!(ended.error.as_ref().unwrap().class, InDoubt, "{ended:?}");
