@@ -334,11 +334,7 @@ impl Run {
                 }
                 Ok((step, true)) => {
                     if let (Handoff::Abort { class }, None) = (&step, &self.error) {
-                        self.error = Some(EngineError::Peer {
-                            migration: self.order.migration,
-                            class: *class,
-                            reason: "the source keeps the VM".into(),
-                        });
+                        self.error = Some(EngineError::peer(self.order.migration, *class, "the source keeps the VM"));
                     }
                     Some(DestinationEvent::Handoff(DestinationStep::Received(step)))
                 }

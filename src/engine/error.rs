@@ -185,6 +185,11 @@ pub enum EngineError {
 impl EngineError {
     /// The peer gave up. What it says reaches terminals and logs, so it does so without control characters.
     pub(super) fn peer(migration: MigrationId, class: ErrorClass, words: &str) -> Self {
+        // What only we can say of ourselves, and above all that an operator has to decide, is not the peer's to claim.
+        let class = match class {
+            ErrorClass::InDoubt | ErrorClass::Bug | ErrorClass::Misuse => ErrorClass::PeerMisbehaved,
+            class => class,
+        };
         let plain = |c: char| if c.is_control() { c.escape_default().collect() } else { vec![c] };
         Self::Peer { migration, class, reason: words.chars().flat_map(plain).take(limits::REASON_BYTES_MAX).collect() }
     }

@@ -399,12 +399,13 @@ impl Run {
                         if let Some(watch) = &mut self.pause {
                             watch.lap(if matches!(step, Handoff::Prepared { .. }) { "destination" } else { "network" });
                         }
+                        if matches!(&step, Handoff::Prepared { digest } if self.machine.name() == "await-prepared" && self.digest != Some(*digest))
+                        {
+                            let error = EngineError::Digest { vm: self.order.vm.clone(), what: "the final digest" };
+                            self.error.get_or_insert(error);
+                        }
                         if let (Handoff::Refuse { class }, None) = (&step, &self.error) {
-                            self.error = Some(EngineError::Peer {
-                                migration: self.order.migration,
-                                class: *class,
-                                reason: "the destination refused the VM".into(),
-                            });
+                            self.error = Some(EngineError::peer(self.order.migration, *class, "the destination refused the VM"));
                             self.refused = true;
                         }
                         Some(SourceEvent::Handoff(SourceStep::Received { step, incarnation_same }))

@@ -40,7 +40,7 @@ pub(super) struct Departure {
 }
 
 /// How long the engine looks for a destination that was given the VM; the gateway looks on afterwards.
-const RESOLVE_FOR: Duration = Duration::from_secs(60);
+const RESOLVE_FOR: Duration = Duration::from_secs(30);
 /// State, journal and round trips, besides what is measured: see `docs/performance.md`.
 const PAUSE_FIXED: Duration = Duration::from_millis(10);
 /// What XXH3 reads a second on a slow host, both ends at the same time.

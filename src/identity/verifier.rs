@@ -64,7 +64,9 @@ impl Refusals {
 #[must_use]
 pub fn refusal_reason(error: &rustls::Error) -> Option<RefusalReason> {
     match error {
-        rustls::Error::InvalidCertificate(CertificateError::Other(OtherError(inner))) => inner.downcast_ref().map(|Words(reason)| reason.clone()),
+        rustls::Error::InvalidCertificate(CertificateError::Other(OtherError(inner))) => {
+            inner.downcast_ref().map(|Words(reason)| reason.clone())
+        }
         rustls::Error::NoCertificatesPresented => Some(RefusalReason::NoCertificate),
         _ => None,
     }

@@ -24,6 +24,11 @@ struct Raw {
 
 impl Raw {
     async fn connect(evil: &Evil) -> Self {
+        Self::reading(evil, 1 << 20).await
+    }
+
+    /// A peer that reads so many bytes and then no more.
+    async fn reading(evil: &Evil, window: u32) -> Self {
         let tls = QuicClientConfig::try_from(evil.credentials.client_config()).unwrap();
         let mut config = quinn::ClientConfig::new(Arc::new(tls));
         // The first byte sends it to the socket for sessions.
@@ -33,6 +38,7 @@ impl Raw {
             quinn::ConnectionId::new(&id)
         }));
         let mut transport = quinn::TransportConfig::default();
+        transport.stream_receive_window(window.into());
         transport.keep_alive_interval(Some(Duration::from_secs(1)));
         config.transport_config(Arc::new(transport));
         let endpoint = quinn::Endpoint::client("127.0.0.1:0".parse().unwrap()).unwrap();
@@ -205,6 +211,20 @@ async fn a_live_but_silent_peer_is_left() {
         raw.send.write_all(&[1]).await.unwrap();
         assert_eq!(raw.end("half a header").await, Some(ErrorClass::TimedOut));
     };
+    let reads_nothing = async {
+        let mut raw = Raw::reading(&evil, 1).await;
+        raw.send.write_all(&Message::Hello(evil.hello()).encode_framed()).await.unwrap();
+        assert_eq!(raw.end("reads nothing").await, Some(ErrorClass::TimedOut));
+    };
+    let reads_only_hello = async {
+        let hello = Message::Hello(evil.hello()).encode_framed();
+        let mut raw = Raw::reading(&evil, u32::try_from(hello.len()).unwrap()).await;
+        let mut refused = evil.attempt(0).await.offer.clone();
+        refused.vm = "stranger".parse().unwrap();
+        raw.send.write_all(&[hello, Message::Offer(refused).encode_framed()].concat()).await.unwrap();
+        // It never hears the refusal, and is left all the same.
+        raw.end("reads no refusal").await;
+    };
     let no_offer = async {
         let (session, _) = evil.greet().await;
         assert_eq!(verdict("no offer", &session).await.0, ErrorClass::TimedOut);
@@ -215,7 +235,7 @@ async fn a_live_but_silent_peer_is_left() {
         raw.send.write_all(&[0, 0, 1, 0, 2, 7]).await.unwrap();
         assert_eq!(raw.end("half an offer").await, Some(ErrorClass::TimedOut));
     };
-    tokio::join!(half_hello, no_offer, half_offer);
+    tokio::join!(half_hello, reads_nothing, reads_only_hello, no_offer, half_offer);
     gateway.is_well("silence", 0).await;
     takes_an_honest_vm(&mut gateway, &evil, 9, 1).await;
 }

@@ -167,6 +167,8 @@ fn start(directory: &Path) -> Child {
     let log = fs::OpenOptions::new().create(true).append(true).open(directory.join("gateway.log")).unwrap();
     let mut command = Command::new(env!("CARGO_BIN_EXE_sealane"));
     command.args(["gateway", "--config"]).arg(directory.join("gateway.toml"));
+    // What grows has to be held memory, not what the C library keeps for each thread that there once was.
+    command.env("MALLOC_ARENA_MAX", "2").env("MALLOC_TRIM_THRESHOLD_", "1048576");
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log).spawn().unwrap()
 }
 

@@ -10,6 +10,7 @@ mod floods;
 mod frames;
 mod greeting;
 mod handoff;
+mod kvm;
 mod lab;
 mod offers;
 mod order;

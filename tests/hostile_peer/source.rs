@@ -75,7 +75,13 @@ impl Evil {
     /// The beginning of a migration: a session, and a guest to offer as VM `index`.
     pub async fn attempt(&self, index: usize) -> Attempt<'_> {
         let (session, hello) = self.greet().await;
-        Attempt::new(self, session, hello, index)
+        Attempt::new(self, session, hello, index, Box::new(guest(index)))
+    }
+
+    /// The same with a guest that is already there.
+    pub async fn attempt_with(&self, index: usize, guest: Box<dyn PagedSource>) -> Attempt<'_> {
+        let (session, hello) = self.greet().await;
+        Attempt::new(self, session, hello, index, guest)
     }
 }
 
@@ -84,7 +90,7 @@ pub struct Attempt<'a> {
     pub evil: &'a Evil,
     pub session: Arc<Session>,
     pub hello: Hello,
-    pub guest: SyntheticGuest,
+    pub guest: Box<dyn PagedSource>,
     pub offer: Offer,
     pub lanes: Vec<mpsc::UnboundedSender<Bytes>>,
     handles: Vec<LaneHandle<()>>,
@@ -113,10 +119,9 @@ pub fn terms() -> StreamTerms {
 }
 
 impl<'a> Attempt<'a> {
-    pub fn new(evil: &'a Evil, session: Session, hello: Hello, index: usize) -> Self {
-        let mut guest = guest(index);
+    fn new(evil: &'a Evil, session: Session, hello: Hello, index: usize, mut guest: Box<dyn PagedSource>) -> Self {
         let machine = guest.machine().clone();
-        let state = PagedSource::save_state(&mut guest).unwrap();
+        let state = guest.save_state().unwrap();
         let offer = Offer {
             migration: MigrationId(random()),
             vm: vm(index),
@@ -185,12 +190,12 @@ impl<'a> Attempt<'a> {
 
     /// Sends all pages of a round and its mark on every lane; returns the totals.
     pub fn pages(&mut self, round: u32) -> Vec<LaneTotals> {
-        let pages = PageSet::full(PAGES);
+        let pages = PageSet::full(self.guest.ram().pages());
         for lane in 0..self.encoders.len() {
             let mut bytes = Vec::new();
             let mut from = Some(PageNumber(0));
             while let Some(first) = from {
-                from = self.encoders[lane].encode_frame(self.guest.ram_of_source(), Round(round), &pages, first, &mut bytes).unwrap();
+                from = self.encoders[lane].encode_frame(self.guest.ram(), Round(round), &pages, first, &mut bytes).unwrap();
             }
             self.encoders[lane].round_mark(Round(round), &mut bytes);
             self.lane(lane, bytes);
@@ -230,7 +235,7 @@ impl<'a> Attempt<'a> {
     }
 
     pub fn digest(&self) -> FinalDigest {
-        let ram = self.guest.ram_of_source();
+        let ram = self.guest.ram();
         let stripes: Vec<_> = sealane::memory::digest_stripes(ram, 0..sealane::memory::stripe_count(ram)).unwrap();
         FinalDigest {
             state: sha256(&self.state),
@@ -295,19 +300,11 @@ pub async fn verdict(case: &str, session: &Session) -> (ErrorClass, String) {
         match within(case, session.receive()).await {
             Ok(Message::Failure(failure)) => return (failure.class, failure.reason),
             Ok(_) => {}
-            Err(error) => return (error.class(), error.to_string()),
+            Err(_) => {
+                let end = within(case, session.closed()).await;
+                return (end.class(), end.to_string());
+            }
         }
-    }
-}
-
-/// A synthetic guest has memory as a source and as a destination; here it is a source.
-pub trait SourceRam {
-    fn ram_of_source(&self) -> &sealane::memory::GuestRam;
-}
-
-impl SourceRam for SyntheticGuest {
-    fn ram_of_source(&self) -> &sealane::memory::GuestRam {
-        PagedSource::ram(self)
     }
 }
 
