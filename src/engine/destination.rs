@@ -233,7 +233,6 @@ impl Run {
                 Some((expected, limit)) => self.silent(expected, limit),
                 None => None,
             },
-            message = self.link.session.receive() => self.received(message).await,
             Some(command) = self.commands.recv() => match command {
                 // After PREPARED only the source decides, and it is about to.
                 Command::Cancel if !self.machine.is_prepared() && self.machine.name() != "running" => {
@@ -377,7 +376,14 @@ impl Run {
                 }
                 Err(error) if self.machine.name() == "refused" => {
                     self.error.get_or_insert(error);
-                    self.ended = Some(Some(Outcome::Stayed));
+                    // A promise that was said and cannot be withdrawn on disk still stands.
+                    self.ended = Some(if self.promised { None } else { Some(Outcome::Stayed) });
+                    return;
+                }
+                Err(error) if self.machine.name() == "closed" => {
+                    // The VM runs here; that the source knows it is written when it says so again.
+                    tracing::error!(migration = %self.order.migration, error = %error, "CLOSED is not on disk");
+                    self.ended = Some(Some(Outcome::Moved));
                     return;
                 }
                 Err(error) => {

@@ -189,9 +189,19 @@ impl Evidence {
         entry.peer = Some(binding.peer.to_string());
         entry.detail.insert("record".into(), name.into());
         entry.detail.insert("epoch".into(), binding.epoch.0.into());
+        let undone = entry.clone().outcome(AuditOutcome::Failed);
         let audit = self.audit.clone();
         let audited = tokio::task::spawn_blocking(move || audit.record_critical(&entry));
-        joined(journaled.await)??;
+        if let Err(error) = joined(journaled.await)? {
+            // The log may say already that it was done.
+            let audited = joined(audited.await)?;
+            let (audit, entry) = (self.audit.clone(), undone);
+            let corrected = joined(tokio::task::spawn_blocking(move || audit.record_critical(&entry)).await)?;
+            for failed in [audited, corrected].into_iter().filter_map(Result::err) {
+                tracing::error!(migration = %binding.migration, record = name, error = %failed, "handoff record is not in the audit log");
+            }
+            return Err(error.into());
+        }
         // INVARIANT(journal-wire-effect): the evidence of a handoff is durable before its effect as well.
         // Past COMMIT or RUN the VM's availability wins over the log: the alarm is raised, the handoff goes on.
         if let Err(error) = joined(audited.await)? {
@@ -383,7 +393,13 @@ impl<'a> Interrupted<'a> {
                         self.evidence.send(session, &self.binding, step).await;
                     }
                 }
-                HandoffAction::Resume => self.with_guest(wake).await?,
+                HandoffAction::Resume => match (self.with_guest(wake).await, &self.machine) {
+                    // RUN is the fact, whatever became of the guest since; the source has to hear it.
+                    (Err(error), Machine::Destination(_)) => {
+                        tracing::error!(vm = %self.binding.vm, error = %crate::telemetry::chain(&error), "the guest is not resumed");
+                    }
+                    (result, _) => result?,
+                },
                 HandoffAction::Destroy => {
                     if let Err(error) = self.with_guest(|guest| guest.destroy()).await {
                         tracing::warn!(vm = %self.binding.vm, error = %error, "the copy that is no longer needed is gone already");
@@ -527,9 +543,10 @@ pub async fn repeat_effect(evidence: &Evidence, attach: &Attach, migration: Migr
         return Ok(());
     }
     let effect: fn(&mut dyn PagedSource) -> Result<(), HypervisorError> = match last {
+        // A guest that runs may still be slowed down and watched.
         JournalRecord::Source(SourceRecord::Abort | SourceRecord::Reclaim) => |guest| match guest.status()?.state {
-            RunState::Paused => wake(guest),
-            _ => Ok(()),
+            RunState::Paused | RunState::Running => wake(guest),
+            RunState::Incoming | RunState::Ended => Ok(()),
         },
         JournalRecord::Source(SourceRecord::Done) => |guest| match guest.status()?.state {
             RunState::Paused => guest.destroy(),
@@ -540,10 +557,16 @@ pub async fn repeat_effect(evidence: &Evidence, attach: &Attach, migration: Migr
     let (attach, address) = (Arc::clone(attach), binding.address);
     let repeat = move || match attach(&address, &binding.vm) {
         Ok(mut guest) => effect(guest.as_mut()),
-        // A copy that is gone needs nothing.
-        Err(_) => Ok(()),
+        // A copy that is gone needs nothing; one that is busy does.
+        Err(HypervisorError::Unreachable { source, .. }) if is_gone(&source) => Ok(()),
+        Err(error) => Err(error),
     };
     Ok(joined(tokio::task::spawn_blocking(repeat).await)??)
+}
+
+/// Whether nobody listens where a VMM was: its process, and with it the guest, is gone.
+fn is_gone(error: &std::io::Error) -> bool {
+    matches!(error.kind(), std::io::ErrorKind::NotFound | std::io::ErrorKind::ConnectionRefused)
 }
 
 /// Performs what the journal alone decides about a migration, and says whether the peer must be asked.
