@@ -17,11 +17,13 @@ mod lanes;
 mod limiter;
 mod link;
 mod meter;
+mod recovery;
 mod source;
 
 pub use destination::{DestinationEnd, DestinationOrder, run_destination};
 pub use error::EngineError;
-pub use handoff::{Attach, Evidence, Interruption, Placement, Resolved, answer, interruption, may_own_twin, repeat_effect, resolve};
+pub use handoff::{Evidence, Placement};
 pub use link::{Link, PeerFacts, greet};
 pub use meter::{Figures, Meter};
+pub use recovery::{Attach, Interruption, Resolved, answer, interruption, may_own_twin, repeat_effect, resolve};
 pub use source::{AskCommit, Command, Redial, SourceEnd, SourceOrder, SourcePorts, run_source};
