@@ -12,7 +12,7 @@ use crate::engine::{self, DestinationOrder, EngineError, Link, Placement};
 use crate::gateway::judge::Case;
 use crate::gateway::registry::{Busy, Claim, Migration};
 use crate::gateway::{Gateway, attach, put_class, report};
-use crate::hypervisor::attach::{AttachedDestination, LaunchVariables, Timeouts};
+use crate::hypervisor::attach::{AttachedDestination, LaunchTemplate, LaunchVariables, Timeouts};
 use crate::hypervisor::{HypervisorError, Machine, PagedDestination};
 use crate::limits;
 use crate::memory::MemoryLayout;
@@ -218,13 +218,27 @@ impl Gateway {
                 Busy::Id => used_before(offer.migration),
             })?;
         self.check_place(&offer).await?;
+        let (twin, leavings) = self.build_twin(template, &offer, machine, layout.bytes()).await?;
+        let lanes = offer.stream.lanes.clamp(1, limits::LANES_MAX);
+        let (policy_digest, policy_ids) = (*permit.set_digest(), permit.policy_ids().to_vec());
+        Ok(Arrival { offer, lanes, case, twin: Box::new(twin), leavings, policy_digest, policy_ids, claim })
+    }
+
+    /// Starts a VMM and lets it build the empty twin.
+    async fn build_twin(
+        &self,
+        template: LaunchTemplate,
+        offer: &Offer,
+        machine: Machine,
+        memory_bytes: u64,
+    ) -> Result<(AttachedDestination, Leavings), Refusal> {
         let runtime = &self.config.gateway.runtime_directory;
         let stem = format!("{}-{}", offer.vm, offer.migration);
         let variables = LaunchVariables {
             socket: runtime.join(format!("{stem}.sock")),
             vm: offer.vm.clone(),
             uuid: offer.uuid,
-            memory_bytes: layout.bytes(),
+            memory_bytes,
             vcpus: machine.vcpus,
             serial: runtime.join(format!("{}.serial", offer.vm)),
             log: runtime.join(format!("{stem}.log")),
@@ -242,10 +256,7 @@ impl Gateway {
             Ok(twin) => twin.map_err(Refusal::from),
             Err(error) => Err(Refusal::new(ErrorClass::Bug, error.to_string())),
         };
-        let twin = twin.inspect_err(|_| leavings.remove())?;
-        let lanes = offer.stream.lanes.clamp(1, limits::LANES_MAX);
-        let (policy_digest, policy_ids) = (*permit.set_digest(), permit.policy_ids().to_vec());
-        Ok(Arrival { offer, lanes, case, twin: Box::new(twin), leavings, policy_digest, policy_ids, claim })
+        twin.inspect_err(|_| leavings.remove()).map(|twin| (twin, leavings))
     }
 
     /// A VM can come if it is not here, was not given away without an answer, and comes at an epoch that follows what is
