@@ -28,6 +28,7 @@ mod commit;
 mod disk;
 mod entry;
 mod error;
+mod heads;
 mod log;
 mod note;
 mod open;
@@ -41,6 +42,7 @@ mod tests;
 
 pub use entry::{Entry, Event, Outcome, Receipt, StoredEntry};
 pub use error::AuditError;
+pub use heads::verify_peer_heads;
 pub use log::AuditLog;
 pub use note::{Checkpoint, Signer};
 pub use verify::{Entries, Filter, Verdict, VerifyOptions, VerifyReport, read, verify};

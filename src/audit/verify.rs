@@ -48,7 +48,7 @@ impl Verdict {
         matches!(self, Self::Bad { .. })
     }
 
-    fn bad(entry: Option<u64>, why: impl Into<String>) -> Self {
+    pub(super) fn bad(entry: Option<u64>, why: impl Into<String>) -> Self {
         Self::Bad { entry, why: why.into() }
     }
 }

@@ -247,6 +247,6 @@ fn configured(file: &Path) -> Result<PathBuf, Problem> {
 pub(super) fn gateway(flags: &super::flags::GatewayFlags) -> Ending {
     crate::telemetry::init_logging(flags.log_json)
         .map_err(|error| Problem::new(crate::telemetry::ErrorClass::Bug, crate::telemetry::chain(&error)))?;
-    crate::gateway::run(&flags.config)?;
+    crate::gateway::run(super::config::load(&flags.config)?)?;
     Ok(Exit::Done)
 }

@@ -9,7 +9,7 @@ use super::Ending;
 use super::output::{Out, Tone};
 use super::render;
 use crate::control::{Client, ClientError, Event, Exit, Watch, exit_of_report};
-use crate::telemetry::{ErrorClass, Monotone, Phase, Problem, Progress, Report};
+use crate::telemetry::{ErrorClass, Monotone, Phase, Problem, Progress, Report, RunningOn};
 use crate::types::MigrationId;
 
 /// What Ctrl-C does, and what has been pressed.
@@ -176,12 +176,21 @@ async fn again(client: &Client, id: MigrationId, out: Out, mut last: Option<Clie
         tokio::time::sleep(Duration::from_secs(1)).await;
         match client.watch(id).await {
             Ok(watch) => return Ok(watch),
-            Err(ClientError::Refused(problem)) => return Err(*problem),
+            Err(ClientError::Refused(problem)) => return Err(forgotten(id, *problem)),
             Err(error) => last = Some(error),
         }
     }
     let last = last.unwrap_or_else(|| ClientError::Silent { socket: client.socket().to_owned(), changes: true });
     Err(lost(id, &last))
+}
+
+/// A gateway that came back and knows nothing of a migration has promised nothing for it: its journal is written first.
+fn forgotten(id: MigrationId, problem: Problem) -> Problem {
+    if problem.code != "unknown-migration" {
+        return problem;
+    }
+    let message = format!("the gateway was restarted before migration `{id}` had begun: its journal knows nothing of it");
+    Problem::new(ErrorClass::Local, message).with_code("interrupted").with_running_on(RunningOn::Source)
 }
 
 fn lost(id: MigrationId, error: &ClientError) -> Problem {

@@ -30,7 +30,7 @@ use clap::Parser;
 
 pub use flags::{Cli, Command};
 pub use tools::{
-    AuditCommand, BenchFlags, DemoFlags, DemoHypervisor, HugepagesFlag, Payload, PkiCommand, PolicyAction, PolicyCommand,
+    AuditCommand, AuditFilterFlags, BenchFlags, DemoFlags, DemoHypervisor, HugepagesFlag, Payload, PkiCommand, PolicyAction, PolicyCommand,
     PolicyExplainFlags, VmmCommand, VmmRunFlags,
 };
 

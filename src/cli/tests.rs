@@ -112,7 +112,7 @@ fn the_whole_surface_parses() {
         "sealane audit verify d --checkpoint f --peer-key f",
         "sealane vmm run --memory 1GiB --vcpus 2 --kernel f --initramfs g --socket s",
         "sealane vmm run --memory 1GiB --payload heartbeat --working-set 64MiB --socket s",
-        "sealane vmm run --memory 4096B --incoming --uuid 6f1d6a0e-5c1b-4b52-9d5e-0a3c7c2f9b11 --socket s",
+        "sealane vmm run --incoming --uuid 6f1d6a0e-5c1b-4b52-9d5e-0a3c7c2f9b11 --socket s",
         "sealane bench --image f --lanes 2 --link loopback --rounds 3 --json",
         "sealane doctor",
         "sealane config check f",

@@ -5,9 +5,10 @@ use std::path::PathBuf;
 use clap::{Args, Subcommand, ValueEnum};
 
 use super::flags::{CompressFlag, quantity};
+use crate::audit::Event;
 use crate::config::{Bandwidth, ByteSize, Label};
 use crate::limits::{LANES_MAX, VCPUS_MAX};
-use crate::types::{PeerName, VmName, VmUuid};
+use crate::types::{MigrationId, PeerName, VmName, VmUuid};
 
 /// Flags of `demo`.
 #[derive(Debug, Args)]
@@ -62,6 +63,9 @@ pub struct BenchFlags {
     /// Codec of page batches.
     #[arg(long, value_enum, default_value_t = CompressFlag::Lz4)]
     pub compress: CompressFlag,
+    /// Compare all memory in the timed runs too, not only in the one that warms up.
+    #[arg(long)]
+    pub verify: bool,
     /// Print JSON on stdout.
     #[arg(long)]
     pub json: bool,
@@ -95,8 +99,8 @@ pub enum PkiCommand {
         #[arg(long, value_name = "NAME")]
         gateway: PeerName,
         /// The site that it stands in.
-        #[arg(long, value_name = "SITE")]
-        site: Label,
+        #[arg(long, value_name = "SITE", required_unless_present = "renew", conflicts_with = "renew")]
+        site: Option<Label>,
         /// Replace its certificate and key before they end; its name, site and signing key stay.
         #[arg(long)]
         renew: bool,
@@ -131,17 +135,22 @@ pub enum PkiCommand {
 #[derive(Debug, Subcommand)]
 pub enum PolicyCommand {
     /// Validate policies against the schema, and warn of what they probably do not mean.
+    ///
+    /// With a configuration, names in policies that it does not have are warned of too.
     Check {
         /// Directory of *.cedar files.
         #[arg(value_name = "DIR")]
         directory: PathBuf,
+        /// Configuration that describes VMs, peers and operators.
+        #[arg(long, value_name = "FILE")]
+        config: Option<PathBuf>,
         /// Print JSON on stdout.
         #[arg(long)]
         json: bool,
     },
-    /// Ask the questions of test files, and compare the answers.
+    /// Ask the questions of tests.json, and compare the answers.
     Test {
-        /// Directory of *.cedar files, with *.test.json beside them.
+        /// Directory of *.cedar files, with tests.json beside them.
         #[arg(value_name = "DIR")]
         directory: PathBuf,
         /// Print JSON on stdout.
@@ -150,7 +159,8 @@ pub enum PolicyCommand {
     },
     /// Say which policies permit or forbid a migration, and why.
     ///
-    /// Asks what the gateways would ask, from the raw files; no gateway has to run.
+    /// Asks what this gateway would ask when the VM leaves for the peer, and when it comes from it, from the raw files;
+    /// no gateway has to run. The exit code is 0 when everything asked is permitted in one of the two directions, else 3.
     Explain(PolicyExplainFlags),
 }
 
@@ -175,6 +185,15 @@ pub struct PolicyExplainFlags {
     /// Which question; all of them without it.
     #[arg(long, value_enum)]
     pub action: Option<PolicyAction>,
+    /// The VM's memory, as policies that bound it see it.
+    #[arg(long, value_name = "SIZE", default_value = "1GiB", value_parser = quantity::<ByteSize>)]
+    pub memory: ByteSize,
+    /// The peer's IP address, where the configuration has a name.
+    #[arg(long, value_name = "IP")]
+    pub peer_ip: Option<std::net::IpAddr>,
+    /// Ask for this time instead of now, e.g. 2026-12-01T23:00:00Z.
+    #[arg(long, value_name = "TIME")]
+    pub at: Option<jiff::Timestamp>,
     /// Print JSON on stdout.
     #[arg(long)]
     pub json: bool,
@@ -193,6 +212,26 @@ pub enum PolicyAction {
     Commit,
 }
 
+/// Which entries of an audit log.
+#[derive(Debug, Args)]
+pub struct AuditFilterFlags {
+    /// Only entries of this VM.
+    #[arg(long, value_name = "VM")]
+    pub vm: Option<VmName>,
+    /// Only entries about this peer, as recorded, e.g. spiffe://dc2.example.net/gateway/gw-b.
+    #[arg(long, value_name = "PEER")]
+    pub peer: Option<String>,
+    /// Only entries of this migration.
+    #[arg(long, value_name = "ID")]
+    pub migration: Option<MigrationId>,
+    /// Only entries of this kind, e.g. decision.
+    #[arg(long, value_name = "EVENT")]
+    pub event: Option<Event>,
+    /// Only entries of this time or later, e.g. 2026-12-01T23:00:00Z.
+    #[arg(long, value_name = "TIME")]
+    pub since: Option<jiff::Timestamp>,
+}
+
 /// Commands of `audit`.
 #[derive(Debug, Subcommand)]
 pub enum AuditCommand {
@@ -204,9 +243,9 @@ pub enum AuditCommand {
         /// Only the last N entries.
         #[arg(long, value_name = "N")]
         last: Option<usize>,
-        /// Only entries of this VM.
-        #[arg(long, value_name = "VM")]
-        vm: Option<VmName>,
+        /// Which entries.
+        #[command(flatten)]
+        filter: AuditFilterFlags,
         /// Print the entries as they are in the file.
         #[arg(long)]
         json: bool,

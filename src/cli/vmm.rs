@@ -1,20 +1,15 @@
 //! `sealane vmm run`: one guest in this process, reachable over the attach protocol.
 
 use std::fs::File;
-use std::sync::{Arc, Mutex, PoisonError};
 
 use ring::rand::{SecureRandom, SystemRandom};
 
 use super::Ending;
 use super::tools::{HugepagesFlag, Payload, VmmCommand, VmmRunFlags};
 use crate::control::Exit;
-use crate::hypervisor::attach::{self, AttachedGuest, Refusal};
-use crate::hypervisor::synthetic::{SyntheticConfig, SyntheticVmm};
-use crate::hypervisor::{GuestStatus, Machine};
-use crate::memory::PageSet;
 use crate::telemetry::{ErrorClass, Problem, chain};
 use crate::types::{PAGE_BYTES, VmUuid};
-use crate::vmm::{AttachedVm, Boot, EntryMode, Hugepages, PayloadConfig, SerialSink, Surroundings, Vm, VmConfig};
+use crate::vmm::{Boot, EntryMode, Hugepages, PayloadConfig, Process, SerialSink, Surroundings, SyntheticConfig, VmConfig};
 
 /// How often the heartbeat payload's timer ticks, and how many ticks make a beat.
 const TICKS_PER_SECOND: u32 = 100;
@@ -24,19 +19,18 @@ const FLAT_LOAD: u64 = 0x7c00;
 
 pub(super) fn vmm(command: &VmmCommand) -> Ending {
     let VmmCommand::Run(flags) = command;
-    let local = |what: String| move |error: std::io::Error| Problem::new(ErrorClass::Local, format!("{what}: {error}"));
-    let guest: Arc<Mutex<dyn AttachedGuest>> = match (&flags.payload, flags.incoming) {
-        (_, true) => Arc::new(Mutex::new(IncomingVmm::new(flags))),
-        (Some(Payload::Synthetic), _) => Arc::new(Mutex::new(synthetic(flags)?)),
-        _ => Arc::new(Mutex::new(kvm(flags)?)),
+    let process = match (&flags.payload, flags.incoming) {
+        (_, true) => Process::Incoming(surroundings(flags)),
+        (Some(Payload::Synthetic), _) => Process::Synthetic(synthetic(flags)?),
+        _ => Process::Kvm(Box::new(kvm(flags)?)),
     };
-    // Bound after the guest was built: whoever finds the socket finds a guest.
-    let listener = attach::bind(&flags.socket).map_err(local(format!("attach socket `{}`", flags.socket.display())))?;
-    attach::serve(&listener, Arc::clone(&guest)).map_err(local("attach protocol".to_owned()))?;
-    // Nobody listens there any more; whoever replaced it meanwhile has a socket of its own.
-    let _ = std::fs::remove_file(&flags.socket);
-    let verdict = guest.lock().unwrap_or_else(PoisonError::into_inner).status().exit_code;
+    let verdict = crate::vmm::serve(process, &flags.socket).map_err(failed)?;
     Ok(if verdict.unwrap_or(0) == 0 { Exit::Done } else { Exit::Failed })
+}
+
+#[expect(clippy::needless_pass_by_value, reason = "used as a function for map_err")]
+fn failed(error: crate::vmm::VmmError) -> Problem {
+    Problem::new(ErrorClass::Local, chain(&error))
 }
 
 fn surroundings(flags: &VmmRunFlags) -> Surroundings {
@@ -70,8 +64,7 @@ fn working_set_pages(flags: &VmmRunFlags, default: u64) -> u64 {
     flags.working_set.map_or(default, |size| size.bytes / PAGE_BYTES as u64)
 }
 
-fn kvm(flags: &VmmRunFlags) -> Result<AttachedVm, Problem> {
-    let failed = |error: crate::vmm::VmmError| Problem::new(ErrorClass::Local, chain(&error));
+fn kvm(flags: &VmmRunFlags) -> Result<VmConfig, Problem> {
     let boot = match &flags.kernel {
         Some(kernel) => kernel_boot(flags, kernel)?,
         None => Boot::Payload(PayloadConfig {
@@ -85,10 +78,8 @@ fn kvm(flags: &VmmRunFlags) -> Result<AttachedVm, Problem> {
     let surroundings = surroundings(flags);
     let mut config = VmConfig::new(memory_bytes(flags)?, flags.vcpus, uuid(flags)?, boot).map_err(failed)?;
     config.hugepages = surroundings.hugepages;
-    config.serial = surroundings.serial.clone();
-    let vm = Vm::create(&config).map_err(failed)?;
-    vm.start().map_err(failed)?;
-    Ok(AttachedVm::running(vm, surroundings))
+    config.serial = surroundings.serial;
+    Ok(config)
 }
 
 /// Pages that each vCPU writes in a tick, at least one, so that all together write this much a second.
@@ -119,7 +110,7 @@ fn kernel_boot(flags: &VmmRunFlags, kernel: &std::path::Path) -> Result<Boot, Pr
     Ok(Boot::Flat { image, load: FLAT_LOAD, mode: EntryMode::Real })
 }
 
-fn synthetic(flags: &VmmRunFlags) -> Result<SyntheticVmm, Problem> {
+fn synthetic(flags: &VmmRunFlags) -> Result<SyntheticConfig, Problem> {
     let pages = memory_bytes(flags)? / PAGE_BYTES as u64;
     let uuid = uuid(flags)?;
     let mut config =
@@ -129,73 +120,5 @@ fn synthetic(flags: &VmmRunFlags) -> Result<SyntheticVmm, Problem> {
     if let Some(rate) = flags.dirty_rate {
         config.pages_per_second = rate.bytes_per_second / PAGE_BYTES as u64;
     }
-    SyntheticVmm::running("guest", &config).map_err(|error| Problem::new(ErrorClass::Local, chain(&error)))
-}
-
-/// An empty VMM: which kind of guest it hosts is known when its machine is described.
-struct IncomingVmm {
-    kvm: AttachedVm,
-    synthetic: SyntheticVmm,
-    is_synthetic: bool,
-}
-
-impl IncomingVmm {
-    fn new(flags: &VmmRunFlags) -> Self {
-        Self { kvm: AttachedVm::incoming(surroundings(flags)), synthetic: SyntheticVmm::incoming("guest"), is_synthetic: false }
-    }
-
-    fn guest(&self) -> &dyn AttachedGuest {
-        if self.is_synthetic { &self.synthetic } else { &self.kvm }
-    }
-
-    fn guest_mut(&mut self) -> &mut dyn AttachedGuest {
-        if self.is_synthetic { &mut self.synthetic } else { &mut self.kvm }
-    }
-}
-
-impl AttachedGuest for IncomingVmm {
-    fn machine(&self) -> Result<Machine, Refusal> {
-        self.guest().machine()
-    }
-    fn memory(&self) -> Result<File, Refusal> {
-        self.guest().memory()
-    }
-    fn start_tracking(&mut self) -> Result<(), Refusal> {
-        self.guest_mut().start_tracking()
-    }
-    fn harvest(&mut self) -> Result<PageSet, Refusal> {
-        self.guest_mut().harvest()
-    }
-    fn stop_tracking(&mut self) -> Result<(), Refusal> {
-        self.guest_mut().stop_tracking()
-    }
-    fn throttle(&mut self, percent: u8) -> Result<(), Refusal> {
-        self.guest_mut().throttle(percent)
-    }
-    fn pause(&mut self) -> Result<(), Refusal> {
-        self.guest_mut().pause()
-    }
-    fn resume(&mut self) -> Result<(), Refusal> {
-        self.guest_mut().resume()
-    }
-    fn save_state(&mut self) -> Result<Vec<u8>, Refusal> {
-        self.guest_mut().save_state()
-    }
-    fn prepare(&mut self, machine: &Machine) -> Result<File, Vec<String>> {
-        self.is_synthetic = match machine.kind.as_str() {
-            "synthetic" => true,
-            "kvm" => false,
-            other => return Err(vec![format!("hypervisor `{other}`: this VMM hosts `kvm` and `synthetic`")]),
-        };
-        self.guest_mut().prepare(machine)
-    }
-    fn restore_state(&mut self, state: &[u8]) -> Result<(), Refusal> {
-        self.guest_mut().restore_state(state)
-    }
-    fn status(&mut self) -> GuestStatus {
-        self.guest_mut().status()
-    }
-    fn quit(&mut self) {
-        self.guest_mut().quit();
-    }
+    Ok(config)
 }

@@ -179,52 +179,8 @@ pub struct Incoming {
     pub max_memory: ByteSize,
 }
 
-/// What the placeholders of [`Incoming::command`] stand for.
-#[derive(Debug, Clone, Copy)]
-pub struct IncomingValues<'a> {
-    /// `{socket}`: where the VMM has to listen.
-    pub socket: &'a std::path::Path,
-    /// `{vm}`.
-    pub vm: &'a VmName,
-    /// `{uuid}`.
-    pub uuid: VmUuid,
-    /// `{memory_bytes}`.
-    pub memory_bytes: u64,
-    /// `{vcpus}`.
-    pub vcpus: u32,
-}
-
 /// The words that may stand in braces in [`Incoming::command`].
 pub(super) const PLACEHOLDERS: [&str; 6] = ["socket", "vm", "uuid", "memory_bytes", "vcpus", "serial"];
-
-impl Incoming {
-    /// The command for one VM. Values are put in once: what looks like a placeholder inside a value stays.
-    #[must_use]
-    pub fn expand(&self, values: &IncomingValues<'_>) -> Vec<std::ffi::OsString> {
-        self.command.iter().map(|argument| expand(argument, values)).collect()
-    }
-}
-
-fn expand(argument: &str, values: &IncomingValues<'_>) -> std::ffi::OsString {
-    let mut out = std::ffi::OsString::new();
-    let mut rest = argument;
-    while let Some((before, after)) = rest.split_once('{') {
-        out.push(before);
-        let (name, tail) = after.split_once('}').unwrap_or((after, ""));
-        match name {
-            "socket" => out.push(values.socket),
-            "vm" => out.push(values.vm.as_str()),
-            "uuid" => out.push(values.uuid.to_string()),
-            "memory_bytes" => out.push(values.memory_bytes.to_string()),
-            "vcpus" => out.push(values.vcpus.to_string()),
-            // Refused when the file was checked.
-            _ => {}
-        }
-        rest = tail;
-    }
-    out.push(rest);
-    out
-}
 
 /// `[[operator]]`: somebody who may use the control socket.
 #[derive(Debug, Clone, PartialEq)]

@@ -11,7 +11,7 @@ use crate::engine::handoff::{Binding, Evidence, blocking, joined};
 use crate::engine::lanes::{LaneReport, ReceiveShared, Seal, receive_lane};
 use crate::engine::link::send_within;
 use crate::engine::meter::Meter;
-use crate::engine::source::AskCommit;
+use crate::engine::source::{AskCommit, Command};
 use crate::engine::{EngineError, Link};
 use crate::hypervisor::PagedDestination;
 use crate::limits;
@@ -21,7 +21,7 @@ use crate::migration::{
 };
 use crate::transport::{LaneGate, TransportError};
 use crate::types::Round;
-use crate::wire::{Accept, AuditHead, Failure, FinalDigest, Handoff, LaneTotals, Message, Offer, RoundApplied, StateChunk};
+use crate::wire::{Accept, AuditHead, ErrorClass, Failure, FinalDigest, Handoff, LaneTotals, Message, Offer, RoundApplied, StateChunk};
 
 /// What is to be received.
 pub struct DestinationOrder {
@@ -39,9 +39,12 @@ pub struct DestinationOrder {
     pub ask_commit: AskCommit,
     /// SHA-256 of the policy set that permitted the offer.
     pub policy_digest: [u8; 32],
+    /// [`Command::Cancel`] says that this gateway is shutting down; everything else is steered at the source.
+    pub commands: mpsc::Receiver<Command>,
 }
 
 /// How it ended here.
+#[derive(Debug)]
 pub struct DestinationEnd {
     /// `Moved`: the VM runs here. `Stayed`: it never will, from this attempt. `None`: the twin is
     /// prepared and the source has to say; the journal knows.
@@ -50,6 +53,12 @@ pub struct DestinationEnd {
     pub error: Option<EngineError>,
     /// Where the twin's VMM is attached.
     pub address: String,
+}
+
+impl std::fmt::Debug for DestinationOrder {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("DestinationOrder").field("migration", &self.offer.migration).field("vm", &self.offer.vm).finish_non_exhaustive()
+    }
 }
 
 type Twin = Arc<Mutex<Box<dyn PagedDestination>>>;
@@ -71,6 +80,9 @@ struct Run {
     rounds: Rounds,
     state: StateBuffer,
     final_said: Option<FinalDigest>,
+    commands: mpsc::Receiver<Command>,
+    /// PREPARED was said: from then on REFUSED has to be on disk before the twin goes.
+    promised: bool,
     error: Option<EngineError>,
     ended: Option<Option<Outcome>>,
 }
@@ -98,7 +110,7 @@ struct StateBuffer {
 
 /// Runs the destination end until the VM's place is decided, or the source has to be waited for.
 pub async fn run_destination(order: DestinationOrder) -> DestinationEnd {
-    let DestinationOrder { offer, lanes, evidence, link, twin, ask_commit, policy_digest } = order;
+    let DestinationOrder { offer, lanes, evidence, link, twin, ask_commit, policy_digest, commands } = order;
     let (reports_in, reports) = mpsc::channel(usize::from(limits::LANES_MAX) * 2);
     let ram = Arc::clone(twin.ram());
     let binding = Binding {
@@ -138,6 +150,8 @@ pub async fn run_destination(order: DestinationOrder) -> DestinationEnd {
         rounds: Rounds { applied: vec![(Round(0), LaneTotals::default()); usize::from(lanes)], said: None },
         state: StateBuffer::default(),
         final_said: None,
+        commands,
+        promised: false,
         error: None,
         ended: None,
         order: offer,
@@ -149,11 +163,11 @@ pub async fn run_destination(order: DestinationOrder) -> DestinationEnd {
         }
         Err(source) => Err(EngineError::Transport { migration, source }),
     };
-    run.to_end(first).await
+    run.run(first).await
 }
 
 impl Run {
-    async fn to_end(mut self, first: Result<(), EngineError>) -> DestinationEnd {
+    async fn run(mut self, first: Result<(), EngineError>) -> DestinationEnd {
         let mut events = VecDeque::new();
         if let Err(error) = first {
             events.push_back(self.give_up(error));
@@ -219,6 +233,14 @@ impl Run {
                 Some((expected, limit)) => self.silent(expected, limit),
                 None => None,
             },
+            message = self.link.session.receive() => self.received(message).await,
+            Some(command) = self.commands.recv() => match command {
+                // After PREPARED only the source decides, and it is about to.
+                Command::Cancel if !self.machine.is_prepared() && self.machine.name() != "running" => {
+                    Some(self.give_up(EngineError::ShuttingDown { vm: self.order.vm.clone() }))
+                }
+                Command::Cancel | Command::Bandwidth(_) | Command::DowntimeMax(_) => None,
+            },
         }
     }
 
@@ -248,6 +270,7 @@ impl Run {
         self.round_complete()
     }
 
+    // SPEC: PROTOCOL.md#must-applied-complete
     /// A round is complete when the source has said so and every lane has applied it.
     fn round_complete(&mut self) -> Option<DestinationEvent> {
         let (round, last, said) = self.rounds.said.as_ref()?;
@@ -270,6 +293,7 @@ impl Run {
         Some(DestinationEvent::RoundComplete { round, last })
     }
 
+    // SPEC: PROTOCOL.md#must-state-complete
     fn final_when_ready(&mut self) -> Option<DestinationEvent> {
         let ready = self.machine.name() == "await-final" && self.state.is_complete();
         self.final_said.filter(|_| ready).map(DestinationEvent::Final)
@@ -296,7 +320,7 @@ impl Run {
                 self.rounds.said = Some((end.round, end.last, end.lanes));
                 self.round_complete()
             }
-            Message::StateChunk(chunk) if chunk.migration == self.order.migration => match self.state.take_in(chunk) {
+            Message::StateChunk(chunk) if chunk.migration == self.order.migration => match self.state.take_in(&chunk) {
                 Ok(()) => self.final_when_ready(),
                 Err(error) => Some(self.give_up(error)),
             },
@@ -417,8 +441,8 @@ impl Run {
             HandoffAction::Journal(record) => {
                 let refused = record == DestinationRecord::Refused;
                 match self.evidence.record(&self.binding, record).await {
-                    // A promise that was never journaled needs no withdrawal on disk.
-                    Err(error) if refused && !self.machine.is_prepared() && self.final_said.is_none() => {
+                    // A promise that was never said needs no withdrawal on disk: without PREPARED there is no COMMIT.
+                    Err(error) if refused && !self.promised => {
                         tracing::error!(migration = %self.order.migration, error = %error, "REFUSED is not on disk");
                         Ok(None)
                     }
@@ -426,6 +450,7 @@ impl Run {
                 }
             }
             HandoffAction::Send(step) => {
+                self.promised |= matches!(step, Handoff::Prepared { .. });
                 self.evidence.send(&self.link.session, &self.binding, step).await;
                 Ok(None)
             }
@@ -435,8 +460,9 @@ impl Run {
                 Ok(Some(DestinationEvent::Handoff(match answer {
                     Ok(()) => DestinationStep::CommitPermitted,
                     Err(why) => {
-                        self.error.get_or_insert(EngineError::Denied { vm: self.order.vm.clone(), why });
-                        DestinationStep::CommitDenied
+                        let class = why.class();
+                        self.error.get_or_insert(why);
+                        if class == ErrorClass::Denied { DestinationStep::CommitDenied } else { DestinationStep::GiveUp(class) }
                     }
                 })))
             }
@@ -478,7 +504,7 @@ impl Watch {
 }
 
 impl StateBuffer {
-    fn take_in(&mut self, chunk: StateChunk) -> Result<(), EngineError> {
+    fn take_in(&mut self, chunk: &StateChunk) -> Result<(), EngineError> {
         let refuse = |got: String| Err(EngineError::OutOfPlace { expected: "the next piece of the device state", got });
         if chunk.total == 0 || chunk.total > limits::STATE_BYTES_MAX as u64 || *self.total.get_or_insert(chunk.total) != chunk.total {
             return refuse(format!("a state of {} bytes", chunk.total));

@@ -137,6 +137,12 @@ pub enum EngineError {
         /// Which VM.
         vm: VmName,
     },
+    /// This gateway was told to stop while a VM came in.
+    #[error("the gateway is shutting down and takes `{vm}` no further")]
+    ShuttingDown {
+        /// Which VM.
+        vm: VmName,
+    },
     /// COMMIT is journaled and the destination's answer is missing.
     #[error("migration `{migration}` of `{vm}` is in doubt: the destination was given the VM and has not answered")]
     InDoubt {
@@ -205,6 +211,8 @@ impl EngineError {
             Self::Denied { .. } => ErrorClass::Denied,
             Self::TimedOut { .. } | Self::PausedTooLong { .. } | Self::Silent { .. } => ErrorClass::TimedOut,
             Self::Cancelled { .. } => ErrorClass::Cancelled,
+            // To the source this gateway is one that cannot be reached any more.
+            Self::ShuttingDown { .. } => ErrorClass::PeerUnreachable,
             Self::InDoubt { .. } | Self::Undecided { .. } => ErrorClass::InDoubt,
             Self::Bug(_) => ErrorClass::Bug,
         }

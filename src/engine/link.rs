@@ -42,6 +42,7 @@ fn before_migration(source: TransportError) -> EngineError {
 pub async fn greet(session: Session, own: &Hello) -> Result<Link, EngineError> {
     let greeting = async {
         session.send(&Message::Hello(own.clone())).await.map_err(before_migration)?;
+        // SPEC: PROTOCOL.md#must-hello-first
         let theirs = match session.receive().await.map_err(before_migration)? {
             Message::Hello(hello) => hello,
             other => return Err(EngineError::OutOfPlace { expected: "HELLO", got: other.name().to_owned() }),

@@ -21,7 +21,7 @@ mod source;
 
 pub use destination::{DestinationEnd, DestinationOrder, run_destination};
 pub use error::EngineError;
-pub use handoff::{Attach, Evidence, Placement, Resolved, answer, resolve};
+pub use handoff::{Attach, Evidence, Interruption, Placement, Resolved, answer, interruption, may_own_twin, repeat_effect, resolve};
 pub use link::{Link, PeerFacts, greet};
 pub use meter::{Figures, Meter};
 pub use source::{AskCommit, Command, Redial, SourceEnd, SourceOrder, SourcePorts, run_source};

@@ -1,5 +1,8 @@
 //! The source end of one migration.
 
+mod rounds;
+mod switch;
+
 use std::collections::VecDeque;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex};
@@ -8,23 +11,22 @@ use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 
-use crate::engine::digest::{digest_memory, digest_totals, sha256, totals_differ};
-use crate::engine::handoff::{Binding, Evidence, blocking, joined, wake};
-use crate::engine::lanes::{LaneReport, LaneRound, SendShared, send_lane};
+use crate::engine::handoff::{Binding, Evidence, blocking, joined};
+use crate::engine::lanes::{LaneReport, LaneRound};
 use crate::engine::limiter::Limiter;
 use crate::engine::link::send_within;
 use crate::engine::meter::{Figures, Meter, Stopwatch};
 use crate::engine::{EngineError, Link};
 use crate::hypervisor::PagedSource;
 use crate::limits;
-use crate::memory::{GuestRam, PageCounts, PageSet, Tracker};
-use crate::migration::{
-    Goal, HandoffAction, OfferRecord, Outcome, RoundMeasure, Source, SourceAction, SourceEvent, SourceRecord, SourceStep,
-};
+use crate::memory::{GuestRam, PageCounts, Tracker};
+use crate::migration::{Goal, OfferRecord, Outcome, Source, SourceAction, SourceEvent, SourceStep};
 use crate::telemetry::{Phase, Progress};
 use crate::transport::{LaneHandle, TransportError};
-use crate::types::{Epoch, LaneIndex, MigrationId, Round, VmName, VmUuid};
-use crate::wire::{AuditHead, Failure, FinalDigest, Handoff, LaneTotals, Message, Offer, RoundEnd, StateChunk, StreamTerms};
+use crate::types::{Epoch, MigrationId, Round, VmName, VmUuid};
+use crate::wire::{AuditHead, Failure, FinalDigest, Handoff, Message, Offer, StreamTerms};
+use rounds::{Finals, RoundUnderWay};
+use switch::RECONNECT_FIRST;
 
 /// What is to be done.
 #[derive(Debug, Clone)]
@@ -53,8 +55,8 @@ pub struct SourceOrder {
     pub policy_digest: [u8; 32],
 }
 
-/// Asks policy and identity again, at commit. Errors are the words of the denial.
-pub type AskCommit = Arc<dyn Fn() -> Result<(), String> + Send + Sync>;
+/// Asks policy and identity again, at commit. The error says who denies it, or why the answer cannot be had.
+pub type AskCommit = Arc<dyn Fn() -> Result<(), EngineError> + Send + Sync>;
 /// Opens a new session with the same destination and greets it.
 pub type Redial = Arc<dyn Fn() -> Pin<Box<dyn Future<Output = Result<Link, EngineError>> + Send>> + Send + Sync>;
 
@@ -88,6 +90,7 @@ pub enum Command {
 }
 
 /// How it ended.
+#[derive(Debug)]
 pub struct SourceEnd {
     /// Where the VM is; `None` when that is in doubt.
     pub outcome: Option<Outcome>,
@@ -95,6 +98,12 @@ pub struct SourceEnd {
     pub error: Option<EngineError>,
     /// The figures.
     pub figures: Figures,
+}
+
+impl std::fmt::Debug for SourcePorts {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("SourcePorts").field("peer", &self.link.peer.spiffe).finish_non_exhaustive()
+    }
 }
 
 type Guest = Arc<Mutex<Box<dyn PagedSource>>>;
@@ -125,6 +134,8 @@ struct Run {
     digest: Option<FinalDigest>,
     pause: Option<Stopwatch>,
     error: Option<EngineError>,
+    /// REFUSE came, and why comes behind it.
+    refused: bool,
     figures: Figures,
     phase: Phase,
     started: Instant,
@@ -135,25 +146,6 @@ struct Run {
     reconnect_pause: Duration,
     said: Instant,
     ended: Option<Option<Outcome>>,
-}
-
-/// The round on the lanes.
-#[derive(Debug)]
-struct RoundUnderWay {
-    round: Round,
-    last: bool,
-    since: Instant,
-    totals: Vec<Option<LaneTotals>>,
-    /// Pages that were not zero, of all rounds before.
-    content_before: u64,
-    said: bool,
-}
-
-/// What the pause yields besides pages.
-struct Finals {
-    state: Vec<u8>,
-    state_digest: [u8; 32],
-    memory: u128,
 }
 
 /// Runs the source end until the VM's place is decided or in doubt.
@@ -176,6 +168,7 @@ pub async fn run_source(order: SourceOrder, ports: SourcePorts) -> SourceEnd {
         digest: None,
         pause: None,
         error: None,
+        refused: false,
         figures: Figures::default(),
         phase: Phase::Connect,
         started: Instant::now(),
@@ -194,11 +187,11 @@ pub async fn run_source(order: SourceOrder, ports: SourcePorts) -> SourceEnd {
         reports,
         reports_in,
     };
-    run.to_end(commands).await
+    run.run(commands).await
 }
 
 impl Run {
-    async fn to_end(mut self, mut commands: mpsc::Receiver<Command>) -> SourceEnd {
+    async fn run(mut self, mut commands: mpsc::Receiver<Command>) -> SourceEnd {
         let mut events = VecDeque::new();
         if let Err(error) = self.offer().await {
             events.push_back(self.give_up(error));
@@ -413,6 +406,7 @@ impl Run {
                         }
                         if let (Handoff::Refuse { class }, None) = (&step, &self.error) {
                             self.error = Some(EngineError::peer(self.order.migration, *class, "the destination refused the VM"));
+                            self.refused = true;
                         }
                         Some(SourceEvent::Handoff(SourceStep::Received { step, incarnation_same }))
                     }
@@ -449,30 +443,6 @@ impl Run {
         }
     }
 
-    /// COMMIT was said and the session is gone: only the destination knows. Ask until it answers.
-    async fn reconnect(&mut self) -> Option<SourceEvent> {
-        let deadline = self.doubt_ends.unwrap_or_else(Instant::now);
-        // The destination may still hold the old session for alive.
-        self.link.session.close(None, "the handoff goes on in another session");
-        self.show(|progress| progress.stalled_because = Some("the destination was given the VM and does not answer".into()));
-        while Instant::now() + self.reconnect_pause < deadline {
-            // A destination that takes sessions and drops them is not asked any faster than one that is gone.
-            tokio::time::sleep(self.reconnect_pause).await;
-            self.reconnect_pause = (self.reconnect_pause * 2).min(RECONNECT_LONGEST);
-            match tokio::time::timeout_at(deadline.into(), (self.redial)()).await {
-                Ok(Ok(link)) if link.peer.spiffe == self.link.peer.spiffe => {
-                    self.link = link;
-                    return Some(SourceEvent::Handoff(SourceStep::Reconnected));
-                }
-                Ok(Ok(_)) => {}
-                Ok(Err(error)) => tracing::debug!(error = %error, "destination not reached"),
-                Err(_) => break,
-            }
-        }
-        self.in_doubt();
-        None
-    }
-
     async fn perform_all(&mut self, actions: Vec<SourceAction>, events: &mut VecDeque<SourceEvent>) {
         for action in actions {
             match self.perform(action).await {
@@ -503,6 +473,10 @@ impl Run {
                 blocking(move || Ok(lock(&guest).throttle(percent)?)).await.map(|()| None)
             }
             SourceAction::Pause => {
+                // A journal that cannot be written any more is found while the guest still runs: behind a COMMIT that
+                // failed only a restart can tell who owns the guest, and until then it stands still.
+                let journal = Arc::clone(&self.evidence.journal);
+                joined(tokio::task::spawn_blocking(move || journal.counter("switchovers")).await)??;
                 self.phase = Phase::Switchover;
                 self.pause = Some(Stopwatch::start());
                 self.pause_ends = Some(Instant::now() + self.pause_max());
@@ -517,259 +491,10 @@ impl Run {
         }
     }
 
-    fn counts(&self) -> PageCounts {
-        let mut sum = PageCounts::default();
-        for (counts, _) in &self.carried {
-            sum.add(counts);
-        }
-        sum
-    }
-
     fn lap(&mut self, what: &'static str) {
         if let Some(watch) = &mut self.pause {
             watch.lap(what);
         }
-    }
-
-    async fn begin(&mut self, lanes: u16) -> Result<(), EngineError> {
-        let migration = self.order.migration;
-        let shared = SendShared {
-            migration,
-            ram: Arc::clone(&self.ram),
-            lanes,
-            terms: self.order.stream.clone(),
-            limiter: Arc::clone(&self.limiter),
-            meter: Arc::clone(&self.meter),
-            reports: self.reports_in.clone(),
-        };
-        for lane in (0..lanes).map(LaneIndex) {
-            let (rounds_in, rounds) = mpsc::channel(1);
-            let shared = shared.clone();
-            let task = move |io| send_lane(io, shared, rounds);
-            let opened = self.link.session.open_lane(migration, lane, task).await;
-            self.threads.push(opened.map_err(|source| EngineError::Transport { migration, source })?);
-            self.lanes.push(rounds_in);
-            self.carried.push((PageCounts::default(), 0));
-        }
-        let guest = Arc::clone(&self.guest);
-        blocking(move || Ok(lock(&guest).start_tracking()?)).await?;
-        let mut tracker = Tracker::new(self.ram.pages());
-        tracker.owe(&PageSet::full(self.ram.pages()));
-        self.tracker = Some(tracker);
-        Ok(())
-    }
-
-    async fn send_round(&mut self, round: Round, last: bool) -> Result<(), EngineError> {
-        let tracker = self.tracker.as_mut().ok_or_else(|| EngineError::Bug("no tracker".into()))?;
-        let (begun, pages) = tracker.begin_round();
-        if begun != round {
-            return Err(EngineError::Bug(format!("round {round} was decided and {begun} begun")));
-        }
-        self.round = RoundUnderWay::new(round, last, self.lanes.len(), content(&self.counts()));
-        self.figures.rounds = round.0;
-        for lane in &self.lanes {
-            lane.send(LaneRound { round, pages: Arc::clone(&pages) }).await.map_err(|_| EngineError::Bug("a lane ended early".into()))?;
-        }
-        Ok(())
-    }
-
-    /// The guest stands still. Saving its state may write guest memory, so the last harvest comes after;
-    /// pages, state and digest then go out side by side.
-    async fn send_last(&mut self, round: Round) -> Result<(), EngineError> {
-        let guest = Arc::clone(&self.guest);
-        let (state, dirty) = blocking(move || {
-            let mut guest = lock(&guest);
-            let state = guest.save_state()?;
-            Ok((state, guest.harvest()?))
-        })
-        .await?;
-        self.lap("state");
-        if let Some(tracker) = &mut self.tracker {
-            tracker.owe(&dirty);
-        }
-        let (ram, verify) = (Arc::clone(&self.ram), self.order.stream.verify);
-        self.finals = Some(tokio::task::spawn_blocking(move || {
-            let memory = if verify { digest_memory(&ram)? } else { 0 };
-            Ok(Finals { state_digest: sha256(&state), state, memory })
-        }));
-        self.send_round(round, true).await
-    }
-
-    async fn send_state(&mut self, finals: Finals) -> Option<SourceEvent> {
-        let total = finals.state.len() as u64;
-        let mut offset = 0;
-        for piece in finals.state.chunks(limits::STATE_CHUNK_BYTES_MAX) {
-            let chunk = StateChunk { migration: self.order.migration, offset, total, bytes: piece.to_vec() };
-            offset += piece.len() as u64;
-            if let Err(error) = self.say(Message::StateChunk(chunk)).await {
-                return Some(self.give_up(error));
-            }
-        }
-        self.lap("digest");
-        self.digest = Some(FinalDigest { state: finals.state_digest, lanes: [0; 32], memory: finals.memory });
-        self.finalised().await
-    }
-
-    async fn lane_reported(&mut self, report: LaneReport) -> Option<SourceEvent> {
-        let lane = usize::from(report.lane.0);
-        if report.round != self.round.round || lane >= self.round.totals.len() {
-            return Some(self.give_up(EngineError::Bug("a lane reported another round".into())));
-        }
-        self.round.totals[lane] = Some(report.totals);
-        self.carried[lane] = (report.counts, report.wire_bytes);
-        let lanes: Vec<LaneTotals> = self.round.totals.iter().copied().collect::<Option<_>>()?;
-        self.figures.wire_bytes = self.carried.iter().map(|(_, bytes)| bytes).sum();
-        let end = RoundEnd { migration: self.order.migration, round: self.round.round, last: self.round.last, lanes };
-        if let Err(error) = self.say(Message::RoundEnd(end)).await {
-            return Some(self.give_up(error));
-        }
-        self.round.said = true;
-        self.lap("last-pages");
-        self.finalised().await
-    }
-
-    /// FINAL can be said when the last round, the state and the digests are all out.
-    async fn finalised(&mut self) -> Option<SourceEvent> {
-        if !(self.round.last && self.round.said) {
-            return None;
-        }
-        let mut digest = self.digest?;
-        let totals: Vec<LaneTotals> = self.round.totals.iter().copied().collect::<Option<_>>()?;
-        digest.lanes = digest_totals(&totals);
-        self.digest = Some(digest);
-        self.phase = Phase::Verify;
-        Some(SourceEvent::Finalised(digest))
-    }
-
-    async fn round_applied(&mut self, round: Round, lanes: &[LaneTotals]) -> Option<SourceEvent> {
-        let ours: Vec<LaneTotals> = self.round.totals.iter().copied().flatten().collect();
-        if round != self.round.round || !self.round.said {
-            return Some(
-                self.give_up(EngineError::OutOfPlace { expected: "the end of the round under way", got: format!("round {round} applied") }),
-            );
-        }
-        if let Some(error) = totals_differ(&ours, lanes) {
-            return Some(self.give_up(error));
-        }
-        if let Some(Err(error)) = self.tracker.as_mut().map(|tracker| tracker.applied(round)) {
-            return Some(self.give_up(EngineError::OutOfPlace { expected: "the oldest round in flight", got: error.to_string() }));
-        }
-        if self.round.last {
-            return None;
-        }
-        let duration = self.round.since.elapsed();
-        let guest = Arc::clone(&self.guest);
-        let dirty = match blocking(move || Ok(lock(&guest).harvest()?)).await {
-            Ok(dirty) => dirty,
-            Err(error) => return Some(self.give_up(error)),
-        };
-        let dirty_pages = dirty.len();
-        if let Some(tracker) = &mut self.tracker {
-            tracker.owe(&dirty);
-        }
-        let content_pages = content(&self.counts()) - self.round.content_before;
-        Some(SourceEvent::RoundApplied(RoundMeasure { content_pages, duration, dirty_pages }))
-    }
-
-    async fn handoff(&mut self, action: HandoffAction<SourceRecord>) -> Result<Option<SourceEvent>, EngineError> {
-        let binding = self.binding.clone().ok_or_else(|| EngineError::Bug("handoff without an offer".into()))?;
-        match action {
-            HandoffAction::Journal(record) => {
-                let (abort, commit) = (record == SourceRecord::Abort, record == SourceRecord::Commit);
-                let result = self.evidence.record(&binding, record).await;
-                self.lap("journal");
-                match result {
-                    // An ABORT that cannot be written is implied: COMMIT was never attempted, and a restart
-                    // makes ABORT of an OFFER. The guest's life does not wait for the disk.
-                    Err(error) if abort => {
-                        tracing::error!(migration = %binding.migration, error = %error, "ABORT is not on disk; a restart will repeat it")
-                    }
-                    result => result?,
-                }
-                if commit {
-                    self.doubt_ends = Some(Instant::now() + self.order.resolve_timeout);
-                }
-                Ok(None)
-            }
-            HandoffAction::Send(step) => {
-                self.evidence.send(&self.link.session, &binding, step).await;
-                Ok(None)
-            }
-            HandoffAction::AskCommit => {
-                let ask = Arc::clone(&self.ask_commit);
-                let answer = joined(tokio::task::spawn_blocking(move || ask()).await)?;
-                self.lap("policy");
-                Ok(Some(SourceEvent::Handoff(match answer {
-                    Ok(()) => SourceStep::CommitPermitted,
-                    Err(why) => {
-                        self.error.get_or_insert(EngineError::Denied { vm: self.order.vm.clone(), why });
-                        SourceStep::CommitDenied
-                    }
-                })))
-            }
-            HandoffAction::Resume => {
-                let guest = Arc::clone(&self.guest);
-                if let Some(tracker) = self.tracker.take() {
-                    // INVARIANT(no-lost-dirt): what was harvested and not applied is still owed to whoever moves this guest next;
-                    // the next migration starts with every page, so the set ends here.
-                    tracing::debug!(migration = %binding.migration, pages = tracker.give_back().len(), "pages given back");
-                }
-                let woken = blocking(move || Ok(wake(lock(&guest).as_mut())?)).await;
-                self.lap("resume");
-                if let Err(error) = woken {
-                    tracing::error!(vm = %binding.vm, error = %crate::telemetry::chain(&error), "guest not resumed on the source");
-                    self.error.get_or_insert(error);
-                }
-                Ok(None)
-            }
-            HandoffAction::Destroy => {
-                let guest = Arc::clone(&self.guest);
-                if let Err(error) = blocking(move || Ok(lock(&guest).destroy()?)).await {
-                    tracing::warn!(vm = %binding.vm, error = %error, "the old copy is gone already");
-                }
-                Ok(None)
-            }
-            HandoffAction::End(outcome) => {
-                self.ended = Some(Some(outcome));
-                Ok(None)
-            }
-        }
-    }
-
-    async fn finish(mut self) -> SourceEnd {
-        let outcome = self.ended.flatten();
-        if let (Some(watch), Some(Outcome::Moved)) = (&self.pause, outcome) {
-            self.figures.downtime = Some(watch.total());
-            self.figures.breakdown = watch.laps().to_vec();
-        }
-        if outcome == Some(Outcome::Moved) {
-            self.error = None;
-            self.figures.verified = self.order.stream.verify;
-            self.phase = Phase::Cleanup;
-            let head = self.evidence.audit.head().text;
-            let _ = self.say(Message::AuditHead(AuditHead { checkpoint: head })).await;
-            self.last_words().await;
-        } else if outcome.is_some() {
-            self.say_failure().await;
-        }
-        self.figures.pages = self.counts();
-        self.phase = Phase::Done;
-        self.show(|_| {});
-        self.lanes.clear();
-        self.link.session.close(None, "migration ended");
-        SourceEnd { outcome, error: self.error, figures: self.figures }
-    }
-
-    /// The destination's audit head behind its last entry, if it comes soon.
-    async fn last_words(&mut self) {
-        let listen = async {
-            while let Ok(message) = self.link.session.receive().await {
-                if let Message::AuditHead(head) = message {
-                    return self.keep_peer_head(head).await;
-                }
-            }
-        };
-        let _ = tokio::time::timeout(LAST_WORDS, listen).await;
     }
 
     fn show(&mut self, change: impl FnOnce(&mut Progress)) {
@@ -802,16 +527,6 @@ impl Run {
     }
 }
 
-impl RoundUnderWay {
-    fn new(round: Round, last: bool, lanes: usize, content_before: u64) -> Self {
-        Self { round, last, since: Instant::now(), totals: vec![None; lanes], content_before, said: false }
-    }
-}
-
-fn content(counts: &PageCounts) -> u64 {
-    counts.total() - counts.zero
-}
-
 fn per_second(bytes: u64, seconds: f64) -> u64 {
     let micros = (seconds * 1e6).max(1.0);
     // Both are far below 2^53; the quotient of two non-negative numbers fits.
@@ -825,6 +540,3 @@ fn lock(guest: &Guest) -> std::sync::MutexGuard<'_, Box<dyn PagedSource>> {
 }
 
 const PROGRESS_INTERVAL: Duration = Duration::from_millis(200);
-const RECONNECT_FIRST: Duration = Duration::from_millis(50);
-const RECONNECT_LONGEST: Duration = Duration::from_secs(5);
-const LAST_WORDS: Duration = Duration::from_secs(2);

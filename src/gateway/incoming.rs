@@ -4,11 +4,11 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 
 use crate::audit::{Entry, Event, Outcome};
 use crate::config;
-use crate::engine::{self, DestinationOrder, EngineError, Link, Placement};
+use crate::engine::{self, DestinationOrder, Link, Placement};
 use crate::gateway::judge::Case;
 use crate::gateway::registry::{Busy, Claim, Migration};
 use crate::gateway::{Gateway, attach, put_class, report};
@@ -164,6 +164,48 @@ impl Gateway {
 
     /// Judges an offer and puts everything for it in place; says why not, one reason at a time.
     async fn admit(self: &Arc<Self>, link: &Link, offer: Offer) -> Result<Arrival, Refusal> {
+        let (machine, memory_bytes) = self.read_offer(&offer)?;
+        let case = Case {
+            migration: offer.migration,
+            vm: offer.vm.clone(),
+            uuid: offer.uuid,
+            terms: offer.stream.clone(),
+            memory_bytes,
+            side: Side::Destination,
+        };
+        let (judge, judged, session) = (Arc::clone(&self.judge), case.clone(), Arc::clone(&link.session));
+        let permit = tokio::task::spawn_blocking(move || judge.accept(&judged, &session))
+            .await
+            .map_err(|error| Refusal::new(ErrorClass::Bug, error.to_string()))?
+            .map_err(|no| Refusal::new(no.class(), telemetry::chain(&no)))?;
+        if !matches!(offer.stream.durability, crate::wire::Durability::None) {
+            return Err(Refusal::new(ErrorClass::PeerIncompatible, "durability other than `none` is not built"));
+        }
+        let template = self
+            .incoming
+            .clone()
+            .ok_or_else(|| Refusal::new(ErrorClass::Denied, "this gateway accepts no VMs: its configuration has no [incoming]"))?;
+        let most = self.config.incoming.as_ref().map_or(0, |incoming| incoming.max_memory.bytes);
+        if memory_bytes > most {
+            let why = format!("VM `{}` needs {memory_bytes} bytes of memory: this gateway accepts {most}", offer.vm);
+            return Err(Refusal::new(ErrorClass::PeerIncompatible, why));
+        }
+        let claim =
+            self.registry.claim(&offer.vm, offer.migration, self.config.limits.migrations_max as usize).map_err(|busy| match busy {
+                Busy::Vm(other) => Refusal::new(ErrorClass::Denied, format!("VM `{}` is moving already, in migration `{other}`", offer.vm)),
+                Busy::Full => Refusal::new(ErrorClass::Local, "too many migrations are under way"),
+                Busy::Closing => Refusal::new(ErrorClass::PeerUnreachable, "the gateway is shutting down"),
+                Busy::Id => used_before(offer.migration),
+            })?;
+        self.check_place(&offer).await?;
+        let (twin, leavings) = self.build_twin(template, &offer, machine).await?;
+        let lanes = offer.stream.lanes.clamp(1, limits::LANES_MAX);
+        let (policy_digest, policy_ids) = (*permit.set_digest(), permit.policy_ids().to_vec());
+        Ok(Arrival { offer, lanes, case, twin: Box::new(twin), leavings, policy_digest, policy_ids, claim })
+    }
+
+    /// What the offer says it is, checked against itself and against what this gateway knows of the VM.
+    fn read_offer(&self, offer: &Offer) -> Result<(Machine, u64), Refusal> {
         let machine: Machine = serde_json::from_slice(&offer.machine)
             .map_err(|_| Refusal::new(ErrorClass::PeerMisbehaved, "the machine description is malformed"))?;
         let layout =
@@ -182,81 +224,41 @@ impl Gateway {
         if vm.uuid != offer.uuid {
             return Err(Refusal::new(ErrorClass::Denied, format!("VM `{}` has UUID `{}` here, not `{}`", vm.name, vm.uuid, offer.uuid)));
         }
-        let case = Case {
-            migration: offer.migration,
-            vm: offer.vm.clone(),
-            uuid: offer.uuid,
-            terms: offer.stream.clone(),
-            memory_bytes: layout.bytes(),
-            side: Side::Destination,
-        };
-        let (judge, judged, session) = (Arc::clone(&self.judge), case.clone(), Arc::clone(&link.session));
-        let permit = tokio::task::spawn_blocking(move || judge.accept(&judged, &session))
-            .await
-            .map_err(|error| Refusal::new(ErrorClass::Bug, error.to_string()))?
-            .map_err(|no| Refusal::new(no.class(), telemetry::chain(&no)))?;
-        if !matches!(offer.stream.durability, crate::wire::Durability::None) {
-            return Err(Refusal::new(ErrorClass::PeerIncompatible, "durability other than `none` is not built"));
-        }
-        let template = self
-            .incoming
-            .clone()
-            .ok_or_else(|| Refusal::new(ErrorClass::Denied, "this gateway accepts no VMs: its configuration has no [incoming]"))?;
-        let most = self.config.incoming.as_ref().map_or(0, |incoming| incoming.max_memory.bytes);
-        if layout.bytes() > most {
-            let (needs, most) = (layout.bytes(), most);
-            return Err(Refusal::new(
-                ErrorClass::PeerIncompatible,
-                format!("VM `{}` needs {needs} bytes of memory: this gateway accepts {most}", offer.vm),
-            ));
-        }
-        let claim =
-            self.registry.claim(&offer.vm, offer.migration, self.config.limits.migrations_max as usize).map_err(|busy| match busy {
-                Busy::Vm(other) => Refusal::new(ErrorClass::Denied, format!("VM `{}` is moving already, in migration `{other}`", offer.vm)),
-                Busy::Full => Refusal::new(ErrorClass::Local, "too many migrations are under way"),
-                Busy::Closing => Refusal::new(ErrorClass::Local, "the gateway is shutting down"),
-                Busy::Id => used_before(offer.migration),
-            })?;
-        self.check_place(&offer).await?;
-        let (twin, leavings) = self.build_twin(template, &offer, machine, layout.bytes()).await?;
-        let lanes = offer.stream.lanes.clamp(1, limits::LANES_MAX);
-        let (policy_digest, policy_ids) = (*permit.set_digest(), permit.policy_ids().to_vec());
-        Ok(Arrival { offer, lanes, case, twin: Box::new(twin), leavings, policy_digest, policy_ids, claim })
+        Ok((machine, layout.bytes()))
     }
 
-    /// Starts a VMM and lets it build the empty twin.
+    /// Starts an empty VMM and lets it say what this host lacks.
     async fn build_twin(
         &self,
         template: LaunchTemplate,
         offer: &Offer,
         machine: Machine,
-        memory_bytes: u64,
     ) -> Result<(AttachedDestination, Leavings), Refusal> {
         let runtime = &self.config.gateway.runtime_directory;
-        let stem = format!("{}-{}", offer.vm, offer.migration);
+        // A Unix socket's path has at most 107 bytes: the id alone names it, and says whose twin it is.
+        let stem = offer.migration.to_string();
         let variables = LaunchVariables {
             socket: runtime.join(format!("{stem}.sock")),
             vm: offer.vm.clone(),
             uuid: offer.uuid,
-            memory_bytes,
+            memory_bytes: machine.regions.iter().map(|region| region.bytes).sum(),
             vcpus: machine.vcpus,
             serial: runtime.join(format!("{}.serial", offer.vm)),
             log: runtime.join(format!("{stem}.log")),
         };
         let leavings = Leavings([variables.socket.clone(), variables.log.clone()]);
-        let twin = tokio::task::spawn_blocking(move || -> Result<AttachedDestination, HypervisorError> {
+        let built = tokio::task::spawn_blocking(move || -> Result<AttachedDestination, HypervisorError> {
             let mut vmm = template.launch(&variables, LAUNCH)?;
             AttachedDestination::prepare(&vmm.socket.clone(), variables.vm.as_str(), &machine, Timeouts::default()).inspect_err(|_| {
                 // An empty twin is nobody's guest.
                 let _ = vmm.kill();
             })
-        })
-        .await;
-        let twin = match twin {
+        });
+        let twin = match built.await {
             Ok(twin) => twin.map_err(Refusal::from),
             Err(error) => Err(Refusal::new(ErrorClass::Bug, error.to_string())),
         };
-        twin.inspect_err(|_| leavings.remove()).map(|twin| (twin, leavings))
+        Ok((twin.inspect_err(|_| leavings.remove())?, leavings))
     }
 
     /// A VM can come if it is not here, was not given away without an answer, and comes at an epoch that follows what is
@@ -290,6 +292,7 @@ impl Gateway {
         shown.memory_total_bytes = case.memory_bytes;
         let (_progress, progress) = watch::channel(shown);
         let (ended_in, ended) = watch::channel(false);
+        let (commands_in, commands) = mpsc::channel(limits::COMMAND_QUEUE);
         self.registry.begin(Migration {
             id: migration,
             vm: vm.clone(),
@@ -299,18 +302,18 @@ impl Gateway {
             progress,
             report: None,
             ended,
-            commands: None,
+            commands: Some(commands_in),
         });
         let ask_commit = self.commit_question(&case, &link.session);
         let source_spiffe = link.peer.spiffe.clone();
-        let order = DestinationOrder { offer, lanes, evidence: self.evidence(), link, twin, ask_commit, policy_digest };
+        let order = DestinationOrder { offer, lanes, evidence: self.evidence(), link, twin, ask_commit, policy_digest, commands };
         let end = engine::run_destination(order).await;
         let mut report = report::report(migration, &vm, end.outcome, end.error.as_ref(), started);
         report.hypervisor = kind;
         report.guest_memory_bytes = case.memory_bytes;
         report.authenticated.source = Some(source_spiffe);
         report.authenticated.destination = Some(self.credentials.own_id());
-        report.policy.decision = Some(if matches!(end.error, Some(EngineError::Denied { .. })) { "deny" } else { "allow" }.to_owned());
+        report.policy.decision = Some(report::decision(end.error.as_ref()));
         report.policy.policy_ids = policy_ids;
         report.verified = end.outcome == Some(Place::Moved) && case.terms.verify;
         report.audit.destination_head = Some(self.audit.head().text);
@@ -323,7 +326,7 @@ impl Gateway {
             }
             Some(Place::Moved) => Some(claim),
             None => {
-                self.resolve_later(migration, Some(claim));
+                self.resolve_later(migration, None, Some(claim));
                 None
             }
         };
@@ -354,6 +357,7 @@ impl Gateway {
             }
         }
         self.load_places();
+        self.taken_up.notify_waiters();
     }
 }
 

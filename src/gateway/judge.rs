@@ -38,8 +38,14 @@ pub(super) struct Case {
 /// Why there is no permit.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum NoPermit {
-    #[error(transparent)]
-    Denied(#[from] Denial),
+    #[error("VM `{vm}` is not permitted to move")]
+    Denied {
+        /// Policies speak of its UUID only.
+        vm: VmName,
+        /// Policy's words.
+        #[source]
+        denial: Denial,
+    },
     #[error("the decision cannot be recorded")]
     Audit(#[from] AuditError),
     #[error("the peer's certificate is no longer accepted")]
@@ -49,7 +55,7 @@ pub(super) enum NoPermit {
 impl NoPermit {
     pub(super) fn class(&self) -> ErrorClass {
         match self {
-            Self::Denied(_) => ErrorClass::Denied,
+            Self::Denied { .. } => ErrorClass::Denied,
             Self::Audit(_) => ErrorClass::Local,
             Self::Identity(error) => error.class(),
         }
@@ -58,18 +64,20 @@ impl NoPermit {
     pub(super) fn problem(&self) -> Problem {
         let problem = Problem::new(self.class(), crate::telemetry::chain(self));
         match self {
-            Self::Denied(_) => problem.with_hint("`sealane policy explain` shows which policy decided"),
+            Self::Denied { .. } => problem.with_hint("`sealane policy explain` shows which policy decided"),
             Self::Audit(_) => problem.with_hint("nothing is moved without evidence; see the audit directory's disk"),
             Self::Identity(_) => problem.with_hint("the certificate or its CRL changed since the session began"),
         }
     }
 }
 
-impl From<NoPermit> for EngineError {
-    fn from(no: NoPermit) -> Self {
-        match no {
-            NoPermit::Audit(error) => Self::Audit(error),
-            other => Self::Bug(other.to_string()),
+impl NoPermit {
+    /// The same at the moment of the switch.
+    pub(super) fn at_commit(self, case: &Case) -> EngineError {
+        match self {
+            Self::Denied { vm, denial } => EngineError::Denied { vm, why: crate::telemetry::chain(&denial) },
+            Self::Audit(error) => EngineError::Audit(error),
+            Self::Identity(source) => EngineError::Transport { migration: case.migration, source },
         }
     }
 }
@@ -133,7 +141,7 @@ impl Judge {
         entry.detail.insert("policy_ids".into(), ids.into());
         entry.detail.insert("policy_digest".into(), hex(&digest).into());
         self.audit.record(&entry)?;
-        Ok(answer?)
+        answer.map_err(|denial| NoPermit::Denied { vm: case.vm.clone(), denial })
     }
 
     fn context(&self, case: &Case, session: &Session) -> MigrationContext {

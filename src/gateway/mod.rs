@@ -23,7 +23,7 @@ mod start;
 pub use start::run;
 
 // For `sealane policy` and `sealane bench`, which ask and report as the daemon does.
-pub(crate) use policies::{address_of, default_stream, entities, operator_id, read_policies, read_policy_text};
+pub(crate) use policies::{address_of, channel_in_order, default_stream, entities, operator_id, read_policies, read_policy_text};
 pub(crate) use report::{put_figures, report};
 pub(crate) use start::audit_signer;
 
@@ -53,6 +53,8 @@ struct Gateway {
     registry: Arc<Registry>,
     incoming: Option<LaunchTemplate>,
     peers: peers::Reachability,
+    /// Told when a peer came back for an interrupted handoff.
+    taken_up: tokio::sync::Notify,
     crowd: Arc<crowd::Crowd>,
 }
 

@@ -18,7 +18,7 @@ use crate::gateway::{Gateway, put_class, report};
 use crate::hypervisor::PagedSource;
 use crate::hypervisor::attach::{AttachedSource, Timeouts};
 use crate::migration::{Goal, Outcome as Place};
-use crate::policy::Route;
+use crate::policy::{Permit, Release, Route};
 use crate::telemetry::{self, Mode, Monotone, Problem, Progress, Report, RunningOn};
 use crate::transport::Session;
 use crate::types::{Epoch, MigrationId, Side};
@@ -70,45 +70,14 @@ impl Gateway {
             .with_hint("`sealane peers` lists the peers that this gateway knows")
             .with_running_on(RunningOn::Source)
         })?;
-        let (address, epoch) = match self.registry.place(&vm.name) {
-            Some(Placement::Here { address, epoch }) => (address, epoch),
-            Some(Placement::Away { peer, .. }) => {
-                return Err(misuse(format!("VM `{}` does not run here: `{peer}` has it", vm.name))
-                    .with_code("vm-is-away")
-                    .with_running_on(RunningOn::Destination));
-            }
-            Some(Placement::Given { peer, migration, .. }) => {
-                return Err(Problem::new(
-                    ErrorClass::InDoubt,
-                    format!("VM `{}` was given to `{peer}` in migration `{migration}`, which has not answered", vm.name),
-                )
-                .with_running_on(RunningOn::NeitherYet));
-            }
-            None => {
-                return Err(misuse(format!(
-                    "VM `{}` is not attached here: its configuration has no `socket` and it has not arrived",
-                    vm.name
-                ))
-                .with_code("vm-not-here"));
-            }
-        };
+        let (address, epoch) = self.place_of(&vm)?;
         let defaults = &self.config.migration;
         let lanes = request.lanes.unwrap_or(defaults.lanes);
         if !(1..=crate::limits::LANES_MAX).contains(&lanes) {
             return Err(misuse(format!("{lanes} lanes: expected 1 to {}", crate::limits::LANES_MAX)).with_running_on(RunningOn::Source));
         }
         let migration = new_migration()?;
-        let claim = self.registry.claim(&vm.name, migration, self.config.limits.migrations_max as usize).map_err(|busy| match busy {
-            Busy::Vm(other) => misuse(format!("VM `{}` is moving already, in migration `{other}`", vm.name))
-                .with_code("vm-is-moving")
-                .with_running_on(RunningOn::Source),
-            Busy::Full => {
-                Problem::new(ErrorClass::Local, format!("{} migrations are under way, the most allowed", self.config.limits.migrations_max))
-                    .with_running_on(RunningOn::Source)
-            }
-            Busy::Closing => Problem::new(ErrorClass::Local, "the gateway is shutting down").with_running_on(RunningOn::Source),
-            Busy::Id => Problem::new(ErrorClass::Bug, format!("migration `{migration}` exists already")).with_running_on(RunningOn::Source),
-        })?;
+        let claim = self.take(&vm, migration)?;
         let mut terms = default_terms(defaults);
         terms.lanes = lanes;
         match request.compress {
@@ -132,6 +101,39 @@ impl Gateway {
         Ok(Departure { migration, case, vm, peer, address, epoch, goal, bandwidth, timeout, operator, claim })
     }
 
+    /// Where the VM is attached, and the epoch at which this gateway owns it.
+    fn place_of(&self, vm: &config::Vm) -> Result<(String, Epoch), Problem> {
+        let misuse = |message: String| Problem::new(ErrorClass::Misuse, message);
+        match self.registry.place(&vm.name) {
+            Some(Placement::Here { address, epoch }) => Ok((address, epoch)),
+            Some(Placement::Away { peer, .. }) => Err(misuse(format!("VM `{}` does not run here: `{peer}` has it", vm.name))
+                .with_code("vm-is-away")
+                .with_running_on(RunningOn::Destination)),
+            Some(Placement::Given { peer, migration, .. }) => Err(Problem::new(
+                ErrorClass::InDoubt,
+                format!("VM `{}` was given to `{peer}` in migration `{migration}`, which has not answered", vm.name),
+            )
+            .with_running_on(RunningOn::NeitherYet)),
+            None => Err(misuse(format!("VM `{}` is not attached here: its configuration has no `socket` and it has not arrived", vm.name))
+                .with_code("vm-not-here")),
+        }
+    }
+
+    /// Claims the VM for one migration.
+    fn take(self: &Arc<Self>, vm: &config::Vm, migration: MigrationId) -> Result<Claim, Problem> {
+        let most = self.config.limits.migrations_max;
+        self.registry.claim(&vm.name, migration, most as usize).map_err(|busy| {
+            let problem = match busy {
+                Busy::Vm(other) => Problem::new(ErrorClass::Misuse, format!("VM `{}` is moving already, in migration `{other}`", vm.name))
+                    .with_code("vm-is-moving"),
+                Busy::Full => Problem::new(ErrorClass::Local, format!("{most} migrations are under way, the most allowed")),
+                Busy::Id => Problem::new(ErrorClass::Bug, format!("migration `{migration}` exists already")),
+                Busy::Closing => Problem::new(ErrorClass::Local, "the gateway is shutting down"),
+            };
+            problem.with_running_on(RunningOn::Source)
+        })
+    }
+
     /// May this operator ask for this? The answer is recorded.
     pub(super) async fn ask_request(self: &Arc<Self>, departure: &Departure) -> Result<(), Problem> {
         let (judge, case, operator) = (Arc::clone(&self.judge), departure.case.clone(), operator_id(departure.operator));
@@ -141,7 +143,7 @@ impl Gateway {
             peer_ip: crate::gateway::peers::numeric(&departure.peer.address),
         };
         let answer = tokio::task::spawn_blocking(move || judge.request(&operator, &case, route)).await.map_err(bug)?;
-        answer.map(drop).map_err(|no| no.problem().with_running_on(RunningOn::Source))
+        answer.map(drop).map_err(|no| report::named(no.problem(), &departure.vm.name).with_running_on(RunningOn::Source))
     }
 
     /// Starts a migration; it goes on by itself.
@@ -175,7 +177,12 @@ impl Gateway {
 
     /// Keeps a finished migration's report, in memory and on disk, and in the audit log.
     pub(super) async fn finished(self: &Arc<Self>, mut report: Report, ended: watch::Sender<bool>) {
-        let mut entry = Entry::new(Event::MigrationFinished).outcome(if report.error.is_none() { Outcome::Done } else { Outcome::Failed });
+        let mut entry = Entry::new(Event::MigrationFinished).outcome(match report.state {
+            telemetry::Outcome::Completed => Outcome::Done,
+            telemetry::Outcome::Failed => Outcome::Failed,
+            telemetry::Outcome::Cancelled => Outcome::Cancelled,
+            telemetry::Outcome::InDoubt => Outcome::InDoubt,
+        });
         entry.vm = Some(report.vm.clone());
         entry.migration = Some(report.migration_id);
         entry.detail.insert("state".into(), serde_json::to_value(report.state).unwrap_or_default());
@@ -214,7 +221,7 @@ impl Gateway {
                 let state = if problem.class == ErrorClass::Cancelled { telemetry::Outcome::Cancelled } else { telemetry::Outcome::Failed };
                 let mut report = Report::new(migration, vm, state, RunningOn::Source);
                 report.policy.decision = (problem.class == ErrorClass::Denied).then(|| "deny".to_owned());
-                report.error = Some(problem.with_running_on(RunningOn::Source));
+                report.error = Some(report::named(problem, &report.vm).with_running_on(RunningOn::Source));
                 report.duration_seconds = started.elapsed().unwrap_or_default().as_secs_f64();
                 report
             }
@@ -234,46 +241,11 @@ impl Gateway {
         commands: mpsc::Receiver<engine::Command>,
         started: SystemTime,
     ) -> Result<Report, Problem> {
-        let (address, name) = (departure.address.clone(), departure.vm.name.clone());
-        let guest = tokio::task::spawn_blocking(move || AttachedSource::attach(Path::new(&address), name.as_str(), Timeouts::default()))
-            .await
-            .map_err(bug)?
-            .map_err(|error| Problem::new(ErrorClass::Local, telemetry::chain(&error)).with_code("vmm-unreachable"))?;
-        let machine = guest.machine().clone();
-        if machine.uuid != departure.vm.uuid {
-            return Err(Problem::new(
-                ErrorClass::Denied,
-                format!(
-                    "the guest at `{}` is `{}`, not VM `{}` with UUID `{}`",
-                    departure.address, machine.uuid, departure.vm.name, departure.vm.uuid
-                ),
-            ));
-        }
-        departure.case.memory_bytes = guest.ram().layout().bytes();
-        if departure.case.terms.verify {
-            departure.goal.fixed_cost += Duration::from_secs_f64(departure.case.memory_bytes as f64 / VERIFY_BYTES_PER_SECOND);
-        }
+        let guest = self.attach_to(&mut departure).await?;
+        let kind = guest.machine().kind.clone();
         let link = self.dial(&departure.peer).await?;
-        let permit = {
-            let (judge, case, session) = (Arc::clone(&self.judge), departure.case.clone(), Arc::clone(&link.session));
-            tokio::task::spawn_blocking(move || judge.release(&case, &session)).await.map_err(bug)?
-        }
-        .map_err(|no| {
-            link.session.close(Some(no.class()), "not permitted");
-            no.problem()
-        })?;
-        let mut entry = Entry::new(Event::MigrationOffered).outcome(Outcome::Done);
-        entry.vm = Some(departure.vm.name.clone());
-        entry.uuid = Some(departure.vm.uuid);
-        entry.migration = Some(departure.migration);
-        entry.peer = Some(departure.peer.spiffe.to_string());
-        let audit = self.audit.clone();
-        tokio::task::spawn_blocking(move || audit.record(&entry))
-            .await
-            .map_err(bug)?
-            .map_err(|error| Problem::new(ErrorClass::Local, telemetry::chain(&error)))?;
-
-        let (ids, kind, bytes) = (permit.policy_ids().to_vec(), machine.kind.clone(), departure.case.memory_bytes);
+        let permit = self.release(&departure, &link).await?;
+        let (ids, bytes) = (permit.policy_ids().to_vec(), departure.case.memory_bytes);
         let order = SourceOrder {
             migration: departure.migration,
             vm: departure.vm.name.clone(),
@@ -294,15 +266,52 @@ impl Gateway {
         report.hypervisor = kind;
         report.guest_memory_bytes = bytes;
         report.authenticated.destination = Some(departure.peer.spiffe.clone());
-        let denied = matches!(end.error, Some(EngineError::Denied { .. }));
-        report.policy.decision = Some(if denied { "deny" } else { "allow" }.to_owned());
+        report.policy.decision = Some(report::decision(end.error.as_ref()));
         report.policy.policy_ids = ids;
         self.refresh_place(&departure.vm.name);
         if end.outcome.is_none() {
-            self.resolve_later(departure.migration, Some(departure.claim));
+            self.resolve_later(departure.migration, None, Some(departure.claim));
         }
         debug_assert!(end.outcome != Some(Place::Moved) || report.error.is_none());
         Ok(report)
+    }
+
+    /// Attaches to the guest and sees to it that it is the VM that was judged.
+    async fn attach_to(&self, departure: &mut Departure) -> Result<AttachedSource, Problem> {
+        let (address, name) = (departure.address.clone(), departure.vm.name.clone());
+        let guest = tokio::task::spawn_blocking(move || AttachedSource::attach(Path::new(&address), name.as_str(), Timeouts::default()))
+            .await
+            .map_err(bug)?
+            .map_err(|error| Problem::new(ErrorClass::Local, telemetry::chain(&error)).with_code("vmm-unreachable"))?;
+        let (found, vm) = (guest.machine().uuid, &departure.vm);
+        if found != vm.uuid {
+            let message = format!("the guest at `{}` is `{found}`, not VM `{}` with UUID `{}`", departure.address, vm.name, vm.uuid);
+            return Err(Problem::new(ErrorClass::Denied, message));
+        }
+        departure.case.memory_bytes = guest.ram().layout().bytes();
+        if departure.case.terms.verify {
+            departure.goal.fixed_cost += Duration::from_secs_f64(departure.case.memory_bytes as f64 / VERIFY_BYTES_PER_SECOND);
+        }
+        Ok(guest)
+    }
+
+    /// May this peer have the VM? The answer and the offer are recorded before anything of the guest leaves.
+    async fn release(self: &Arc<Self>, departure: &Departure, link: &Link) -> Result<Permit<Release>, Problem> {
+        let (judge, case, session) = (Arc::clone(&self.judge), departure.case.clone(), Arc::clone(&link.session));
+        let answer = tokio::task::spawn_blocking(move || judge.release(&case, &session)).await.map_err(bug)?;
+        let permit = answer.map_err(|no| {
+            link.session.close(Some(no.class()), "not permitted");
+            no.problem()
+        })?;
+        let offered = Entry::new(Event::MigrationOffered)
+            .vm(departure.vm.name.clone(), departure.vm.uuid)
+            .migration(departure.migration)
+            .peer(departure.peer.spiffe.to_string())
+            .outcome(Outcome::Done);
+        let audit = self.audit.clone();
+        let recorded = tokio::task::spawn_blocking(move || audit.record(&offered)).await.map_err(bug)?;
+        recorded.map_err(|error| Problem::new(ErrorClass::Local, telemetry::chain(&error)))?;
+        Ok(permit)
     }
 
     fn source_ports(
@@ -325,8 +334,9 @@ impl Gateway {
     pub(super) fn commit_question(self: &Arc<Self>, case: &Case, session: &Arc<Session>) -> engine::AskCommit {
         let (judge, case, session) = (Arc::clone(&self.judge), case.clone(), Arc::downgrade(session));
         Arc::new(move || {
-            let session = session.upgrade().ok_or_else(|| "the session is over".to_owned())?;
-            judge.commit(&case, &session).map(drop).map_err(|no| telemetry::chain(&no))
+            let over = || EngineError::Denied { vm: case.vm.clone(), why: "the session with the peer is over".to_owned() };
+            let session = session.upgrade().ok_or_else(over)?;
+            judge.commit(&case, &session).map(drop).map_err(|no| no.at_commit(&case))
         })
     }
 }
@@ -340,6 +350,7 @@ pub(super) async fn show_monotone(mut raw: watch::Receiver<Progress>, shown: wat
     }
 }
 
+#[expect(clippy::needless_pass_by_value, reason = "used as a function for map_err")]
 pub(super) fn bug(error: tokio::task::JoinError) -> Problem {
     Problem::new(ErrorClass::Bug, format!("a task of the gateway ended: {error}"))
 }

@@ -6,8 +6,9 @@ use std::path::{Path, PathBuf};
 
 use crate::config::{self, Config, Peer};
 use crate::gateway::peers;
+use crate::identity::provider;
 use crate::limits;
-use crate::policy::{self, Entities, PolicyFile, Stream};
+use crate::policy::{self, Channel, Entities, PolicyFile, Stream};
 use crate::wire::{Compression, CompressionScope, Durability, StreamTerms};
 
 /// Every `*.cedar` of a directory, in order of name; or the path that cannot be read, and why.
@@ -129,4 +130,13 @@ pub(crate) fn default_stream(config: &Config) -> Stream {
 /// The address that a request is judged by before the peer was reached.
 pub(crate) fn address_of(peer: &Peer) -> IpAddr {
     peers::numeric(&peer.address)
+}
+
+/// A channel in good order: what a session with a peer whose certificate and CRL are fresh is judged by.
+pub(crate) fn channel_in_order(peer_cert_days_left: i64) -> Channel {
+    let provider = provider();
+    // As a session says it: everything that this build may agree on.
+    let groups: Vec<String> = provider.kx_groups.iter().map(|group| format!("{:?}", group.name())).collect();
+    let suites: Vec<String> = provider.cipher_suites.iter().map(|suite| format!("{:?}", suite.suite())).collect();
+    Channel { tls: "1.3".to_owned(), kx: groups.join("|"), suite: suites.join("|"), crl_fresh: true, peer_cert_days_left }
 }

@@ -1,14 +1,18 @@
 //! What a restarted gateway makes of its journal, and how it settles what is open.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
-use crate::engine::{self, Placement, Resolved};
-use crate::gateway::registry::Claim;
-use crate::gateway::{Gateway, attach};
+use tokio::sync::watch;
+
+use crate::engine::{self, Interruption, Placement, Resolved};
+use crate::gateway::registry::{Claim, Migration};
+use crate::gateway::{Gateway, attach, report};
+use crate::hypervisor::RunState;
+use crate::hypervisor::attach::{Timeouts, discard, observe};
 use crate::migration::Outcome;
-use crate::telemetry;
-use crate::types::{Epoch, MigrationId, VmName};
+use crate::telemetry::{self, Phase, Progress, Report};
+use crate::types::{Epoch, MigrationId, Side, VmName};
 
 /// Between two tries to settle a handoff with a silent peer.
 const FIRST_PAUSE: Duration = Duration::from_millis(200);
@@ -55,22 +59,111 @@ impl Gateway {
         };
         for migration in migrations {
             match engine::resolve(&self.evidence(), &attach(), migration, None).await {
-                Ok(Resolved::Settled) => {}
-                Ok(Resolved::Ended(outcome)) => tracing::warn!(%migration, ?outcome, "interrupted migration settled from the journal"),
+                Ok(Resolved::Settled) => {
+                    if let Err(error) = engine::repeat_effect(&self.evidence(), &attach(), migration).await {
+                        tracing::error!(%migration, error = %telemetry::chain(&error), "the effect of its last record is not certain");
+                    }
+                }
+                Ok(Resolved::Ended(outcome)) => {
+                    tracing::warn!(%migration, ?outcome, "interrupted migration settled from the journal");
+                    let ended = self.reopen(migration);
+                    self.settled(migration, ended).await;
+                }
                 Ok(Resolved::Open { vm, peer, source }) => {
                     tracing::warn!(%migration, %vm, %peer, source, "interrupted handoff: the peer will be asked");
-                    self.resolve_later(migration, Some(self.registry.claim_waiting(&vm, migration)));
+                    let ended = self.reopen(migration);
+                    self.resolve_later(migration, ended, Some(self.registry.claim_waiting(&vm, migration)));
                 }
                 Err(error) => {
-                    tracing::error!(%migration, error = %telemetry::chain(&error), "interrupted migration not settled; will be tried again")
+                    tracing::error!(%migration, error = %telemetry::chain(&error), "interrupted migration not settled; will be tried again");
+                    let ended = self.reopen(migration);
+                    self.resolve_later(migration, ended, None);
                 }
             }
         }
         self.load_places();
+        let gateway = Arc::clone(self);
+        if let Err(error) = tokio::task::spawn_blocking(move || gateway.sweep()).await {
+            tracing::error!(error = %error, "sweep task");
+        }
+    }
+
+    /// Ends twins that an earlier run of this gateway left behind and that no journal promises anything to.
+    fn sweep(&self) {
+        let Ok(entries) = std::fs::read_dir(&self.config.gateway.runtime_directory) else { return };
+        for path in entries.flatten().map(|entry| entry.path()) {
+            let name = path.file_name().and_then(|name| name.to_str()).and_then(|name| name.strip_suffix(".sock"));
+            let Some(Ok(migration)) = name.map(str::parse::<MigrationId>) else { continue };
+            let vm = "twin";
+            // A journal that cannot be read may promise anything.
+            if engine::may_own_twin(&self.evidence(), migration).unwrap_or(true) {
+                continue;
+            }
+            // What nobody serves is only a file.
+            let Ok((_, status)) = observe(&path, vm, Timeouts::default()) else { continue };
+            if status.state == RunState::Running {
+                tracing::error!(vm, %migration, address = %path.display(), "a guest runs that no record speaks of; it is not touched");
+                continue;
+            }
+            match discard(&path, vm, Timeouts::default()) {
+                Ok(()) => tracing::warn!(vm, %migration, "ended the twin of a migration that was cut off"),
+                Err(error) => tracing::warn!(vm, %migration, error = %telemetry::chain(&error), "a twin of nobody is not ended"),
+            }
+        }
+    }
+
+    /// Shows an interrupted migration as one that is under way.
+    fn reopen(&self, migration: MigrationId) -> Option<watch::Sender<bool>> {
+        let about = engine::interruption(&self.evidence(), migration).ok()??;
+        let (ended_in, ended) = watch::channel(false);
+        let mut shown = Progress::new(migration);
+        shown.phase = Phase::Switchover;
+        shown.stalled_because = Some("it was interrupted, and the peer is asked what came of it".to_owned());
+        self.registry.begin(Migration {
+            id: migration,
+            vm: about.vm,
+            peer: self.config.peer_of(&about.peer).map(|peer| peer.name.clone())?,
+            side: about.side,
+            started: SystemTime::now(),
+            progress: watch::channel(shown).1,
+            report: None,
+            ended,
+            commands: None,
+        });
+        Some(ended_in)
+    }
+
+    /// Reports an interrupted migration that is settled now; one that was reported before is not reported twice.
+    async fn settled(self: &Arc<Self>, migration: MigrationId, ended: Option<watch::Sender<bool>>) {
+        let known = self.registry.migration(migration).and_then(|migration| migration.report);
+        if known.is_some_and(|report| report.state != telemetry::Outcome::InDoubt) {
+            return;
+        }
+        let about = match engine::interruption(&self.evidence(), migration) {
+            Ok(Some(about)) => about,
+            Ok(None) => return,
+            Err(error) => {
+                tracing::error!(%migration, error = %telemetry::chain(&error), "settled, but not reported");
+                return;
+            }
+        };
+        let Some(outcome) = about.outcome else { return };
+        let report = self.settled_report(migration, about, outcome);
+        self.finished(report, ended.unwrap_or_else(|| watch::channel(false).0)).await;
+    }
+
+    pub(super) fn settled_report(&self, migration: MigrationId, about: Interruption, outcome: Outcome) -> Report {
+        let mut report = report::settled(migration, &about.vm, outcome);
+        let own = Some(self.credentials.own_id());
+        (report.authenticated.source, report.authenticated.destination) = match about.side {
+            Side::Source => (own, Some(about.peer)),
+            Side::Destination => (Some(about.peer), own),
+        };
+        report
     }
 
     /// Asks the peer of an interrupted handoff until it is settled. `INVARIANT(one-owner)`: until then the VM is claimed.
-    pub(super) fn resolve_later(self: &Arc<Self>, migration: MigrationId, claim: Option<Claim>) {
+    pub(super) fn resolve_later(self: &Arc<Self>, migration: MigrationId, ended: Option<watch::Sender<bool>>, claim: Option<Claim>) {
         let gateway = Arc::clone(self);
         if let Some(claim) = &claim {
             claim.wait();
@@ -78,11 +171,13 @@ impl Gateway {
         tokio::spawn(async move {
             let mut pause = FIRST_PAUSE;
             loop {
-                tokio::time::sleep(pause).await;
+                // The peer may come first.
+                let _ = tokio::time::timeout(pause, gateway.taken_up.notified()).await;
                 pause = (pause * 2).min(LONGEST_PAUSE);
                 if gateway.try_resolve(migration).await {
                     gateway.load_places();
                     drop(claim);
+                    gateway.settled(migration, ended).await;
                     return;
                 }
             }

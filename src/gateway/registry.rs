@@ -41,7 +41,7 @@ pub(super) struct Migration {
     pub(super) report: Option<Arc<Report>>,
     /// Told when the report is there.
     pub(super) ended: watch::Receiver<bool>,
-    /// How operators talk to it; only a source listens.
+    /// How it is steered; at a destination only to stop it when the gateway does.
     pub(super) commands: Option<mpsc::Sender<Command>>,
 }
 
@@ -109,10 +109,6 @@ impl Registry {
 
     pub(super) fn place(&self, vm: &VmName) -> Option<Placement> {
         self.lock().places.get(vm).cloned()
-    }
-
-    pub(super) fn places(&self) -> BTreeMap<VmName, Placement> {
-        self.lock().places.clone()
     }
 
     pub(super) fn set_place(&self, vm: VmName, place: Placement) {

@@ -28,11 +28,37 @@ pub(crate) fn report(
     report.duration_seconds = started.elapsed().unwrap_or_default().as_secs_f64();
     if state != Outcome::Completed {
         report.error = Some(match error {
-            Some(error) => problem(error, running_on),
+            Some(error) => named(problem(error, running_on), vm),
             None => Problem::new(ErrorClass::Bug, format!("migration `{migration}` of `{vm}` ended without a reason"))
                 .with_running_on(running_on),
         });
     }
+    report
+}
+
+/// The same with the VM in its message: whoever reads it may be moving several.
+pub(super) fn named(mut problem: Problem, vm: &VmName) -> Problem {
+    if !problem.message.contains(&format!("`{vm}`")) {
+        problem.message = format!("migration of `{vm}`: {}", problem.message);
+    }
+    problem
+}
+
+/// What policy said in the end, on either side.
+pub(super) fn decision(error: Option<&EngineError>) -> String {
+    if error.is_some_and(|error| error.class() == ErrorClass::Denied) { "deny".to_owned() } else { "allow".to_owned() }
+}
+
+/// A migration that was interrupted, once the journals have settled it. How it went until then is not known any more.
+pub(super) fn settled(migration: MigrationId, vm: &VmName, outcome: migration::Outcome) -> Report {
+    let message = format!("migration `{migration}` of `{vm}` was interrupted, and the journal says that the VM stays");
+    let mut report = report(migration, vm, Some(outcome), None, SystemTime::now());
+    report.error = (outcome != migration::Outcome::Moved).then(|| {
+        Problem::new(ErrorClass::Local, message)
+            .with_code("interrupted")
+            .with_running_on(RunningOn::Source)
+            .with_hint("the VM was not harmed; the migration can be started again")
+    });
     report
 }
 
@@ -43,8 +69,9 @@ pub(super) fn problem(error: &EngineError, running_on: RunningOn) -> Problem {
             problem.with_hint("allow a longer pause (`--max-downtime`), slow the guest down (`--throttle`), or give it more bandwidth")
         }
         EngineError::InDoubt { .. } => problem.with_hint("the gateway keeps asking the destination; do not start the VM by hand"),
-        EngineError::Journal(_) | EngineError::Audit(_) => {
-            problem.with_hint("nothing is moved without evidence; make room on the gateway's disk and try again")
+        EngineError::Audit(_) => problem.with_hint("nothing is moved without evidence; make room on the gateway's disk and try again"),
+        EngineError::Journal(_) => {
+            problem.with_hint("nothing is moved without its journal; see to the gateway's disk, restart the gateway, and try again")
         }
         EngineError::TimedOut { .. } => problem.with_hint("allow more time with `--timeout`"),
         _ => problem,

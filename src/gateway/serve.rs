@@ -18,21 +18,21 @@ use hyper::body::Frame;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::net::UnixListener;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 
 use crate::config::Role;
 use crate::control::{
     self, Event, GatewayView, History, MigrateRequest, MigrationList, MigrationState, MigrationView, PeerList, PeerView, PlanView,
     SetRequest, VmList, VmState, VmView, paths,
 };
-use crate::engine::{Command, Placement};
+use crate::engine::{self, Command, Placement};
 use crate::gateway::Gateway;
 use crate::gateway::judge::hex;
 use crate::gateway::registry::Migration;
 use crate::hypervisor::RunState;
-use crate::hypervisor::attach::{Timeouts, observe};
+use crate::hypervisor::attach::{Timeouts, inspect};
 use crate::limits;
-use crate::telemetry::{Outcome, Problem};
+use crate::telemetry::{Outcome, Problem, Progress, Report};
 use crate::types::{Epoch, MigrationId, Side};
 use crate::wire::ErrorClass;
 
@@ -133,12 +133,48 @@ impl Gateway {
         }
     }
 
-    fn find(&self, id: &str) -> Result<Migration, Refused> {
+    /// A migration of this run of the gateway, or a finished one of an earlier run.
+    async fn find(self: &Arc<Self>, id: &str) -> Result<Migration, Refused> {
         let id: MigrationId =
             id.parse().map_err(|error: crate::types::InvalidValue| Problem::new(ErrorClass::Misuse, error.to_string()))?;
-        self.registry
-            .migration(id)
-            .ok_or_else(|| Problem::new(ErrorClass::Misuse, format!("no migration `{id}` here")).with_code("unknown-migration").into())
+        if let Some(found) = self.registry.migration(id) {
+            return Ok(found);
+        }
+        let gateway = Arc::clone(self);
+        let past = tokio::task::spawn_blocking(move || gateway.past(id)).await.map_err(super::outgoing::bug)?;
+        past.ok_or_else(|| Problem::new(ErrorClass::Misuse, format!("no migration `{id}` here")).with_code("unknown-migration").into())
+    }
+
+    fn past(&self, id: MigrationId) -> Option<Migration> {
+        let kept = self.journal.history().ok()?;
+        let reported =
+            kept.iter().filter_map(|bytes| serde_json::from_slice::<Report>(bytes).ok()).find(|report| report.migration_id == id);
+        // A gateway that died between the last record and the report still has the record.
+        let journaled = || {
+            let about = engine::interruption(&self.evidence(), id).ok()??;
+            let outcome = about.outcome?;
+            Some(self.settled_report(id, about, outcome))
+        };
+        let report = reported.or_else(journaled)?;
+        let (ids, own) = (&report.authenticated, self.credentials.own_id());
+        let (side, other) = if ids.destination.as_ref() == Some(&own) {
+            (Side::Destination, ids.source.as_ref())
+        } else {
+            (Side::Source, ids.destination.as_ref())
+        };
+        let known = other.and_then(|spiffe| self.config.peer_of(spiffe)).map(|peer| peer.name.clone());
+        Some(Migration {
+            id,
+            vm: report.vm.clone(),
+            // A peer that was never authenticated has no name in the report.
+            peer: known.or_else(|| "unknown".parse().ok())?,
+            side,
+            started: std::time::SystemTime::UNIX_EPOCH,
+            progress: watch::channel(Progress::new(id)).1,
+            report: Some(Arc::new(report)),
+            ended: watch::channel(true).1,
+            commands: None,
+        })
     }
 }
 
@@ -191,8 +227,13 @@ fn vm_view(gateway: &Gateway, vm: &crate::config::Vm) -> VmView {
         Some(Placement::Here { address, epoch }) => {
             view.place = "here".to_owned();
             view.owner_epoch = epoch;
-            match observe(std::path::Path::new(&address), vm.name.as_str(), Timeouts::default()) {
-                Ok((_, status)) => {
+            match inspect(std::path::Path::new(&address), vm.name.as_str(), Timeouts::default()) {
+                Ok((machine, status)) => {
+                    if let Some(machine) = machine {
+                        view.memory_bytes = Some(machine.regions.iter().map(|region| region.bytes).sum());
+                        view.vcpus = Some(machine.vcpus);
+                        view.driver = machine.kind;
+                    }
                     view.state = match (status.state, moving) {
                         (RunState::Running, Some(_)) => VmState::Leaving,
                         (RunState::Running, None) => VmState::Running,
@@ -285,14 +326,14 @@ async fn migrations(State(gateway): Shared, ConnectInfo(caller): ConnectInfo<Cal
 
 async fn migration(State(gateway): Shared, ConnectInfo(caller): ConnectInfo<Caller>, Path(id): Path<String>) -> Answer<MigrationView> {
     gateway.authorise(caller, Role::Viewer)?;
-    Ok(Json(view(&gateway.find(&id)?)))
+    Ok(Json(view(&gateway.find(&id).await?)))
 }
 
 async fn start(State(gateway): Shared, ConnectInfo(caller): ConnectInfo<Caller>, body: Bytes) -> Answer<MigrationView> {
     let uid = gateway.authorise(caller, Role::Operator)?;
     let request: MigrateRequest = read(&body)?;
     let id = gateway.start(uid, &request).await?;
-    Ok(Json(view(&gateway.find(&id.to_string())?)))
+    Ok(Json(view(&gateway.find(&id.to_string()).await?)))
 }
 
 async fn plan(State(gateway): Shared, ConnectInfo(caller): ConnectInfo<Caller>, body: Bytes) -> Answer<PlanView> {
@@ -303,7 +344,7 @@ async fn plan(State(gateway): Shared, ConnectInfo(caller): ConnectInfo<Caller>, 
 
 async fn cancel(State(gateway): Shared, ConnectInfo(caller): ConnectInfo<Caller>, Path(id): Path<String>) -> Answer<MigrationView> {
     gateway.authorise(caller, Role::Operator)?;
-    let found = gateway.find(&id)?;
+    let found = gateway.find(&id).await?;
     command(&found, Command::Cancel).await?;
     let mut answer = view(&found);
     if answer.state == MigrationState::Active {
@@ -319,7 +360,7 @@ async fn set(
     body: Bytes,
 ) -> Answer<MigrationView> {
     gateway.authorise(caller, Role::Operator)?;
-    let found = gateway.find(&id)?;
+    let found = gateway.find(&id).await?;
     let change: SetRequest = read(&body)?;
     if let Some(limit) = change.bandwidth_bytes_per_second {
         command(&found, Command::Bandwidth(Some(limit))).await?;
@@ -334,7 +375,7 @@ async fn set(
 
 async fn command(migration: &Migration, command: Command) -> Result<(), Refused> {
     let id = migration.id;
-    if migration.side == Side::Destination {
+    if migration.side == Side::Destination && migration.report.is_none() {
         return Err(
             Problem::new(ErrorClass::Misuse, format!("migration `{id}` is steered at its source, gateway `{}`", migration.peer)).into()
         );
@@ -357,7 +398,7 @@ async fn history(State(gateway): Shared, ConnectInfo(caller): ConnectInfo<Caller
 /// Progress as it changes, then the report: JSON lines.
 async fn events(State(gateway): Shared, ConnectInfo(caller): ConnectInfo<Caller>, Path(id): Path<String>) -> Result<Response, Refused> {
     gateway.authorise(caller, Role::Viewer)?;
-    let found = gateway.find(&id)?;
+    let found = gateway.find(&id).await?;
     let (lines, body) = mpsc::channel(limits::EVENT_QUEUE_LINES);
     tokio::spawn(follow(gateway, found, lines));
     Ok(([(header::CONTENT_TYPE, "application/jsonl")], Body::new(Lines(body))).into_response())
@@ -378,7 +419,8 @@ async fn follow(gateway: Arc<Gateway>, mut found: Migration, lines: mpsc::Sender
             () = lines.closed() => return,
         }
     }
-    if let Some(report) = gateway.registry.migration(found.id).and_then(|migration| migration.report) {
+    let report = gateway.registry.migration(found.id).and_then(|migration| migration.report);
+    if let Some(report) = report.or(found.report) {
         // A watcher that left does not need it.
         let _ = lines.send(line(&Event::Report(Box::new(report.as_ref().clone())))).await;
     }

@@ -1,6 +1,5 @@
 //! Start and end of the daemon.
 
-use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -27,28 +26,32 @@ const SHUTDOWN: Duration = Duration::from_secs(30);
 /// How often those who were turned away are summed up in the audit log.
 const SUM_UP_EVERY: Duration = Duration::from_secs(5);
 
-/// Runs the gateway that `file` configures until SIGTERM or SIGINT.
+/// Runs the gateway that `config` describes until SIGTERM or SIGINT.
 ///
 /// # Errors
 /// A part cannot be built; nothing was started then. The problem names the part.
-pub fn run(file: &Path) -> Result<(), Problem> {
-    let config =
-        Arc::new(config::load(file).map_err(|error| Problem::new(ErrorClass::Misuse, error.to_string()).with_code("configuration"))?);
+pub fn run(config: Config) -> Result<(), Problem> {
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .thread_name("gateway")
         .build()
         .map_err(|error| Problem::new(ErrorClass::Local, format!("the runtime cannot be started: {error}")))?;
     runtime.block_on(async {
-        let gateway = build(config)?;
+        let gateway = build(Arc::new(config))?;
         live(gateway).await
     })
 }
 
 fn build(config: Arc<Config>) -> Result<Arc<Gateway>, Problem> {
     let local = |what: &str, error: &dyn std::error::Error| Problem::new(ErrorClass::Local, format!("{what}: {}", chain(error)));
-    let credentials =
-        Credentials::load(identity_config(&config)).map_err(|error| Problem::new(error.class(), chain(&error)).with_code("identity"))?;
+    let identity = |error: crate::identity::IdentityError| Problem::new(error.class(), chain(&error)).with_code("identity");
+    // A CRL number never goes back, not even across a restart.
+    let remembered = config.gateway.state_directory.join("crl-numbers");
+    std::fs::create_dir_all(&config.gateway.state_directory).map_err(|error| local("state directory", &error))?;
+    let credentials = Credentials::load_remembering(identity_config(&config), remembered).map_err(identity)?;
+    if let Err(error) = credentials.own_standing() {
+        tracing::warn!(error = %chain(&error), "peers will refuse this gateway's own certificate");
+    }
     if let Some(peer) = config.peers.iter().find(|peer| peer.spiffe == credentials.own_id()) {
         let message = format!("peer `{}` has this gateway's own identity `{}`", peer.name, peer.spiffe);
         return Err(Problem::new(ErrorClass::Misuse, message).with_code("configuration"));
@@ -75,6 +78,7 @@ fn build(config: Arc<Config>) -> Result<Arc<Gateway>, Problem> {
         registry: Arc::new(Registry::default()),
         incoming,
         peers: peers::Reachability::default(),
+        taken_up: tokio::sync::Notify::new(),
         crowd: Arc::default(),
     }))
 }

@@ -64,11 +64,30 @@ impl Refusals {
 #[must_use]
 pub fn refusal_reason(error: &rustls::Error) -> Option<RefusalReason> {
     match error {
-        rustls::Error::InvalidCertificate(CertificateError::Other(OtherError(inner))) => inner.downcast_ref().cloned(),
+        rustls::Error::InvalidCertificate(CertificateError::Other(OtherError(inner))) => {
+            inner.downcast_ref().map(|Words(reason)| reason.clone())
+        }
         rustls::Error::NoCertificatesPresented => Some(RefusalReason::NoCertificate),
         _ => None,
     }
 }
+
+/// A reason on its way through rustls and QUIC, which print what they carry with `Debug`: people read its sentence.
+struct Words(RefusalReason);
+
+impl fmt::Debug for Words {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(&self.0, f)
+    }
+}
+
+impl fmt::Display for Words {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(&self.0, f)
+    }
+}
+
+impl std::error::Error for Words {}
 
 /// Verifies gateways by the state that is current at each handshake, so a reload needs no new TLS configuration.
 pub(super) struct GatewayVerifier {
@@ -104,7 +123,7 @@ impl GatewayVerifier {
         let claimed = leaf::claimed_uri(end_entity);
         let leaf_sha256 = leaf::sha256(end_entity);
         self.current.refusals.push(Refusal { at, role, claimed, leaf_sha256, reason: reason.clone() });
-        rustls::Error::InvalidCertificate(CertificateError::Other(OtherError(Arc::new(reason))))
+        rustls::Error::InvalidCertificate(CertificateError::Other(OtherError(Arc::new(Words(reason)))))
     }
 
     fn verify_tls13(

@@ -273,6 +273,7 @@ fn a_whole_migration_walks_the_states() {
     assert_eq!((source.name(), destination.name()), ("done", "running"));
 }
 
+// SPEC: PROTOCOL.md#must-order
 #[test]
 fn a_refused_event_changes_nothing() {
     let mut source = Source::new(goal());

@@ -10,6 +10,8 @@ use crate::policy::load::PolicySet;
 
 pub(super) fn lint(set: &PolicySet) -> Vec<PolicyProblem> {
     let mut found = Vec::new();
+    // Without a configuration, nothing is known and so nothing can be misspelt.
+    let knows_names = set.entities.iter().any(|entity| entity.uid().type_name().basename() != "Action");
     for policy in set.checked.policies.policies() {
         let id: &str = policy.id().as_ref();
         let Some(place) = set.checked.places.get(id) else { continue };
@@ -28,7 +30,7 @@ pub(super) fn lint(set: &PolicySet) -> Vec<PolicyProblem> {
         }
         for uid in policy.entity_literals() {
             let is_action = uid.type_name().basename() == "Action";
-            if !is_action && set.entities.get(&uid).is_none() {
+            if knows_names && !is_action && set.entities.get(&uid).is_none() {
                 note(format!("names `{uid}`, which the configuration does not have"), "a misspelt name in a forbid forbids nothing");
             }
         }

@@ -98,7 +98,7 @@ impl PolicySet {
     }
 
     /// What is allowed but unwise: arithmetic, which can fail at the worst moment, and names of entities that the
-    /// configuration does not have.
+    /// configuration does not have (a set that was loaded without any is not searched for those).
     #[must_use]
     pub fn lint(&self) -> Vec<PolicyProblem> {
         lint::lint(self)

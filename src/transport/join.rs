@@ -52,6 +52,7 @@ impl JoinKey {
     /// Whether the join was made for this session and `connection`. In constant time.
     fn accepts(&self, join: &Join, connection: &quinn::Connection) -> Result<bool, TransportError> {
         let binding = export(connection, BINDING_LABEL, b"")?;
+        // SPEC: PROTOCOL.md#must-join-tag
         Ok(hmac::verify(&self.key, &tagged(join.lane, &binding), &join.tag).is_ok())
     }
 }

@@ -49,6 +49,9 @@ pub enum VmmError {
         #[source]
         source: io::Error,
     },
+    /// The synthetic guest cannot be built.
+    #[error("cannot build a synthetic guest")]
+    Synthetic(#[source] crate::hypervisor::HypervisorError),
     /// The memory layout is not one.
     #[error(transparent)]
     Layout(#[from] LayoutError),

@@ -14,14 +14,17 @@ mod exit;
 mod kvm;
 mod payload;
 mod payload_image;
+mod process;
 mod serial;
 
+pub use crate::hypervisor::synthetic::SyntheticConfig;
 pub use attached::{AttachedVm, Surroundings};
 pub use config::{Boot, ConsoleBuffer, DirtyMode, EntryMode, Hugepages, SerialSink, VmConfig};
 pub use error::VmmError;
 pub use exit::ExitVerdict;
 pub use kvm::{StateError, Vm, check_compatible, state_differences};
 pub use payload::{PayloadConfig, PayloadFault, heartbeat_number};
+pub use process::{Process, serve};
 
 /// Whether guests can run under KVM here.
 ///

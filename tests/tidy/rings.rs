@@ -19,12 +19,17 @@ pub const MODULES: &[(&str, u8, &str)] = &[
     ("hypervisor", 2, "memory"),
     ("vmm", 2, "memory hypervisor"),
     ("storage", 2, "wire"),
-    ("telemetry", 2, "wire"),
+    ("telemetry", 2, "wire memory"),
     ("engine", 3, "wire memory migration policy identity audit journal transport hypervisor storage telemetry"),
     ("control", 4, "telemetry"),
     ("config", 4, ""),
     ("gateway", 4, "wire memory migration policy identity audit journal transport hypervisor storage telemetry engine control config"),
-    ("cli", 4, "config control gateway telemetry identity audit policy vmm engine@bench hypervisor@bench hypervisor@demo"),
+    (
+        "cli",
+        4,
+        "config control gateway telemetry identity audit policy vmm hypervisor@demo \
+         wire@bench migration@bench journal@bench transport@bench hypervisor@bench engine@bench",
+    ),
 ];
 
 /// What every module may use.

@@ -10,7 +10,7 @@ use std::time::Duration;
 use super::protocol::{ATTACH_VERSION, Answer, AnswerHeader, Attachment, RefusalCode, Request, RequestHeader, Role, parse, printable};
 use super::ram_file::check_memory_file;
 use super::wire::{Deadline, WireError, after, receive_header, receive_payload, send_message};
-use crate::hypervisor::{GuestStatus, HypervisorError, Machine, PagedDestination, PagedSource};
+use crate::hypervisor::{GuestStatus, HypervisorError, Machine, PagedDestination, PagedSource, RunState};
 use crate::limits;
 use crate::memory::{GuestRam, MemoryLayout, PageSet};
 
@@ -40,6 +40,30 @@ pub fn observe(path: &Path, vm: &str, timeouts: Timeouts) -> Result<(Attachment,
     let mut link = Link::connect(path, vm, Role::Observe, timeouts)?;
     let status = link.status()?;
     Ok((link.attachment, status))
+}
+
+/// The same, and what the guest is made of; nothing as long as an incoming VMM has no twin.
+///
+/// # Errors
+/// As [`observe`].
+pub fn inspect(path: &Path, vm: &str, timeouts: Timeouts) -> Result<(Option<Machine>, GuestStatus), HypervisorError> {
+    let mut link = Link::connect(path, vm, Role::Observe, timeouts)?;
+    // A VMM may refuse to tell an observer; how the guest is, it has to tell.
+    let machine = link.machine().ok();
+    Ok((machine, link.status()?))
+}
+
+/// Ends a VMM that nobody needs, also one that never got a twin.
+///
+/// # Errors
+/// The VMM is gone already, another gateway controls it, or a guest runs in it.
+pub fn discard(path: &Path, vm: &str, timeouts: Timeouts) -> Result<(), HypervisorError> {
+    let mut link = Link::connect(path, vm, Role::Control, timeouts)?;
+    if link.attachment.state == RunState::Running {
+        let reason = "a guest runs in it".to_owned();
+        return Err(HypervisorError::Refused { vm: vm.to_owned(), request: "quit", reason });
+    }
+    link.done(&Request::Quit)
 }
 
 /// A running or paused guest, controlled through its VMM's socket.
@@ -360,9 +384,14 @@ impl Link {
         Ok(set)
     }
 
-    fn machine_and_memory(&mut self) -> Result<(Machine, Arc<GuestRam>), HypervisorError> {
+    fn machine(&mut self) -> Result<Machine, HypervisorError> {
         let reply = self.call(&Request::Machine, &[], 0)?;
         let Answer::Machine(machine) = reply.answer else { return Err(self.unexpected("machine", &reply)) };
+        Ok(machine)
+    }
+
+    fn machine_and_memory(&mut self) -> Result<(Machine, Arc<GuestRam>), HypervisorError> {
+        let machine = self.machine()?;
         let layout = self.check_machine(&machine)?;
         let reply = self.call(&Request::Memory, &[], 0)?;
         let ram = self.map(reply, layout)?;

@@ -28,7 +28,7 @@ mod wire;
 #[cfg(test)]
 mod tests;
 
-pub use client::{AttachedDestination, AttachedSource, Timeouts, observe};
+pub use client::{AttachedDestination, AttachedSource, Timeouts, discard, inspect, observe};
 pub use guest::{AttachedGuest, Refusal};
 pub use launch::{LaunchTemplate, LaunchVariables, LaunchedVmm, TemplateError};
 pub use protocol::{ATTACH_VERSION, Attachment};

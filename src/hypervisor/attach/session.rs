@@ -85,7 +85,8 @@ impl Session {
             (None, Request::Hello { version, role }) => self.hello(id, *version, *role),
             (None, _) => Err(order("expected hello first")),
             (Some(Role::Observe), Request::Status) => Ok(Answer::Status(bounded(lock(&self.guest).status())).into()),
-            (Some(Role::Observe), _) => Err(Denial::new(RefusalCode::Forbidden, "an observer may only ask for status")),
+            (Some(Role::Observe), Request::Machine) => self.perform(id, request, payload),
+            (Some(Role::Observe), _) => Err(Denial::new(RefusalCode::Forbidden, "an observer may only ask for status and machine")),
             (Some(Role::Control), _) => self.perform(id, request, payload),
         }
     }

@@ -94,6 +94,12 @@ struct Issued {
     revoked_at_seconds: Option<u64>,
 }
 
+/// Where the authority in `dir` has its files, whether or not they are there.
+#[must_use]
+pub fn files_of(dir: &Path) -> AuthorityFiles {
+    AuthorityFiles { certificate: dir.join(CA_CERTIFICATE), key: dir.join(CA_KEY), crl: dir.join(CRL) }
+}
+
 /// Makes a root, its key and an empty CRL in `dir`, which is created with mode 0700.
 ///
 /// # Errors
@@ -130,7 +136,7 @@ pub fn init(dir: &Path, trust_domain: &str) -> Result<AuthorityFiles, IdentityEr
     files::write(&dir.join(CA_CERTIFICATE), "root certificate", certificate.pem().as_bytes(), files::PUBLIC)?;
     let mut index = Index { schema: SCHEMA.to_owned(), trust_domain: trust_domain.to_owned(), crl_number: 0, issued: Vec::new() };
     write_crl(dir, &mut index, now)?;
-    Ok(AuthorityFiles { certificate: dir.join(CA_CERTIFICATE), key: dir.join(CA_KEY), crl: dir.join(CRL) })
+    Ok(files_of(dir))
 }
 
 /// Issues a certificate for `spiffe://TRUST-DOMAIN/gateway/NAME`, valid for 90 days, with a new key and a new signing key.

@@ -29,7 +29,7 @@ pub struct Described {
 impl fmt::Display for Described {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "{}", self.kind)?;
-        self.lines.iter().try_for_each(|(label, value)| writeln!(f, "  {label:<18}{value}"))
+        self.lines.iter().try_for_each(|(label, value)| writeln!(f, "  {label:<20}{value}"))
     }
 }
 

@@ -160,7 +160,8 @@ fn show_names_what_matters_and_no_key() {
     revoke(&place.path, "gw-a").unwrap();
     let text = |path: &Path| show(path).unwrap().iter().map(ToString::to_string).collect::<String>();
     let certificate = text(&files.certificate);
-    for part in ["spiffe://dc1.test/gateway/gw-a", "Digital Signature", "server auth, client auth", "89 days left", "authority         no"]
+    for part in
+        ["spiffe://dc1.test/gateway/gw-a", "Digital Signature", "server auth, client auth", "89 days left", "authority           no"]
     {
         assert!(certificate.contains(part), "{part} in {certificate}");
     }
@@ -168,8 +169,8 @@ fn show_names_what_matters_and_no_key() {
     let Some(crate::identity::RefusalReason::Revoked { serial }) = serial.refusal() else { panic!("{serial}") };
     assert!(certificate.contains(serial.as_str()));
     let crl = text(&place.files.crl);
-    assert!(crl.contains(&format!("revoked           {serial} at 20")) && crl.contains("number            2"), "{crl}");
-    assert!(text(&place.files.certificate).contains("authority         yes"));
+    assert!(crl.contains(&format!("revoked             {serial} at 20")) && crl.contains("number              2"), "{crl}");
+    assert!(text(&place.files.certificate).contains("authority           yes"));
     assert_eq!(text(&files.key), "private key (not shown)\n");
     assert!(text(&files.signing_public_key).starts_with("public key"));
     assert!(matches!(show(&place.path.join(INDEX)), Err(IdentityError::Malformed { .. })));

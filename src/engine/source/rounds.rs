@@ -1,0 +1,196 @@
+//! Rounds: what is owed goes to the lanes, and what the destination confirms is compared.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use tokio::sync::mpsc;
+
+use super::{Run, blocking, lock};
+use crate::engine::EngineError;
+use crate::engine::digest::{digest_memory, digest_totals, sha256, totals_differ};
+use crate::engine::lanes::{LaneReport, LaneRound, SendShared, send_lane};
+use crate::limits;
+use crate::memory::{PageCounts, PageSet, Tracker};
+use crate::migration::{RoundMeasure, SourceEvent};
+use crate::telemetry::Phase;
+use crate::types::{LaneIndex, Round};
+use crate::wire::{FinalDigest, LaneTotals, Message, RoundEnd, StateChunk};
+
+/// The round on the lanes.
+#[derive(Debug)]
+pub(super) struct RoundUnderWay {
+    pub(super) round: Round,
+    last: bool,
+    since: Instant,
+    totals: Vec<Option<LaneTotals>>,
+    /// Pages that were not zero, of all rounds before.
+    content_before: u64,
+    said: bool,
+}
+
+/// What the pause yields besides pages.
+pub(super) struct Finals {
+    state: Vec<u8>,
+    state_digest: [u8; 32],
+    memory: u128,
+}
+
+impl Run {
+    pub(super) fn counts(&self) -> PageCounts {
+        let mut sum = PageCounts::default();
+        for (counts, _) in &self.carried {
+            sum.add(counts);
+        }
+        sum
+    }
+
+    pub(super) async fn begin(&mut self, lanes: u16) -> Result<(), EngineError> {
+        let migration = self.order.migration;
+        let shared = SendShared {
+            migration,
+            ram: Arc::clone(&self.ram),
+            lanes,
+            terms: self.order.stream.clone(),
+            limiter: Arc::clone(&self.limiter),
+            meter: Arc::clone(&self.meter),
+            reports: self.reports_in.clone(),
+        };
+        for lane in (0..lanes).map(LaneIndex) {
+            let (rounds_in, rounds) = mpsc::channel(1);
+            let shared = shared.clone();
+            let task = move |io| send_lane(io, shared, rounds);
+            let opened = self.link.session.open_lane(migration, lane, task).await;
+            self.threads.push(opened.map_err(|source| EngineError::Transport { migration, source })?);
+            self.lanes.push(rounds_in);
+            self.carried.push((PageCounts::default(), 0));
+        }
+        let guest = Arc::clone(&self.guest);
+        blocking(move || Ok(lock(&guest).start_tracking()?)).await?;
+        let mut tracker = Tracker::new(self.ram.pages());
+        tracker.owe(&PageSet::full(self.ram.pages()));
+        self.tracker = Some(tracker);
+        Ok(())
+    }
+
+    pub(super) async fn send_round(&mut self, round: Round, last: bool) -> Result<(), EngineError> {
+        let tracker = self.tracker.as_mut().ok_or_else(|| EngineError::Bug("no tracker".into()))?;
+        let (begun, pages) = tracker.begin_round();
+        if begun != round {
+            return Err(EngineError::Bug(format!("round {round} was decided and {begun} begun")));
+        }
+        self.round = RoundUnderWay::new(round, last, self.lanes.len(), content(&self.counts()));
+        self.figures.rounds = round.0;
+        for lane in &self.lanes {
+            lane.send(LaneRound { round, pages: Arc::clone(&pages) }).await.map_err(|_| EngineError::Bug("a lane ended early".into()))?;
+        }
+        Ok(())
+    }
+
+    /// The guest stands still. Saving its state may write guest memory, so the last harvest comes after;
+    /// pages, state and digest then go out side by side.
+    pub(super) async fn send_last(&mut self, round: Round) -> Result<(), EngineError> {
+        let guest = Arc::clone(&self.guest);
+        let (state, dirty) = blocking(move || {
+            let mut guest = lock(&guest);
+            let state = guest.save_state()?;
+            Ok((state, guest.harvest()?))
+        })
+        .await?;
+        self.lap("state");
+        if let Some(tracker) = &mut self.tracker {
+            tracker.owe(&dirty);
+        }
+        let (ram, verify) = (Arc::clone(&self.ram), self.order.stream.verify);
+        self.finals = Some(tokio::task::spawn_blocking(move || {
+            let memory = if verify { digest_memory(&ram)? } else { 0 };
+            Ok(Finals { state_digest: sha256(&state), state, memory })
+        }));
+        self.send_round(round, true).await
+    }
+
+    pub(super) async fn send_state(&mut self, finals: Finals) -> Option<SourceEvent> {
+        let total = finals.state.len() as u64;
+        let mut offset = 0;
+        for piece in finals.state.chunks(limits::STATE_CHUNK_BYTES_MAX) {
+            let chunk = StateChunk { migration: self.order.migration, offset, total, bytes: piece.to_vec() };
+            offset += piece.len() as u64;
+            if let Err(error) = self.say(Message::StateChunk(chunk)).await {
+                return Some(self.give_up(error));
+            }
+        }
+        self.lap("digest");
+        self.digest = Some(FinalDigest { state: finals.state_digest, lanes: [0; 32], memory: finals.memory });
+        self.finalised().await
+    }
+
+    pub(super) async fn lane_reported(&mut self, report: LaneReport) -> Option<SourceEvent> {
+        let lane = usize::from(report.lane.0);
+        if report.round != self.round.round || lane >= self.round.totals.len() {
+            return Some(self.give_up(EngineError::Bug("a lane reported another round".into())));
+        }
+        self.round.totals[lane] = Some(report.totals);
+        self.carried[lane] = (report.counts, report.wire_bytes);
+        let lanes: Vec<LaneTotals> = self.round.totals.iter().copied().collect::<Option<_>>()?;
+        self.figures.wire_bytes = self.carried.iter().map(|(_, bytes)| bytes).sum();
+        let end = RoundEnd { migration: self.order.migration, round: self.round.round, last: self.round.last, lanes };
+        if let Err(error) = self.say(Message::RoundEnd(end)).await {
+            return Some(self.give_up(error));
+        }
+        self.round.said = true;
+        self.lap("last-pages");
+        self.finalised().await
+    }
+
+    /// FINAL can be said when the last round, the state and the digests are all out.
+    pub(super) async fn finalised(&mut self) -> Option<SourceEvent> {
+        if !(self.round.last && self.round.said) {
+            return None;
+        }
+        let mut digest = self.digest?;
+        let totals: Vec<LaneTotals> = self.round.totals.iter().copied().collect::<Option<_>>()?;
+        digest.lanes = digest_totals(&totals);
+        self.digest = Some(digest);
+        self.phase = Phase::Verify;
+        Some(SourceEvent::Finalised(digest))
+    }
+
+    pub(super) async fn round_applied(&mut self, round: Round, lanes: &[LaneTotals]) -> Option<SourceEvent> {
+        let ours: Vec<LaneTotals> = self.round.totals.iter().copied().flatten().collect();
+        if round != self.round.round || !self.round.said {
+            return Some(
+                self.give_up(EngineError::OutOfPlace { expected: "the end of the round under way", got: format!("round {round} applied") }),
+            );
+        }
+        if let Some(error) = totals_differ(&ours, lanes) {
+            return Some(self.give_up(error));
+        }
+        if let Some(Err(error)) = self.tracker.as_mut().map(|tracker| tracker.applied(round)) {
+            return Some(self.give_up(EngineError::OutOfPlace { expected: "the oldest round in flight", got: error.to_string() }));
+        }
+        if self.round.last {
+            return None;
+        }
+        let duration = self.round.since.elapsed();
+        let guest = Arc::clone(&self.guest);
+        let dirty = match blocking(move || Ok(lock(&guest).harvest()?)).await {
+            Ok(dirty) => dirty,
+            Err(error) => return Some(self.give_up(error)),
+        };
+        let dirty_pages = dirty.len();
+        if let Some(tracker) = &mut self.tracker {
+            tracker.owe(&dirty);
+        }
+        let content_pages = content(&self.counts()) - self.round.content_before;
+        Some(SourceEvent::RoundApplied(RoundMeasure { content_pages, duration, dirty_pages }))
+    }
+}
+
+impl RoundUnderWay {
+    pub(super) fn new(round: Round, last: bool, lanes: usize, content_before: u64) -> Self {
+        Self { round, last, since: Instant::now(), totals: vec![None; lanes], content_before, said: false }
+    }
+}
+
+fn content(counts: &PageCounts) -> u64 {
+    counts.total() - counts.zero
+}

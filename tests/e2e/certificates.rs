@@ -1,0 +1,191 @@
+//! Peers that do not prove to be who they have to be: no guest byte leaves, and the refusal is in the audit log.
+
+use std::net::SocketAddr;
+
+use tempfile::TempDir;
+
+use crate::fixtures::{DomainFiles, Leaf, World, gateway_id, write_gateway};
+use crate::gateway::{A, B, Name};
+use crate::lab::{Lab, Setup, TRUST_DOMAIN, VM, pki_command};
+use crate::stranger;
+
+/// A lab whose gateway A is gateway `a` of the fixtures, with these peers. B does not run.
+fn fixture_lab(world: &World, peers: &[(&str, String, SocketAddr)]) -> (Lab, TempDir) {
+    let files = tempfile::tempdir().unwrap();
+    let domains = world.write_trust(files.path());
+    let own = write_gateway(files.path(), "a", &world.good_a);
+    let trust = |domain: &DomainFiles| {
+        format!("[[identity.trust]]\ndomain = {:?}\nroots = {:?}\ncrls = {:?}\n", domain.domain, domain.roots, domain.crls)
+    };
+    let identity = format!(
+        "[identity]\ncertificate = {:?}\nkey = {:?}\nsigning_key = {:?}\n\n{}\n",
+        own.certificate,
+        own.key,
+        own.signing_key,
+        domains.iter().map(trust).collect::<String>()
+    );
+    let peer = |(name, spiffe, address): &(&str, String, SocketAddr)| {
+        format!("[[peer]]\nname = {name:?}\naddress = \"{address}\"\nspiffe = {spiffe:?}\nsite = \"site-b\"\n\n")
+    };
+    let peers: String = peers.iter().map(peer).collect();
+    let between = |text: String, start: &str, end: &str, new: &str| {
+        let (start, end) = (text.find(start).unwrap(), text.find(end).unwrap());
+        format!("{}{new}{}", &text[..start], &text[end..])
+    };
+    let edit = move |text| between(between(text, "[identity]", "[policy]", &identity), "[[peer]]", "[[vm]]", &peers);
+    let mut lab = Setup::new().edit(A, edit).prepare();
+    lab.start_guest();
+    lab.gateway_mut(A).start();
+    (lab, files)
+}
+
+fn variant<'w>(world: &'w World, name: &str) -> &'w Leaf {
+    &world.variants.iter().find(|variant| variant.name == name).unwrap().leaf
+}
+
+/// What a certificate is called in the fixtures, and what the operator is told.
+const BAD: &[(&str, &str)] = &[
+    ("wrong-ca", "does not chain to a root of its trust domain `dc1.test`"),
+    ("self-signed", "a signature in the peer's certificate chain is wrong"),
+    ("expired", "expired at"),
+    ("not-yet-valid", "is valid from"),
+    ("revoked", "is revoked"),
+    ("crl-missing", "no CRL of trust domain `dc1.test` covers the peer's chain"),
+    ("crl-expired", "the CRL of trust domain `dc1.test` expired at"),
+    ("two-uris", "has 2 URI names: expected exactly one"),
+    ("dns-only", "no URI"),
+    ("no-eku", "has no ExtendedKeyUsage"),
+    ("domain-not-configured", "trust domain `strange.test`, which is not configured here"),
+    ("domain-of-another-root", "does not chain to a root"),
+    ("tampered-signature", "signature"),
+];
+
+#[test]
+fn a_destination_with_a_bad_certificate_gets_nothing() {
+    let world = World::new();
+    let peers: Vec<_> = BAD.iter().map(|(name, _)| (*name, gateway_id(name), stranger::listen(variant(&world, name)))).collect();
+    let (lab, _files) = fixture_lab(&world, &peers);
+    for (name, words) in BAD {
+        let said = lab.gateway(A).command(&["migrate", VM, "--to", name]);
+        said.expect_stayed(3, &[VM, name, words]);
+        assert_eq!(said.json()["wire_bytes"], 0, "{name}");
+        lab.gateway(A).audited("session-refused", "refused", &[&gateway_id(name), words]);
+        lab.gateway(A).audited("migration-finished", "failed", &[VM, name, words]);
+    }
+    lab.gateway(A).audit_verifies();
+    still_beats(&lab);
+}
+
+#[test]
+fn a_destination_that_proves_to_be_somebody_else_gets_nothing() {
+    let world = World::new();
+    let peers = [("gw-x", gateway_id("x"), stranger::listen(&world.good_b))];
+    let (lab, _files) = fixture_lab(&world, &peers);
+    lab.gateway(A).command(&["migrate", VM, "--to", "gw-x"]).expect_stayed(3, &[VM, "gw-x", &gateway_id("x"), &gateway_id("b")]);
+    lab.gateway(A).audited("session-refused", "refused", &[&gateway_id("x"), &gateway_id("b")]);
+    still_beats(&lab);
+}
+
+#[test]
+fn strangers_that_dial_are_turned_away_and_recorded() {
+    let world = World::new();
+    let nobody: SocketAddr = "127.0.0.1:9".parse().unwrap();
+    let (lab, _files) = fixture_lab(&world, &[("gw-b", gateway_id("b"), nobody)]);
+    let address = lab.address(A).parse().unwrap();
+    for (name, words) in BAD {
+        let end = stranger::dial(address, Some(variant(&world, name)));
+        // Nothing of why is told to whom is not believed.
+        assert!(matches!(end, quinn::ConnectionError::ConnectionClosed(_)), "{name}: {end}");
+        lab.gateway(A).audited("session-refused", "refused", &[words]);
+    }
+    stranger::dial(address, None);
+    lab.gateway(A).audited("session-refused", "refused", &["no certificate"]);
+    // Authenticated, and nobody that is configured.
+    stranger::dial(address, Some(&world.good_c));
+    lab.gateway(A).audited("session-refused", "refused", &["spiffe://dc2.test/gateway/c", "not one of the configured peers"]);
+    lab.gateway(A).audit_verifies();
+    still_beats(&lab);
+}
+
+#[track_caller]
+fn still_beats(lab: &Lab) {
+    assert_eq!(lab.running_copies(), [A]);
+    let before = lab.newest_beat(A).unwrap_or(0);
+    crate::command::wait_for("a heartbeat", || lab.newest_beat(A).filter(|now| *now > before));
+    lab.heartbeat_is_unbroken();
+}
+
+fn revoke(lab: &Lab, name: Name) {
+    pki_command(lab.directory(), &["revoke", lab.pki().to_str().unwrap(), name.gateway()]);
+}
+
+#[test]
+fn a_destination_that_was_revoked_gets_nothing_after_a_reload() {
+    let lab = Lab::start();
+    revoke(&lab, B);
+    lab.gateway(A).reload();
+    lab.migrate(A, &[]).expect_stayed(3, &[VM, "gw-b", "is revoked"]);
+    lab.gateway(A).audited("session-refused", "refused", &["gateway/gw-b", "is revoked"]);
+    lab.settled_on(A);
+}
+
+#[test]
+fn a_source_that_was_revoked_is_refused_by_the_destination() {
+    let lab = Lab::start();
+    revoke(&lab, A);
+    lab.gateway(B).reload();
+    lab.migrate(A, &[]).expect_stayed(3, &[VM, "gw-b"]);
+    lab.gateway(B).audited("session-refused", "refused", &["is revoked"]);
+    lab.settled_on(A);
+}
+
+#[test]
+fn a_peer_that_is_revoked_while_the_guest_moves_does_not_get_it() {
+    let lab = Setup::new().busy().start();
+    let (running, id) = lab.start_slow_migration(A, &[]);
+    revoke(&lab, B);
+    lab.gateway(A).reload();
+    // A session that is ended by the reload is gone already; one that is not meets its end at the switch.
+    let _ = lab.gateway(A).command(&["set", &id, "bandwidth=1GiB/s"]);
+    running.finish().expect_stayed(3, &[VM, "revoked"]);
+    crate::command::wait_for("the empty twin to go", || lab.vmms(B).is_empty().then_some(()));
+    lab.settled_on(A);
+}
+
+#[test]
+fn without_a_revocation_list_no_peer_is_believed() {
+    let mut lab = Setup::new().replace(A, "../pki/crl.pem", "../other/crl.pem").prepare();
+    // A list, but of another authority: as good as none.
+    pki_command(lab.directory(), &["init", lab.directory().join("other").to_str().unwrap(), "--trust-domain", TRUST_DOMAIN]);
+    lab.start_guest();
+    for name in [A, B] {
+        lab.gateway_mut(name).start();
+    }
+    lab.migrate(A, &[]).expect_stayed(3, &[VM, "CRL"]);
+    lab.gateway(A).audited("session-refused", "refused", &["CRL"]);
+    lab.settled_on(A);
+}
+
+#[test]
+fn a_peer_that_names_another_gateway_than_configured_is_refused_on_both_sides() {
+    let lab = Setup::new().replace(B, "gateway/gw-a\"", "gateway/gw-z\"").start();
+    lab.migrate(A, &[]).expect_stayed(3, &[VM]);
+    lab.gateway(B).audited("session-refused", "refused", &["gateway/gw-a", "not one of the configured peers"]);
+    lab.settled_on(A);
+}
+
+#[test]
+fn a_gateway_does_not_start_with_a_certificate_that_its_peers_would_refuse() {
+    let world = World::new();
+    let files = tempfile::tempdir().unwrap();
+    for (name, words) in [("two-uris", "URI"), ("no-eku", "ExtendedKeyUsage")] {
+        let own = write_gateway(files.path(), name, variant(&world, name));
+        let lab = Setup::new()
+            .replace(A, "../pki/gw-a-cert.pem", own.certificate.to_str().unwrap())
+            .replace(A, "../pki/gw-a-key.pem", own.key.to_str().unwrap())
+            .prepare();
+        let said = lab.gateway(A).start_in_vain();
+        assert!(said.code == 2 || said.code == 3, "{said:#?}");
+        assert!(said.stderr.contains(words), "{said:#?}");
+    }
+}

@@ -1,0 +1,188 @@
+//! A gateway process: its files, its life.
+
+use std::fs::{self, File};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::Child;
+
+use rustix::process::Signal;
+use serde_json::Value;
+
+use crate::command::{Running, Said, run, sealane, signal, wait_for};
+
+/// Which of the two.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Name {
+    A,
+    B,
+}
+
+pub use Name::{A, B};
+
+impl Name {
+    pub fn other(self) -> Self {
+        match self {
+            A => B,
+            B => A,
+        }
+    }
+
+    /// As configurations call it.
+    pub fn gateway(self) -> &'static str {
+        match self {
+            A => "gw-a",
+            B => "gw-b",
+        }
+    }
+
+    pub fn site(self) -> &'static str {
+        match self {
+            A => "site-a",
+            B => "site-b",
+        }
+    }
+}
+
+pub struct Gateway {
+    directory: PathBuf,
+    process: Option<Child>,
+}
+
+impl Gateway {
+    pub fn new(directory: PathBuf) -> Self {
+        for path in ["state", "audit", "run", "policy.d"] {
+            fs::create_dir_all(directory.join(path)).unwrap();
+        }
+        Self { directory, process: None }
+    }
+
+    pub fn directory(&self) -> &Path {
+        &self.directory
+    }
+
+    pub fn config(&self) -> PathBuf {
+        self.directory.join("gateway.toml")
+    }
+
+    /// Starts it and waits until it answers.
+    #[track_caller]
+    pub fn start(&mut self) {
+        assert!(self.process.is_none(), "it runs already");
+        let log = File::options().create(true).append(true).open(self.directory.join("gateway.log")).unwrap();
+        let mut command = sealane();
+        command.env("SEALANE_LOG", "sealane=debug").args(["gateway", "--config"]).arg(self.config()).stdout(log.try_clone().unwrap());
+        let mut child = command.stderr(log).spawn().unwrap();
+        let socket = self.directory.join("run/api.sock");
+        wait_for("a gateway that answers", || {
+            if let Some(status) = child.try_wait().unwrap() {
+                panic!("the gateway ended with {status}: {}", self.log());
+            }
+            UnixStream::connect(&socket).ok()
+        });
+        self.process = Some(child);
+    }
+
+    /// Starts it where it has to refuse.
+    #[track_caller]
+    pub fn start_in_vain(&self) -> Said {
+        run(&self.directory, &["gateway".as_ref(), "--config".as_ref(), self.config().as_os_str()])
+    }
+
+    pub fn log(&self) -> String {
+        fs::read_to_string(self.directory.join("gateway.log")).unwrap_or_default()
+    }
+
+    pub fn is_up(&self) -> bool {
+        self.process.is_some()
+    }
+
+    /// SIGKILL.
+    pub fn kill(&mut self) {
+        if let Some(mut child) = self.process.take() {
+            child.kill().unwrap();
+            child.wait().unwrap();
+        }
+    }
+
+    /// Sends SIGTERM.
+    pub fn ask_to_stop(&self) {
+        signal(self.process.as_ref().unwrap(), Signal::TERM);
+    }
+
+    /// SIGTERM, and waits for the end; the exit code.
+    #[track_caller]
+    pub fn stop(&mut self) -> Option<i32> {
+        self.ask_to_stop();
+        self.stopped()
+    }
+
+    #[track_caller]
+    pub fn stopped(&mut self) -> Option<i32> {
+        let mut child = self.process.take().unwrap();
+        wait_for("a gateway to stop", || child.try_wait().unwrap()).code()
+    }
+
+    /// SIGHUP: certificates, revocation lists and policies are read again. Waits until that is in the audit log.
+    #[track_caller]
+    pub fn reload(&self) {
+        let loaded = || self.audit().iter().filter(|entry| entry["event"] == "policy-loaded").count();
+        let before = loaded();
+        signal(self.process.as_ref().unwrap(), Signal::HUP);
+        wait_for("a reload", || (loaded() > before).then_some(()));
+    }
+
+    /// A command for this gateway, with `--json`.
+    pub fn start_command(&self, arguments: &[&str]) -> Running {
+        let mut command = sealane();
+        command.args(arguments).arg("--json").arg("--config").arg(self.config());
+        Running::start(command, &self.directory)
+    }
+
+    #[track_caller]
+    pub fn command(&self, arguments: &[&str]) -> Said {
+        self.start_command(arguments).finish()
+    }
+
+    /// Entries of its audit log, by `sealane audit show`.
+    #[track_caller]
+    pub fn audit(&self) -> Vec<Value> {
+        let said = run(&self.directory, &["audit".as_ref(), "show".as_ref(), "--json".as_ref(), self.directory.join("audit").as_os_str()]);
+        said.expect(0, &[]);
+        said.stdout.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+    }
+
+    /// Waits for an entry with this event and outcome that contains all these words.
+    #[track_caller]
+    pub fn audited(&self, event: &str, outcome: &str, words: &[&str]) -> Value {
+        let wanted = |entry: &Value| {
+            let text = entry.to_string();
+            entry["event"] == event && entry["outcome"] == outcome && words.iter().all(|word| text.contains(word))
+        };
+        wait_for(&format!("audit entry `{event}`/`{outcome}` with {words:?} in\n{:#?}", self.audit()), || {
+            self.audit().into_iter().find(wanted)
+        })
+    }
+
+    #[track_caller]
+    pub fn audit_verifies(&self) {
+        run(&self.directory, &["audit".as_ref(), "verify".as_ref(), self.directory.join("audit").as_os_str()]).expect(0, &[]);
+    }
+
+    /// Sockets of VMMs that it started or was given.
+    pub fn vmm_sockets(&self) -> Vec<PathBuf> {
+        let entries = fs::read_dir(self.directory.join("run")).unwrap();
+        let sockets = entries.map(|entry| entry.unwrap().path());
+        sockets.filter(|path| path.extension().is_some_and(|extension| extension == "sock") && !path.ends_with("api.sock")).collect()
+    }
+}
+
+impl Drop for Gateway {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            let log = self.log();
+            let lines: Vec<_> = log.lines().collect();
+            eprintln!("--- {}\n{}", self.directory.display(), lines[lines.len().saturating_sub(40)..].join("\n"));
+        }
+        self.kill();
+    }
+}

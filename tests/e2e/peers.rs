@@ -1,0 +1,94 @@
+//! Peers that are not there, or not any more.
+
+use crate::command::wait_for;
+use crate::gateway::{A, B};
+use crate::lab::{Lab, Setup, VM};
+
+#[test]
+fn a_peer_that_is_down_is_named_and_the_guest_stays() {
+    let mut lab = Lab::start();
+    assert_eq!(lab.gateway_mut(B).stop(), Some(0));
+    lab.migrate(A, &[]).expect_stayed(4, &[VM, "gw-b", &lab.address(B)]);
+    lab.gateway(A).audited("migration-finished", "failed", &[VM, "gw-b"]);
+    let peers = lab.gateway(A).command(&["peers"]).json();
+    assert_eq!(peers["peers"][0]["reachable"], false, "{peers}");
+    lab.gateway_mut(B).start();
+    lab.settled_on(A);
+    lab.migrate(A, &[]).expect_moved();
+}
+
+#[test]
+fn a_gateway_that_does_not_run_is_named_by_the_command() {
+    let mut lab = Lab::start();
+    lab.gateway_mut(A).kill();
+    lab.migrate(A, &[]).expect_stayed(2, &["api.sock", "sealane gateway --config"]);
+    lab.gateway_mut(A).start();
+    lab.settled_on(A);
+}
+
+#[test]
+fn a_second_gateway_with_the_same_state_does_not_start() {
+    let lab = Lab::start();
+    lab.gateway(A).start_in_vain().expect(1, &["journal"]);
+    lab.settled_on(A);
+}
+
+#[test]
+fn a_destination_gateway_that_is_killed_in_the_rounds_leaves_the_guest_on_the_source() {
+    let mut lab = Setup::new().busy().start();
+    let (running, _) = lab.start_slow_migration(A, &[]);
+    lab.gateway_mut(B).kill();
+    running.finish().expect_stayed(4, &[VM]);
+    lab.gateway_mut(B).start();
+    lab.settled_on(A);
+    wait_for("the empty twin to go", || lab.vmms(B).is_empty().then_some(()));
+    lab.migrate(A, &[]).expect_moved();
+    lab.settled_on(B);
+}
+
+#[test]
+fn a_source_gateway_that_is_killed_in_the_rounds_finds_the_guest_running_when_it_comes_back() {
+    let mut lab = Setup::new().busy().start();
+    let (running, id) = lab.start_slow_migration(A, &[]);
+    lab.gateway_mut(A).kill();
+    // The guest does not need its gateway.
+    let before = lab.newest_beat(A);
+    wait_for("heartbeats without a gateway", || (lab.newest_beat(A) > before.map(|beat| beat + 2)).then_some(()));
+    lab.gateway_mut(A).start();
+    // The command looked for the gateway meanwhile, and hears from the new one what came of it.
+    let said = running.finish();
+    said.expect_stayed(1, &[VM, "interrupted"]);
+    assert_eq!(said.json()["migration_id"], id.as_str());
+    lab.gateway(A).audited("handoff", "done", &["\"record\":\"abort\"", &id]);
+    lab.gateway(A).audited("migration-finished", "failed", &[&id, "source"]);
+    wait_for("the empty twin to go", || lab.vmms(B).is_empty().then_some(()));
+    lab.settled_on(A);
+    lab.migrate(A, &[]).expect_moved();
+    lab.settled_on(B);
+}
+
+#[test]
+fn a_destination_vmm_that_is_killed_in_the_rounds_leaves_the_guest_on_the_source() {
+    let lab = Setup::new().busy().start();
+    let (running, id) = lab.start_slow_migration(A, &[]);
+    lab.kill_vmms_of(B);
+    lab.gateway(A).command(&["set", &id, "bandwidth=1GiB/s"]).expect(0, &[]);
+    running.finish().expect_stayed(1, &[VM]);
+    lab.gateway(B).audited("migration-finished", "failed", &[VM, "does not answer"]);
+    lab.settled_on(A);
+    lab.migrate(A, &[]).expect_moved();
+    lab.settled_on(B);
+}
+
+#[test]
+fn a_guest_whose_vmm_dies_in_the_rounds_fails_its_migration() {
+    let lab = Setup::new().busy().start();
+    let (running, _) = lab.start_slow_migration(A, &[]);
+    lab.kill_vmms_of(A);
+    let said = running.finish();
+    assert_eq!(said.code, 1, "{said:#?}");
+    said.expect(1, &[VM, "does not answer"]);
+    wait_for("the source to see it", || (lab.vm(A)["state"] == "unreachable").then_some(()));
+    wait_for("the empty twin to go", || lab.vmms(B).is_empty().then_some(()));
+    assert!(lab.running_copies().is_empty());
+}
