@@ -237,8 +237,8 @@ impl Gateway {
     }
 
     /// A guest that arrived in `migration` runs, and never read what it did not write.
-    pub async fn arrived_guest_beats(&self, case: &str, index: usize, migration: MigrationId) {
-        let socket = self.directory.join(format!("run/{}-{migration}.sock", vm(index)));
+    pub async fn arrived_guest_beats(&self, case: &str, migration: MigrationId) {
+        let socket = self.directory.join(format!("run/{migration}.sock"));
         let beat = || {
             let (_, status) = observe(&socket, "guest", Timeouts::default()).ok()?;
             assert_eq!(status.exit_code, None, "{case}: the guest found its memory changed");
