@@ -193,8 +193,16 @@ impl Run {
             let reason: String = crate::telemetry::chain(error).chars().take(limits::REASON_BYTES_MAX / 4).collect();
             let _ = self.say(Message::Failure(Failure { class: error.class(), reason })).await;
         }
-        // The source closes when it has read the last word; closing first could lose it on the way.
-        let _ = tokio::time::timeout(LINGER, self.link.session.closed()).await;
+        // The source closes when it has read the last word; closing first could lose it on the way. Behind its own last
+        // entry it sends the head of its audit log.
+        let listen = async {
+            while let Ok(message) = self.link.session.receive().await {
+                if let Message::AuditHead(head) = message {
+                    self.keep_peer_head(head).await;
+                }
+            }
+        };
+        let _ = tokio::time::timeout(LINGER, listen).await;
         DestinationEnd { outcome: self.ended.flatten(), error: self.error, address: self.binding.address }
     }
 
