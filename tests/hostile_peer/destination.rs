@@ -175,10 +175,6 @@ impl Taking<'_> {
     pub async fn running(&self) {
         self.step(Handoff::Running).await;
     }
-
-    pub fn round_number(&self) -> Round {
-        self.round.as_ref().unwrap().round
-    }
 }
 
 /// Asks the gateway to send VM `index` to us.
