@@ -157,8 +157,8 @@ impl Registry {
     /// Whether a migration is under way in this process: then only its own session speaks for it.
     pub(super) fn is_under_way(&self, migration: MigrationId) -> bool {
         let inner = self.lock();
-        inner.migrations.get(&migration).is_some_and(|migration| migration.report.is_none())
-            || inner.busy.iter().any(|(vm, other)| *other == migration && !inner.waiting.contains(vm))
+        // One that was interrupted is shown as under way as well, but nobody has a session for it.
+        inner.busy.iter().any(|(vm, other)| *other == migration && !inner.waiting.contains(vm))
     }
 
     pub(super) fn begin(&self, migration: Migration) {
