@@ -157,7 +157,7 @@ impl Registry {
     /// Whether a migration is under way in this process: then only its own session speaks for it.
     pub(super) fn is_under_way(&self, migration: MigrationId) -> bool {
         let inner = self.lock();
-        // One that waits for a peer's word is not: that peer may be the one that comes.
+        // One that was interrupted is shown as under way as well, but nobody has a session for it.
         inner.busy.iter().any(|(vm, other)| *other == migration && !inner.waiting.contains(vm))
     }
 

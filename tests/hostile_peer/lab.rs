@@ -302,13 +302,17 @@ impl Gateway {
 
     /// The audit log says how a migration ended, and of which class that was.
     pub async fn recorded(&self, case: &str, migration: MigrationId, class: ErrorClass) {
+        self.recorded_one_of(case, migration, &[class]).await;
+    }
+
+    pub async fn recorded_one_of(&self, case: &str, migration: MigrationId, classes: &[ErrorClass]) {
         let filter = Filter { migration: Some(migration), event: Some(Event::MigrationFinished), ..Filter::default() };
-        let name = serde_json::to_value(class).unwrap();
-        let ended = |entry: &StoredEntry| entry.detail.get("class") == Some(&name);
+        let names: Vec<_> = classes.iter().map(|class| serde_json::to_value(class).unwrap()).collect();
+        let ended = |entry: &StoredEntry| entry.detail.get("class").is_some_and(|class| names.contains(class));
         let found = || self.entries(filter.clone()).into_iter().find(ended);
         let start = Instant::now();
         while found().is_none() {
-            assert!(start.elapsed() < PATIENCE, "{case}: expected {name} among {:?}", self.entries(filter.clone()));
+            assert!(start.elapsed() < PATIENCE, "{case}: expected one of {names:?} among {:?}", self.entries(filter.clone()));
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
         assert!(self.entries(filter.clone()).iter().all(|entry| entry.outcome != Some(audit::Outcome::Done)), "{case}");

@@ -148,7 +148,8 @@ async fn ids_and_epochs_are_not_used_again() {
     first.applied().await;
     let migration = first.migration();
     drop(first);
-    gateway.recorded("left alone", migration, ErrorClass::PeerUnreachable).await;
+    // The end of a lane may be seen before the end of the session.
+    gateway.recorded_one_of("left alone", migration, &[ErrorClass::PeerUnreachable, ErrorClass::Cancelled]).await;
     gateway.is_well("left alone", 0).await;
 
     // An id that failed is not used again either.
