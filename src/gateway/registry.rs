@@ -154,11 +154,11 @@ impl Registry {
         Turn { registry: Arc::clone(self), migration, guard }
     }
 
-    /// Whether a migration is under way in this process: then only its own session speaks for it.
+    /// Whether a run of this process has a migration in hand: then only its own session speaks for it. One that an earlier
+    /// process left open is shown as active too, and is exactly what a peer may come back for.
     pub(super) fn is_under_way(&self, migration: MigrationId) -> bool {
         let inner = self.lock();
-        inner.migrations.get(&migration).is_some_and(|migration| migration.report.is_none())
-            || inner.busy.iter().any(|(vm, other)| *other == migration && !inner.waiting.contains(vm))
+        inner.busy.iter().any(|(vm, other)| *other == migration && !inner.waiting.contains(vm))
     }
 
     pub(super) fn begin(&self, migration: Migration) {
