@@ -154,10 +154,10 @@ impl Registry {
         Turn { registry: Arc::clone(self), migration, guard }
     }
 
-    /// Whether a migration is under way in this process: then only its own session speaks for it.
+    /// Whether a run of this process has a migration in hand: then only its own session speaks for it. One that an earlier
+    /// process left open is shown as active too, and is exactly what a peer may come back for.
     pub(super) fn is_under_way(&self, migration: MigrationId) -> bool {
         let inner = self.lock();
-        // One that was interrupted is shown as under way as well, but nobody has a session for it.
         inner.busy.iter().any(|(vm, other)| *other == migration && !inner.waiting.contains(vm))
     }
 
