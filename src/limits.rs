@@ -218,9 +218,8 @@ pub const SEND_WITHIN: std::time::Duration = std::time::Duration::from_secs(10);
 pub const ANSWER_WITHIN: std::time::Duration = std::time::Duration::from_secs(30);
 /// LIMIT: a source that has nothing to say says that it lives.
 pub const PING_EVERY: std::time::Duration = std::time::Duration::from_secs(5);
-/// LIMIT: several missing signs of life: the source's QUIC lives, its migration does not. Longer than a VMM may take to save its
-/// state, during which the source says nothing.
-pub const SILENCE_MAX: std::time::Duration = std::time::Duration::from_secs(90);
+/// LIMIT: several missing signs of life: the source's QUIC lives, its migration does not.
+pub const SILENCE_MAX: std::time::Duration = std::time::Duration::from_secs(30);
 /// LIMIT: signs of life without a page or a message that leads on. The slowest bandwidth limit of use, 64 KiB/s, takes 8 s a frame;
 /// the digest of 1 TiB takes a few minutes.
 pub const STALL_MAX: std::time::Duration = std::time::Duration::from_secs(600);

@@ -285,6 +285,18 @@ impl Run {
         self.ended = Some(None);
     }
 
+    /// Waits for work that may be long, and says meanwhile that the source lives.
+    async fn alive_through<T>(&mut self, work: impl Future<Output = Result<T, EngineError>>) -> Result<T, EngineError> {
+        tokio::pin!(work);
+        loop {
+            tokio::select! {
+                result = &mut work => return result,
+                // Whether it arrives is seen where messages are read.
+                () = tokio::time::sleep(limits::PING_EVERY) => drop(self.say(Message::Ping).await),
+            }
+        }
+    }
+
     /// A destination that hears nothing for too long takes this for lost.
     async fn sign_of_life(&mut self) -> Option<SourceEvent> {
         if self.said.elapsed() < limits::PING_EVERY {

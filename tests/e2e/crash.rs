@@ -40,7 +40,8 @@ enum Moment {
 }
 
 /// Handoff records, and whether the source writes them.
-const RECORDS: [(&str, bool); 6] = [("offer", true), ("prepared", false), ("commit", true), ("run", false), ("done", true), ("closed", false)];
+const RECORDS: [(&str, bool); 6] =
+    [("offer", true), ("prepared", false), ("commit", true), ("run", false), ("done", true), ("closed", false)];
 
 impl Moment {
     fn choose(random: &mut Random, whole: u64) -> Self {

@@ -90,12 +90,12 @@ impl Run {
     /// pages, state and digest then go out side by side.
     pub(super) async fn send_last(&mut self, round: Round) -> Result<(), EngineError> {
         let guest = Arc::clone(&self.guest);
-        let (state, dirty) = blocking(move || {
+        let saved = blocking(move || {
             let mut guest = lock(&guest);
             let state = guest.save_state()?;
             Ok((state, guest.harvest()?))
-        })
-        .await?;
+        });
+        let (state, dirty) = self.alive_through(saved).await?;
         self.lap("state");
         if let Some(tracker) = &mut self.tracker {
             tracker.owe(&dirty);
