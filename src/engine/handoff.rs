@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use crate::audit::{AuditLog, Entry, Event, Outcome as AuditOutcome};
 use crate::engine::link::send_within;
 use crate::engine::{EngineError, Link};
-use crate::hypervisor::{HypervisorError, PagedSource, RunState};
+use crate::hypervisor::{HypervisorError, PagedSource};
 use crate::identity::{Signer, verify_signature};
 use crate::journal::Journal;
 use crate::limits;
@@ -16,7 +16,7 @@ use crate::migration::{
     SourceRecord, SourceStep,
 };
 use crate::transport::{Session, TransportError};
-use crate::types::{Epoch, Incarnation, MigrationId, Side, SpiffeId, VmName, VmUuid};
+use crate::types::{Epoch, Incarnation, MigrationId, SpiffeId, VmName, VmUuid};
 use crate::wire::{ErrorClass, Handoff, HandoffMessage, Message, SignedHandoff};
 
 /// What this gateway remembers and signs with.
@@ -52,7 +52,7 @@ impl From<DestinationRecord> for JournalRecord {
 
 impl JournalRecord {
     /// What the record makes of the VM's placement; `None` when it changes nothing.
-    fn placement(&self, binding: &Binding) -> Option<Placement> {
+    pub(super) fn placement(&self, binding: &Binding) -> Option<Placement> {
         let (address, peer) = (binding.address.clone(), binding.peer.clone());
         let given = binding.epoch;
         Some(match self {
@@ -251,7 +251,7 @@ impl Evidence {
         Ok(place == Placement::Here { address: binding.address.clone(), epoch })
     }
 
-    fn records(&self, migration: MigrationId) -> Result<Vec<JournalRecord>, EngineError> {
+    pub(super) fn records(&self, migration: MigrationId) -> Result<Vec<JournalRecord>, EngineError> {
         let records = self.journal.records(migration)?;
         records.iter().map(|(_, bytes)| serde_json::from_slice(bytes).map_err(|source| EngineError::Record { migration, source })).collect()
     }
@@ -466,84 +466,6 @@ pub(super) fn wake(guest: &mut dyn PagedSource) -> Result<(), HypervisorError> {
         }
     }
     Ok(())
-}
-
-/// A migration that a journal knows: what it was about.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Interruption {
-    /// The VM.
-    pub vm: VmName,
-    /// The other gateway.
-    pub peer: SpiffeId,
-    /// Which end this gateway was.
-    pub side: Side,
-    /// How it ended, once nothing is open.
-    pub outcome: Option<Outcome>,
-}
-
-/// What a migration of the journal was about; nothing when only its refusal is known.
-///
-/// # Errors
-/// The journal cannot be read.
-pub fn interruption(evidence: &Evidence, migration: MigrationId) -> Result<Option<Interruption>, EngineError> {
-    let records = evidence.records(migration)?;
-    let outcome = match records.last() {
-        Some(JournalRecord::Source(SourceRecord::Abort) | JournalRecord::Destination(DestinationRecord::Refused)) => Some(Outcome::Stayed),
-        Some(JournalRecord::Source(SourceRecord::Reclaim)) => Some(Outcome::Reclaimed),
-        Some(JournalRecord::Source(SourceRecord::Done) | JournalRecord::Destination(DestinationRecord::Closed)) => Some(Outcome::Moved),
-        _ => None,
-    };
-    let about = |side, binding: Binding| Interruption { vm: binding.vm, peer: binding.peer, side, outcome };
-    Ok(records.first().and_then(|first| match first {
-        JournalRecord::Source(SourceRecord::Offer(offer)) => Some(about(Side::Source, offer.as_ref().into())),
-        JournalRecord::Destination(DestinationRecord::Prepared(record)) => Some(about(Side::Destination, record.as_ref().into())),
-        _ => None,
-    }))
-}
-
-/// Whether the twin of a migration is or may become the guest, by the journal. One that is not is nobody's.
-///
-/// # Errors
-/// The journal cannot be read.
-pub fn may_own_twin(evidence: &Evidence, migration: MigrationId) -> Result<bool, EngineError> {
-    use DestinationRecord::{Closed, Prepared, Run};
-    let last = evidence.records(migration)?.pop();
-    Ok(matches!(last, Some(JournalRecord::Destination(Prepared(_) | Run | Closed))))
-}
-
-/// Repeats the effect of a migration's last record, in case a crash came between the two: resumes a guest that stays,
-/// destroys the paused copy of one that is away. Only for a gateway that starts: no migration has a guest in hand then,
-/// and a record speaks for the guest only while the VM's placement is the one that it made.
-///
-/// # Errors
-/// The journal cannot be read, or the guest does not do it.
-pub async fn repeat_effect(evidence: &Evidence, attach: &Attach, migration: MigrationId) -> Result<(), EngineError> {
-    let records = evidence.records(migration)?;
-    let (Some(JournalRecord::Source(SourceRecord::Offer(offer))), Some(last)) = (records.first(), records.last()) else { return Ok(()) };
-    let binding = Binding::from(offer.as_ref());
-    let read = |source| EngineError::Record { migration, source };
-    let place = evidence.journal.vm(&binding.vm)?.map(|bytes| Placement::read(&bytes)).transpose().map_err(read)?;
-    if place.is_none() || place != last.placement(&binding) {
-        return Ok(());
-    }
-    let effect: fn(&mut dyn PagedSource) -> Result<(), HypervisorError> = match last {
-        JournalRecord::Source(SourceRecord::Abort | SourceRecord::Reclaim) => |guest| match guest.status()?.state {
-            RunState::Paused => wake(guest),
-            _ => Ok(()),
-        },
-        JournalRecord::Source(SourceRecord::Done) => |guest| match guest.status()?.state {
-            RunState::Paused => guest.destroy(),
-            _ => Ok(()),
-        },
-        _ => return Ok(()),
-    };
-    let (attach, address) = (Arc::clone(attach), binding.address);
-    let repeat = move || match attach(&address, &binding.vm) {
-        Ok(mut guest) => effect(guest.as_mut()),
-        // A copy that is gone needs nothing.
-        Err(_) => Ok(()),
-    };
-    Ok(joined(tokio::task::spawn_blocking(repeat).await)??)
 }
 
 /// Performs what the journal alone decides about a migration, and says whether the peer must be asked.

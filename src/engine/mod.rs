@@ -9,6 +9,7 @@
 //! silent, or does not read, costs a bounded time).
 //! *Read first:* `source.rs`, then `lanes.rs`, `destination.rs`, `handoff.rs`.
 
+mod aftermath;
 mod destination;
 mod digest;
 mod error;
@@ -19,9 +20,10 @@ mod link;
 mod meter;
 mod source;
 
+pub use aftermath::{Interruption, interruption, may_own_twin, repeat_effect};
 pub use destination::{DestinationEnd, DestinationOrder, run_destination};
 pub use error::EngineError;
-pub use handoff::{Attach, Evidence, Interruption, Placement, Resolved, answer, interruption, may_own_twin, repeat_effect, resolve};
+pub use handoff::{Attach, Evidence, Placement, Resolved, answer, resolve};
 pub use link::{Link, PeerFacts, greet};
 pub use meter::{Figures, Meter};
 pub use source::{AskCommit, Command, Redial, SourceEnd, SourceOrder, SourcePorts, run_source};
