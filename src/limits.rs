@@ -218,8 +218,9 @@ pub const SEND_WITHIN: std::time::Duration = std::time::Duration::from_secs(10);
 pub const ANSWER_WITHIN: std::time::Duration = std::time::Duration::from_secs(30);
 /// LIMIT: a source that has nothing to say says that it lives.
 pub const PING_EVERY: std::time::Duration = std::time::Duration::from_secs(5);
-/// LIMIT: several missing signs of life: the source's QUIC lives, its migration does not.
-pub const SILENCE_MAX: std::time::Duration = std::time::Duration::from_secs(30);
+/// LIMIT: several missing signs of life: the source's QUIC lives, its migration does not. Longer than a VMM may take to save its
+/// state, during which the source says nothing.
+pub const SILENCE_MAX: std::time::Duration = std::time::Duration::from_secs(90);
 /// LIMIT: signs of life without a page or a message that leads on. The slowest bandwidth limit of use, 64 KiB/s, takes 8 s a frame;
 /// the digest of 1 TiB takes a few minutes.
 pub const STALL_MAX: std::time::Duration = std::time::Duration::from_secs(600);
@@ -236,6 +237,8 @@ pub const SESSIONS_PER_PEER_MAX: usize = 80;
 pub const SESSIONS_BURST: u32 = 256;
 /// LIMIT: sessions of one peer in the long run: 1 GB of audit log a day if all of them come to nothing.
 pub const SESSIONS_PER_SECOND: u32 = 4;
+/// LIMIT: a migration or a pause longer than a year is a mistyped number, and sums of it stay far from overflow.
+pub const MIGRATION_MAX: std::time::Duration = std::time::Duration::from_secs(365 * 24 * 3600);
 /// LIMIT: commands of operators that wait for one migration.
 pub const COMMAND_QUEUE: usize = 8;
 /// LIMIT: lines of progress that wait for one slow watcher; it then sees fewer of them.

@@ -193,8 +193,16 @@ impl Run {
             let reason: String = crate::telemetry::chain(error).chars().take(limits::REASON_BYTES_MAX / 4).collect();
             let _ = self.say(Message::Failure(Failure { class: error.class(), reason })).await;
         }
-        // The source closes when it has read the last word; closing first could lose it on the way.
-        let _ = tokio::time::timeout(LINGER, self.link.session.closed()).await;
+        // The source closes when it has read the last word; closing first could lose it on the way. Behind its own last
+        // entry it sends the head of its audit log.
+        let listen = async {
+            while let Ok(message) = self.link.session.receive().await {
+                if let Message::AuditHead(head) = message {
+                    self.keep_peer_head(head).await;
+                }
+            }
+        };
+        let _ = tokio::time::timeout(LINGER, listen).await;
         DestinationEnd { outcome: self.ended.flatten(), error: self.error, address: self.binding.address }
     }
 
@@ -233,7 +241,6 @@ impl Run {
                 Some((expected, limit)) => self.silent(expected, limit),
                 None => None,
             },
-            message = self.link.session.receive() => self.received(message).await,
             Some(command) = self.commands.recv() => match command {
                 // After PREPARED only the source decides, and it is about to.
                 Command::Cancel if !self.machine.is_prepared() && self.machine.name() != "running" => {
@@ -377,7 +384,14 @@ impl Run {
                 }
                 Err(error) if self.machine.name() == "refused" => {
                     self.error.get_or_insert(error);
-                    self.ended = Some(Some(Outcome::Stayed));
+                    // A promise that was said and cannot be withdrawn on disk still stands.
+                    self.ended = Some(if self.promised { None } else { Some(Outcome::Stayed) });
+                    return;
+                }
+                Err(error) if self.machine.name() == "closed" => {
+                    // The VM runs here; that the source knows it is written when it says so again.
+                    tracing::error!(migration = %self.order.migration, error = %error, "CLOSED is not on disk");
+                    self.ended = Some(Some(Outcome::Moved));
                     return;
                 }
                 Err(error) => {

@@ -9,7 +9,6 @@
 //! silent, or does not read, costs a bounded time).
 //! *Read first:* `source.rs`, then `lanes.rs`, `destination.rs`, `handoff.rs`.
 
-mod aftermath;
 mod destination;
 mod digest;
 mod error;
@@ -18,12 +17,13 @@ mod lanes;
 mod limiter;
 mod link;
 mod meter;
+mod recovery;
 mod source;
 
-pub use aftermath::{Interruption, interruption, may_own_twin, repeat_effect};
 pub use destination::{DestinationEnd, DestinationOrder, run_destination};
 pub use error::EngineError;
-pub use handoff::{Attach, Evidence, Placement, Resolved, answer, resolve};
+pub use handoff::{Evidence, Placement};
 pub use link::{Link, PeerFacts, greet};
 pub use meter::{Figures, Meter};
+pub use recovery::{Attach, Interruption, Resolved, answer, interruption, may_own_twin, repeat_effect, resolve};
 pub use source::{AskCommit, Command, Redial, SourceEnd, SourceOrder, SourcePorts, run_source};

@@ -94,6 +94,8 @@ pub enum Command {
 pub struct SourceEnd {
     /// Where the VM is; `None` when that is in doubt.
     pub outcome: Option<Outcome>,
+    /// False when the guest stays and could not be made to go on: its journal says that it has to.
+    pub woken: bool,
     /// Why it did not move.
     pub error: Option<EngineError>,
     /// The figures.
@@ -137,6 +139,7 @@ struct Run {
     /// REFUSE came, and why comes behind it.
     refused: bool,
     figures: Figures,
+    woken: bool,
     phase: Phase,
     started: Instant,
     /// When the guest that is paused goes on here, come what may.
@@ -170,6 +173,7 @@ pub async fn run_source(order: SourceOrder, ports: SourcePorts) -> SourceEnd {
         error: None,
         refused: false,
         figures: Figures::default(),
+        woken: true,
         phase: Phase::Connect,
         started: Instant::now(),
         pause_ends: None,
@@ -205,8 +209,9 @@ impl Run {
                 continue;
             };
             let given_up_early = matches!(event, SourceEvent::GiveUp(_)) && self.binding.is_none();
+            let committed = self.machine.is_committed();
             match self.machine.step(event) {
-                Ok(actions) => self.perform_all(actions, &mut events).await,
+                Ok(actions) => self.perform_all(actions, committed, &mut events).await,
                 Err(refusal) if self.machine.is_committed() => {
                     tracing::warn!(migration = %self.order.migration, %refusal, "ignored after COMMIT")
                 }
@@ -371,7 +376,9 @@ impl Run {
         };
         match message {
             Message::Accept(accept)
-                if accept.migration == self.order.migration && (1..=self.order.stream.lanes).contains(&accept.lanes) =>
+                if self.binding.is_none()
+                    && accept.migration == self.order.migration
+                    && (1..=self.order.stream.lanes).contains(&accept.lanes) =>
             {
                 let offer = Box::new(OfferRecord {
                     migration: self.order.migration,
@@ -443,13 +450,14 @@ impl Run {
         }
     }
 
-    async fn perform_all(&mut self, actions: Vec<SourceAction>, events: &mut VecDeque<SourceEvent>) {
+    /// `committed` says whether COMMIT was journaled before these actions were decided.
+    async fn perform_all(&mut self, actions: Vec<SourceAction>, committed: bool, events: &mut VecDeque<SourceEvent>) {
         for action in actions {
             match self.perform(action).await {
                 Ok(event) => events.extend(event),
                 Err(error) => {
-                    if self.machine.is_committed() {
-                        // The COMMIT record may or may not be on disk and was not said: only a restart can tell.
+                    if committed || self.machine.is_committed() {
+                        // The record may or may not be on disk: only what is read back from it can tell.
                         self.error = Some(error);
                         self.ended = Some(None);
                     } else {

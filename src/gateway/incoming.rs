@@ -12,7 +12,7 @@ use crate::engine::{self, DestinationOrder, Link, Placement};
 use crate::gateway::judge::Case;
 use crate::gateway::registry::{Busy, Claim, Migration};
 use crate::gateway::{Gateway, attach, put_class, report};
-use crate::hypervisor::attach::{AttachedDestination, LaunchTemplate, LaunchVariables, Timeouts};
+use crate::hypervisor::attach::{AttachedDestination, LaunchTemplate, LaunchVariables, LaunchedVmm, Timeouts};
 use crate::hypervisor::{HypervisorError, Machine, PagedDestination};
 use crate::limits;
 use crate::memory::MemoryLayout;
@@ -26,6 +26,8 @@ use crate::wire::{ErrorClass, Failure, Message, Offer, SignedHandoff};
 const LAST_WORDS: Duration = Duration::from_secs(2);
 /// How long a VMM may take to listen.
 const LAUNCH: Duration = Duration::from_secs(10);
+/// How long a VMM may take to quit.
+const TWIN_QUITS: Duration = Duration::from_secs(5);
 
 /// An offer that is refused, in words for the source.
 struct Refusal {
@@ -53,6 +55,7 @@ struct Arrival {
     case: Case,
     twin: Box<dyn PagedDestination>,
     leavings: Leavings,
+    vmm: LaunchedVmm,
     policy_digest: [u8; 32],
     policy_ids: Vec<String>,
     claim: Claim,
@@ -198,10 +201,10 @@ impl Gateway {
                 Busy::Id => used_before(offer.migration),
             })?;
         self.check_place(&offer).await?;
-        let (twin, leavings) = self.build_twin(template, &offer, machine).await?;
+        let (twin, vmm, leavings) = self.build_twin(template, &offer, machine).await?;
         let lanes = offer.stream.lanes.clamp(1, limits::LANES_MAX);
         let (policy_digest, policy_ids) = (*permit.set_digest(), permit.policy_ids().to_vec());
-        Ok(Arrival { offer, lanes, case, twin: Box::new(twin), leavings, policy_digest, policy_ids, claim })
+        Ok(Arrival { offer, lanes, case, twin: Box::new(twin), vmm, leavings, policy_digest, policy_ids, claim })
     }
 
     /// What the offer says it is, checked against itself and against what this gateway knows of the VM.
@@ -222,7 +225,7 @@ impl Gateway {
             .vm(&offer.vm)
             .ok_or_else(|| Refusal::new(ErrorClass::Denied, format!("VM `{}` is not in this gateway's configuration", offer.vm)))?;
         if vm.uuid != offer.uuid {
-            return Err(Refusal::new(ErrorClass::Denied, format!("VM `{}` has UUID `{}` here, not `{}`", vm.name, vm.uuid, offer.uuid)));
+            return Err(Refusal::new(ErrorClass::Denied, format!("VM `{}` has another UUID here than `{}`", vm.name, offer.uuid)));
         }
         Ok((machine, layout.bytes()))
     }
@@ -233,7 +236,7 @@ impl Gateway {
         template: LaunchTemplate,
         offer: &Offer,
         machine: Machine,
-    ) -> Result<(AttachedDestination, Leavings), Refusal> {
+    ) -> Result<(AttachedDestination, LaunchedVmm, Leavings), Refusal> {
         let runtime = &self.config.gateway.runtime_directory;
         // A Unix socket's path has at most 107 bytes: the id alone names it, and says whose twin it is.
         let stem = offer.migration.to_string();
@@ -247,18 +250,23 @@ impl Gateway {
             log: runtime.join(format!("{stem}.log")),
         };
         let leavings = Leavings([variables.socket.clone(), variables.log.clone()]);
-        let built = tokio::task::spawn_blocking(move || -> Result<AttachedDestination, HypervisorError> {
+        let built = tokio::task::spawn_blocking(move || -> Result<(AttachedDestination, LaunchedVmm), HypervisorError> {
             let mut vmm = template.launch(&variables, LAUNCH)?;
-            AttachedDestination::prepare(&vmm.socket.clone(), variables.vm.as_str(), &machine, Timeouts::default()).inspect_err(|_| {
-                // An empty twin is nobody's guest.
-                let _ = vmm.kill();
-            })
+            match AttachedDestination::prepare(&vmm.socket.clone(), variables.vm.as_str(), &machine, Timeouts::default()) {
+                Ok(twin) => Ok((twin, vmm)),
+                Err(error) => {
+                    // An empty twin is nobody's guest.
+                    let _ = vmm.kill();
+                    Err(error)
+                }
+            }
         });
-        let twin = match built.await {
-            Ok(twin) => twin.map_err(Refusal::from),
+        let built = match built.await {
+            Ok(built) => built.map_err(Refusal::from),
             Err(error) => Err(Refusal::new(ErrorClass::Bug, error.to_string())),
         };
-        Ok((twin.inspect_err(|_| leavings.remove())?, leavings))
+        let (twin, vmm) = built.inspect_err(|_| leavings.remove())?;
+        Ok((twin, vmm, leavings))
     }
 
     /// A VM can come if it is not here, was not given away without an answer, and comes at an epoch that follows what is
@@ -285,7 +293,7 @@ impl Gateway {
     }
 
     async fn receive(self: Arc<Self>, link: Link, peer: &config::Peer, arrival: Arrival, started: SystemTime) {
-        let Arrival { offer, lanes, case, twin, leavings, policy_digest, policy_ids, claim } = arrival;
+        let Arrival { offer, lanes, case, twin, vmm, leavings, policy_digest, policy_ids, claim } = arrival;
         let (migration, vm, kind) = (offer.migration, offer.vm.clone(), offer.hypervisor.clone());
         let mut shown = Progress::new(migration);
         shown.phase = Phase::Memory;
@@ -321,6 +329,7 @@ impl Gateway {
         let claim = match end.outcome {
             // Nothing is left of a VM that did not come.
             Some(Place::Stayed | Place::Reclaimed) => {
+                end_twin(vmm).await;
                 leavings.remove();
                 Some(claim)
             }
@@ -350,14 +359,35 @@ impl Gateway {
         }
         let _turn = self.registry.resolving(migration).await;
         match engine::answer(&self.evidence(), &attach(), &link, signed).await {
-            Ok(resolved) => tracing::info!(%migration, ?resolved, peer = %link.peer.spiffe, "interrupted handoff taken up"),
+            Ok(resolved) => {
+                tracing::info!(%migration, ?resolved, peer = %link.peer.spiffe, "interrupted handoff taken up");
+                self.taken_up.notify_waiters();
+            }
             Err(error) => {
                 tracing::warn!(%migration, error = %telemetry::chain(&error), peer = %link.peer.spiffe, "interrupted handoff not settled");
                 link.session.close(Some(error.class()), "the handoff was not settled");
             }
         }
         self.load_places();
-        self.taken_up.notify_waiters();
+    }
+}
+
+/// A twin that will never run was told to quit; one that does not is ended, with the guest's memory that it holds.
+async fn end_twin(mut vmm: LaunchedVmm) {
+    let ended = tokio::task::spawn_blocking(move || {
+        let told = std::time::Instant::now();
+        while told.elapsed() < TWIN_QUITS {
+            if !matches!(vmm.try_wait(), Ok(None)) {
+                return Ok(());
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        vmm.kill()
+    });
+    match ended.await {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => tracing::error!(%error, "a twin that nobody needs is not ended"),
+        Err(error) => tracing::error!(%error, "task of a twin's end"),
     }
 }
 

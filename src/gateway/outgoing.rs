@@ -17,6 +17,7 @@ use crate::gateway::registry::{Busy, Claim, Migration};
 use crate::gateway::{Gateway, put_class, report};
 use crate::hypervisor::PagedSource;
 use crate::hypervisor::attach::{AttachedSource, Timeouts};
+use crate::limits;
 use crate::migration::{Goal, Outcome as Place};
 use crate::policy::{Permit, Release, Route};
 use crate::telemetry::{self, Mode, Monotone, Problem, Progress, Report, RunningOn};
@@ -73,8 +74,8 @@ impl Gateway {
         let (address, epoch) = self.place_of(&vm)?;
         let defaults = &self.config.migration;
         let lanes = request.lanes.unwrap_or(defaults.lanes);
-        if !(1..=crate::limits::LANES_MAX).contains(&lanes) {
-            return Err(misuse(format!("{lanes} lanes: expected 1 to {}", crate::limits::LANES_MAX)).with_running_on(RunningOn::Source));
+        if !(1..=limits::LANES_MAX).contains(&lanes) {
+            return Err(misuse(format!("{lanes} lanes: expected 1 to {}", limits::LANES_MAX)).with_running_on(RunningOn::Source));
         }
         let migration = new_migration()?;
         let claim = self.take(&vm, migration)?;
@@ -89,8 +90,8 @@ impl Gateway {
         let positive = |seconds: f64, what: &str| {
             Duration::try_from_secs_f64(seconds)
                 .ok()
-                .filter(|d| !d.is_zero())
-                .ok_or_else(|| misuse(format!("{what} of {seconds} s: expected more than 0")))
+                .filter(|d| !d.is_zero() && *d <= limits::MIGRATION_MAX)
+                .ok_or_else(|| misuse(format!("{what} of {seconds} s: expected more than 0 and at most a year")))
         };
         let downtime_max =
             request.max_downtime_seconds.map_or(Ok(defaults.max_downtime.duration), |s| positive(s, "`max_downtime_seconds`"))?;
@@ -154,7 +155,7 @@ impl Gateway {
         let (progress_in, raw) = watch::channel(Progress::new(migration));
         let (shown_in, shown) = watch::channel(Progress::new(migration));
         let (ended_in, ended) = watch::channel(false);
-        let (commands_in, commands) = mpsc::channel(crate::limits::COMMAND_QUEUE);
+        let (commands_in, commands) = mpsc::channel(limits::COMMAND_QUEUE);
         self.registry.begin(Migration {
             id: migration,
             vm: departure.vm.name.clone(),
@@ -269,7 +270,7 @@ impl Gateway {
         report.policy.decision = Some(report::decision(end.error.as_ref()));
         report.policy.policy_ids = ids;
         self.refresh_place(&departure.vm.name);
-        if end.outcome.is_none() {
+        if end.outcome.is_none() || !end.woken {
             self.resolve_later(departure.migration, None, Some(departure.claim));
         }
         debug_assert!(end.outcome != Some(Place::Moved) || report.error.is_none());

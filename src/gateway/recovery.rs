@@ -1,5 +1,6 @@
 //! What a restarted gateway makes of its journal, and how it settles what is open.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
@@ -16,23 +17,30 @@ use crate::types::{Epoch, MigrationId, Side, VmName};
 
 /// Between two tries to settle a handoff with a silent peer.
 const FIRST_PAUSE: Duration = Duration::from_millis(200);
+/// How long the last word may take to reach the peer.
+const GOODBYE: Duration = Duration::from_secs(2);
 const LONGEST_PAUSE: Duration = Duration::from_secs(15);
 
 impl Gateway {
     /// Reads where every VM is. A VM that no record speaks of is where the configuration says.
     pub(super) fn load_places(&self) {
-        match self.journal.vms() {
-            Ok(places) => {
-                for (vm, bytes) in places {
-                    match Placement::read(&bytes) {
-                        Ok(place) => self.registry.set_place(vm, place),
-                        Err(error) => tracing::error!(%vm, error = %error, "placement of another version; the VM is not touched"),
-                    }
-                }
+        let places = match self.journal.vms() {
+            Ok(places) => places,
+            Err(error) => {
+                // What the journal knows may contradict the configuration: no VM is taken from there then.
+                tracing::error!(error = %telemetry::chain(&error), "placements cannot be read");
+                return;
             }
-            Err(error) => tracing::error!(error = %telemetry::chain(&error), "placements cannot be read"),
+        };
+        let mut recorded = BTreeSet::new();
+        for (vm, bytes) in places {
+            recorded.insert(vm.clone());
+            match Placement::read(&bytes) {
+                Ok(place) => self.registry.set_place(vm, place),
+                Err(error) => tracing::error!(%vm, error = %error, "placement of another version; the VM is not touched"),
+            }
         }
-        for vm in &self.config.vms {
+        for vm in self.config.vms.iter().filter(|vm| !recorded.contains(&vm.name)) {
             if let (None, Some(socket)) = (self.registry.place(&vm.name), &vm.socket) {
                 self.registry.set_place(vm.name.clone(), Placement::Here { address: socket.display().to_string(), epoch: Epoch(1) });
             }
@@ -62,6 +70,7 @@ impl Gateway {
                 Ok(Resolved::Settled) => {
                     if let Err(error) = engine::repeat_effect(&self.evidence(), &attach(), migration).await {
                         tracing::error!(%migration, error = %telemetry::chain(&error), "the effect of its last record is not certain");
+                        self.resolve_later(migration, None, None);
                     }
                 }
                 Ok(Resolved::Ended(outcome)) => {
@@ -189,7 +198,16 @@ impl Gateway {
         let _turn = self.registry.resolving(migration).await;
         let peer = match engine::resolve(&evidence, &attach, migration, None).await {
             Ok(Resolved::Open { peer, .. }) => peer,
-            Ok(Resolved::Settled | Resolved::Ended(_)) => return true,
+            Ok(Resolved::Settled | Resolved::Ended(_)) => {
+                // The record is there; its effect may not be.
+                return match engine::repeat_effect(&evidence, &attach, migration).await {
+                    Ok(()) => true,
+                    Err(error) => {
+                        tracing::error!(%migration, error = %telemetry::chain(&error), "the effect of its last record is not certain");
+                        false
+                    }
+                };
+            }
             Err(error) => {
                 tracing::warn!(%migration, error = %telemetry::chain(&error), "interrupted handoff not settled");
                 return false;
@@ -206,7 +224,9 @@ impl Gateway {
                 return false;
             }
         };
-        match engine::resolve(&evidence, &attach, migration, Some(&link)).await {
+        let resolved = engine::resolve(&evidence, &attach, migration, Some(&link)).await;
+        link.session.finish(None, "settled", GOODBYE).await;
+        match resolved {
             Ok(Resolved::Open { .. }) => false,
             Ok(resolved) => {
                 let moved = matches!(resolved, Resolved::Ended(Outcome::Moved));

@@ -367,7 +367,9 @@ async fn set(
     }
     if let Some(seconds) = change.max_downtime_seconds {
         let downtime = std::time::Duration::try_from_secs_f64(seconds)
-            .map_err(|_| Problem::new(ErrorClass::Misuse, format!("`max_downtime_seconds` of {seconds}")))?;
+            .ok()
+            .filter(|downtime| !downtime.is_zero() && *downtime <= limits::MIGRATION_MAX)
+            .ok_or_else(|| Problem::new(ErrorClass::Misuse, format!("`max_downtime_seconds` of {seconds}")))?;
         command(&found, Command::DowntimeMax(downtime)).await?;
     }
     Ok(Json(view(&found)))

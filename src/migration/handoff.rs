@@ -441,7 +441,7 @@ impl DestinationHandoff {
             }
             (Self::Running, DestinationStep::Reconnected) => Ok((Self::Running, vec![Send(Handoff::Running)])),
             (Self::Closed, DestinationStep::Received(Handoff::Done)) => Ok((Self::Closed, vec![])),
-            (Self::Running, DestinationStep::GiveUp(_)) => Ok((Self::Running, vec![])),
+            (state @ (Self::Running | Self::Closed), DestinationStep::GiveUp(_)) => Ok((state.clone(), vec![])),
             (Self::Refused, DestinationStep::Received(Handoff::Final { .. } | Handoff::Commit) | DestinationStep::Reconnected) => {
                 Ok((Self::Refused, vec![Send(Handoff::Refuse { class: ErrorClass::Cancelled })]))
             }

@@ -224,7 +224,8 @@ impl TransportError {
             Self::Misbehaved { .. } => ErrorClass::PeerMisbehaved,
             Self::Wire { source, .. } => source.class(),
             Self::LaneRefused { why, .. } => match why {
-                LaneRefusal::Unexpected | LaneRefusal::SessionOver | LaneRefusal::BadTag => ErrorClass::Unauthenticated,
+                LaneRefusal::Unexpected | LaneRefusal::BadTag => ErrorClass::Unauthenticated,
+                LaneRefusal::SessionOver => ErrorClass::PeerUnreachable,
                 LaneRefusal::BeyondGranted | LaneRefusal::AlreadyUsed => ErrorClass::PeerMisbehaved,
             },
             Self::LaneLost { .. } => ErrorClass::Bug,

@@ -7,7 +7,7 @@ use sealane::control::{MigrateRequest, MigrationView};
 use sealane::identity::Credentials;
 use sealane::telemetry::{ErrorClass, Report};
 use sealane::transport::{Endpoint, LaneGate, LaneIo, Session};
-use sealane::types::{Epoch, Incarnation, MigrationId, Round};
+use sealane::types::{Epoch, Incarnation, MigrationId};
 use sealane::wire::{Accept, FinalDigest, Handoff, HandoffMessage, Hello, Message, Offer, RoundApplied, RoundEnd, SignedHandoff};
 
 use crate::lab::{EVIL, Gateway, Lab, until, vm, within};
@@ -174,10 +174,6 @@ impl Taking<'_> {
 
     pub async fn running(&self) {
         self.step(Handoff::Running).await;
-    }
-
-    pub fn round_number(&self) -> Round {
-        self.round.as_ref().unwrap().round
     }
 }
 

@@ -143,7 +143,7 @@ async fn nothing_is_written_behind_the_last_round() {
     let migration = attempt.migration();
     assert_eq!(LANES, 2);
     drop(attempt);
-    gateway.arrived_guest_beats("after frames behind the last round", 0, migration).await;
+    gateway.arrived_guest_beats("after frames behind the last round", migration).await;
     gateway.is_well("frames behind the last round", 1).await;
     takes_an_honest_vm(&mut gateway, &evil, 9, 2).await;
 }

@@ -172,7 +172,7 @@ async fn replays_change_nothing() {
             HandoffMessage { migration, uuid: offer.uuid, epoch: Epoch(2), sender: evil.incarnation, receiver: hello.incarnation, step };
         session.send(&Message::Handoff(evil.sign(message))).await.unwrap();
         drop(session);
-        gateway.arrived_guest_beats("after replays", 0, migration).await;
+        gateway.arrived_guest_beats("after replays", migration).await;
         assert_eq!(gateway.handoff_records(migration), before, "restarted: {restarted}");
     }
 }
@@ -279,5 +279,5 @@ async fn a_prepared_vm_is_not_taken_a_second_time() {
         }
     }
     drop(session);
-    gateway.arrived_guest_beats("after the second source", 0, migration).await;
+    gateway.arrived_guest_beats("after the second source", migration).await;
 }

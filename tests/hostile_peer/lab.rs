@@ -237,8 +237,8 @@ impl Gateway {
     }
 
     /// A guest that arrived in `migration` runs, and never read what it did not write.
-    pub async fn arrived_guest_beats(&self, case: &str, index: usize, migration: MigrationId) {
-        let socket = self.directory.join(format!("run/{}-{migration}.sock", vm(index)));
+    pub async fn arrived_guest_beats(&self, case: &str, migration: MigrationId) {
+        let socket = self.directory.join(format!("run/{migration}.sock"));
         let beat = || {
             let (_, status) = observe(&socket, "guest", Timeouts::default()).ok()?;
             assert_eq!(status.exit_code, None, "{case}: the guest found its memory changed");
@@ -302,13 +302,17 @@ impl Gateway {
 
     /// The audit log says how a migration ended, and of which class that was.
     pub async fn recorded(&self, case: &str, migration: MigrationId, class: ErrorClass) {
+        self.recorded_one_of(case, migration, &[class]).await;
+    }
+
+    pub async fn recorded_one_of(&self, case: &str, migration: MigrationId, classes: &[ErrorClass]) {
         let filter = Filter { migration: Some(migration), event: Some(Event::MigrationFinished), ..Filter::default() };
-        let name = serde_json::to_value(class).unwrap();
-        let ended = |entry: &StoredEntry| entry.detail.get("class") == Some(&name);
+        let names: Vec<_> = classes.iter().map(|class| serde_json::to_value(class).unwrap()).collect();
+        let ended = |entry: &StoredEntry| entry.detail.get("class").is_some_and(|class| names.contains(class));
         let found = || self.entries(filter.clone()).into_iter().find(ended);
         let start = Instant::now();
         while found().is_none() {
-            assert!(start.elapsed() < PATIENCE, "{case}: expected {name} among {:?}", self.entries(filter.clone()));
+            assert!(start.elapsed() < PATIENCE, "{case}: expected one of {names:?} among {:?}", self.entries(filter.clone()));
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
         assert!(self.entries(filter.clone()).iter().all(|entry| entry.outcome != Some(audit::Outcome::Done)), "{case}");

@@ -112,8 +112,8 @@ async fn a_machine_that_the_vmm_refuses_leaves_no_vmm() {
         assert!(!gateway.log().contains('\u{1b}'), "{}", gateway.log());
     }
     // Nothing of them stays in the runtime directory: a peer could fill it.
-    let left: Vec<_> = std::fs::read_dir(gateway.directory.join("run")).unwrap().flatten().map(|entry| entry.file_name()).collect();
-    let left: Vec<_> = left.iter().filter(|name| name.to_string_lossy().starts_with("vm-0-")).collect();
+    let left = std::fs::read_dir(gateway.directory.join("run")).unwrap().flatten().map(|entry| entry.file_name());
+    let left: Vec<_> = left.filter(|name| name != "api.sock").collect();
     assert!(left.is_empty(), "{left:?}");
     takes_an_honest_vm(&mut gateway, &evil, 9, 1).await;
 }
@@ -148,7 +148,8 @@ async fn ids_and_epochs_are_not_used_again() {
     first.applied().await;
     let migration = first.migration();
     drop(first);
-    gateway.recorded("left alone", migration, ErrorClass::PeerUnreachable).await;
+    // The end of a lane may be seen before the end of the session.
+    gateway.recorded_one_of("left alone", migration, &[ErrorClass::PeerUnreachable, ErrorClass::Cancelled]).await;
     gateway.is_well("left alone", 0).await;
 
     // An id that failed is not used again either.

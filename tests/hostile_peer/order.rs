@@ -97,7 +97,9 @@ async fn device_state_comes_once_and_in_order() {
     let evil = Evil::new(&lab, EVIL, &gateway);
     let g = &mut gateway;
     let total = 64 << 20;
-    let cases: [(&str, Vec<(u64, u64, usize)>); 8] = [
+    /// Offset, total and length of each piece.
+    type Pieces = Vec<(u64, u64, usize)>;
+    let cases: [(&str, Pieces); 8] = [
         ("a gap", vec![(0, 100, 10), (11, 100, 10)]),
         ("an overlap", vec![(0, 100, 10), (9, 100, 10)]),
         ("the same piece", vec![(0, 100, 10), (0, 100, 10)]),

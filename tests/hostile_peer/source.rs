@@ -92,7 +92,7 @@ pub struct Attempt<'a> {
     pub hello: Hello,
     pub guest: Box<dyn PagedSource>,
     pub offer: Offer,
-    pub lanes: Vec<mpsc::UnboundedSender<Bytes>>,
+    pub lanes: Vec<mpsc::Sender<Bytes>>,
     handles: Vec<LaneHandle<()>>,
     pub encoders: Vec<Encoder>,
     pub state: Vec<u8>,
@@ -160,7 +160,7 @@ impl<'a> Attempt<'a> {
     }
 
     pub async fn open_lane(&mut self, lane: u16) -> Result<(), TransportError> {
-        let (bytes_in, mut bytes) = mpsc::unbounded_channel::<Bytes>();
+        let (bytes_in, mut bytes) = mpsc::channel::<Bytes>(64);
         let task = move |mut io: sealane::transport::LaneIo| async move {
             while let Some(chunk) = bytes.recv().await {
                 if io.sender.write(chunk).await.is_err() {
@@ -185,7 +185,7 @@ impl<'a> Attempt<'a> {
     }
 
     pub fn lane(&self, lane: usize, bytes: Vec<u8>) {
-        let _ = self.lanes[lane].send(bytes.into());
+        self.lanes[lane].try_send(bytes.into()).ok();
     }
 
     /// Sends all pages of a round and its mark on every lane; returns the totals.

@@ -82,8 +82,10 @@ impl Run {
                 let woken = blocking(move || Ok(wake(lock(&guest).as_mut())?)).await;
                 self.lap("resume");
                 if let Err(error) = woken {
+                    // Worse than whatever made the attempt fail; the gateway tries on.
                     tracing::error!(vm = %binding.vm, error = %crate::telemetry::chain(&error), "guest not resumed on the source");
-                    self.error.get_or_insert(error);
+                    self.error = Some(error);
+                    self.woken = false;
                 }
                 Ok(None)
             }
@@ -125,7 +127,7 @@ impl Run {
         self.show(|_| {});
         self.lanes.clear();
         self.link.session.close(None, "migration ended");
-        SourceEnd { outcome, error: self.error, figures: self.figures }
+        SourceEnd { outcome, woken: self.woken, error: self.error, figures: self.figures }
     }
 
     /// REFUSE has a class and no words; the words follow, if they come soon.

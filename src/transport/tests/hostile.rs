@@ -156,7 +156,7 @@ async fn a_lane_cannot_join_a_session_that_is_over() {
     let honest = JoinKey::new(&pair.ours.connection, MIGRATION).unwrap().join(&raw.connection, LaneIndex(0)).unwrap();
     pair.theirs.close(None, "over");
     let _streams = raw.join(honest).await;
-    assert_eq!(raw.end().await, Some(ErrorClass::Unauthenticated));
+    assert_eq!(raw.end().await, Some(ErrorClass::PeerUnreachable));
     assert_eq!(why(&pair.refusal().await), LaneRefusal::SessionOver);
     assert_eq!(gates[0].joined(), 0);
 }

@@ -239,8 +239,9 @@ impl Vm {
                 return Err(VmmError::Misuse { request: "resume", expected: "paused", actual: life.phase.name() });
             }
         }
-        if let Some(clocks) = life.clocks.take() {
+        if let Some(clocks) = life.clocks {
             save::start_clocks(&inner.vm, &clocks)?;
+            life.clocks = None;
             if inner.host.kvmclock_ctrl {
                 for vcpu in &inner.shared.vcpus {
                     // WHY ignored: it fails for guests that do not use kvmclock.

@@ -124,7 +124,8 @@ fn a_second_gateway_is_refused_and_an_observer_only_looks() {
     assert_eq!(code(&second.ask("pause")), "order", "a refused hello is no hello");
     second.ask_json(&json!({"hello": {"version": 1, "role": "observe"}}));
     assert!(second.ask("status")["status"]["state"].is_string());
-    for request in ["pause", "quit", "machine", "memory", "harvest"] {
+    assert!(second.ask("machine")["machine"]["kind"].is_string());
+    for request in ["pause", "quit", "memory", "harvest"] {
         assert_eq!(code(&second.ask(request)), "forbidden", "{request}");
     }
     assert_eq!(first.ask("pause"), json!("done"));
