@@ -99,8 +99,8 @@ fn settle(lab: &Lab) -> Name {
 }
 
 #[track_caller]
-fn kills_of(victims: &[&[Name]], seed_of_test: u64) {
-    let runs = number("SEALANE_CRASHES").unwrap_or(20) / 2;
+fn kills_of(victims: &[&[Name]], share: u64, seed_of_test: u64) {
+    let runs = number("SEALANE_CRASHES").unwrap_or(20) * share / 10;
     let seed = number("SEALANE_SEED").unwrap_or(seed_of_test);
     println!("seed {seed}, {runs} runs");
     let mut random = Random(seed);
@@ -148,10 +148,11 @@ fn kills_of(victims: &[&[Name]], seed_of_test: u64) {
 
 #[test]
 fn killing_one_gateway_at_any_moment_leaves_exactly_one_running_guest() {
-    kills_of(&[&[A], &[B]], 1);
+    // The fewer: a survivor notices its dead peer by QUIC's idle timeout, which takes ten seconds.
+    kills_of(&[&[A], &[B]], 3, 1);
 }
 
 #[test]
 fn killing_both_gateways_at_any_moment_leaves_exactly_one_running_guest() {
-    kills_of(&[&[A, B], &[B, A]], 2);
+    kills_of(&[&[A, B], &[B, A]], 7, 2);
 }
