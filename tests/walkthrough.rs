@@ -198,7 +198,7 @@ fn the_walkthrough_of_the_readme_works_as_written() {
 
     let moved = shell.run();
     says(&moved, &["possible", "the VM runs on the destination", "yes: all memory and state were compared", "allow: gateways-may-move"]);
-    says(&moved, &["running  here   2", "to gw-b    completed", "DOWNTIME"]);
+    says(&moved, &["vm-1  running  here", "to gw-b    completed", "DOWNTIME"]);
     if guest == Guest::Heartbeat {
         let consoles = shell.run();
         let shown: Vec<_> = consoles.lines().filter_map(heartbeat_number).collect();
