@@ -8,7 +8,7 @@ use crate::engine::EngineError;
 use crate::engine::handoff::{joined, wake};
 use crate::migration::{HandoffAction, Outcome, SourceEvent, SourceRecord, SourceStep};
 use crate::telemetry::Phase;
-use crate::wire::{AuditHead, ErrorClass, Failure, Message};
+use crate::wire::{AuditHead, ErrorClass, Failure, Handoff, Message, SignedHandoff};
 
 impl Run {
     /// COMMIT was said and the session is gone: only the destination knows. Ask until it answers.
@@ -121,6 +121,9 @@ impl Run {
                 self.hear_why().await;
             }
             self.say_failure().await;
+            if self.binding.is_some() && !self.refused {
+                self.until_abort_is_heard().await;
+            }
         }
         self.figures.pages = self.counts();
         self.phase = Phase::Done;
@@ -128,6 +131,20 @@ impl Run {
         self.lanes.clear();
         self.link.session.close(None, "migration ended");
         SourceEnd { outcome, woken: self.woken, error: self.error, figures: self.figures }
+    }
+
+    /// A close that overtakes ABORT would leave a destination that has prepared waiting for a word; it answers with REFUSE.
+    async fn until_abort_is_heard(&mut self) {
+        let listen = async {
+            while let Ok(message) = self.link.session.receive().await {
+                if let Message::Handoff(SignedHandoff { message, .. }) = message
+                    && matches!(message.step, Handoff::Refuse { .. })
+                {
+                    return;
+                }
+            }
+        };
+        let _ = tokio::time::timeout(LAST_WORDS, listen).await;
     }
 
     /// REFUSE has a class and no words; the words follow, if they come soon.
