@@ -198,7 +198,7 @@ impl Run {
         let listen = async {
             while let Ok(message) = self.link.session.receive().await {
                 if let Message::AuditHead(head) = message {
-                    self.keep_peer_head(head).await;
+                    self.evidence.keep_peer_head(&self.link.peer, &head.checkpoint).await;
                 }
             }
         };
@@ -348,7 +348,7 @@ impl Run {
                 Err(error) => Some(self.give_up(error)),
             },
             Message::AuditHead(head) => {
-                self.keep_peer_head(head).await;
+                self.evidence.keep_peer_head(&self.link.peer, &head.checkpoint).await;
                 None
             }
             Message::Failure(failure) => {
@@ -357,18 +357,6 @@ impl Run {
             }
             Message::Ping => None,
             other => Some(self.give_up(EngineError::OutOfPlace { expected: self.machine.name(), got: other.name().to_owned() })),
-        }
-    }
-
-    async fn keep_peer_head(&mut self, head: AuditHead) {
-        let (audit, peer) = (self.evidence.audit.clone(), self.link.peer.clone());
-        let noted = tokio::task::spawn_blocking(move || audit.note_peer_head(&peer.spiffe, &head.checkpoint, &peer.signing_key)).await;
-        match noted {
-            Ok(Ok(())) => {}
-            Ok(Err(error)) => {
-                tracing::error!(peer = %self.link.peer.spiffe, error = %error, "the peer's audit head does not follow the one it showed before")
-            }
-            Err(error) => tracing::error!(error = %error, "audit task failed"),
         }
     }
 

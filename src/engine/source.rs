@@ -450,15 +450,8 @@ impl Run {
     }
 
     async fn keep_peer_head(&mut self, head: AuditHead) {
-        let (audit, peer) = (self.evidence.audit.clone(), self.link.peer.clone());
-        let text = head.checkpoint.clone();
-        let noted = tokio::task::spawn_blocking(move || audit.note_peer_head(&peer.spiffe, &text, &peer.signing_key)).await;
-        match noted {
-            Ok(Ok(())) => self.figures.peer_audit_head = Some(head.checkpoint),
-            Ok(Err(error)) => {
-                tracing::error!(peer = %self.link.peer.spiffe, error = %error, "the peer's audit head does not follow the one it showed before")
-            }
-            Err(error) => tracing::error!(error = %error, "audit task failed"),
+        if self.evidence.keep_peer_head(&self.link.peer, &head.checkpoint).await {
+            self.figures.peer_audit_head = Some(head.checkpoint);
         }
     }
 
