@@ -5,7 +5,8 @@
 //!
 //! *Invariants:* `single-runner` (a source that journaled COMMIT never runs the guest again unless
 //! the destination's REFUSE came from the journal that was offered it; a destination runs it only
-//! after COMMIT), `journal-wire-effect` (a record is durable before the message that tells it and
+//! after COMMIT), `image-once` (an image is gone for good before its guest runs, so that nobody resumes it when the guest has
+//! run past it), `journal-wire-effect` (a record is durable before the message that tells it and
 //! before the effect that it permits: actions are performed strictly in order and a failed journal
 //! action cuts off those behind it).
 //! *Read first:* `handoff.rs`, then `source.rs`, `destination.rs`, `convergence.rs`.
@@ -20,11 +21,13 @@ mod transitions;
 
 pub use convergence::{Convergence, Decision, Goal, RoundMeasure, Verdict};
 pub use destination::{Destination, DestinationAction, DestinationEvent};
+#[cfg(feature = "failpoints")]
+pub(crate) use handoff::handoff_name;
 pub use handoff::{
-    DestinationHandoff, DestinationRecord, DestinationStep, HandoffAction, OfferRecord, Outcome, PreparedRecord, SourceHandoff,
-    SourceRecord, SourceStep,
+    DestinationHandoff, DestinationRecord, DestinationState, DestinationStep, HandoffAction, Holding, OfferRecord, Outcome, PreparedRecord,
+    SourceDecision, SourceHandoff, SourceRecord, SourceState, SourceStep,
 };
-pub use source::{Source, SourceAction, SourceEvent};
+pub use source::{Source, SourceAction, SourceEvent, Standing};
 
 /// An event that a machine does not take in its state.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

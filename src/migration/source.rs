@@ -11,6 +11,8 @@ pub struct Source {
     state: State,
     convergence: Convergence,
     lanes: u16,
+    /// Whether a session with the destination stands.
+    connected: bool,
 }
 
 #[derive(Debug)]
@@ -22,9 +24,9 @@ enum State {
     /// vCPUs are being stopped.
     Pausing(Round, SourceHandoff),
     /// The guest is paused; the last pages and the state are on their way.
-    StopCopy(SourceHandoff),
-    /// The handoff decides.
-    HandingOff(SourceHandoff),
+    StopCopy(Round, SourceHandoff),
+    /// The handoff decides; this was the last round.
+    HandingOff(Round, SourceHandoff),
     /// Ended before anything was journaled: the guest never noticed.
     Declined,
 }
@@ -51,11 +53,28 @@ pub enum SourceEvent {
     GiveUp(ErrorClass),
     /// The operator changed what is asked.
     SetGoal(Goal),
+    /// The session or a lane is gone, and nobody meant it.
+    LinkLost,
+    /// A new session stands.
+    Resumed(Standing),
+}
+
+/// What a destination is still at when a session stands again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Standing {
+    /// Nothing was accepted yet.
+    Unknown,
+    /// It takes pages; what it has of the round in flight is known, and the rest is owed again.
+    Receiving,
+    /// It has everything, and the handoff decides.
+    Deciding,
 }
 
 /// What a source does; performed strictly in order.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum SourceAction {
+    /// Offer the VM.
+    Offer,
     /// Record writes, open this many lanes, and owe every page.
     Begin {
         /// Lanes granted.
@@ -71,6 +90,12 @@ pub enum SourceAction {
     SendLast(Round),
     /// The attempt cannot succeed; the caller reports it and feeds `GiveUp`.
     NotConverging(Verdict),
+    /// Look for the destination until it answers, and feed `Resumed`; or `GiveUp` when that takes too long.
+    Reconnect,
+    /// The switch did not begin: the guest goes on here while the link is down.
+    GoOn,
+    /// Send again what is owed of the paused guest, its state and FINAL's digest.
+    SendLastAgain(Round),
     /// Part of the handoff.
     Handoff(HandoffAction<SourceRecord>),
 }
@@ -79,7 +104,7 @@ impl Source {
     /// An offer is about to be made.
     #[must_use]
     pub fn new(goal: Goal) -> Self {
-        Self { state: State::AwaitAccept, convergence: Convergence::new(goal), lanes: 0 }
+        Self { state: State::AwaitAccept, convergence: Convergence::new(goal), lanes: 0, connected: true }
     }
 
     /// The state by name, for logs and people.
@@ -97,7 +122,7 @@ impl Source {
     /// Whether only the destination's word can end it: after COMMIT.
     #[must_use]
     pub fn is_committed(&self) -> bool {
-        matches!(&self.state, State::HandingOff(handoff) if handoff.is_committed())
+        matches!(&self.state, State::HandingOff(_, handoff) if handoff.is_committed())
     }
 
     /// One step.
@@ -119,29 +144,39 @@ impl Source {
             }
             (State::AwaitAccept, SourceEvent::Accepted { offer, lanes }) => {
                 self.lanes = lanes;
+                let handoff = SourceHandoff::new(offer.durability);
                 let journal = SourceAction::Handoff(HandoffAction::Journal(SourceRecord::Offer(offer)));
                 let actions = vec![journal, SourceAction::Begin { lanes }, SourceAction::SendRound(Round(1))];
-                (State::Precopy(Round(1), SourceHandoff::Offered), Ok(actions))
+                (State::Precopy(Round(1), handoff), Ok(actions))
             }
             (State::AwaitAccept, SourceEvent::GiveUp(_)) => (State::Declined, Ok(vec![])),
             (State::Precopy(round, handoff), SourceEvent::RoundApplied(measure)) => self.after_round(round, handoff, &measure),
             (State::Pausing(round, handoff), SourceEvent::Paused) => {
                 let round = Round(round.0 + 1);
-                (State::StopCopy(handoff), Ok(vec![SourceAction::SendLast(round)]))
+                (State::StopCopy(round, handoff), Ok(vec![SourceAction::SendLast(round)]))
             }
-            (State::StopCopy(handoff), SourceEvent::Finalised(digest)) => {
-                Self::handoff(handoff, &SourceStep::Finalised { digest, lanes: self.lanes })
+            (State::StopCopy(round, handoff), SourceEvent::Finalised(digest)) => {
+                Self::handoff(round, handoff, &SourceStep::Finalised { digest, lanes: self.lanes })
             }
-            (State::Precopy(_, handoff) | State::Pausing(_, handoff) | State::StopCopy(handoff), SourceEvent::GiveUp(class)) => {
-                Self::handoff(handoff, &SourceStep::GiveUp(class))
+            // FINAL is said anew for what is sent anew.
+            (State::HandingOff(round, handoff), SourceEvent::Finalised(digest)) => {
+                Self::handoff(round, handoff, &SourceStep::Finalised { digest, lanes: self.lanes })
             }
-            (State::HandingOff(handoff), SourceEvent::GiveUp(class)) => Self::handoff(handoff, &SourceStep::GiveUp(class)),
+            (
+                State::Precopy(round, handoff)
+                | State::Pausing(round, handoff)
+                | State::StopCopy(round, handoff)
+                | State::HandingOff(round, handoff),
+                SourceEvent::GiveUp(class),
+            ) => Self::handoff(round, handoff, &SourceStep::GiveUp(class)),
             // Before FINAL the destination has only one thing to say: that it refuses.
             (
-                State::Precopy(_, handoff) | State::Pausing(_, handoff) | State::StopCopy(handoff),
-                SourceEvent::Handoff(step @ SourceStep::Received { step: Handoff::Refuse { .. }, .. }),
-            ) => Self::handoff(handoff, &step),
-            (State::HandingOff(handoff), SourceEvent::Handoff(step)) => Self::handoff(handoff, &step),
+                State::Precopy(round, handoff) | State::Pausing(round, handoff) | State::StopCopy(round, handoff),
+                SourceEvent::Handoff(step @ (SourceStep::Received { step: Handoff::Refuse { .. }, .. } | SourceStep::Failed)),
+            ) => Self::handoff(round, handoff, &step),
+            (State::HandingOff(round, handoff), SourceEvent::Handoff(step)) => Self::handoff(round, handoff, &step),
+            (state, SourceEvent::LinkLost) => self.link_lost(state),
+            (state, SourceEvent::Resumed(standing)) => self.resumed(state, standing),
             (state, event) => {
                 let refusal = Refusal { state: state.name(), event: event.name(), expected: state.expects() };
                 (state, Err(refusal))
@@ -161,9 +196,43 @@ impl Source {
         }
     }
 
-    fn handoff(mut handoff: SourceHandoff, step: &SourceStep) -> (State, Result<Vec<SourceAction>, Refusal>) {
+    fn handoff(round: Round, mut handoff: SourceHandoff, step: &SourceStep) -> (State, Result<Vec<SourceAction>, Refusal>) {
         let result = handoff.step(step).map(|actions| actions.into_iter().map(SourceAction::Handoff).collect());
-        (State::HandingOff(handoff), result)
+        (State::HandingOff(round, handoff), result)
+    }
+
+    /// An outage is waited out wherever it comes. A guest that was paused for a switch that has not begun goes on meanwhile.
+    fn link_lost(&mut self, state: State) -> (State, Result<Vec<SourceAction>, Refusal>) {
+        let known = !std::mem::replace(&mut self.connected, false);
+        match state {
+            state @ State::Declined => (state, Ok(vec![])),
+            state if known => (state, Ok(vec![])),
+            State::Pausing(round, handoff) | State::StopCopy(round, handoff) => {
+                (State::Precopy(round, handoff), Ok(vec![SourceAction::GoOn, SourceAction::Reconnect]))
+            }
+            state => (state, Ok(vec![SourceAction::Reconnect])),
+        }
+    }
+
+    /// The guest of a handoff stays paused, so what is sent again is what FINAL was said of.
+    fn resumed(&mut self, state: State, standing: Standing) -> (State, Result<Vec<SourceAction>, Refusal>) {
+        self.connected = true;
+        match (state, standing) {
+            (State::AwaitAccept, Standing::Unknown) => (State::AwaitAccept, Ok(vec![SourceAction::Offer])),
+            (State::Precopy(round, handoff), Standing::Receiving) => {
+                let next = Round(round.0 + 1);
+                (State::Precopy(next, handoff), Ok(vec![SourceAction::SendRound(next)]))
+            }
+            (State::HandingOff(round, handoff), Standing::Receiving) if handoff.awaits_prepared() => {
+                let next = Round(round.0 + 1);
+                (State::HandingOff(next, handoff), Ok(vec![SourceAction::SendLastAgain(next)]))
+            }
+            (State::HandingOff(round, handoff), Standing::Deciding) => Self::handoff(round, handoff, &SourceStep::Reconnected),
+            (state, _) => {
+                let refusal = Refusal { state: state.name(), event: "resumed", expected: "a destination that is where it was" };
+                (state, Err(refusal))
+            }
+        }
     }
 }
 
@@ -174,7 +243,7 @@ impl State {
             Self::Precopy(..) => "precopy",
             Self::Pausing(..) => "pausing",
             Self::StopCopy(..) => "stop-copy",
-            Self::HandingOff(handoff) => handoff.name(),
+            Self::HandingOff(_, handoff) => handoff.name(),
             Self::Declined => "declined",
         }
     }
@@ -185,7 +254,7 @@ impl State {
             Self::Precopy(..) => "the end of the round",
             Self::Pausing(..) => "the pause of every vCPU",
             Self::StopCopy(..) => "the end of stop-and-copy",
-            Self::HandingOff(_) => "a step of the handoff",
+            Self::HandingOff(..) => "a step of the handoff",
             Self::Declined => "nothing: the migration has ended",
         }
     }
@@ -203,6 +272,8 @@ impl SourceEvent {
             Self::Handoff(step) => step.name(),
             Self::GiveUp(_) => "give-up",
             Self::SetGoal(_) => "set-goal",
+            Self::LinkLost => "link-lost",
+            Self::Resumed(_) => "resumed",
         }
     }
 }

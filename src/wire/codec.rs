@@ -5,7 +5,8 @@ use crate::types::{Epoch, Incarnation, LaneIndex, MigrationId, RamRegion, Round,
 use crate::wire::reader::{Reader, Writer};
 use crate::wire::{
     Accept, AuditHead, Compression, CompressionScope, Durability, ErrorClass, Failure, Feature, FinalDigest, Handoff, HandoffMessage,
-    Hello, Join, LaneTotals, Message, Offer, RoundApplied, RoundEnd, SignedHandoff, StateChunk, StreamTerms, WireError,
+    Hello, Join, LaneStanding, LaneTotals, Message, Offer, Resume, Resumed, RoundApplied, RoundEnd, SignedHandoff, StateChunk, StreamTerms,
+    WireError,
 };
 
 /// Bytes in front of the body of a control message: length and kind.
@@ -24,8 +25,20 @@ const HANDOFF_DOMAIN: &[u8] = b"sealane handoff v1\0";
 const LANES_DOMAIN: &[u8] = b"sealane lanes v1\0";
 
 /// Name of each kind of message; the kind is the place in the list, counted from 1.
-const NAMES: [&str; 10] =
-    ["hello", "offer", "accept", "round-end", "round-applied", "state-chunk", "handoff", "audit-head", "failure", "ping"];
+const NAMES: [&str; 12] = [
+    "hello",
+    "offer",
+    "accept",
+    "round-end",
+    "round-applied",
+    "state-chunk",
+    "handoff",
+    "audit-head",
+    "failure",
+    "ping",
+    "resume",
+    "resumed",
+];
 
 /// Kind and body length from the header of a control message.
 ///
@@ -42,7 +55,7 @@ pub fn decode_control_header(header: &[u8; CONTROL_HEADER_BYTES]) -> Result<(u8,
 
 fn name_of(kind: u8) -> Result<&'static str, WireError> {
     let name = usize::from(kind).checked_sub(1).and_then(|index| NAMES.get(index)).copied();
-    name.ok_or(WireError::Unknown { message: "control header", field: "kind", expected: "1 to 10", got: u64::from(kind) })
+    name.ok_or(WireError::Unknown { message: "control header", field: "kind", expected: "1 to 12", got: u64::from(kind) })
 }
 
 impl Message {
@@ -60,6 +73,8 @@ impl Message {
             Self::AuditHead(_) => 8,
             Self::Failure(_) => 9,
             Self::Ping => 10,
+            Self::Resume(_) => 11,
+            Self::Resumed(_) => 12,
         }
     }
 
@@ -106,6 +121,19 @@ impl Message {
                 out.put_bytes(cut(&failure.reason, limits::REASON_BYTES_MAX).as_bytes());
             }
             Self::Ping => {}
+            Self::Resume(resume) => {
+                out.put(&resume.migration.0);
+                out.put_u32(resume.round.0);
+            }
+            Self::Resumed(resumed) => {
+                out.put(&resumed.migration.0);
+                out.put_u8(u8::from(resumed.deciding));
+                out.put_length(resumed.lanes.len());
+                for lane in &resumed.lanes {
+                    out.put_u32(lane.round.0);
+                    out.put_u64(lane.frames);
+                }
+            }
         }
     }
 
@@ -150,6 +178,8 @@ impl Message {
             9 => {
                 Self::Failure(Failure { class: error_class(reader)?, reason: reader.text("reason", limits::REASON_BYTES_MAX)?.to_owned() })
             }
+            11 => Self::Resume(Resume { migration: migration(reader)?, round: Round(reader.u32("round")?) }),
+            12 => Self::Resumed(Resumed { migration: migration(reader)?, deciding: reader.flag("deciding")?, lanes: standings(reader)? }),
             _ => Self::Ping,
         };
         reader.finish()?;
@@ -329,6 +359,15 @@ fn lanes(reader: &mut Reader<'_>) -> Result<Vec<LaneTotals>, WireError> {
     Ok(lanes)
 }
 
+fn standings(reader: &mut Reader<'_>) -> Result<Vec<LaneStanding>, WireError> {
+    let count = reader.length("lanes", 1, usize::from(limits::LANES_MAX))?;
+    let mut lanes = Vec::with_capacity(count);
+    for _ in 0..count {
+        lanes.push(LaneStanding { round: Round(reader.u32("round")?), frames: reader.u64("frames")? });
+    }
+    Ok(lanes)
+}
+
 fn state_chunk(reader: &mut Reader<'_>) -> Result<StateChunk, WireError> {
     let migration = migration(reader)?;
     let offset = reader.u64("offset")?;
@@ -348,6 +387,7 @@ fn put_handoff(out: &mut Vec<u8>, message: &HandoffMessage) {
     out.put_u64(message.epoch.0);
     out.put(&message.sender.0);
     out.put(&message.receiver.0);
+    out.put_u64(message.position);
     match &message.step {
         Handoff::Final { digest, lanes } => {
             out.put_u8(1);
@@ -358,7 +398,10 @@ fn put_handoff(out: &mut Vec<u8>, message: &HandoffMessage) {
             out.put_u8(2);
             put_digest(out, digest);
         }
-        Handoff::Commit => out.put_u8(3),
+        Handoff::Commit { digest } => {
+            out.put_u8(3);
+            put_digest(out, digest);
+        }
         Handoff::Running => out.put_u8(4),
         Handoff::Done => out.put_u8(5),
         Handoff::Abort { class } => {
@@ -378,17 +421,18 @@ fn handoff(reader: &mut Reader<'_>) -> Result<HandoffMessage, WireError> {
     let epoch = Epoch(reader.u64("epoch")?);
     let sender = Incarnation(reader.array("sender")?);
     let receiver = Incarnation(reader.array("receiver")?);
+    let position = reader.u64("position")?;
     let step = match reader.u8("step")? {
         1 => Handoff::Final { digest: digest(reader)?, lanes: lane_count(reader, "lanes")? },
         2 => Handoff::Prepared { digest: digest(reader)? },
-        3 => Handoff::Commit,
+        3 => Handoff::Commit { digest: digest(reader)? },
         4 => Handoff::Running,
         5 => Handoff::Done,
         6 => Handoff::Abort { class: error_class(reader)? },
         7 => Handoff::Refuse { class: error_class(reader)? },
         other => return reader.known("step", "1 (final) to 7 (refuse)", u64::from(other), None),
     };
-    Ok(HandoffMessage { migration, uuid, epoch, sender, receiver, step })
+    Ok(HandoffMessage { migration, uuid, epoch, sender, receiver, position, step })
 }
 
 fn put_digest(out: &mut Vec<u8>, digest: &FinalDigest) {

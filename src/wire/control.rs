@@ -26,6 +26,10 @@ pub enum Message {
     Failure(Failure),
     /// Nothing but a sign of life.
     Ping,
+    /// Source, in a new session: the migration goes on.
+    Resume(Resume),
+    /// Destination: where it goes on.
+    Resumed(Resumed),
 }
 
 /// What a gateway speaks and who it is beyond its certificate.
@@ -123,6 +127,24 @@ pub enum Durability {
     Both,
 }
 
+impl Durability {
+    /// Its name in journals and policies.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::None => "none",
+            Self::Destination => "dest",
+            Self::Both => "both",
+        }
+    }
+
+    /// The durability of a name.
+    #[must_use]
+    pub fn from_name(name: &str) -> Option<Self> {
+        [Self::None, Self::Destination, Self::Both].into_iter().find(|durability| durability.name() == name)
+    }
+}
+
 /// The destination takes the offer.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Accept {
@@ -185,7 +207,7 @@ pub struct StateChunk {
 }
 
 /// The digests that the source signs and the destination has to reproduce.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct FinalDigest {
     /// SHA-256 over the device state.
     pub state: [u8; 32],
@@ -211,7 +233,10 @@ pub enum Handoff {
         digest: FinalDigest,
     },
     /// Source: the destination owns the VM.
-    Commit,
+    Commit {
+        /// What it is given: the digest that it prepared.
+        digest: FinalDigest,
+    },
     /// Destination: the VM runs here.
     Running,
     /// Source: the old copy is gone.
@@ -241,6 +266,9 @@ pub struct HandoffMessage {
     pub sender: Incarnation,
     /// The receiver's journal.
     pub receiver: Incarnation,
+    /// How many handoff records the sender's journal has ever held: a journal that was restored from a copy says a number
+    /// that is too low. 0 from a journal that does not know the attempt.
+    pub position: u64,
     /// The step.
     pub step: Handoff,
 }
@@ -268,6 +296,35 @@ pub struct Failure {
     pub class: ErrorClass,
     /// Bounded text for people.
     pub reason: String,
+}
+
+/// A session was lost and the migration goes on in this one.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Resume {
+    /// The attempt.
+    pub migration: MigrationId,
+    /// The last round that was begun; 0 when none was.
+    pub round: Round,
+}
+
+/// What the destination is at.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Resumed {
+    /// The attempt.
+    pub migration: MigrationId,
+    /// Whether FINAL and all that it is about came, so that the handoff decides; else pages are taken.
+    pub deciding: bool,
+    /// What each lane has applied.
+    pub lanes: Vec<LaneStanding>,
+}
+
+/// What one lane has applied since its last join.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct LaneStanding {
+    /// The round of its last frame; 0 when it had none.
+    pub round: Round,
+    /// Frames, marks included.
+    pub frames: u64,
 }
 
 /// The first message on a lane's stream binds it to the session (`PROTOCOL.md`, lanes).

@@ -29,7 +29,7 @@ pub use code::ErrorClass;
 pub use codec::{CONTROL_HEADER_BYTES, JOIN_BYTES, decode_control_header};
 pub use control::{
     Accept, AuditHead, Compression, CompressionScope, Durability, Failure, Feature, FinalDigest, Handoff, HandoffMessage, Hello, Join,
-    LaneTotals, Message, Offer, RoundApplied, RoundEnd, SignedHandoff, StateChunk, StreamTerms,
+    LaneStanding, LaneTotals, Message, Offer, Resume, Resumed, RoundApplied, RoundEnd, SignedHandoff, StateChunk, StreamTerms,
 };
 pub use error::WireError;
 pub use frame::{FRAME_HEADER_BYTES, FrameHeader, FrameKind, decode_round_mark, put_round_mark};
