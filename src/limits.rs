@@ -153,6 +153,8 @@ pub const STATUS_LINE_BYTES_MAX: usize = 256;
 pub const LAUNCH_LOG_TAIL_BYTES_MAX: usize = 2048;
 /// LIMIT: arguments of an operator's VMM command line.
 pub const LAUNCH_ARGUMENTS_MAX: usize = 256;
+/// LIMIT: counters of a VM's generation; no VM gets there by moving, and one more never overflows.
+pub const GENERATION_COUNT_MAX: u64 = 1 << 60;
 /// LIMIT: writer threads of a synthetic guest.
 pub const SYNTHETIC_WRITERS_MAX: u32 = 64;
 /// LIMIT: CPUID leaves of a vCPU; KVM itself accepts no more.
@@ -205,8 +207,13 @@ pub const CONTROL_RESPONSE_BYTES_MAX: usize = 16 << 20;
 pub const CONTROL_EVENT_BYTES_MAX: usize = 256 * 1024;
 /// LIMIT: one journal record; handoff records are under 1 KiB, placement records under 64 KiB.
 pub const JOURNAL_RECORD_BYTES_MAX: usize = 256 * 1024;
+/// LIMIT: evidence of fencing in an operator's words: a ticket, who switched off what and when; it goes into an audit entry.
+pub const EVIDENCE_BYTES_MAX: usize = 1024;
 /// LIMIT: finished reports that a gateway can be told to keep; about 2 KiB each, and all fit one answer.
 pub const HISTORY_COUNT_MAX: u32 = 5_000;
+
+/// LIMIT: the head of a VM's image on disk: a machine description, and a page of fixed fields.
+pub const IMAGE_HEAD_BYTES_MAX: usize = MACHINE_BYTES_MAX + crate::types::PAGE_BYTES;
 
 // --- engine -------------------------------------------------------------------------------------
 
@@ -216,6 +223,8 @@ pub const GREETING_WITHIN: std::time::Duration = std::time::Duration::from_secs(
 pub const SEND_WITHIN: std::time::Duration = std::time::Duration::from_secs(10);
 /// LIMIT: how long a peer that settles an interrupted handoff may take for each answer: a guest is started, records are made.
 pub const ANSWER_WITHIN: std::time::Duration = std::time::Duration::from_secs(30);
+/// LIMIT: messages of a peer that settles an interrupted handoff; a whole one has three of each side.
+pub const HANDOFF_MESSAGES_MAX: usize = 16;
 /// LIMIT: a source that has nothing to say says that it lives.
 pub const PING_EVERY: std::time::Duration = std::time::Duration::from_secs(5);
 /// LIMIT: several missing signs of life: the source's QUIC lives, its migration does not.

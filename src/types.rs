@@ -100,7 +100,7 @@ macro_rules! text_conversions {
         }
     )*};
 }
-text_conversions!(VmName, PeerName, VmUuid, MigrationId, Incarnation, SpiffeId);
+text_conversions!(VmName, PeerName, VmUuid, GenerationId, MigrationId, Incarnation, SpiffeId);
 
 impl fmt::Display for VmName {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -155,6 +155,25 @@ impl FromStr for VmUuid {
             return Err(refuse());
         }
         parse_hex16(&text.replace('-', "")).map(Self).ok_or_else(refuse)
+    }
+}
+
+/// The VM generation id that a guest reads (VMGENID): 128 random bits, new whenever the guest may repeat
+/// a part of its past. Shown as 32 hexadecimal digits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct GenerationId(pub [u8; 16]);
+
+impl fmt::Display for GenerationId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write_hex(f, &self.0)
+    }
+}
+
+impl FromStr for GenerationId {
+    type Err = InvalidValue;
+    fn from_str(text: &str) -> Result<Self, InvalidValue> {
+        parse_hex16(text).map(Self).ok_or_else(|| InvalidValue::new("VM generation id", text, "32 hexadecimal digits"))
     }
 }
 
@@ -371,6 +390,8 @@ mod tests {
         assert_eq!(uuid.to_string().parse::<VmUuid>().unwrap(), uuid);
         let id = MigrationId([7; 16]);
         assert_eq!(id.to_string().parse::<MigrationId>().unwrap(), id);
+        let id = GenerationId([0xcd; 16]);
+        assert_eq!(id.to_string().parse::<GenerationId>().unwrap(), id);
         assert!("abababab-abab-abab-abab-ababababababab".parse::<VmUuid>().is_err());
         assert!("zz".repeat(16).parse::<MigrationId>().is_err());
     }

@@ -6,7 +6,9 @@ use crate::limits::{BATCH_PAGES_MAX, STRIPE_PAGES};
 use crate::memory::ledger::Ledger;
 use crate::memory::{GuestRam, PageCounts, PageSet, RamError, lane_of};
 use crate::types::{LaneIndex, PAGE_BYTES, PageNumber, Round};
-use crate::wire::{Batch, Codec, ErrorClass, FrameHeader, FrameKind, LaneTotals, Record, Records, Run, WireError, decode_round_mark};
+use crate::wire::{
+    Batch, Codec, ErrorClass, FrameHeader, FrameKind, LaneStanding, LaneTotals, Record, Records, Run, WireError, decode_round_mark,
+};
 
 /// A frame that does not belong where it came, or whose pages cannot be expanded.
 #[derive(Debug, thiserror::Error)]
@@ -173,6 +175,13 @@ impl Decoder {
         }
     }
 
+    /// The decoder of a lane whose RAM an earlier decoder has written, nobody knows where; its last round was `round`.
+    #[must_use]
+    pub fn after_restart(lane: LaneIndex, lanes: u16, pages: u64, round: Round) -> Self {
+        let written = LanePages { set: PageSet::full(LanePages::empty(lanes, pages).set.pages()), lanes: lanes.max(1) };
+        Self { round, written, ..Self::new(lane, lanes, pages) }
+    }
+
     /// Applies one frame. Returns the round that it ended, if it did.
     ///
     /// # Errors
@@ -292,6 +301,13 @@ impl Decoder {
     pub fn rejoin(&mut self) {
         self.ledger = Ledger::default();
         self.end_round(self.round);
+    }
+
+    /// How far this lane has come since its join.
+    #[must_use]
+    pub fn standing(&self) -> LaneStanding {
+        let frames = self.ledger.next_sequence();
+        LaneStanding { round: if frames == 0 { Round(0) } else { self.round }, frames }
     }
 
     /// What this lane carried since its join.

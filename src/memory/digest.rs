@@ -60,6 +60,12 @@ pub fn digest_stripes(ram: &GuestRam, stripes: Range<u64>) -> Result<Vec<StripeD
     Ok(digests)
 }
 
+/// The digest of a stripe whose bytes were copied out.
+#[must_use]
+pub fn digest_stripe(bytes: &[u8]) -> StripeDigest {
+    StripeDigest(xxh3_128(bytes))
+}
+
 /// One digest from those of all stripes, in order.
 #[must_use]
 pub fn combine_digests(stripes: &[StripeDigest]) -> u128 {
@@ -128,6 +134,9 @@ mod tests {
         parts.extend(digest_stripes(&ram, 1..3).unwrap());
         parts.extend(digest_stripes(&ram, 3..4).unwrap());
         assert_eq!(combine_digests(&parts), digest_ram(&ram).unwrap());
+        let mut copy = vec![0; usize::try_from(STRIPE_PAGES).unwrap() * PAGE_BYTES];
+        ram.read(PageNumber(STRIPE_PAGES), &mut copy).unwrap();
+        assert_eq!(digest_stripe(&copy), parts[1]);
         parts.swap(0, 1);
         assert_ne!(combine_digests(&parts), digest_ram(&ram).unwrap());
         assert!(digest_stripes(&ram, 3..5).is_err());

@@ -24,7 +24,7 @@ mod tests;
 use serde::{Deserialize, Serialize};
 
 pub use decode::{DecodeError, Decoder};
-pub use digest::{StripeDigest, combine_digests, differing_stripes, digest_ram, digest_stripes, stripe_count};
+pub use digest::{StripeDigest, combine_digests, differing_stripes, digest_ram, digest_stripe, digest_stripes, stripe_count};
 pub use encode::Encoder;
 pub use layout::{LayoutError, MemoryLayout, lane_of};
 pub use pages::PageSet;

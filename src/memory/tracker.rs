@@ -78,6 +78,16 @@ impl Tracker {
         }
     }
 
+    /// The lanes are gone, and the destination has said what it has of the rounds in flight: `missing` of them is owed again.
+    pub fn resumed(&mut self, missing: &PageSet) {
+        for (_, pages) in self.in_flight.drain(..) {
+            self.applied.merge(&pages);
+        }
+        self.owed.merge(missing);
+        self.applied.subtract(&self.owed);
+        self.check();
+    }
+
     /// The lanes are gone: what was in flight may or may not have arrived and is owed again.
     pub fn interrupted(&mut self) {
         for (_, pages) in self.in_flight.drain(..) {
@@ -97,6 +107,12 @@ impl Tracker {
     #[must_use]
     pub fn round(&self) -> Round {
         self.round
+    }
+
+    /// Pages of the oldest round in flight.
+    #[must_use]
+    pub fn in_flight(&self) -> Option<Arc<PageSet>> {
+        self.in_flight.front().map(|(_, pages)| Arc::clone(pages))
     }
 
     /// Rounds in flight.

@@ -1,0 +1,24 @@
+//! What of a VM lies on disk while it moves: the final image of a paused VM.
+//!
+//! *Owns:* the file format of an image, its checks, and when it is durable. Disks that move with a VM are not built yet.
+//! *Never:* a hypervisor, a decision about a migration, a retry of a failed fsync, a length from a file that nobody bounded.
+//! *Invariants:* `whole-or-none` (under its own name an image is complete and durable, or the one before it, or not
+//! there), `checked-before-ram` (no byte of an image reaches guest RAM before its stripe was checked).
+//! *Read first:* [`write_image`], then `head.rs`. All calls block; run them off the async threads.
+//!
+//! One writer for each path at a time; the lock of the journal keeps a second gateway away. The checks find damage
+//! and mistakes. They do not stop somebody who may write to the gateway's own directory, except that a caller who has
+//! the digest from a signed handoff message gets exactly that device state.
+
+#![deny(clippy::indexing_slicing)]
+
+mod disk;
+mod error;
+mod head;
+mod image;
+#[cfg(test)]
+mod tests;
+
+pub use error::ImageError;
+pub use head::ImageHead;
+pub use image::{read_head, remove_image, restore_image, write_image};
