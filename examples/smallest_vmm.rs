@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use sealane::hypervisor::attach::{AttachedGuest, Refusal, bind, memory_file, serve};
-use sealane::hypervisor::{GuestStatus, Machine, RunState};
+use sealane::hypervisor::{Generation, GuestStatus, Machine, RunState};
 use sealane::memory::{GuestRam, MemoryLayout, PageSet};
 use sealane::types::{PAGE_BYTES, PageNumber, VmUuid};
 
@@ -22,13 +22,16 @@ struct Smallest {
     dirty: PageSet,
     state: RunState,
     count: u64,
+    generation: Generation,
+    /// Came from elsewhere and was not resumed yet.
+    arrived: bool,
 }
 
 impl Smallest {
     fn new(state: RunState) -> Result<Self, Refusal> {
         let memory = memory_file(PAGES * PAGE_BYTES as u64)?;
         let ram = GuestRam::map(memory.try_clone()?, MemoryLayout::flat(PAGES)?)?;
-        Ok(Self { memory, ram, dirty: PageSet::empty(PAGES), state, count: 0 })
+        Ok(Self { memory, ram, dirty: PageSet::empty(PAGES), state, count: 0, generation: Generation::first()?, arrived: false })
     }
 
     /// One instruction of the guest. It runs under the mutex, so `pause` never falls into the middle of it.
@@ -69,11 +72,18 @@ impl AttachedGuest for Smallest {
         Ok(())
     }
     fn resume(&mut self) -> Result<(), Refusal> {
+        if std::mem::take(&mut self.arrived) {
+            self.generation = self.generation.disrupted();
+        }
         self.state = RunState::Running;
         Ok(())
     }
+    fn renew(&mut self) -> Result<(), Refusal> {
+        self.generation = self.generation.renewed()?;
+        Ok(())
+    }
     fn save_state(&mut self) -> Result<Vec<u8>, Refusal> {
-        Ok(self.count.to_le_bytes().to_vec())
+        Ok([&self.count.to_le_bytes()[..], &self.generation.to_bytes()].concat())
     }
     fn prepare(&mut self, machine: &Machine) -> Result<File, Vec<String>> {
         let own = self.machine().map_err(|refusal| vec![refusal.reason().to_owned()])?;
@@ -83,12 +93,15 @@ impl AttachedGuest for Smallest {
         self.memory.try_clone().map_err(|error| vec![error.to_string()])
     }
     fn restore_state(&mut self, state: &[u8]) -> Result<(), Refusal> {
-        self.count = u64::from_le_bytes(state.try_into()?);
-        self.state = RunState::Paused;
+        let (count, generation) = state.split_first_chunk().ok_or_else(|| Refusal::new("state is cut off"))?;
+        self.generation = Generation::from_bytes(generation)?;
+        self.count = u64::from_le_bytes(*count);
+        (self.state, self.arrived) = (RunState::Paused, true);
         Ok(())
     }
     fn status(&mut self) -> GuestStatus {
-        GuestStatus { state: self.state, exit_code: None, last_line: Some(format!("count {}", self.count)) }
+        let last_line = Some(format!("count {}", self.count));
+        GuestStatus { state: self.state, exit_code: None, last_line, generation: Some(self.generation) }
     }
     fn quit(&mut self) {
         self.state = RunState::Ended;

@@ -99,9 +99,12 @@ fn a_guest_moves_between_two_vmm_processes() {
     let stopped_at = counted(&source.status().unwrap());
     assert_eq!(counted(&destination.status().unwrap()), stopped_at);
     check_memory(destination.ram(), stopped_at);
+    let generation = source.status().unwrap().generation.unwrap();
+    assert_eq!(destination.status().unwrap().generation, Some(generation));
     source.destroy().unwrap();
     wait_for(|| old.try_wait().unwrap().is_some());
     destination.resume().unwrap();
+    assert_eq!(destination.status().unwrap().generation, Some(generation.disrupted()));
     wait_for(|| counted(&destination.status().unwrap()) > stopped_at + 100);
     destination.destroy().unwrap();
     wait_for(|| new.try_wait().unwrap().is_some());
@@ -120,6 +123,23 @@ fn a_dead_gateway_leaves_a_paused_guest_paused_and_a_running_one_running() {
     assert_eq!((source.attachment().state, source.attachment().tracking), (RunState::Paused, true));
     source.destroy().unwrap();
     AttachedSource::attach(&new, "vm-1", Timeouts::default()).unwrap().destroy().unwrap();
+}
+
+#[test]
+fn two_guests_that_go_on_from_one_moment_are_told_apart() {
+    let dir = tempfile::tempdir().unwrap();
+    let (mut source, mut destination, _vmms, _paths) = moved(dir.path());
+    let first = source.status().unwrap().generation.unwrap();
+    destination.resume().unwrap();
+    assert!(matches!(destination.renew(), Err(HypervisorError::Refused { request: "renew", .. })), "it runs");
+    // What an operator does who cannot know that the destination runs it.
+    source.renew().unwrap();
+    source.resume().unwrap();
+    let (stayed, moved) = (source.status().unwrap().generation.unwrap(), destination.status().unwrap().generation.unwrap());
+    assert!(stayed.id != first.id && (stayed.count, stayed.disruptions) == (2, 0), "{stayed:?}");
+    assert_eq!(moved, first.disrupted());
+    source.destroy().unwrap();
+    destination.destroy().unwrap();
 }
 
 #[test]

@@ -2,7 +2,8 @@
 //!
 //! *Owns:* reading an image into memory, and an empty memory that receives one. *Never:* writing to the image.
 //! *Invariants:* the image is copied before the first page is read, so a file that is cut meanwhile is an error
-//! and not a fault, and the disk is not measured; a source is paused from the start and only `redirty` dirties it.
+//! and not a fault, and the disk is not measured; a source is paused from the start and only `redirty` dirties it; every
+//! opening of an image is another generation.
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -10,14 +11,14 @@ use std::io::{self, Read, Write};
 use std::path::Path;
 use std::sync::Arc;
 
-use crate::hypervisor::{GuestStatus, HypervisorError, Machine, PagedDestination, PagedSource, RunState};
+use crate::hypervisor::{Generation, GuestStatus, HypervisorError, Machine, PagedDestination, PagedSource, RunState};
 use crate::memory::{GuestRam, MemoryLayout, PageSet, RamError};
 use crate::types::{PAGE_BYTES, PageNumber, VmUuid};
 
 /// The `kind` of a memory image.
 pub const IMAGE_KIND: &str = "image";
-/// Device state of something that has no devices.
-const STATE: &[u8] = b"memory image, no devices, version 1";
+/// Device state of something that has no devices; its generation follows.
+const STATE: &[u8] = b"memory image, no devices, version 2";
 /// Pages copied at once.
 const PIECE_PAGES: u64 = 256;
 /// Where a re-dirtied page changes, and how much.
@@ -33,6 +34,7 @@ pub struct ImageSource {
     dirty: PageSet,
     rounds: VecDeque<PageSet>,
     state: RunState,
+    generation: Generation,
 }
 
 impl ImageSource {
@@ -61,8 +63,9 @@ impl ImageSource {
         }
         let machine = Machine { kind: IMAGE_KIND.to_owned(), uuid, regions, vcpus: 0, profile: serde_json::Value::Null };
         let dirty = PageSet::empty(ram.pages());
-        let rounds = VecDeque::new();
-        Ok(Self { name: name.to_owned(), machine, ram: Arc::new(ram), tracking: false, dirty, rounds, state: RunState::Paused })
+        let (rounds, state) = (VecDeque::new(), RunState::Paused);
+        let generation = Generation::first().map_err(no_random(name))?;
+        Ok(Self { name: name.to_owned(), machine, ram: Arc::new(ram), tracking: false, dirty, rounds, state, generation })
     }
 
     /// What each harvest finds dirty, in turn; the pages are changed a little when they are. Afterwards none is.
@@ -92,8 +95,21 @@ fn pieces(pages: u64) -> impl Iterator<Item = (PageNumber, Vec<u8>)> {
     })
 }
 
-fn status_of(state: RunState) -> GuestStatus {
-    GuestStatus { state, exit_code: None, last_line: None }
+fn status_of(state: RunState, generation: Option<Generation>) -> GuestStatus {
+    GuestStatus { state, exit_code: None, last_line: None, generation }
+}
+
+fn state_of(generation: Generation) -> Vec<u8> {
+    [STATE, &generation.to_bytes()].concat()
+}
+
+fn no_random(vm: &str) -> impl FnOnce(io::Error) -> HypervisorError {
+    let vm = vm.to_owned();
+    move |source| HypervisorError::Local { vm, what: "no generation id", source }
+}
+
+fn refused(vm: &str, request: &'static str, reason: &str) -> HypervisorError {
+    HypervisorError::Refused { vm: vm.to_owned(), request, reason: reason.to_owned() }
 }
 
 impl PagedSource for ImageSource {
@@ -110,8 +126,7 @@ impl PagedSource for ImageSource {
     }
     fn harvest(&mut self) -> Result<PageSet, HypervisorError> {
         if !self.tracking {
-            let reason = "dirty pages are not tracked".to_owned();
-            return Err(HypervisorError::Refused { vm: self.name.clone(), request: "harvest", reason });
+            return Err(refused(&self.name, "harvest", "dirty pages are not tracked"));
         }
         let Some(round) = self.rounds.pop_front() else { return Ok(self.dirty.take()) };
         let mut within = PageSet::empty(self.ram.pages());
@@ -136,11 +151,18 @@ impl PagedSource for ImageSource {
         self.state = RunState::Running;
         Ok(())
     }
+    fn renew(&mut self) -> Result<(), HypervisorError> {
+        if self.state != RunState::Paused {
+            return Err(refused(&self.name, "renew", "the guest is not paused"));
+        }
+        self.generation = self.generation.renewed().map_err(no_random(&self.name))?;
+        Ok(())
+    }
     fn save_state(&mut self) -> Result<Vec<u8>, HypervisorError> {
-        Ok(STATE.to_vec())
+        Ok(state_of(self.generation))
     }
     fn status(&mut self) -> Result<GuestStatus, HypervisorError> {
-        Ok(status_of(self.state))
+        Ok(status_of(self.state, Some(self.generation)))
     }
     fn destroy(&mut self) -> Result<(), HypervisorError> {
         self.state = RunState::Ended;
@@ -154,6 +176,10 @@ pub struct ImageDestination {
     name: String,
     ram: Arc<GuestRam>,
     state: RunState,
+    /// `None` until there is state.
+    generation: Option<Generation>,
+    /// Restored and never resumed.
+    arrived: bool,
 }
 
 impl ImageDestination {
@@ -168,7 +194,7 @@ impl ImageDestination {
         }
         let layout = MemoryLayout::new(machine.regions.clone()).map_err(|error| incompatible(error.to_string()))?;
         let ram = GuestRam::anonymous(layout).map_err(|source| HypervisorError::Ram { vm: name.to_owned(), source })?;
-        Ok(Self { name: name.to_owned(), ram: Arc::new(ram), state: RunState::Incoming })
+        Ok(Self { name: name.to_owned(), ram: Arc::new(ram), state: RunState::Incoming, generation: None, arrived: false })
     }
 
     /// Writes what was received to a new file.
@@ -191,26 +217,35 @@ impl PagedDestination for ImageDestination {
         &self.ram
     }
     fn restore_state(&mut self, state: &[u8]) -> Result<(), HypervisorError> {
-        if state != STATE {
-            let reason = "state is not that of a memory image".to_owned();
-            return Err(HypervisorError::Refused { vm: self.name.clone(), request: "restore-state", reason });
+        let generation = state.strip_prefix(STATE).and_then(|bytes| Generation::from_bytes(bytes).ok());
+        if generation.is_none() {
+            return Err(refused(&self.name, "restore-state", "state is not that of a memory image"));
         }
-        self.state = RunState::Paused;
+        (self.state, self.generation, self.arrived) = (RunState::Paused, generation, true);
         Ok(())
     }
     fn save_state(&mut self) -> Result<Vec<u8>, HypervisorError> {
-        Ok(STATE.to_vec())
+        self.generation.map(state_of).ok_or_else(|| refused(&self.name, "save-state", "no state was restored"))
     }
     fn resume(&mut self) -> Result<(), HypervisorError> {
         if self.state == RunState::Incoming {
-            let reason = "no state was restored".to_owned();
-            return Err(HypervisorError::Refused { vm: self.name.clone(), request: "resume", reason });
+            return Err(refused(&self.name, "resume", "no state was restored"));
+        }
+        if std::mem::take(&mut self.arrived) {
+            self.generation = self.generation.map(Generation::disrupted);
         }
         self.state = RunState::Running;
         Ok(())
     }
+    fn renew(&mut self) -> Result<(), HypervisorError> {
+        let (RunState::Paused, Some(generation)) = (self.state, self.generation) else {
+            return Err(refused(&self.name, "renew", "the guest is not paused"));
+        };
+        self.generation = Some(generation.renewed().map_err(no_random(&self.name))?);
+        Ok(())
+    }
     fn status(&mut self) -> Result<GuestStatus, HypervisorError> {
-        Ok(status_of(self.state))
+        Ok(status_of(self.state, self.generation))
     }
     fn destroy(&mut self) -> Result<(), HypervisorError> {
         self.state = RunState::Ended;
@@ -253,12 +288,54 @@ mod tests {
         copy(&PageSet::full(600), source.ram(), destination.ram());
         assert!(source.harvest().unwrap().is_empty(), "nothing runs, so nothing is dirty");
         assert!(destination.resume().is_err());
-        destination.restore_state(&source.save_state().unwrap()).unwrap();
+        assert!(destination.renew().is_err() && destination.save_state().is_err());
+        let state = source.save_state().unwrap();
+        destination.restore_state(&state).unwrap();
+        assert_eq!(destination.save_state().unwrap(), state);
         destination.resume().unwrap();
         let copied = dir.path().join("copy.img");
         destination.write_to(&copied).unwrap();
         assert_eq!(std::fs::read(&copied).unwrap(), std::fs::read(&path).unwrap());
         assert!(destination.write_to(&copied).is_err(), "no file is overwritten");
+    }
+
+    #[test]
+    fn an_image_keeps_its_generation_when_it_moves_and_every_opening_is_another() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = image(dir.path(), 3);
+        let open = || ImageSource::open(&path, "vm-1", UUID).unwrap();
+        let (mut source, mut other) = (open(), open());
+        let mut destination = ImageDestination::prepare("vm-1", source.machine()).unwrap();
+        let first = source.status().unwrap().generation.unwrap();
+        assert_ne!(other.status().unwrap().generation.unwrap().id, first.id);
+        destination.restore_state(&source.save_state().unwrap()).unwrap();
+        assert_eq!(destination.status().unwrap().generation, Some(first));
+        for _ in 0..2 {
+            destination.resume().unwrap();
+            assert_eq!(destination.status().unwrap().generation, Some(first.disrupted()));
+        }
+        assert!(destination.renew().is_err(), "it runs");
+        source.resume().unwrap();
+        assert!(source.renew().is_err(), "it runs");
+        assert_eq!(source.status().unwrap().generation, Some(first));
+        source.pause().unwrap();
+        source.renew().unwrap();
+        let renewed = source.status().unwrap().generation.unwrap();
+        assert!(renewed.id != first.id && renewed.count == 2, "{renewed:?}");
+    }
+
+    #[test]
+    fn state_that_is_not_of_an_image_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut source = ImageSource::open(&image(dir.path(), 3), "vm-1", UUID).unwrap();
+        let mut destination = ImageDestination::prepare("vm-1", source.machine()).unwrap();
+        let state = source.save_state().unwrap();
+        let without_id = [&state[..STATE.len()], &[0; Generation::BYTES]].concat();
+        for bad in [&state[1..], &state[..state.len() - 1], &[&state[..], b"x"].concat(), STATE, &without_id] {
+            assert!(destination.restore_state(bad).is_err(), "{bad:?}");
+            assert_eq!(destination.status().unwrap().state, RunState::Incoming);
+        }
+        destination.restore_state(&state).unwrap();
     }
 
     #[test]

@@ -3,15 +3,19 @@
 //! *Owns:* the paged driver traits and the drivers `attach` (any VMM that serves the attach
 //! protocol), `image` and `synthetic`. *Never:* transport, policy, decisions about a migration.
 //! *Invariants:* `harvest-owned` (reading the dirty log destroys it: the set returned is owned by the
-//! caller, which gives it back when it gives up), `paused-stays-paused` (only `resume` starts vCPUs).
+//! caller, which gives it back when it gives up), `paused-stays-paused` (only `resume` starts vCPUs), `no-past-twice` (a
+//! guest that may repeat a part of its past gets a new generation id before it runs: `renew`, then `resume`).
 
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
 pub mod attach;
+mod generation;
 pub mod image;
 pub mod synthetic;
+
+pub use generation::{Generation, InvalidGeneration};
 
 use crate::memory::{GuestRam, PageSet};
 use crate::types::{RamRegion, VmUuid};
@@ -56,6 +60,9 @@ pub struct GuestStatus {
     pub exit_code: Option<u32>,
     /// Last complete line on the serial console, if the VMM keeps it.
     pub last_line: Option<String>,
+    /// The VM's generation, if there is a guest and the VMM keeps it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub generation: Option<Generation>,
 }
 
 /// A driver failed; the object and the reason are in the message.
@@ -152,11 +159,17 @@ pub trait PagedSource: Send {
     /// # Errors
     /// The VMM is gone.
     fn pause(&mut self) -> Result<(), HypervisorError>;
-    /// Lets vCPUs go on. Idempotent.
+    /// Lets vCPUs go on. Idempotent. The generation stays as it is.
     ///
     /// # Errors
     /// The VMM is gone.
     fn resume(&mut self) -> Result<(), HypervisorError>;
+    /// Gives the paused guest a new generation id. Before a resume that may repeat a part of its past: when the guest may have
+    /// gone on elsewhere from this moment.
+    ///
+    /// # Errors
+    /// The VMM is gone, the guest is not paused, or the VMM cannot do it: then the guest must not be resumed.
+    fn renew(&mut self) -> Result<(), HypervisorError>;
     /// All vCPU and device state of the paused guest.
     ///
     /// # Errors
@@ -188,11 +201,17 @@ pub trait PagedDestination: Send {
     /// # Errors
     /// The VMM is gone.
     fn save_state(&mut self) -> Result<Vec<u8>, HypervisorError>;
-    /// Starts vCPUs. Idempotent.
+    /// Starts vCPUs. Idempotent. The first time the VMM counts a disruption.
     ///
     /// # Errors
     /// The VMM is gone.
     fn resume(&mut self) -> Result<(), HypervisorError>;
+    /// Gives the restored guest a new generation id. Before it is resumed from state that may have been resumed before, such as
+    /// an image on disk.
+    ///
+    /// # Errors
+    /// As [`PagedSource::renew`].
+    fn renew(&mut self) -> Result<(), HypervisorError>;
     /// How the guest is.
     ///
     /// # Errors

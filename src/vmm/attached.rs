@@ -78,6 +78,9 @@ impl AttachedGuest for AttachedVm {
     fn resume(&mut self) -> Result<(), Refusal> {
         Ok(self.vm()?.resume()?)
     }
+    fn renew(&mut self) -> Result<(), Refusal> {
+        Ok(self.vm()?.renew()?)
+    }
     fn save_state(&mut self) -> Result<Vec<u8>, Refusal> {
         Ok(self.vm()?.save_state()?)
     }
@@ -108,7 +111,7 @@ impl AttachedGuest for AttachedVm {
     fn status(&mut self) -> GuestStatus {
         match &self.vm {
             Some(vm) => vm.status(),
-            None => GuestStatus { state: RunState::Incoming, exit_code: None, last_line: None },
+            None => GuestStatus { state: RunState::Incoming, exit_code: None, last_line: None, generation: None },
         }
     }
     fn quit(&mut self) {

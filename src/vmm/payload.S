@@ -27,7 +27,10 @@
 .set S_BEATS, 0x28              # beats, ~beats
 .set S_NEXT,  0x38              # tick of the next beat
 .set S_STOP,  0x40              # report of a failed check: code, address, found, expected
+.set S_LIFE,  0x60              # generation counter that was seen last
 .set S_RING,  0x80              # times of the last eight ticks
+.set LIFE,    0xd0000           # written by the VMM while no vCPU runs
+.set L_COUNT, 0x20              # generation counter
 .set OWN,     0x100000          # two pages for each vCPU: passes, ~passes, wakes, scratch; stack
 .set CHUNK,   256               # pages between two looks at the clock
 
@@ -94,6 +97,9 @@ start:
     mov rax, [rcx + I_BEAT]
     mov ecx, SHARED
     mov [rcx + S_NEXT], rax
+    mov edx, LIFE
+    mov rax, [rdx + L_COUNT]
+    mov [rcx + S_LIFE], rax
     mov al, 0x34                            # PIT channel 0: rate generator
     out 0x43, al
     mov ecx, INFO
@@ -250,12 +256,18 @@ check:
     ret
 
 # r8 = end of the next chunk; waits for the next tick when the budget of this one is used up,
-# and lets vCPU 0 print its heartbeat.
+# and lets vCPU 0 print its heartbeat, and before that a generation that it has not seen.
 gate:
     test r14d, r14d
     jnz 5f
     mov ecx, SHARED
-    mov rax, [rcx]
+    mov edx, LIFE
+    mov rax, [rdx + L_COUNT]
+    cmp rax, [rcx + S_LIFE]
+    je 4f
+    call life
+    mov ecx, SHARED
+4:  mov rax, [rcx]
     cmp rax, [rcx + S_NEXT]
     jb 5f
     call beat
@@ -305,22 +317,36 @@ beat:
     mov rax, [rcx + I_BEAT]
     mov ecx, SHARED
     add [rcx + S_NEXT], rax
+    lea rdx, [rip + says_beat]
+    call say
+    mov ecx, INFO
+    cmp rbx, [rcx + I_LAST]
+    je done
+    jmp keys                                # rbx was borrowed; rbp comes out the same
+
+# Prints `generation N` and a line feed; rax = N.
+life:
+    mov [rcx + S_LIFE], rax
+    mov rbx, rax
+    lea rdx, [rip + says_generation]
+    call say
+    jmp keys
+
+# Prints the text at rdx, rbx in decimal and a line feed. Keeps rbx.
+say:
+    mov r8, rdx
     mov edx, 0x3fd
 9:  in al, dx                               # transmitter ready?
     test al, 0x20
     jz 9b
     mov edx, 0x3f8
-    mov al, 'b'
+13: mov al, [r8]
+    test al, al
+    jz 14f
     out dx, al
-    mov al, 'e'
-    out dx, al
-    mov al, 'a'
-    out dx, al
-    mov al, 't'
-    out dx, al
-    mov al, ' '
-    out dx, al
-    lea rcx, [r13 + 0x80]                   # digits, last first
+    inc r8
+    jmp 13b
+14: lea rcx, [r13 + 0x80]                   # digits, last first
     mov byte ptr [rcx], 10
     mov rax, rbx
     mov r8d, 10
@@ -337,10 +363,12 @@ beat:
     inc rcx
     cmp al, 10
     jne 11b
-    mov ecx, INFO
-    cmp rbx, [rcx + I_LAST]
-    je done
-    jmp keys                                # rbx was borrowed; rbp comes out the same
+    ret
+
+says_beat:
+    .asciz "beat "
+says_generation:
+    .asciz "generation "
 
 done:
     xor eax, eax

@@ -135,6 +135,12 @@ pub fn heartbeat_number(line: &str) -> Option<u64> {
     line.strip_prefix("beat ")?.parse().ok()
 }
 
+/// The generation counter of a line that the payload prints when it has changed, `generation N`.
+#[must_use]
+pub fn generation_number(line: &str) -> Option<u64> {
+    line.strip_prefix("generation ")?.parse().ok()
+}
+
 /// Lays the payload out in `layout` for `vcpus` vCPUs.
 pub(super) fn plan(config: &PayloadConfig, layout: &MemoryLayout, vcpus: usize, tsc_khz: u32) -> Result<Plan, VmmError> {
     let refuse = |field, reason| VmmError::Config { field, reason };
@@ -278,10 +284,14 @@ mod tests {
     }
 
     #[test]
-    fn heartbeats_are_read_strictly() {
+    fn lines_of_the_payload_are_read_strictly() {
         assert_eq!(heartbeat_number("beat 12"), Some(12));
         for bad in ["beat", "beat ", "beat x", "bea 1", "beat 1 "] {
             assert_eq!(heartbeat_number(bad), None, "{bad}");
         }
+        assert_eq!(
+            (generation_number("generation 2"), generation_number("generation"), generation_number("beat 2")),
+            (Some(2), None, None)
+        );
     }
 }

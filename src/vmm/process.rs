@@ -99,6 +99,9 @@ impl AttachedGuest for IncomingVmm {
     fn resume(&mut self) -> Result<(), Refusal> {
         self.guest_mut().resume()
     }
+    fn renew(&mut self) -> Result<(), Refusal> {
+        self.guest_mut().renew()
+    }
     fn save_state(&mut self) -> Result<Vec<u8>, Refusal> {
         self.guest_mut().save_state()
     }

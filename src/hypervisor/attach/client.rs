@@ -117,6 +117,9 @@ impl PagedSource for AttachedSource {
     fn resume(&mut self) -> Result<(), HypervisorError> {
         self.link.done(&Request::Resume)
     }
+    fn renew(&mut self) -> Result<(), HypervisorError> {
+        self.link.done(&Request::Renew)
+    }
     fn save_state(&mut self) -> Result<Vec<u8>, HypervisorError> {
         self.link.save_state()
     }
@@ -182,6 +185,9 @@ impl PagedDestination for AttachedDestination {
     }
     fn resume(&mut self) -> Result<(), HypervisorError> {
         self.link.done(&Request::Resume)
+    }
+    fn renew(&mut self) -> Result<(), HypervisorError> {
+        self.link.done(&Request::Renew)
     }
     fn status(&mut self) -> Result<GuestStatus, HypervisorError> {
         self.link.status()

@@ -73,12 +73,21 @@ pub trait AttachedGuest: Send {
     /// # Errors
     /// A vCPU does not stop; all of them run on.
     fn pause(&mut self) -> Result<(), Refusal>;
-    /// Lets vCPUs go on. Idempotent.
+    /// Lets vCPUs go on. Idempotent. The first time after `restore_state` it raises the disruption counter before any vCPU
+    /// runs; at no other time does it change the generation.
     ///
     /// # Errors
     /// A vCPU cannot go on.
     fn resume(&mut self) -> Result<(), Refusal>;
-    /// All vCPU and device state of the paused guest; saving twice gives the same bytes.
+    /// Gives the paused guest a new generation id and raises its generation counter ([`Generation::renewed`]); the guest can
+    /// read both before it executes anything. Pages that this writes are dirty.
+    ///
+    /// [`Generation::renewed`]: crate::hypervisor::Generation::renewed
+    ///
+    /// # Errors
+    /// The VMM cannot: its gateway will not resume the guest.
+    fn renew(&mut self) -> Result<(), Refusal>;
+    /// All vCPU and device state of the paused guest, and its generation; saving twice gives the same bytes.
     ///
     /// # Errors
     /// A part cannot be read.

@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::guest::{AttachedGuest, Refusal};
 use super::protocol::{ATTACH_VERSION, Answer, Attachment, RefusalCode, Request, Role, printable};
+use crate::hypervisor::generation::random;
 use crate::hypervisor::{GuestStatus, Machine, RunState};
 use crate::limits;
 use crate::memory::PageSet;
@@ -162,6 +163,7 @@ impl Session {
             }
             Request::Pause => guest.pause()?,
             Request::Resume => guest.resume()?,
+            Request::Renew => guest.renew()?,
             Request::RestoreState => guest.restore_state(payload)?,
             Request::Quit => guest.quit(),
         }
@@ -178,8 +180,9 @@ impl Session {
             Request::RestoreState if !incoming => "this VMM has a guest already",
             Request::RestoreState if !ledger.prepared => "no twin was prepared",
             Request::TrackStart | Request::TrackStop | Request::Throttle { .. } if incoming => "no guest runs here yet",
-            Request::Pause | Request::Resume if incoming => "no state was restored",
+            Request::Pause | Request::Resume | Request::Renew if incoming => "no state was restored",
             Request::Harvest if !ledger.tracking => "dirty pages are not tracked",
+            Request::Renew if state != RunState::Paused => "the guest is not paused",
             Request::SaveState if !matches!(state, RunState::Paused | RunState::Ended) => "the guest is not paused",
             Request::Throttle { percent } if *percent > 99 => "expected 0 to 99 percent",
             _ => return Ok(()),
@@ -232,8 +235,5 @@ fn bounded(mut status: GuestStatus) -> GuestStatus {
 
 /// A number that no other VMM process has.
 fn instance() -> io::Result<String> {
-    use ring::rand::SecureRandom;
-    let mut bytes = [0; 16];
-    ring::rand::SystemRandom::new().fill(&mut bytes).map_err(|_| io::Error::other("no random bytes from the system"))?;
-    Ok(format!("{:032x}", u128::from_le_bytes(bytes)))
+    Ok(format!("{:032x}", u128::from_le_bytes(random()?)))
 }

@@ -20,14 +20,14 @@ pub use vmm::SyntheticVmm;
 use writers::{Plan, Progress, Writers};
 
 use crate::hypervisor::attach::memory_file;
-use crate::hypervisor::{GuestStatus, HypervisorError, Machine, PagedDestination, PagedSource, RunState};
+use crate::hypervisor::{Generation, GuestStatus, HypervisorError, Machine, PagedDestination, PagedSource, RunState};
 use crate::limits;
 use crate::memory::{GuestRam, MemoryLayout, PageSet};
 use crate::types::{PAGE_BYTES, RamRegion, VmUuid};
 
 /// The `kind` of a synthetic machine.
 pub const SYNTHETIC_KIND: &str = "synthetic";
-const STATE_SCHEMA: u32 = 1;
+const STATE_SCHEMA: u32 = 2;
 /// Counters start below this, so that they never come to their end.
 const VISITS_MAX: u64 = 1 << 60;
 
@@ -73,6 +73,7 @@ struct State {
     seed: u64,
     beats: u64,
     visits: Vec<u64>,
+    generation: Generation,
 }
 
 /// A synthetic guest in this process.
@@ -86,6 +87,10 @@ pub struct SyntheticGuest {
     /// `None` until an incoming guest has its state, and when it was destroyed.
     writers: Option<Writers>,
     destroyed: bool,
+    /// `None` until there is state.
+    generation: Option<Generation>,
+    /// Restored and never resumed.
+    arrived: bool,
 }
 
 impl SyntheticGuest {
@@ -106,7 +111,8 @@ impl SyntheticGuest {
         writers::fill(&guest.ram, config.seed).map_err(|source| HypervisorError::Ram { vm: name.to_owned(), source })?;
         let visits = (0..config.writers).map(|_| 0).collect();
         guest.start_writers(&Progress { visits, beats: 0 })?;
-        PagedSource::resume(&mut guest)?;
+        guest.generation = Some(Generation::first().map_err(|source| guest.no_random(source))?);
+        guest.start_or_go_on()?;
         Ok(guest)
     }
 
@@ -121,7 +127,8 @@ impl SyntheticGuest {
         let memory = memory_file(layout.bytes()).map_err(local)?;
         let ram = memory.try_clone().map_err(local)?;
         let ram = GuestRam::map(ram, layout).map_err(|source| HypervisorError::Ram { vm: name.to_owned(), source })?;
-        Ok(Self { name: name.to_owned(), machine: machine.clone(), plan, memory, ram: Arc::new(ram), writers: None, destroyed: false })
+        let (name, machine, ram) = (name.to_owned(), machine.clone(), Arc::new(ram));
+        Ok(Self { name, machine, plan, memory, ram, writers: None, destroyed: false, generation: None, arrived: false })
     }
 
     fn start_writers(&mut self, progress: &Progress) -> Result<(), HypervisorError> {
@@ -133,6 +140,10 @@ impl SyntheticGuest {
 
     fn refused(&self, request: &'static str, reason: &str) -> HypervisorError {
         HypervisorError::Refused { vm: self.name.clone(), request, reason: reason.to_owned() }
+    }
+
+    fn no_random(&self, source: io::Error) -> HypervisorError {
+        HypervisorError::Local { vm: self.name.clone(), what: "no generation id", source }
     }
 
     fn writers(&self, request: &'static str) -> Result<&Writers, HypervisorError> {
@@ -165,7 +176,7 @@ impl SyntheticGuest {
     fn read_status(&self) -> GuestStatus {
         let Some(writers) = &self.writers else {
             let state = if self.destroyed { RunState::Ended } else { RunState::Incoming };
-            return GuestStatus { state, exit_code: None, last_line: None };
+            return GuestStatus { state, exit_code: None, last_line: None, generation: None };
         };
         let corrupt = writers.is_corrupt();
         let state = match (corrupt, writers.is_paused()) {
@@ -174,12 +185,13 @@ impl SyntheticGuest {
             (false, false) => RunState::Running,
         };
         let beat = writers.progress().beats;
-        GuestStatus { state, exit_code: corrupt.then_some(1), last_line: Some(format!("beat {beat}")) }
+        GuestStatus { state, exit_code: corrupt.then_some(1), last_line: Some(format!("beat {beat}")), generation: self.generation }
     }
 
     fn encode_state(&self) -> Result<Vec<u8>, HypervisorError> {
         let progress = self.paused("save-state")?.progress();
-        let state = State { schema: STATE_SCHEMA, seed: self.plan.seed, beats: progress.beats, visits: progress.visits };
+        let generation = self.generation.ok_or_else(|| self.refused("save-state", "no state was restored"))?;
+        let state = State { schema: STATE_SCHEMA, seed: self.plan.seed, beats: progress.beats, visits: progress.visits, generation };
         serde_json::to_vec(&state).map_err(|_| self.refused("save-state", "state cannot be written"))
     }
 
@@ -193,7 +205,7 @@ impl SyntheticGuest {
         }
         let Ok(state) = serde_json::from_slice::<State>(bytes) else { return refuse("state is malformed") };
         if state.schema != STATE_SCHEMA {
-            return refuse("state has another schema than 1");
+            return refuse("state has another schema than 2");
         }
         if state.seed != self.plan.seed {
             return refuse("state belongs to another guest");
@@ -204,7 +216,28 @@ impl SyntheticGuest {
         if state.visits.iter().any(|visits| *visits > VISITS_MAX) {
             return refuse("state has more visits than a guest can make");
         }
-        self.start_writers(&Progress { visits: state.visits, beats: state.beats })
+        if let Err(error) = state.generation.checked() {
+            return refuse(&error.to_string());
+        }
+        self.start_writers(&Progress { visits: state.visits, beats: state.beats })?;
+        (self.generation, self.arrived) = (Some(state.generation), true);
+        Ok(())
+    }
+
+    fn start_or_go_on(&mut self) -> Result<(), HypervisorError> {
+        self.writers("resume")?;
+        if std::mem::take(&mut self.arrived) {
+            self.generation = self.generation.map(Generation::disrupted);
+        }
+        self.writers("resume")?.resume();
+        Ok(())
+    }
+
+    fn take_new_generation(&mut self) -> Result<(), HypervisorError> {
+        self.paused("renew")?;
+        let generation = self.generation.ok_or_else(|| self.refused("renew", "no state was restored"))?;
+        self.generation = Some(generation.renewed().map_err(|source| self.no_random(source))?);
+        Ok(())
     }
 }
 
@@ -260,8 +293,10 @@ impl PagedSource for SyntheticGuest {
         Ok(())
     }
     fn resume(&mut self) -> Result<(), HypervisorError> {
-        self.writers("resume")?.resume();
-        Ok(())
+        self.start_or_go_on()
+    }
+    fn renew(&mut self) -> Result<(), HypervisorError> {
+        self.take_new_generation()
     }
     fn save_state(&mut self) -> Result<Vec<u8>, HypervisorError> {
         self.encode_state()
@@ -286,7 +321,10 @@ impl PagedDestination for SyntheticGuest {
         self.encode_state()
     }
     fn resume(&mut self) -> Result<(), HypervisorError> {
-        PagedSource::resume(self)
+        self.start_or_go_on()
+    }
+    fn renew(&mut self) -> Result<(), HypervisorError> {
+        self.take_new_generation()
     }
     fn status(&mut self) -> Result<GuestStatus, HypervisorError> {
         Ok(self.read_status())

@@ -153,12 +153,51 @@ fn machines_and_states_that_do_not_fit_are_refused() {
     ] {
         assert!(matches!(SyntheticGuest::incoming("vm-1", &bad), Err(HypervisorError::Incompatible { lacks, .. }) if lacks.len() == 1));
     }
-    let state = |seed: u64, visits: &[u64]| serde_json::to_vec(&State { schema: 1, seed, beats: 1, visits: visits.to_vec() }).unwrap();
-    for bad in [vec![], b"{}".to_vec(), state(8, &[0, 0, 0]), state(7, &[0, 0]), state(7, &[0, 0, u64::MAX])] {
+    let generation = guest.generation.unwrap();
+    let right = State { schema: STATE_SCHEMA, seed: 7, beats: 1, visits: vec![0; 3], generation };
+    let with = |change: fn(&mut State)| {
+        let mut state = right.clone();
+        change(&mut state);
+        serde_json::to_vec(&state).unwrap()
+    };
+    for bad in [
+        vec![],
+        b"{}".to_vec(),
+        with(|state| state.schema = 1),
+        with(|state| state.seed = 8),
+        with(|state| state.visits.truncate(2)),
+        with(|state| state.visits[2] = u64::MAX),
+        with(|state| state.generation.id.0 = [0; 16]),
+        with(|state| state.generation.count = 0),
+        with(|state| state.generation.disruptions = u64::MAX),
+    ] {
         let mut twin = SyntheticGuest::incoming("vm-1", &good).unwrap();
         assert!(twin.restore_state(&bad).is_err());
         assert!(PagedDestination::resume(&mut twin).is_err(), "a twin without state never runs");
+        assert!(PagedDestination::renew(&mut twin).is_err() && twin.read_status().generation.is_none());
     }
+    let mut twin = SyntheticGuest::incoming("vm-1", &good).unwrap();
+    twin.restore_state(&serde_json::to_vec(&right).unwrap()).unwrap();
+    assert_eq!(twin.read_status().generation, Some(generation));
+}
+
+#[test]
+fn a_renewed_guest_has_another_generation_and_a_running_one_is_refused() {
+    let mut guest = SyntheticGuest::start("vm-1", &config(0)).unwrap();
+    let first = guest.read_status().generation.unwrap();
+    assert!(PagedSource::renew(&mut guest).is_err());
+    guest.pause().unwrap();
+    assert_eq!(guest.read_status().generation, Some(first));
+    PagedSource::renew(&mut guest).unwrap();
+    PagedSource::resume(&mut guest).unwrap();
+    let renewed = guest.read_status().generation.unwrap();
+    assert!(renewed.id != first.id && (renewed.count, renewed.disruptions) == (2, 0), "{renewed:?}");
+    let mut other = SyntheticGuest::incoming("vm-1", &guest.machine.clone()).unwrap();
+    guest.pause().unwrap();
+    other.restore_state(&PagedSource::save_state(&mut guest).unwrap()).unwrap();
+    PagedDestination::renew(&mut other).unwrap();
+    let restored = other.read_status().generation.unwrap();
+    assert!(restored.id != renewed.id && (restored.count, restored.disruptions) == (3, 0), "{restored:?}");
 }
 
 fn served(dir: &Path, vmm: SyntheticVmm) -> (std::path::PathBuf, std::thread::JoinHandle<io::Result<()>>) {
@@ -175,6 +214,7 @@ fn a_guest_moves_back_and_forth_between_vmms_over_the_attach_protocol() {
     let mut source = AttachedSource::attach(&path, "vm-1", Timeouts::default()).unwrap();
     let mut servers = vec![server];
     let mut last = 0;
+    let first = source.status().unwrap().generation.unwrap();
     for hop in 1..6 {
         let (path, server) = served(dir.path(), SyntheticVmm::incoming(&format!("hop-{hop}")));
         servers.push(server);
@@ -182,7 +222,10 @@ fn a_guest_moves_back_and_forth_between_vmms_over_the_attach_protocol() {
         migrate(&mut source, &mut destination, 1);
         let paused_at = beat(&source.status().unwrap());
         source.destroy().unwrap();
-        destination.resume().unwrap();
+        for _ in 0..2 {
+            destination.resume().unwrap();
+            assert_eq!(destination.status().unwrap().generation, Some(Generation { disruptions: hop, ..first }));
+        }
         wait_for(|| beat(&destination.status().unwrap()) > paused_at);
         assert!(paused_at >= last);
         last = paused_at;

@@ -64,6 +64,9 @@ impl AttachedGuest for SyntheticVmm {
     fn resume(&mut self) -> Result<(), Refusal> {
         Ok(PagedSource::resume(self.guest_mut()?)?)
     }
+    fn renew(&mut self) -> Result<(), Refusal> {
+        Ok(PagedSource::renew(self.guest_mut()?)?)
+    }
     fn save_state(&mut self) -> Result<Vec<u8>, Refusal> {
         Ok(PagedSource::save_state(self.guest_mut()?)?)
     }
@@ -83,7 +86,7 @@ impl AttachedGuest for SyntheticVmm {
     fn status(&mut self) -> GuestStatus {
         match &self.guest {
             Some(guest) => guest.read_status(),
-            None => GuestStatus { state: RunState::Incoming, exit_code: None, last_line: None },
+            None => GuestStatus { state: RunState::Incoming, exit_code: None, last_line: None, generation: None },
         }
     }
     fn quit(&mut self) {

@@ -134,6 +134,13 @@ impl DirtyLog {
         self.tracking
     }
 
+    /// Records a page that the VMM wrote itself, which the kernel does not see. After the write.
+    pub(super) fn mark(&mut self, page: PageNumber) {
+        if self.tracking {
+            self.pending.insert(page);
+        }
+    }
+
     /// Pages written since the last harvest; the record of them is gone from here on.
     pub(super) fn harvest(&mut self) -> Result<PageSet, VmmError> {
         match self.method {

@@ -11,7 +11,7 @@ use super::state::{IRQCHIPS, MachineState, Sregs, StateError, VcpuState, unfit};
 use super::sys;
 use super::vcpu::{Shared, lock};
 use super::vm::Clocks;
-use crate::hypervisor::Machine;
+use crate::hypervisor::{Generation, Machine};
 use crate::limits;
 use crate::vmm::error::VmmError;
 
@@ -32,7 +32,14 @@ pub(super) fn start_clocks(vm: &VmFd, clocks: &Clocks) -> Result<(), VmmError> {
 }
 
 /// State of a machine whose vCPUs are parked.
-pub(super) fn save(vm: &VmFd, shared: &Shared, host: &Host, pages: u64, clocks: &Clocks) -> Result<MachineState, VmmError> {
+pub(super) fn save(
+    vm: &VmFd,
+    shared: &Shared,
+    host: &Host,
+    pages: u64,
+    clocks: &Clocks,
+    generation: Generation,
+) -> Result<MachineState, VmmError> {
     let vcpus = shared.vcpus.iter().map(|vcpu| save_vcpu(&vcpu.lock(), host)).collect::<Result<_, _>>()?;
     let mut irqchips = [kvm_irqchip::default(); IRQCHIPS];
     for (chip, id) in irqchips.iter_mut().zip([KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_IRQCHIP_IOAPIC]) {
@@ -40,7 +47,8 @@ pub(super) fn save(vm: &VmFd, shared: &Shared, host: &Host, pages: u64, clocks: 
         vm.get_irqchip(chip).map_err(VmmError::kvm("KVM_GET_IRQCHIP"))?;
     }
     let serial = lock(&shared.serial).snapshot();
-    Ok(MachineState { pages, tsc_khz: host.tsc_khz, clock_nanoseconds: clocks.nanoseconds, irqchips, pit: clocks.pit, serial, vcpus })
+    let (tsc_khz, clock_nanoseconds, pit) = (host.tsc_khz, clocks.nanoseconds, clocks.pit);
+    Ok(MachineState { pages, tsc_khz, clock_nanoseconds, irqchips, pit, serial, generation, vcpus })
 }
 
 /// The run state comes first, because reading it lets KVM take in INIT and SIPI; events come last,

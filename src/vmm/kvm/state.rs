@@ -11,15 +11,16 @@ use kvm_bindings::{
 };
 
 use super::pod::{Pod, bytes_of, from_bytes};
+use crate::hypervisor::Generation;
 use crate::limits;
 use crate::vmm::serial::SerialSnapshot;
 
 const MAGIC: [u8; 8] = *b"SEALVMST";
-const VERSION: u16 = 1;
+const VERSION: u16 = 2;
 const HEADER_BYTES: usize = 16;
 /// Interrupt controllers: two PICs and the IOAPIC.
 pub(super) const IRQCHIPS: usize = 3;
-const SECTIONS_VM: usize = 3 + IRQCHIPS;
+const SECTIONS_VM: usize = 4 + IRQCHIPS;
 const SECTIONS_VCPU: usize = 10;
 const XSAVE_LEGACY_BYTES: usize = 4096;
 /// KVM_MP_STATE_SIPI_RECEIVED, the last that x86 has.
@@ -99,6 +100,7 @@ enum Tag {
     Lapic = 13,
     Msrs = 14,
     Events = 15,
+    Generation = 16,
 }
 
 impl Tag {
@@ -119,6 +121,7 @@ impl Tag {
             Self::Lapic => "lapic",
             Self::Msrs => "msrs",
             Self::Events => "events",
+            Self::Generation => "generation",
         }
     }
 }
@@ -154,6 +157,7 @@ pub(super) struct MachineState {
     pub(super) irqchips: [kvm_irqchip; IRQCHIPS],
     pub(super) pit: kvm_pit_state2,
     pub(super) serial: SerialSnapshot,
+    pub(super) generation: Generation,
     pub(super) vcpus: Vec<VcpuState>,
 }
 
@@ -190,6 +194,7 @@ impl MachineState {
         serial.extend(&self.serial.received);
         serial.extend(&self.serial.line);
         out.section(Tag::Serial, 0, &serial);
+        out.section(Tag::Generation, 0, &self.generation.to_bytes());
         for (index, vcpu) in self.vcpus.iter().enumerate() {
             vcpu.encode(&mut out, index);
         }
@@ -236,11 +241,13 @@ impl MachineState {
         }
         let pit = reader.pod(Tag::Pit, 0)?;
         let serial = reader.serial()?;
+        let generation = reader.section_of(Tag::Generation, 0, Generation::BYTES..=Generation::BYTES)?;
+        let generation = Generation::from_bytes(generation).map_err(|error| value(Tag::Generation, 0, error.to_string()))?;
         let vcpus = (0..count).map(|index| VcpuState::decode(&mut reader, index)).collect::<Result<_, _>>()?;
         if !reader.rest.is_empty() {
             return Err(StateError::Length { expected: total - reader.rest.len(), actual: total });
         }
-        Ok(Self { pages, tsc_khz, clock_nanoseconds, irqchips, pit, serial, vcpus })
+        Ok(Self { pages, tsc_khz, clock_nanoseconds, irqchips, pit, serial, generation, vcpus })
     }
 }
 
@@ -411,6 +418,7 @@ pub fn state_differences(one: &[u8], other: &[u8]) -> Result<Vec<String>, StateE
     }
     note(bytes_of(&without_load_times(one.pit)) == bytes_of(&without_load_times(other.pit)), "PIT".to_owned());
     note(one.serial == other.serial, "serial port".to_owned());
+    note(one.generation == other.generation, "generation".to_owned());
     note(one.vcpus.len() == other.vcpus.len(), "number of vCPUs".to_owned());
     for (index, (a, b)) in one.vcpus.iter().zip(&other.vcpus).enumerate() {
         note(concat(&a.cpuid) == concat(&b.cpuid), format!("CPUID of vCPU {index}"));

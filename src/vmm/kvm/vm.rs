@@ -11,12 +11,14 @@ use super::cpuid::{self, Host};
 use super::dirty::DirtyLog;
 use super::vcpu::{Shared, Vcpu, lock};
 use super::{boot, memory, save};
-use crate::hypervisor::{GuestStatus, Machine, RunState};
+use crate::hypervisor::{Generation, GuestStatus, Machine, RunState};
 use crate::limits;
 use crate::memory::{GuestRam, PageSet};
+use crate::types::{PAGE_BYTES, PageNumber};
 use crate::vmm::config::{Boot, VmConfig};
 use crate::vmm::error::VmmError;
 use crate::vmm::exit::ExitVerdict;
+use crate::vmm::generation::{self, GENERATION_ADDRESS};
 use crate::vmm::serial::SerialPort;
 
 /// KVM's own pages on processors that need them, in the hole below 4 GiB.
@@ -49,6 +51,8 @@ struct Inner {
     machine: Machine,
     ram: Arc<GuestRam>,
     memory: File,
+    /// Where the guest reads its generation.
+    generation_page: PageNumber,
     shared: Arc<Shared>,
     /// One request at a time, and where the VM stands.
     life: Mutex<Life>,
@@ -60,6 +64,10 @@ struct Life {
     phase: Phase,
     /// Clocks taken at the pause, given back at the resume.
     clocks: Option<Clocks>,
+    /// `None` in an incoming VM. What the guest reads is the same, but for a write of its own.
+    generation: Option<Generation>,
+    /// Restored and never resumed.
+    arrived: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -103,6 +111,7 @@ impl Vm {
             GuestRam::map(memory.try_clone().map_err(VmmError::local("share guest memory"))?, config.layout.clone())
                 .map_err(VmmError::Ram)?,
         );
+        let generation_page = generation_page(&ram)?;
         memory::advise(&ram, config.hugepages)?;
         let mut dirty = DirtyLog::new(Arc::clone(&vm), Arc::clone(&ram), config.dirty)?;
         create_devices(&vm)?;
@@ -119,13 +128,13 @@ impl Vm {
             dirty.add_vcpu(&fd)?;
             vcpus.push(Vcpu::new(fd)?);
         }
-        let (machine, phase) = match &config.boot {
+        let (machine, phase, generation) = match &config.boot {
             Boot::Incoming(machine) => {
                 let lacks = cpuid::lacks_of(machine, &host, None);
                 if !lacks.is_empty() {
                     return Err(VmmError::Incompatible { lacks });
                 }
-                (machine.clone(), Phase::Incoming)
+                (machine.clone(), Phase::Incoming, None)
             }
             boot => {
                 for (index, vcpu) in (0u32..).zip(&vcpus) {
@@ -133,13 +142,15 @@ impl Vm {
                     vcpu.lock().set_cpuid2(&table).map_err(VmmError::kvm("KVM_SET_CPUID2"))?;
                 }
                 boot::load(boot, &memory, &config.layout, &vcpus, &host)?;
-                (describe(config, &host, &vcpus)?, Phase::Paused)
+                let generation = Generation::first().map_err(VmmError::local("make a generation id"))?;
+                write_first(&ram, generation_page, generation)?;
+                (describe(config, &host, &vcpus)?, Phase::Paused, Some(generation))
             }
         };
         let shared = Arc::new(Shared::new(vcpus, serial, dirty));
         shared.spawn()?;
-        let life = Mutex::new(Life { phase, clocks: None });
-        Ok(Self { owner: Arc::new(Owner(Inner { vm, host, machine, ram, memory, shared, life })) })
+        let life = Mutex::new(Life { phase, clocks: None, generation, arrived: false });
+        Ok(Self { owner: Arc::new(Owner(Inner { vm, host, machine, ram, memory, generation_page, shared, life })) })
     }
 
     fn inner(&self) -> &Inner {
@@ -225,7 +236,7 @@ impl Vm {
         Ok(())
     }
 
-    /// Lets the vCPUs go on. Idempotent.
+    /// Lets the vCPUs go on. Idempotent. A guest that came from elsewhere finds its disruption counter raised.
     ///
     /// # Errors
     /// The VM has no state yet, its state was refused half-way, or KVM refuses.
@@ -238,6 +249,10 @@ impl Vm {
             Phase::Incoming | Phase::Broken => {
                 return Err(VmmError::Misuse { request: "resume", expected: "paused", actual: life.phase.name() });
             }
+        }
+        if life.arrived {
+            inner.change_generation(&mut life, |generation| Ok(generation.disrupted()))?;
+            life.arrived = false;
         }
         if let Some(clocks) = life.clocks {
             save::start_clocks(&inner.vm, &clocks)?;
@@ -252,6 +267,19 @@ impl Vm {
         inner.shared.update(|gate| gate.paused = false);
         life.phase = Phase::Running;
         Ok(())
+    }
+
+    /// Gives the paused guest a new generation id and raises its generation counter.
+    ///
+    /// # Errors
+    /// The guest is not paused, or the system has no random numbers.
+    pub fn renew(&self) -> Result<(), VmmError> {
+        let inner = self.inner();
+        let mut life = lock(&inner.life);
+        if life.phase != Phase::Paused {
+            return Err(VmmError::Misuse { request: "renew the generation", expected: "paused", actual: life.phase.name() });
+        }
+        inner.change_generation(&mut life, |generation| generation.renewed().map_err(VmmError::local("make a generation id")))
     }
 
     /// Takes `percent` of vCPU time away from the guest; 0 ends it.
@@ -274,14 +302,14 @@ impl Vm {
     pub fn save_state(&self) -> Result<Vec<u8>, VmmError> {
         let inner = self.inner();
         let life = lock(&inner.life);
-        if life.phase != Phase::Paused {
+        let (Phase::Paused, Some(generation)) = (life.phase, life.generation) else {
             return Err(VmmError::Misuse { request: "save state", expected: "paused", actual: life.phase.name() });
-        }
+        };
         let clocks = match life.clocks {
             Some(clocks) => clocks,
             None => save::read_clocks(&inner.vm)?,
         };
-        save::save(&inner.vm, &inner.shared, &inner.host, inner.ram.pages(), &clocks).map(|state| state.encode())
+        save::save(&inner.vm, &inner.shared, &inner.host, inner.ram.pages(), &clocks, generation).map(|state| state.encode())
     }
 
     /// Checks all state first, then applies it; the guest stays paused.
@@ -303,6 +331,8 @@ impl Vm {
         let clocks = Clocks { nanoseconds: state.clock_nanoseconds, pit: state.pit };
         set_pit(&inner.vm, &stopped(clocks.pit))?;
         life.clocks = Some(clocks);
+        // The page itself came with guest memory.
+        (life.generation, life.arrived) = (Some(state.generation), true);
         life.phase = Phase::Paused;
         Ok(())
     }
@@ -311,7 +341,10 @@ impl Vm {
     #[must_use]
     pub fn status(&self) -> GuestStatus {
         let inner = self.inner();
-        let phase = lock(&inner.life).phase;
+        let (phase, generation) = {
+            let life = lock(&inner.life);
+            (life.phase, life.generation)
+        };
         let ended = lock(&inner.shared.gate).ended.clone();
         let state = match (phase, &ended) {
             (_, Some(_)) => RunState::Ended,
@@ -320,7 +353,7 @@ impl Vm {
             (Phase::Paused, None) => RunState::Paused,
         };
         let last_line = lock(&inner.shared.serial).last_line();
-        GuestStatus { state, exit_code: ended.map(|verdict| verdict.code()), last_line }
+        GuestStatus { state, exit_code: ended.map(|verdict| verdict.code()), last_line, generation }
     }
 
     /// Ends the VM: vCPUs stop for good and [`Vm::wait_exit`] returns. Memory goes with the last handle.
@@ -346,6 +379,34 @@ impl Vm {
             gate = shared.changed.wait(gate).unwrap_or_else(std::sync::PoisonError::into_inner);
         }
     }
+}
+
+impl Inner {
+    /// Shows the guest another generation. No vCPU runs: the caller holds `life` of a paused VM.
+    fn change_generation(&self, life: &mut Life, change: impl FnOnce(Generation) -> Result<Generation, VmmError>) -> Result<(), VmmError> {
+        let Some(generation) = life.generation else { return Ok(()) };
+        let generation = change(generation)?;
+        self.ram.write(self.generation_page, &generation::page(generation)).map_err(VmmError::Ram)?;
+        lock(&self.shared.dirty).mark(self.generation_page);
+        life.generation = Some(generation);
+        Ok(())
+    }
+}
+
+fn generation_page(ram: &GuestRam) -> Result<PageNumber, VmmError> {
+    let reason = || format!("expected RAM at {GENERATION_ADDRESS:#x}, where the guest reads its generation");
+    ram.layout().page_of(GENERATION_ADDRESS).ok_or_else(|| VmmError::Config { field: "layout", reason: reason() })
+}
+
+/// Before the first instruction; what was loaded must not lie there.
+fn write_first(ram: &GuestRam, page: PageNumber, generation: Generation) -> Result<(), VmmError> {
+    let mut loaded = vec![0; PAGE_BYTES];
+    ram.read(page, &mut loaded).map_err(VmmError::Ram)?;
+    if loaded.iter().any(|byte| *byte != 0) {
+        let reason = format!("the image covers {GENERATION_ADDRESS:#x}, where the guest reads its generation");
+        return Err(VmmError::Config { field: "boot", reason });
+    }
+    ram.write(page, &generation::page(generation)).map_err(VmmError::Ram)
 }
 
 fn create_devices(vm: &VmFd) -> Result<(), VmmError> {

@@ -77,6 +77,33 @@ fn a_new_gateway_is_told_what_the_dead_one_left() {
 }
 
 #[test]
+fn a_generation_is_renewed_only_while_the_guest_is_paused_and_shown_in_the_status() {
+    let served = Served::new(Plain::running());
+    let mut source = AttachedSource::attach(served.path(), "vm-1", timeouts()).unwrap();
+    assert_eq!(source.status().unwrap().generation, None, "a VMM that keeps none says so");
+    let error = source.renew().unwrap_err();
+    assert!(matches!(&error, HypervisorError::Refused { request: "renew", reason, .. } if reason == "the guest is not paused"), "{error}");
+    source.pause().unwrap();
+    source.renew().unwrap();
+    let first = source.status().unwrap().generation.unwrap();
+    source.renew().unwrap();
+    let second = observe(served.path(), "vm-1", timeouts()).unwrap().1.generation.unwrap();
+    assert!(first.id != second.id && (first.count, second.count) == (1, 2), "{first:?} {second:?}");
+    source.resume().unwrap();
+    assert_eq!(source.status().unwrap().generation, Some(second));
+    served.guest().state = RunState::Ended;
+    assert!(source.renew().is_err(), "a guest that has ended");
+    assert_eq!(served.calls(), ["pause", "renew", "renew", "resume"]);
+
+    let served = Served::new(Plain::incoming());
+    let mut destination = AttachedDestination::prepare(served.path(), "vm-1", &machine(), timeouts()).unwrap();
+    assert!(destination.renew().is_err(), "an empty twin");
+    destination.restore_state(&[9]).unwrap();
+    destination.renew().unwrap();
+    assert_eq!(served.calls(), ["prepare", "restore_state", "renew"]);
+}
+
+#[test]
 fn a_twin_is_found_again_after_its_gateway_died() {
     let served = Served::new(Plain::incoming());
     assert!(AttachedDestination::reattach(served.path(), "vm-1", timeouts()).is_err(), "there is no twin yet");

@@ -68,7 +68,8 @@ fn requests_out_of_order_are_refused_and_the_guest_is_not_touched() {
     assert_eq!(code(&gateway.ask("pause")), "order", "before hello");
     let mut gateway = Gateway::attach(served.path());
     let prepare = json!({"prepare": {"machine": machine()}});
-    for request in [json!("harvest"), json!("save-state"), json!("restore-state"), prepare.clone(), json!({"throttle": {"percent": 100}})] {
+    let throttle = json!({"throttle": {"percent": 100}});
+    for request in [json!("harvest"), json!("renew"), json!("save-state"), json!("restore-state"), prepare.clone(), throttle] {
         assert_eq!(code(&gateway.ask_json(&request)), "order", "{request}");
     }
     assert_eq!(code(&gateway.ask_json(&json!({"hello": {"version": 1, "role": "control"}}))), "order");
@@ -76,13 +77,14 @@ fn requests_out_of_order_are_refused_and_the_guest_is_not_touched() {
 
     let served = Served::new(Plain::incoming());
     let mut gateway = Gateway::attach(served.path());
-    let requests = ["machine", "memory", "track-start", "harvest", "track-stop", "pause", "resume", "save-state", "restore-state"];
+    let requests = ["machine", "memory", "track-start", "harvest", "track-stop", "pause", "resume", "renew", "save-state", "restore-state"];
     for request in requests {
         assert_eq!(code(&gateway.ask(request)), "order", "{request}");
     }
     assert_eq!(gateway.ask_json(&prepare), json!("memory"));
     assert_eq!(code(&gateway.ask_json(&prepare)), "order", "a second twin");
     assert_eq!(code(&gateway.ask("resume")), "order", "an empty twin never runs");
+    assert_eq!(code(&gateway.ask("renew")), "order", "an empty twin has no generation");
     assert_eq!(served.calls(), ["prepare"]);
 }
 
@@ -125,7 +127,7 @@ fn a_second_gateway_is_refused_and_an_observer_only_looks() {
     second.ask_json(&json!({"hello": {"version": 1, "role": "observe"}}));
     assert!(second.ask("status")["status"]["state"].is_string());
     assert!(second.ask("machine")["machine"]["kind"].is_string());
-    for request in ["pause", "quit", "memory", "harvest"] {
+    for request in ["pause", "renew", "quit", "memory", "harvest"] {
         assert_eq!(code(&second.ask(request)), "forbidden", "{request}");
     }
     assert_eq!(first.ask("pause"), json!("done"));

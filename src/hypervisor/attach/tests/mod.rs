@@ -12,7 +12,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use super::*;
-use crate::hypervisor::{GuestStatus, Machine, RunState};
+use crate::hypervisor::{Generation, GuestStatus, Machine, RunState};
 use crate::memory::PageSet;
 use crate::types::{PageNumber, RamRegion, VmUuid};
 
@@ -45,6 +45,7 @@ struct Plain {
     calls: Vec<String>,
     slow: Duration,
     panics: bool,
+    generation: Option<Generation>,
 }
 
 impl Plain {
@@ -58,6 +59,7 @@ impl Plain {
             calls: Vec::new(),
             slow: Duration::ZERO,
             panics: false,
+            generation: None,
         }
     }
     fn incoming() -> Self {
@@ -100,6 +102,10 @@ impl AttachedGuest for Plain {
         self.state = RunState::Running;
         self.note("resume")
     }
+    fn renew(&mut self) -> Result<(), Refusal> {
+        self.generation = Some(self.generation.map_or_else(Generation::first, Generation::renewed)?);
+        self.note("renew")
+    }
     fn save_state(&mut self) -> Result<Vec<u8>, Refusal> {
         self.note("save_state")?;
         Ok(self.device_state.clone())
@@ -121,7 +127,12 @@ impl AttachedGuest for Plain {
         self.note("restore_state")
     }
     fn status(&mut self) -> GuestStatus {
-        GuestStatus { state: self.state, exit_code: None, last_line: Some(format!("beat\u{7} {}", "x".repeat(1000))) }
+        GuestStatus {
+            state: self.state,
+            exit_code: None,
+            last_line: Some(format!("beat\u{7} {}", "x".repeat(1000))),
+            generation: self.generation,
+        }
     }
     fn quit(&mut self) {
         self.calls.push("quit".to_owned());

@@ -12,6 +12,7 @@ use crate::vmm::payload::{PayloadConfig, heartbeat_number};
 
 mod compatible;
 mod faults;
+mod generation;
 mod images;
 mod state;
 

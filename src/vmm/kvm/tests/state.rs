@@ -5,6 +5,8 @@ use proptest::prelude::*;
 
 use super::super::state::{MachineState, Sregs, StateError, VcpuState};
 use super::*;
+use crate::hypervisor::Generation;
+use crate::types::GenerationId;
 use crate::vmm::serial::SerialSnapshot;
 
 fn sample(vcpus: usize) -> MachineState {
@@ -29,6 +31,7 @@ fn sample(vcpus: usize) -> MachineState {
         irqchips,
         pit: Default::default(),
         serial: SerialSnapshot { registers: [3; 9], received: b"in".to_vec(), line: b"bea".to_vec() },
+        generation: Generation { id: GenerationId([6; 16]), count: 2, disruptions: 3 },
         vcpus: vec![vcpu; vcpus],
     }
 }
@@ -39,6 +42,7 @@ fn state_survives_encoding() {
         let bytes = sample(vcpus).encode();
         let back = MachineState::decode(&bytes).unwrap();
         assert_eq!(back.encode(), bytes);
+        assert_eq!(back.generation, sample(1).generation);
         assert_eq!((back.vcpus.len(), back.vcpus[0].regs.r15, back.serial.line.as_slice()), (vcpus, 77, &b"bea"[..]));
     }
 }
@@ -57,7 +61,7 @@ fn state_cut_off_at_any_byte_is_refused() {
 #[test]
 fn values_that_no_machine_has_are_refused_by_name() {
     type Change = fn(&mut MachineState);
-    let cases: [(Change, &str); 9] = [
+    let cases: [(Change, &str); 12] = [
         (|state| state.vcpus.clear(), "vCPUs"),
         (|state| state.vcpus = vec![state.vcpus[0].clone(); 9], "vCPUs"),
         (|state| state.irqchips[1].chip_id = 2, "irqchip"),
@@ -67,6 +71,9 @@ fn values_that_no_machine_has_are_refused_by_name() {
         (|state| state.vcpus[0].msrs = vec![state.vcpus[0].msrs[0]; 2], "MSR 0x10 twice"),
         (|state| state.vcpus[0].cpuid.clear(), "cpuid"),
         (|state| state.serial.received = vec![0; 65], "serial"),
+        (|state| state.generation.id = GenerationId([0; 16]), "generation"),
+        (|state| state.generation.count = 0, "generation"),
+        (|state| state.generation.disruptions = u64::MAX, "generation"),
     ];
     for (change, name) in cases {
         let mut state = sample(1);
@@ -79,8 +86,8 @@ fn values_that_no_machine_has_are_refused_by_name() {
 #[test]
 fn another_version_and_another_file_are_told_apart() {
     let mut bytes = sample(1).encode();
-    bytes[8] = 2;
-    assert_eq!(MachineState::decode(&bytes).unwrap_err(), StateError::Version { actual: 2 });
+    bytes[8] = 3;
+    assert_eq!(MachineState::decode(&bytes).unwrap_err(), StateError::Version { actual: 3 });
     assert_eq!(MachineState::decode(b"\x7fELF_this_is_not_state").unwrap_err(), StateError::Magic);
 }
 
@@ -96,8 +103,9 @@ fn differences_are_named_and_running_clocks_are_none() {
     other.vcpus[1].lapic.regs[0x310] = 1;
     other.vcpus[0].regs.rip += 1;
     other.irqchips[2].pad = 0;
+    other.generation.count += 1;
     let found = state_differences(&one.encode(), &other.encode()).unwrap();
-    assert_eq!(found, ["registers of vCPU 0", "LAPIC of vCPU 1"]);
+    assert_eq!(found, ["generation", "registers of vCPU 0", "LAPIC of vCPU 1"]);
 }
 
 proptest! {
@@ -115,7 +123,7 @@ proptest! {
     #[test]
     fn noise_behind_a_right_header_never_panics(sections in any::<u16>(), noise in prop::collection::vec(any::<u8>(), 0..400)) {
         let total = u32::try_from(16 + noise.len()).unwrap();
-        let header = [&b"SEALVMST"[..], &1u16.to_le_bytes(), &sections.to_le_bytes(), &total.to_le_bytes(), &noise].concat();
+        let header = [&b"SEALVMST"[..], &2u16.to_le_bytes(), &sections.to_le_bytes(), &total.to_le_bytes(), &noise].concat();
         prop_assert!(MachineState::decode(&header).is_err());
     }
 }
