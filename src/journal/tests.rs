@@ -85,9 +85,17 @@ fn history_keeps_the_newest() {
 }
 
 #[test]
-fn counters_never_repeat() {
-    let (_directory, journal) = journal();
-    assert_eq!([journal.counter("a").unwrap(), journal.counter("a").unwrap(), journal.counter("b").unwrap()], [1, 2, 1]);
+fn the_position_counts_every_record_and_survives_and_reserving_changes_nothing_of_it() {
+    let (directory, journal) = journal();
+    for record in [A, B, A] {
+        journal.append(record, b"record").unwrap();
+    }
+    journal.reserve().unwrap();
+    assert_eq!((journal.position(), journal.records(A).unwrap().len()), (3, 2));
+    let path = journal.path().to_owned();
+    drop(journal);
+    assert_eq!(Journal::open(&path).unwrap().position(), 3);
+    drop(directory);
 }
 
 #[test]
@@ -183,4 +191,33 @@ fn a_full_disk_is_said_and_loses_nothing_acknowledged() {
     let journal = Journal::open(&path).unwrap();
     assert_eq!(journal.records(A).unwrap().len() as u64, acknowledged);
     assert_eq!(journal.append(A, b"after").unwrap(), acknowledged + 1);
+}
+
+#[test]
+fn a_proposal_is_kept_over_a_restart_replaced_and_dropped() {
+    let (_directory, journal) = journal();
+    journal.put_proposal(A, b"first").unwrap();
+    journal.put_proposal(B, b"other").unwrap();
+    journal.put_proposal(A, b"second").unwrap();
+    let path = journal.path().to_owned();
+    drop(journal);
+    let journal = Journal::open(&path).unwrap();
+    assert_eq!(journal.proposals().unwrap(), vec![(A, b"second".to_vec()), (B, b"other".to_vec())]);
+    journal.remove_proposal(A).unwrap();
+    journal.remove_proposal(A).unwrap();
+    assert_eq!(journal.proposals().unwrap(), vec![(B, b"other".to_vec())]);
+    let error = journal.put_proposal(A, &vec![0; JOURNAL_RECORD_BYTES_MAX + 1]).unwrap_err();
+    assert!(matches!(error, JournalError::TooLarge { .. }), "{error}");
+}
+
+#[test]
+fn a_record_has_the_time_at_which_it_was_added() {
+    let (_directory, journal) = journal();
+    let before = now_unix_ms();
+    journal.append(A, b"offer").unwrap();
+    let added = journal.added_at(A, 1).unwrap().unwrap();
+    assert!((before..=now_unix_ms()).contains(&added), "{added}");
+    assert_eq!((journal.added_at(A, 2).unwrap(), journal.added_at(B, 1).unwrap()), (None, None));
+    journal.forget(A).unwrap();
+    assert_eq!(journal.added_at(A, 1).unwrap(), None);
 }
