@@ -1,5 +1,6 @@
 #![doc = include_str!("../ARCHITECTURE.md")]
 
+pub mod failpoint;
 pub mod limits;
 pub mod types;
 
@@ -12,6 +13,7 @@ pub mod audit;
 pub mod hypervisor;
 pub mod identity;
 pub mod journal;
+pub mod storage;
 pub mod telemetry;
 pub mod transport;
 pub mod vmm;

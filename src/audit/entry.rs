@@ -58,6 +58,12 @@ events! {
     Decision = "decision",
     /// A VM was offered.
     MigrationOffered = "migration-offered",
+    /// The link of a migration was lost.
+    LinkLost = "link-lost",
+    /// The link of a migration stands again.
+    LinkResumed = "link-resumed",
+    /// Operators proposed, approved or withdrew what is to become of a VM in doubt.
+    Resolution = "resolution",
     /// A step of the handoff; the journal record's name is in the detail.
     Handoff = "handoff",
     /// A migration reached its end.

@@ -1,6 +1,11 @@
 //! The destination end of one migration.
 
+mod messages;
+mod outage;
+mod progress;
+
 use std::collections::VecDeque;
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -8,7 +13,7 @@ use tokio::sync::mpsc;
 
 use crate::engine::digest::{digest_memory, digest_totals, sha256, totals_differ};
 use crate::engine::handoff::{Binding, Evidence, blocking, joined};
-use crate::engine::lanes::{LaneReport, ReceiveShared, Seal, receive_lane};
+use crate::engine::lanes::{Decoders, LaneReport, ReceiveShared, Seal, decoders, decoders_after_restart, receive_lane};
 use crate::engine::link::send_within;
 use crate::engine::meter::Meter;
 use crate::engine::source::{AskCommit, Command};
@@ -19,9 +24,12 @@ use crate::memory::GuestRam;
 use crate::migration::{
     Destination, DestinationAction, DestinationEvent, DestinationRecord, DestinationStep, HandoffAction, Outcome, PreparedRecord,
 };
-use crate::transport::{LaneGate, TransportError};
-use crate::types::Round;
-use crate::wire::{Accept, AuditHead, ErrorClass, Failure, FinalDigest, Handoff, LaneTotals, Message, Offer, RoundApplied, StateChunk};
+use crate::storage::write_image;
+use crate::transport::LaneGate;
+use crate::types::{LaneIndex, Round};
+use crate::wire::{
+    Accept, AuditHead, Durability, ErrorClass, Failure, FinalDigest, LaneStanding, LaneTotals, Message, Offer, Resumed, RoundApplied,
+};
 
 /// What is to be received.
 pub struct DestinationOrder {
@@ -41,6 +49,23 @@ pub struct DestinationOrder {
     pub policy_digest: [u8; 32],
     /// [`Command::Cancel`] says that this gateway is shutting down; everything else is steered at the source.
     pub commands: mpsc::Receiver<Command>,
+    /// New sessions in which the source comes back for this migration.
+    pub returns: mpsc::Receiver<Return>,
+    /// The longest outage of the link that is waited out.
+    pub outage_max: Duration,
+    /// Where it is noted how far each lane has come, for a gateway that is started anew; nowhere without.
+    pub progress: Option<PathBuf>,
+    /// The round in which the source comes back to a twin that an earlier gateway left.
+    pub comes_back_in: Option<Round>,
+}
+
+/// The source comes back in a new session, with this as its first message.
+#[derive(Debug)]
+pub struct Return {
+    /// The session.
+    pub link: Link,
+    /// OFFER, RESUME or a handoff message.
+    pub first: Message,
 }
 
 /// How it ended here.
@@ -61,6 +86,9 @@ impl std::fmt::Debug for DestinationOrder {
     }
 }
 
+use messages::StateBuffer;
+pub(super) use progress::Progress;
+
 type Twin = Arc<Mutex<Box<dyn PagedDestination>>>;
 
 struct Run {
@@ -74,6 +102,8 @@ struct Run {
     binding: Binding,
     machine: Destination,
     gate: Option<LaneGate>,
+    decoders: Decoders,
+    progress: Option<Arc<Progress>>,
     reports: mpsc::Receiver<Result<LaneReport, EngineError>>,
     seal: Arc<Seal>,
     watch: Watch,
@@ -81,8 +111,13 @@ struct Run {
     state: StateBuffer,
     final_said: Option<FinalDigest>,
     commands: mpsc::Receiver<Command>,
-    /// PREPARED was said: from then on REFUSED has to be on disk before the twin goes.
-    promised: bool,
+    returns: mpsc::Receiver<Return>,
+    outage_max: Duration,
+    /// Since when the link is away.
+    lost: Option<Instant>,
+    /// What RESUMED said last, and in answer to which round.
+    resumed: Option<(Round, Vec<LaneStanding>)>,
+    policy_digest: [u8; 32],
     error: Option<EngineError>,
     ended: Option<Option<Outcome>>,
 }
@@ -101,17 +136,10 @@ struct Watch {
     led_on: Instant,
 }
 
-/// Device state as it arrives, in order and bounded.
-#[derive(Default)]
-struct StateBuffer {
-    bytes: Vec<u8>,
-    total: Option<u64>,
-}
-
 /// Runs the destination end until the VM's place is decided, or the source has to be waited for.
 pub async fn run_destination(order: DestinationOrder) -> DestinationEnd {
-    let DestinationOrder { offer, lanes, evidence, link, twin, ask_commit, policy_digest, commands } = order;
-    let (reports_in, reports) = mpsc::channel(usize::from(limits::LANES_MAX) * 2);
+    let DestinationOrder { offer, lanes, evidence, link, twin, ask_commit, policy_digest, commands, .. } = order;
+    let DestinationOrder { returns, outage_max, progress, comes_back_in, .. } = order;
     let ram = Arc::clone(twin.ram());
     let binding = Binding {
         migration: offer.migration,
@@ -123,54 +151,44 @@ pub async fn run_destination(order: DestinationOrder) -> DestinationEnd {
         peer_key: link.peer.signing_key,
         address: twin.address(),
     };
-    let (meter, seal) = (Arc::<Meter>::default(), Arc::<Seal>::default());
-    let shared = ReceiveShared {
-        migration: offer.migration,
-        ram: Arc::clone(&ram),
-        lanes,
-        meter: Arc::clone(&meter),
-        seal: Arc::clone(&seal),
-        reports: reports_in,
-    };
-    let gate = link.session.expect_lanes(offer.migration, lanes, Arc::new(move |io| Box::pin(receive_lane(io, shared.clone()))));
-    let migration = offer.migration;
     let mut run = Run {
         lanes,
         evidence,
         link,
         twin: Arc::new(Mutex::new(twin)),
+        decoders: decoders(lanes, ram.pages()),
         ram,
         ask_commit,
         binding,
-        machine: Destination::default(),
+        machine: comes_back_in.map_or_else(Destination::default, Destination::after_restart),
+        progress: None,
         gate: None,
-        reports,
-        seal,
-        watch: Watch { meter, bytes: 0, heard: Instant::now(), led_on: Instant::now() },
-        rounds: Rounds { applied: vec![(Round(0), LaneTotals::default()); usize::from(lanes)], said: None },
+        reports: mpsc::channel(1).1,
+        seal: Arc::default(),
+        watch: Watch { meter: Arc::default(), bytes: 0, heard: Instant::now(), led_on: Instant::now() },
+        rounds: Rounds { applied: Vec::new(), said: None },
         state: StateBuffer::default(),
         final_said: None,
         commands,
-        promised: false,
+        returns,
+        outage_max,
+        lost: None,
+        resumed: None,
+        policy_digest,
         error: None,
         ended: None,
         order: offer,
     };
-    let first = match gate {
-        Ok(gate) => {
-            run.gate = Some(gate);
-            run.say(Message::Accept(Accept { migration, lanes, policy_digest })).await
-        }
-        Err(source) => Err(EngineError::Transport { migration, source }),
-    };
+    let first = run.begin(progress, comes_back_in.is_some()).await;
     run.run(first).await
 }
 
 impl Run {
     async fn run(mut self, first: Result<(), EngineError>) -> DestinationEnd {
+        crate::failpoint::hit!("destination.accept.after");
         let mut events = VecDeque::new();
         if let Err(error) = first {
-            events.push_back(self.give_up(error));
+            events.extend(self.broken(error).await);
         }
         let mut tick = tokio::time::interval(WATCH_INTERVAL);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
@@ -188,7 +206,12 @@ impl Run {
                 Err(refusal) => events.push_back(self.give_up(refusal.into())),
             }
         }
-        drop(self.gate.take());
+        if self.ended == Some(Some(Outcome::Stayed)) && self.order.stream.durability != Durability::None {
+            // One that was written before anything was promised.
+            if let Err(error) = self.evidence.forget_image(self.binding.migration).await {
+                tracing::warn!(migration = %self.order.migration, error = %crate::telemetry::chain(&error), "an image of nobody stays behind");
+            }
+        }
         if let Some(error) = &self.error {
             let reason: String = crate::telemetry::chain(error).chars().take(limits::REASON_BYTES_MAX / 4).collect();
             let _ = self.say(Message::Failure(Failure { class: error.class(), reason })).await;
@@ -203,7 +226,56 @@ impl Run {
             }
         };
         let _ = tokio::time::timeout(LINGER, listen).await;
+        // Lanes that close before the last word was read look like an outage.
+        drop(self.gate.take());
         DestinationEnd { outcome: self.ended.flatten(), error: self.error, address: self.binding.address }
+    }
+
+    /// Takes the offer, or says what an earlier gateway has received of it.
+    async fn begin(&mut self, progress: Option<PathBuf>, comes_back: bool) -> Result<(), EngineError> {
+        let migration = self.order.migration;
+        let progress = progress.map(|path| Progress::open(&path)).transpose();
+        self.progress = progress.map_err(|source| EngineError::Progress { migration, source })?.map(Arc::new);
+        let noted = |lane| self.progress.as_ref().map_or_else(LaneStanding::default, |progress| progress.of(lane));
+        let lanes: Vec<LaneStanding> = (0..self.lanes).map(LaneIndex).map(noted).collect();
+        if comes_back {
+            self.decoders = decoders_after_restart(self.ram.pages(), &lanes);
+        }
+        self.expect_lanes()?;
+        if !comes_back {
+            return self.accept().await;
+        }
+        self.say(Message::Resumed(Resumed { migration, deciding: false, lanes })).await
+    }
+
+    /// Lets every lane join, on the session that stands now; what they carried counts from 0.
+    fn expect_lanes(&mut self) -> Result<(), EngineError> {
+        let migration = self.order.migration;
+        let (reports_in, reports) = mpsc::channel(usize::from(limits::LANES_MAX) * 2);
+        self.reports = reports;
+        self.seal = Arc::default();
+        self.rounds = Rounds { applied: vec![(Round(0), LaneTotals::default()); usize::from(self.lanes)], said: None };
+        for (progress, lane) in self.progress.iter().flat_map(|progress| (0..self.lanes).map(move |lane| (progress, LaneIndex(lane)))) {
+            progress.note(lane, LaneStanding::default()).map_err(|source| EngineError::Progress { migration, source })?;
+        }
+        let shared = ReceiveShared {
+            migration,
+            ram: Arc::clone(&self.ram),
+            decoders: Arc::clone(&self.decoders),
+            progress: self.progress.clone(),
+            meter: Arc::clone(&self.watch.meter),
+            seal: Arc::clone(&self.seal),
+            reports: reports_in,
+        };
+        let handler = Arc::new(move |io| Box::pin(receive_lane(io, shared.clone())) as _);
+        let gate = self.link.session.expect_lanes(migration, self.lanes, handler);
+        self.gate = Some(gate.map_err(|source| EngineError::Transport { migration, source })?);
+        Ok(())
+    }
+
+    async fn accept(&mut self) -> Result<(), EngineError> {
+        crate::failpoint::hit!("destination.accept.before");
+        self.say(Message::Accept(Accept { migration: self.order.migration, lanes: self.lanes, policy_digest: self.policy_digest })).await
     }
 
     async fn say(&mut self, message: Message) -> Result<(), EngineError> {
@@ -223,21 +295,24 @@ impl Run {
             // The gate holds the other end for as long as this runs.
             Some(report) = self.reports.recv() => match report {
                 Ok(report) => self.lane_reported(&report),
-                // What was promised is not taken back for a lane that can do no harm any more.
-                Err(error) if self.machine.is_prepared() || self.machine.name() == "running" => {
-                    tracing::warn!(migration = %self.order.migration, error = %crate::telemetry::chain(&error), "ignored after PREPARED");
+                // What was promised is not taken back for a lane that can do no harm any more. And a lane that is gone is the
+                // source's to open again.
+                Err(error) if self.machine.is_prepared() || self.machine.name() == "running" || may_join_again(&error) => {
+                    tracing::warn!(migration = %self.order.migration, error = %crate::telemetry::chain(&error), "lane lost");
                     None
                 }
                 Err(error) => Some(self.give_up(error)),
             },
-            message = self.link.session.receive() => {
+            Some(back) = self.returns.recv() => self.source_is_back(back).await,
+            () = outage::over(self.lost, self.outage_max) => Some(self.outage_too_long()),
+            message = self.link.session.receive(), if self.lost.is_none() => {
                 self.watch.heard = Instant::now();
                 if !matches!(message, Ok(Message::Ping)) {
                     self.watch.led_on = self.watch.heard;
                 }
                 self.received(message).await
             }
-            _ = tick.tick() => match self.watch.look() {
+            _ = tick.tick(), if self.lost.is_none() => match self.watch.look() {
                 Some((expected, limit)) => self.silent(expected, limit),
                 None => None,
             },
@@ -246,7 +321,10 @@ impl Run {
                 Command::Cancel if !self.machine.is_prepared() && self.machine.name() != "running" => {
                     Some(self.give_up(EngineError::ShuttingDown { vm: self.order.vm.clone() }))
                 }
-                Command::Cancel | Command::Bandwidth(_) | Command::DowntimeMax(_) => None,
+                Command::Superseded if self.lost.is_some() && self.machine.is_receiving() => {
+                    Some(self.give_up(EngineError::Cancelled { vm: self.order.vm.clone() }))
+                }
+                Command::Cancel | Command::Superseded | Command::Bandwidth(_) | Command::DowntimeMax(_) => None,
             },
         }
     }
@@ -306,84 +384,31 @@ impl Run {
         self.final_said.filter(|_| ready).map(DestinationEvent::Final)
     }
 
-    async fn received(&mut self, message: Result<Message, TransportError>) -> Option<DestinationEvent> {
-        let message = match message {
-            Ok(message) => message,
-            Err(source) => {
-                let error = EngineError::Transport { migration: self.order.migration, source };
-                return self.left_alone().then(|| self.give_up(error));
-            }
-        };
-        match message {
-            Message::RoundEnd(end) if end.migration == self.order.migration && end.lanes.len() == usize::from(self.lanes) => {
-                if self.rounds.said.is_some() {
-                    return Some(
-                        self.give_up(EngineError::OutOfPlace {
-                            expected: "the end of the round under way",
-                            got: "another ROUND-END".into(),
-                        }),
-                    );
-                }
-                self.rounds.said = Some((end.round, end.last, end.lanes));
-                self.round_complete()
-            }
-            Message::StateChunk(chunk) if chunk.migration == self.order.migration => match self.state.take_in(&chunk) {
-                Ok(()) => self.final_when_ready(),
-                Err(error) => Some(self.give_up(error)),
-            },
-            Message::Handoff(signed) => match self.evidence.check(&self.binding, &signed) {
-                Ok((_, false)) => {
-                    Some(self.give_up(EngineError::NotAuthentic { migration: self.order.migration, why: "sender's journal" }))
-                }
-                Ok((Handoff::Final { digest, lanes }, true)) if lanes == self.lanes && self.final_said.is_none() => {
-                    self.final_said = Some(digest);
-                    self.final_when_ready()
-                }
-                Ok((step, true)) => {
-                    if let (Handoff::Abort { class }, None) = (&step, &self.error) {
-                        self.error = Some(EngineError::peer(self.order.migration, *class, "the source keeps the VM"));
-                    }
-                    Some(DestinationEvent::Handoff(DestinationStep::Received(step)))
-                }
-                Err(error) => Some(self.give_up(error)),
-            },
-            Message::AuditHead(head) => {
-                self.evidence.keep_peer_head(&self.link.peer, &head.checkpoint).await;
-                None
-            }
-            Message::Failure(failure) => {
-                let error = EngineError::peer(self.order.migration, failure.class, &failure.reason);
-                Some(self.give_up(error))
-            }
-            Message::Ping => None,
-            other => Some(self.give_up(EngineError::OutOfPlace { expected: self.machine.name(), got: other.name().to_owned() })),
-        }
-    }
-
     async fn perform_all(&mut self, actions: Vec<DestinationAction>, events: &mut VecDeque<DestinationEvent>) {
         for action in actions {
+            let durable = is_durable(&action);
             match self.perform(action).await {
                 Ok(event) => events.extend(event),
-                Err(error) if self.machine.name() == "running" => {
-                    // RUN may be on disk: only a restart can tell. The twin stays as it is.
+                // Not a disk that failed: whose the VM is, is not for this end to say. The guest stays as it is.
+                Err(error @ EngineError::Lost { .. }) => {
                     self.error = Some(error);
                     self.ended = Some(None);
                     return;
                 }
-                Err(error) if self.machine.name() == "refused" => {
+                Err(error) if durable => {
+                    tracing::error!(migration = %self.order.migration, error = %crate::telemetry::chain(&error), "not durable");
                     self.error.get_or_insert(error);
-                    // A promise that was said and cannot be withdrawn on disk still stands.
-                    self.ended = Some(if self.promised { None } else { Some(Outcome::Stayed) });
+                    events.push_back(DestinationEvent::Handoff(DestinationStep::Failed));
                     return;
                 }
-                Err(error) if self.machine.name() == "closed" => {
-                    // The VM runs here; that the source knows it is written when it says so again.
-                    tracing::error!(migration = %self.order.migration, error = %error, "CLOSED is not on disk");
-                    self.ended = Some(Some(Outcome::Moved));
+                Err(error) if self.machine.name() == "running" => {
+                    // RUN is on disk: the guest is started when this gateway starts again.
+                    self.error = Some(error);
+                    self.ended = Some(None);
                     return;
                 }
                 Err(error) => {
-                    events.push_back(self.give_up(error));
+                    events.extend(self.broken(error).await);
                     return;
                 }
             }
@@ -394,19 +419,31 @@ impl Run {
         match action {
             DestinationAction::ConfirmRound(round) => {
                 let lanes = self.rounds.applied.iter().map(|(_, totals)| *totals).collect();
+                crate::failpoint::hit!("destination.round-complete");
                 self.say(Message::RoundApplied(RoundApplied { migration: self.order.migration, round, lanes })).await?;
+                crate::failpoint::hit!("destination.round-confirmed");
                 Ok(self.final_when_ready())
             }
-            DestinationAction::Compare(digest) => self.compare(digest).await.map(Some),
+            DestinationAction::Compare(digest) => {
+                // What is promised has to be kept, also on a disk that fills up.
+                let journal = Arc::clone(&self.evidence.journal);
+                joined(tokio::task::spawn_blocking(move || journal.reserve()).await)??;
+                self.compare(digest).await.map(Some)
+            }
             DestinationAction::Handoff(action) => self.handoff(action).await,
         }
     }
 
     /// Restores the twin and computes what it holds; FINAL said what it has to be.
     async fn compare(&mut self, said: FinalDigest) -> Result<DestinationEvent, EngineError> {
+        crate::failpoint::hit!("destination.compare");
         let totals: Vec<LaneTotals> = self.rounds.applied.iter().map(|(_, totals)| *totals).collect();
         let (twin, ram, vm) = (Arc::clone(&self.twin), Arc::clone(&self.ram), self.order.vm.clone());
         let (state, verify) = (std::mem::take(&mut self.state.bytes), self.order.stream.verify);
+        let image = (self.order.stream.durability != Durability::None).then(|| {
+            let head = Evidence::image_head(&self.binding, &said, self.order.machine.clone());
+            (self.evidence.image_path(self.binding.migration), head)
+        });
         let held = blocking(move || {
             let differs = |what| EngineError::Digest { vm: vm.clone(), what };
             let held =
@@ -421,10 +458,16 @@ impl Run {
                     return Err(differs(what));
                 }
             }
+            // Before the state is restored, which may write guest memory: the image is of what was signed for.
+            if let Some((path, head)) = image {
+                write_image(&path, &head, &ram, &state)?;
+            }
+            crate::failpoint::hit!("destination.compared");
             lock(&twin).restore_state(&state)?;
             Ok(held)
         })
         .await?;
+        crate::failpoint::hit!("destination.state-restored");
         Ok(DestinationEvent::Handoff(DestinationStep::TwinComplete(Box::new(PreparedRecord {
             migration: self.binding.migration,
             vm: self.binding.vm.clone(),
@@ -435,30 +478,21 @@ impl Run {
             peer_key: self.binding.peer_key,
             digest: held,
             address: self.binding.address.clone(),
+            durability: self.order.stream.durability,
         }))))
     }
 
     async fn handoff(&mut self, action: HandoffAction<DestinationRecord>) -> Result<Option<DestinationEvent>, EngineError> {
         match action {
-            HandoffAction::Journal(record) => {
-                let refused = record == DestinationRecord::Refused;
-                match self.evidence.record(&self.binding, record).await {
-                    // A promise that was never said needs no withdrawal on disk: without PREPARED there is no COMMIT.
-                    Err(error) if refused && !self.promised => {
-                        tracing::error!(migration = %self.order.migration, error = %error, "REFUSED is not on disk");
-                        Ok(None)
-                    }
-                    result => result.map(|()| None),
-                }
-            }
+            HandoffAction::Journal(record) => self.evidence.record(&self.binding, record).await.map(|()| None),
             HandoffAction::Send(step) => {
-                self.promised |= matches!(step, Handoff::Prepared { .. });
                 self.evidence.send(&self.link.session, &self.binding, step).await;
                 Ok(None)
             }
             HandoffAction::AskCommit => {
-                let ask = Arc::clone(&self.ask_commit);
-                let answer = joined(tokio::task::spawn_blocking(move || ask()).await)?;
+                let (ask, session) = (Arc::clone(&self.ask_commit), Arc::clone(&self.link.session));
+                let answer = joined(tokio::task::spawn_blocking(move || ask(&session)).await)?;
+                crate::failpoint::hit!("destination.policy-asked");
                 Ok(Some(DestinationEvent::Handoff(match answer {
                     Ok(()) => DestinationStep::CommitPermitted,
                     Err(why) => {
@@ -470,13 +504,18 @@ impl Run {
             }
             HandoffAction::Resume => {
                 let twin = Arc::clone(&self.twin);
-                blocking(move || Ok(lock(&twin).resume()?)).await.map(|()| None)
+                crate::failpoint::hit!("destination.resume.before");
+                blocking(move || Ok(lock(&twin).resume()?)).await?;
+                crate::failpoint::hit!("destination.resume.after");
+                Ok(None)
             }
             HandoffAction::Destroy => {
                 let twin = Arc::clone(&self.twin);
+                crate::failpoint::hit!("destination.destroy.before");
                 if let Err(error) = blocking(move || Ok(lock(&twin).destroy()?)).await {
                     tracing::warn!(vm = %self.order.vm, error = %error, "the twin is gone already");
                 }
+                crate::failpoint::hit!("destination.destroy.after");
                 Ok(None)
             }
             HandoffAction::End(outcome) => {
@@ -487,8 +526,43 @@ impl Run {
                 self.ended = Some(Some(outcome));
                 Ok(None)
             }
+            HandoffAction::Keep => {
+                // It was written before the twin was restored; here it is seen to be whole and durable.
+                let (evidence, binding) = (self.evidence.clone(), self.binding.clone());
+                let kept = blocking(move || evidence.kept_image(&binding)).await?;
+                kept.map(|_| None).ok_or_else(|| EngineError::Bug("the final image is not there".into()))
+            }
+            HandoffAction::Forget => {
+                if self.machine.name() == "running" {
+                    // A VMM that died with the guest's memory needs the image yet.
+                    let twin = Arc::clone(&self.twin);
+                    blocking(move || Ok(lock(&twin).status().map(drop)?)).await?;
+                }
+                self.evidence.forget_image(self.binding.migration).await.map(|()| None)
+            }
+            HandoffAction::Renew => {
+                let twin = Arc::clone(&self.twin);
+                blocking(move || Ok(lock(&twin).renew()?)).await.map(|()| None)
+            }
+            // The twin is here as long as this runs.
+            HandoffAction::Restore => Err(EngineError::Bug("a twin that is here is not restored".into())),
+            HandoffAction::LeaveToJournal => {
+                self.ended = Some(None);
+                Ok(None)
+            }
         }
     }
+}
+
+/// Whether those behind this one count on it.
+fn is_durable(action: &DestinationAction) -> bool {
+    use HandoffAction::{Forget, Journal, Keep, Restore};
+    matches!(action, DestinationAction::Handoff(Journal::<DestinationRecord>(_) | Keep | Forget | Restore))
+}
+
+/// Whether a lane that ended like this may be opened again by the source: whatever its peer did not do wrong.
+fn may_join_again(error: &EngineError) -> bool {
+    matches!(error, EngineError::Transport { source, .. } if !matches!(source.class(), ErrorClass::PeerMisbehaved | ErrorClass::Unauthenticated))
 }
 
 impl Watch {
@@ -502,25 +576,6 @@ impl Watch {
             return Some(("pages or a step", limits::STALL_MAX));
         }
         (now - self.heard > limits::SILENCE_MAX).then_some(("a sign of life", limits::SILENCE_MAX))
-    }
-}
-
-impl StateBuffer {
-    fn take_in(&mut self, chunk: &StateChunk) -> Result<(), EngineError> {
-        let refuse = |got: String| Err(EngineError::OutOfPlace { expected: "the next piece of the device state", got });
-        if chunk.total == 0 || chunk.total > limits::STATE_BYTES_MAX as u64 || *self.total.get_or_insert(chunk.total) != chunk.total {
-            return refuse(format!("a state of {} bytes", chunk.total));
-        }
-        let next = self.bytes.len() as u64;
-        if chunk.offset != next || chunk.bytes.is_empty() || chunk.offset + chunk.bytes.len() as u64 > chunk.total {
-            return refuse(format!("{} bytes at {}", chunk.bytes.len(), chunk.offset));
-        }
-        self.bytes.extend_from_slice(&chunk.bytes);
-        Ok(())
-    }
-
-    fn is_complete(&self) -> bool {
-        self.total == Some(self.bytes.len() as u64)
     }
 }
 

@@ -131,6 +131,49 @@ pub enum EngineError {
         /// The deadline given.
         limit: Duration,
     },
+    /// The link was away for too long.
+    #[error("the link of migration `{migration}` of `{vm}` was away for more than {} s", .limit.as_secs_f64())]
+    Outage {
+        /// Which VM.
+        vm: VmName,
+        /// The attempt.
+        migration: MigrationId,
+        /// The longest outage allowed.
+        limit: Duration,
+        /// What was seen last.
+        #[source]
+        source: Option<Box<Self>>,
+    },
+    /// The destination was not reached again.
+    #[error("migration `{migration}` cannot go on: {why}")]
+    NotBack {
+        /// The attempt.
+        migration: MigrationId,
+        /// Whose fault.
+        class: ErrorClass,
+        /// What came of the last try.
+        why: String,
+    },
+    /// A destination that comes back without the journal that was offered the VM.
+    #[error("the peer of migration `{migration}` came back as another: its {what} changed")]
+    Changed {
+        /// The attempt.
+        migration: MigrationId,
+        /// `identity`, `journal` or `signing key`.
+        what: &'static str,
+    },
+    /// A final image could not be made, removed or used.
+    #[error(transparent)]
+    Image(#[from] crate::storage::ImageError),
+    /// How far a lane has come cannot be noted.
+    #[error("progress of migration `{migration}` cannot be noted")]
+    Progress {
+        /// The attempt.
+        migration: MigrationId,
+        /// What the operating system said.
+        #[source]
+        source: std::io::Error,
+    },
     /// Somebody asked to stop.
     #[error("migration of `{vm}` was cancelled")]
     Cancelled {
@@ -150,6 +193,16 @@ pub enum EngineError {
         vm: VmName,
         /// The attempt.
         migration: MigrationId,
+    },
+    /// The arbiter did not let the VM change its owner; nothing was written.
+    #[error("migration `{migration}` of `{vm}` is in doubt: the arbiter says that the owner is {owner}")]
+    Lost {
+        /// Which VM.
+        vm: VmName,
+        /// The attempt.
+        migration: MigrationId,
+        /// Who owns it, in the arbiter's words.
+        owner: String,
     },
     /// The guest stands still and the destination takes too long.
     #[error("the switch of `{vm}` did not end within {} s of its pause", .limit.as_secs_f64())]
@@ -194,6 +247,11 @@ impl EngineError {
         Self::Peer { migration, class, reason: words.chars().flat_map(plain).take(limits::REASON_BYTES_MAX).collect() }
     }
 
+    /// Whether this may be nothing but an outage of the link.
+    pub(super) fn is_outage(&self) -> bool {
+        matches!(self, Self::Transport { source, .. } if source.is_outage())
+    }
+
     /// Whose fault.
     #[must_use]
     pub fn class(&self) -> ErrorClass {
@@ -203,17 +261,19 @@ impl EngineError {
             Self::OutOfPlace { .. } | Self::Refused(_) | Self::Frame { .. } | Self::Totals { .. } | Self::Digest { .. } => {
                 ErrorClass::PeerMisbehaved
             }
-            Self::Layout(_) | Self::NotAuthentic { .. } => ErrorClass::PeerMisbehaved,
+            Self::Layout(_) | Self::NotAuthentic { .. } | Self::Changed { .. } => ErrorClass::PeerMisbehaved,
             Self::Hypervisor(HypervisorError::Incompatible { .. }) => ErrorClass::PeerIncompatible,
+            // The network between the two is nobody's fault and nobody's to mend but the operator's.
+            Self::Outage { .. } | Self::Progress { .. } | Self::Image(_) => ErrorClass::Local,
             Self::Hypervisor(_) | Self::Ram(_) | Self::Journal(_) | Self::Audit(_) | Self::Record { .. } => ErrorClass::Local,
-            Self::Peer { class, .. } => *class,
+            Self::Peer { class, .. } | Self::NotBack { class, .. } => *class,
             Self::NotConverging { .. } => ErrorClass::NotConverged,
             Self::Denied { .. } => ErrorClass::Denied,
             Self::TimedOut { .. } | Self::PausedTooLong { .. } | Self::Silent { .. } => ErrorClass::TimedOut,
             Self::Cancelled { .. } => ErrorClass::Cancelled,
             // To the source this gateway is one that cannot be reached any more.
             Self::ShuttingDown { .. } => ErrorClass::PeerUnreachable,
-            Self::InDoubt { .. } | Self::Undecided { .. } => ErrorClass::InDoubt,
+            Self::InDoubt { .. } | Self::Undecided { .. } | Self::Lost { .. } => ErrorClass::InDoubt,
             Self::Bug(_) => ErrorClass::Bug,
         }
     }

@@ -1,10 +1,12 @@
 //! Journal, wire and effect in the right order, for running migrations and for restarted gateways.
 
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
 use crate::audit::{AuditLog, Entry, Event, Outcome as AuditOutcome};
+use crate::engine::arbiter::{Arbiter, Ruling, transfer};
 use crate::engine::link::send_within;
 use crate::engine::{EngineError, PeerFacts};
 use crate::hypervisor::{HypervisorError, PagedSource};
@@ -12,9 +14,10 @@ use crate::identity::{Signer, verify_signature};
 use crate::journal::Journal;
 use crate::limits;
 use crate::migration::{DestinationRecord, OfferRecord, PreparedRecord, SourceRecord};
+use crate::storage::{ImageError, ImageHead, read_head, remove_image};
 use crate::transport::Session;
 use crate::types::{Epoch, Incarnation, MigrationId, SpiffeId, VmName, VmUuid};
-use crate::wire::{Handoff, HandoffMessage, Message, SignedHandoff};
+use crate::wire::{FinalDigest, Handoff, HandoffMessage, Message, SignedHandoff};
 
 /// What this gateway remembers and signs with.
 #[derive(Debug, Clone)]
@@ -25,13 +28,19 @@ pub struct Evidence {
     pub audit: AuditLog,
     /// The gateway's signing key.
     pub signer: Arc<Signer>,
+    /// The directory of final images.
+    pub images: Arc<Path>,
+    /// Who is asked before a VM changes its owner.
+    pub arbiter: Arc<dyn Arbiter>,
 }
 
 /// A record as it lies in the journal: of the side that this gateway was.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub(super) enum JournalRecord {
+pub enum JournalRecord {
+    /// This gateway was the source.
     Source(SourceRecord),
+    /// This gateway was the destination.
     Destination(DestinationRecord),
 }
 
@@ -49,28 +58,35 @@ impl From<DestinationRecord> for JournalRecord {
 
 impl JournalRecord {
     /// What the record makes of the VM's placement; `None` when it changes nothing.
-    pub(super) fn placement(&self, binding: &Binding) -> Option<Placement> {
+    #[must_use]
+    pub fn placement(&self, binding: &Binding) -> Option<Placement> {
         let (address, peer) = (binding.address.clone(), binding.peer.clone());
-        let given = binding.epoch;
+        let (given, attempt) = (binding.epoch, Some(binding.migration));
         Some(match self {
-            Self::Source(SourceRecord::Offer(_) | SourceRecord::Abort) => {
-                Placement::Here { address, epoch: Epoch(given.0.saturating_sub(1)) }
+            Self::Source(SourceRecord::Offer(_) | SourceRecord::Abort { cold: false }) => {
+                Placement::Here { address, epoch: Epoch(given.0.saturating_sub(1)), attempt }
             }
-            Self::Source(SourceRecord::Commit) => Placement::Given { migration: binding.migration, peer, address, epoch: given },
+            Self::Source(SourceRecord::Abort { cold: true }) => Placement::Cold { epoch: Epoch(given.0.saturating_sub(1)) },
+            Self::Source(SourceRecord::Commit { .. }) => Placement::Given { migration: binding.migration, peer, address, epoch: given },
             // The epoch that was given away may have touched storage: it is not used again.
-            Self::Source(SourceRecord::Reclaim) => Placement::Here { address, epoch: given.next() },
+            Self::Source(SourceRecord::Reclaim { cold: false } | SourceRecord::Fenced { cold: false }) => {
+                Placement::Here { address, epoch: given.next(), attempt }
+            }
+            Self::Source(SourceRecord::Reclaim { cold: true } | SourceRecord::Fenced { cold: true })
+            | Self::Destination(DestinationRecord::Fenced) => Placement::Cold { epoch: given.next() },
             Self::Source(SourceRecord::Done) => Placement::Away { peer, epoch: given },
-            Self::Destination(DestinationRecord::Run) => Placement::Here { address, epoch: given },
+            Self::Destination(DestinationRecord::Run) => Placement::Here { address, epoch: given, attempt },
             Self::Destination(_) => return None,
         })
     }
 
-    fn name(&self) -> &'static str {
+    pub(super) fn name(&self) -> &'static str {
         match self {
             Self::Source(SourceRecord::Offer(_)) => "offer",
-            Self::Source(SourceRecord::Commit) => "commit",
-            Self::Source(SourceRecord::Abort) => "abort",
-            Self::Source(SourceRecord::Reclaim) => "reclaim",
+            Self::Source(SourceRecord::Commit { .. }) => "commit",
+            Self::Source(SourceRecord::Abort { .. }) => "abort",
+            Self::Source(SourceRecord::Reclaim { .. }) => "reclaim",
+            Self::Source(SourceRecord::Fenced { .. }) | Self::Destination(DestinationRecord::Fenced) => "fenced",
             Self::Source(SourceRecord::Done) => "done",
             Self::Destination(DestinationRecord::Prepared(_)) => "prepared",
             Self::Destination(DestinationRecord::Run) => "run",
@@ -90,6 +106,10 @@ pub enum Placement {
         address: String,
         /// How often ownership has moved.
         epoch: Epoch,
+        /// The attempt whose record says so. The records of an earlier one no longer speak for the guest: an image that this
+        /// one made may lie on the disk.
+        #[serde(default)]
+        attempt: Option<MigrationId>,
     },
     /// COMMIT was journaled and the destination's answer is missing.
     Given {
@@ -100,6 +120,11 @@ pub enum Placement {
         /// Where the paused copy is.
         address: String,
         /// The epoch that the destination owns.
+        epoch: Epoch,
+    },
+    /// This gateway owns it and has no memory of it that may be used: it has to be started from its disks.
+    Cold {
+        /// How often ownership has moved.
         epoch: Epoch,
     },
     /// Another gateway owns it.
@@ -121,19 +146,35 @@ impl Placement {
     }
 }
 
+/// A handoff message that was checked.
+#[derive(Debug, Clone)]
+pub(super) struct Heard {
+    pub(super) step: Handoff,
+    /// Whether the sender's journal is the one that the binding names.
+    pub(super) incarnation_same: bool,
+    /// The position of the sender's journal.
+    pub(super) position: u64,
+}
+
 /// One handoff: what its messages are bound to.
 #[derive(Debug, Clone)]
-pub(super) struct Binding {
-    pub(super) migration: MigrationId,
-    pub(super) vm: VmName,
-    pub(super) uuid: VmUuid,
+pub struct Binding {
+    /// The attempt.
+    pub migration: MigrationId,
+    /// The VM's name here.
+    pub vm: VmName,
+    /// The VM.
+    pub uuid: VmUuid,
     /// The epoch that the destination would own.
-    pub(super) epoch: Epoch,
-    pub(super) peer: SpiffeId,
-    pub(super) peer_incarnation: Incarnation,
-    pub(super) peer_key: [u8; 32],
+    pub epoch: Epoch,
+    /// The other gateway.
+    pub peer: SpiffeId,
+    /// Its journal.
+    pub peer_incarnation: Incarnation,
+    /// The key that signs its handoff messages.
+    pub peer_key: [u8; 32],
     /// Where the guest's VMM is attached here.
-    pub(super) address: String,
+    pub address: String,
 }
 
 impl From<&OfferRecord> for Binding {
@@ -167,17 +208,25 @@ impl From<&PreparedRecord> for Binding {
 }
 
 impl Evidence {
-    /// Makes a record durable in journal and audit log, at the same time.
+    /// Makes a record durable in journal and audit log, at the same time. Nothing is written when the arbiter says that somebody
+    /// else owns the VM.
     pub(super) async fn record(&self, binding: &Binding, record: impl Into<JournalRecord>) -> Result<(), EngineError> {
         let record = record.into();
+        self.win(binding, &record).await?;
         let name = record.name();
         let bytes = serde_json::to_vec(&record).map_err(|source| EngineError::Record { migration: binding.migration, source })?;
         let placement = record.placement(binding).map(|placement| serde_json::to_vec(&placement)).transpose();
         let placement = placement.map_err(|source| EngineError::Record { migration: binding.migration, source })?;
         let (journal, migration, vm) = (Arc::clone(&self.journal), binding.migration, binding.vm.clone());
-        let journaled = tokio::task::spawn_blocking(move || match placement {
-            Some(placement) => journal.append_and_place(migration, &bytes, &vm, &placement),
-            None => journal.append(migration, &bytes),
+        crate::failpoint::fails!(EngineError::Bug("failpoint".into()), "record.{name}.begin");
+        let journaled = tokio::task::spawn_blocking(move || {
+            crate::failpoint::hit!("journal.{name}.before");
+            let journaled = match placement {
+                Some(placement) => journal.append_and_place(migration, &bytes, &vm, &placement),
+                None => journal.append(migration, &bytes),
+            };
+            crate::failpoint::hit!("journal.{name}.after");
+            journaled
         });
         let mut entry = Entry::new(Event::Handoff).outcome(AuditOutcome::Done);
         entry.vm = Some(binding.vm.clone());
@@ -188,7 +237,12 @@ impl Evidence {
         entry.detail.insert("epoch".into(), binding.epoch.0.into());
         let undone = entry.clone().outcome(AuditOutcome::Failed);
         let audit = self.audit.clone();
-        let audited = tokio::task::spawn_blocking(move || audit.record_critical(&entry));
+        let audited = tokio::task::spawn_blocking(move || {
+            crate::failpoint::hit!("audit.{name}.before");
+            let audited = audit.record_critical(&entry);
+            crate::failpoint::hit!("audit.{name}.after");
+            audited
+        });
         if let Err(error) = joined(journaled.await)? {
             // The log may say already that it was done.
             let audited = joined(audited.await)?;
@@ -211,7 +265,18 @@ impl Evidence {
                 }
             }
         }
+        crate::failpoint::hit!("record.{name}.done");
         Ok(())
+    }
+
+    /// Asks the arbiter for the change of ownership that a record makes.
+    async fn win(&self, binding: &Binding, record: &JournalRecord) -> Result<(), EngineError> {
+        let Some(change) = transfer(record, binding) else { return Ok(()) };
+        let arbiter = Arc::clone(&self.arbiter);
+        match joined(tokio::task::spawn_blocking(move || arbiter.rule(&change)).await)? {
+            Ruling::Won => Ok(()),
+            Ruling::Lost(owner) => Err(EngineError::Lost { vm: binding.vm.clone(), migration: binding.migration, owner }),
+        }
     }
 
     /// Keeps the head of the peer's audit log in ours. False, and said aloud, when it does not follow the one before.
@@ -230,12 +295,21 @@ impl Evidence {
 
     /// Signs and sends. A message that is lost is said again on the next session.
     pub(super) async fn send(&self, session: &Session, binding: &Binding, step: Handoff) {
+        self.send_from(self.journal.position(), session, binding, step).await;
+    }
+
+    /// As [`Evidence::send`], for a journal whose position says nothing about this attempt.
+    pub(super) async fn send_from(&self, position: u64, session: &Session, binding: &Binding, step: Handoff) {
+        #[cfg(feature = "failpoints")]
+        let name = crate::migration::handoff_name(&step);
+        crate::failpoint::hit!("send.{name}.before");
         let message = HandoffMessage {
             migration: binding.migration,
             uuid: binding.uuid,
             epoch: binding.epoch,
             sender: self.journal.incarnation(),
             receiver: binding.peer_incarnation,
+            position,
             step,
         };
         let signature = self.signer.sign(&message.signed_bytes());
@@ -243,11 +317,58 @@ impl Evidence {
         if let Err(error) = send_within(session, &message, limits::SEND_WITHIN).await {
             tracing::debug!(migration = %binding.migration, error = %error, "handoff message not sent");
         }
+        crate::failpoint::hit!("send.{name}.after");
     }
 
-    /// Checks that a handoff message is for this handoff and from its peer. Returns the step and
-    /// whether the sender's journal is the one that the binding names.
-    pub(super) fn check(&self, binding: &Binding, signed: &SignedHandoff) -> Result<(Handoff, bool), EngineError> {
+    /// Where the final image of a migration is.
+    pub(super) fn image_path(&self, migration: MigrationId) -> PathBuf {
+        self.images.join(format!("{migration}.image"))
+    }
+
+    /// The head of the image that this handoff would have here.
+    pub(super) fn image_head(binding: &Binding, digest: &FinalDigest, machine: Vec<u8>) -> ImageHead {
+        ImageHead {
+            migration: binding.migration,
+            vm: binding.vm.clone(),
+            uuid: binding.uuid,
+            epoch: binding.epoch,
+            // How the lanes carried it differs when a part was sent again; the guest is the same.
+            digest: FinalDigest { lanes: [0; 32], ..*digest },
+            machine,
+        }
+    }
+
+    /// The head of the final image of a handoff; nothing when there is none that is whole and of this VM.
+    pub(super) fn kept_image(&self, binding: &Binding) -> Result<Option<ImageHead>, EngineError> {
+        let head = match read_head(&self.image_path(binding.migration)) {
+            Ok(Some(head)) => head,
+            Ok(None) => return Ok(None),
+            Err(error @ ImageError::File { .. }) => return Err(error.into()),
+            Err(error) => {
+                tracing::error!(migration = %binding.migration, error = %crate::telemetry::chain(&error), "an image that is not used");
+                return Ok(None);
+            }
+        };
+        let same = (head.migration, &head.vm, head.uuid, head.epoch) == (binding.migration, &binding.vm, binding.uuid, binding.epoch);
+        Ok(same.then_some(head))
+    }
+
+    /// Removes the final image of a migration for good.
+    pub(super) async fn forget_image(&self, migration: MigrationId) -> Result<(), EngineError> {
+        let path = self.image_path(migration);
+        Ok(joined(tokio::task::spawn_blocking(move || remove_image(&path)).await)??)
+    }
+
+    /// Records what needs no answer; a log that fails is shouted about by the log itself.
+    pub(super) async fn note(&self, entry: Entry) {
+        let audit = self.audit.clone();
+        if let Ok(Err(error)) = tokio::task::spawn_blocking(move || audit.record(&entry)).await {
+            tracing::error!(error = %error, "audit entry not recorded");
+        }
+    }
+
+    /// Checks that a handoff message is for this handoff and from its peer.
+    pub(super) fn check(&self, binding: &Binding, signed: &SignedHandoff) -> Result<Heard, EngineError> {
         let message = &signed.message;
         let not_authentic = |why| EngineError::NotAuthentic { migration: binding.migration, why };
         if !verify_signature(&binding.peer_key, &message.signed_bytes(), &signed.signature) {
@@ -262,14 +383,28 @@ impl Evidence {
         if message.receiver != self.journal.incarnation() {
             return Err(not_authentic("receiver"));
         }
-        Ok((message.step.clone(), message.sender == binding.peer_incarnation))
+        let incarnation_same = message.sender == binding.peer_incarnation;
+        Ok(Heard { step: message.step.clone(), incarnation_same, position: message.position })
     }
 
     /// Whether the VM is still where and what a handoff left it.
     pub(super) fn is_here(&self, binding: &Binding, epoch: Epoch) -> Result<bool, EngineError> {
         let Some(bytes) = self.journal.vm(&binding.vm)? else { return Ok(false) };
         let place = Placement::read(&bytes).map_err(|source| EngineError::Record { migration: binding.migration, source })?;
-        Ok(place == Placement::Here { address: binding.address.clone(), epoch })
+        Ok(place == Placement::Here { address: binding.address.clone(), epoch, attempt: Some(binding.migration) })
+    }
+
+    /// The guest of a handoff runs here, at the binding's address, which need not be where it was.
+    pub(super) async fn moved_to(&self, binding: &Binding) -> Result<(), EngineError> {
+        let Some(bytes) = self.journal.vm(&binding.vm)? else { return Ok(()) };
+        let read = |source| EngineError::Record { migration: binding.migration, source };
+        let Placement::Here { address, epoch, attempt } = Placement::read(&bytes).map_err(read)? else { return Ok(()) };
+        if address == binding.address {
+            return Ok(());
+        }
+        let placement = serde_json::to_vec(&Placement::Here { address: binding.address.clone(), epoch, attempt }).map_err(read)?;
+        let (journal, vm) = (Arc::clone(&self.journal), binding.vm.clone());
+        Ok(joined(tokio::task::spawn_blocking(move || journal.put_vm(&vm, &placement)).await)??)
     }
 
     pub(super) fn records(&self, migration: MigrationId) -> Result<Vec<JournalRecord>, EngineError> {

@@ -1,18 +1,19 @@
-//! The page pumps: one task a lane on the lane's own thread, at each end.
+//! The page pumps: one task a lane on the lane's own thread, at each end. What a lane knows outlives its connection.
 
 use std::sync::{Arc, PoisonError, RwLock};
 
 use bytes::{Bytes, BytesMut};
-use tokio::sync::mpsc;
+use tokio::sync::{Mutex, mpsc};
 
 use crate::engine::EngineError;
+use crate::engine::destination::Progress;
 use crate::engine::limiter::Limiter;
 use crate::engine::meter::Meter;
 use crate::limits;
 use crate::memory::{Decoder, Encoder, GuestRam, PageCounts, PageSet};
 use crate::transport::LaneIo;
 use crate::types::{LaneIndex, MigrationId, PageNumber, Round};
-use crate::wire::{FRAME_HEADER_BYTES, FrameHeader, LaneTotals, StreamTerms};
+use crate::wire::{FRAME_HEADER_BYTES, FrameHeader, LaneStanding, LaneTotals, StreamTerms};
 
 /// What a source lane is told.
 #[derive(Debug)]
@@ -27,9 +28,9 @@ pub(super) struct LaneRound {
 pub(super) struct LaneReport {
     pub(super) lane: LaneIndex,
     pub(super) round: Round,
-    /// Since the lane's first frame.
+    /// Since the lane's join.
     pub(super) totals: LaneTotals,
-    /// Since the lane's first frame.
+    /// Since the migration began.
     pub(super) counts: PageCounts,
     /// UDP payload that the lane's connection has sent so far.
     pub(super) wire_bytes: u64,
@@ -40,59 +41,179 @@ pub(super) struct LaneReport {
 pub(super) struct SendShared {
     pub(super) migration: MigrationId,
     pub(super) ram: Arc<GuestRam>,
-    pub(super) lanes: u16,
-    pub(super) terms: StreamTerms,
     pub(super) limiter: Arc<Limiter>,
     pub(super) meter: Arc<Meter>,
     pub(super) reports: mpsc::Sender<Result<LaneReport, EngineError>>,
 }
 
+/// A lane at the source: its encoder, and how far each frame of the round in flight reached.
+#[derive(Debug)]
+pub(super) struct SourceLane {
+    lane: LaneIndex,
+    lanes: u16,
+    encoder: Encoder,
+    round: Round,
+    /// Frame bytes since the join when the round began.
+    before: u64,
+    /// One entry a frame: 24 bytes for at least 64 pages, where the guest is not sparse.
+    reached: Vec<Reached>,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Reached {
+    /// Frames since the join, this one included.
+    frames: u64,
+    /// Frame bytes since the join, this one included.
+    bytes: u64,
+    /// Where the next frame goes on; nothing behind the last page.
+    next: Option<PageNumber>,
+}
+
+/// What became of a lane's round.
+pub(super) struct Outstanding {
+    /// Pages from here on did not arrive; nothing when all did.
+    pub(super) from: Option<PageNumber>,
+    /// Frame bytes that were made and did not arrive. Some may never have left this host.
+    pub(super) lost_bytes: u64,
+    /// Frame bytes that arrived since the join.
+    pub(super) arrived_bytes: u64,
+}
+
+impl SourceLane {
+    pub(super) fn new(lane: LaneIndex, lanes: u16, terms: &StreamTerms) -> Self {
+        Self { lane, lanes, encoder: Encoder::new(lane, lanes, terms), round: Round(0), before: 0, reached: Vec::new() }
+    }
+
+    /// What of `round` did not arrive, by what the destination says that it has applied; nothing when it cannot be so.
+    pub(super) fn outstanding(&self, round: Round, standing: LaneStanding) -> Option<Outstanding> {
+        let nothing_sent = self.round != round;
+        let sent = self.reached.last().map_or(0, |last| last.bytes);
+        let before = self.reached.first().map_or(0, |first| first.frames.saturating_sub(1));
+        if nothing_sent || (standing.round < round && standing.frames <= before) {
+            let arrived_bytes = self.before;
+            let lost_bytes = if nothing_sent { 0 } else { sent.saturating_sub(arrived_bytes) };
+            return Some(Outstanding { from: Some(PageNumber(0)), lost_bytes, arrived_bytes });
+        }
+        let at = self.reached.iter().find(|reached| reached.frames == standing.frames && standing.round == round)?;
+        Some(Outstanding { from: at.next, lost_bytes: sent - at.bytes, arrived_bytes: at.bytes })
+    }
+
+    /// Adds this lane's pages of `pages` from `from` on to `missing`.
+    pub(super) fn add_missing(&self, pages: &PageSet, from: PageNumber, missing: &mut PageSet) {
+        let mut at = from;
+        while let Some((first, count)) = pages.next_run_of_lane(self.lane, self.lanes, at, u64::MAX) {
+            at = PageNumber(first.0.saturating_add(count));
+            for page in first.0..at.0 {
+                missing.insert(PageNumber(page));
+            }
+        }
+    }
+
+    /// Pages by how they were sent, since the migration began.
+    pub(super) fn counts(&self) -> PageCounts {
+        self.encoder.counts()
+    }
+
+    /// The lane joins anew.
+    pub(super) fn rejoin(&mut self) {
+        self.encoder.rejoin();
+        self.reached.clear();
+        (self.round, self.before) = (Round(0), 0);
+    }
+
+    fn begin(&mut self, round: Round) {
+        (self.round, self.before) = (round, self.encoder.totals().bytes);
+        self.reached.clear();
+    }
+
+    fn frame_made(&mut self, next: Option<PageNumber>) {
+        let totals = self.encoder.totals();
+        self.reached.push(Reached { frames: totals.frames, bytes: totals.bytes, next });
+    }
+}
+
 /// Sends rounds until there are no more orders or something fails.
-pub(super) async fn send_lane(mut io: LaneIo, shared: SendShared, mut rounds: mpsc::Receiver<LaneRound>) {
-    let mut encoder = Encoder::new(io.lane, shared.lanes, &shared.terms);
-    while let Some(order) = rounds.recv().await {
-        let result = send_round(&mut io, &shared, &mut encoder, &order).await;
+pub(super) async fn send_lane(mut io: LaneIo, shared: SendShared, lane: Arc<Mutex<SourceLane>>, mut rounds: mpsc::Receiver<LaneRound>) {
+    let mut lane = lane.lock().await;
+    while let Some(order) = next_order(&io, &shared, &mut rounds).await {
+        let result = match order {
+            Ok(order) => send_round(&mut io, &shared, &mut lane, &order).await,
+            Err(error) => Err(error),
+        };
         let failed = result.is_err();
         if shared.reports.send(result).await.is_err() || failed {
             break;
         }
     }
-    // The peer may be gone already.
-    let _ = io.sender.finish().await;
+    drop(lane);
+    // Of a link that was given up nobody hears; what its lanes carried is not complete. The peer may be gone already.
+    if !shared.reports.is_closed() {
+        let _ = io.sender.finish().await;
+    }
 }
 
-async fn send_round(io: &mut LaneIo, shared: &SendShared, encoder: &mut Encoder, order: &LaneRound) -> Result<LaneReport, EngineError> {
+/// A lane that waits hears of an outage too: what it sent last may not have arrived, and the session may outlive that. What
+/// else ends a lane the session says better.
+async fn next_order(io: &LaneIo, shared: &SendShared, rounds: &mut mpsc::Receiver<LaneRound>) -> Option<Result<LaneRound, EngineError>> {
+    tokio::select! {
+        order = rounds.recv() => order.map(Ok),
+        source = io.sender.closed() => match source {
+            source if source.is_outage() => Some(Err(EngineError::Transport { migration: shared.migration, source })),
+            _ => rounds.recv().await.map(Ok),
+        },
+    }
+}
+
+async fn send_round(io: &mut LaneIo, shared: &SendShared, lane: &mut SourceLane, order: &LaneRound) -> Result<LaneReport, EngineError> {
     let transport = |source| EngineError::Transport { migration: shared.migration, source };
+    lane.begin(order.round);
     let mut from = Some(PageNumber(0));
     while let Some(first) = from {
         let mut frame = Vec::with_capacity(FRAME_HEADER_BYTES + limits::FRAME_BODY_BYTES_MAX);
-        let pages_before = encoder.totals().pages;
-        from = encoder.encode_frame(&shared.ram, order.round, &order.pages, first, &mut frame)?;
+        let pages_before = lane.encoder.totals().pages;
+        from = lane.encoder.encode_frame(&shared.ram, order.round, &order.pages, first, &mut frame)?;
         if frame.is_empty() {
             continue;
         }
+        lane.frame_made(from);
         shared.limiter.acquire(frame.len()).await;
-        shared.meter.frame(encoder.totals().pages - pages_before, frame.len() as u64);
+        shared.meter.frame(lane.encoder.totals().pages - pages_before, frame.len() as u64);
         io.sender.write(Bytes::from(frame)).await.map_err(transport)?;
     }
     let mut mark = Vec::new();
-    encoder.round_mark(order.round, &mut mark);
+    lane.encoder.round_mark(order.round, &mut mark);
+    lane.frame_made(None);
     io.sender.write(Bytes::from(mark)).await.map_err(transport)?;
     Ok(LaneReport {
         lane: io.lane,
         round: order.round,
-        totals: encoder.totals(),
-        counts: encoder.counts(),
+        totals: lane.encoder.totals(),
+        counts: lane.encoder.counts(),
         wire_bytes: io.sender.stats().sent_bytes,
     })
 }
 
-/// What every destination lane of a migration shares.
+/// The decoders of a migration, by lane. Whoever receives on a lane holds its decoder.
+pub(super) type Decoders = Arc<[Mutex<Decoder>]>;
+
+pub(super) fn decoders(lanes: u16, pages: u64) -> Decoders {
+    (0..lanes).map(|lane| Mutex::new(Decoder::new(LaneIndex(lane), lanes, pages))).collect()
+}
+
+/// The same for a twin that an earlier gateway has filled, up to these.
+pub(super) fn decoders_after_restart(pages: u64, standings: &[LaneStanding]) -> Decoders {
+    let lanes = u16::try_from(standings.len()).unwrap_or(limits::LANES_MAX);
+    let standings = (0..lanes).map(LaneIndex).zip(standings);
+    standings.map(|(lane, standing)| Mutex::new(Decoder::after_restart(lane, lanes, pages, standing.round))).collect()
+}
+
+/// What every destination lane of a migration shares while one session lasts.
 #[derive(Debug, Clone)]
 pub(super) struct ReceiveShared {
     pub(super) migration: MigrationId,
     pub(super) ram: Arc<GuestRam>,
-    pub(super) lanes: u16,
+    pub(super) decoders: Decoders,
+    pub(super) progress: Option<Arc<Progress>>,
     pub(super) meter: Arc<Meter>,
     pub(super) seal: Arc<Seal>,
     pub(super) reports: mpsc::Sender<Result<LaneReport, EngineError>>,
@@ -115,7 +236,8 @@ impl Seal {
 
 /// Applies frames on the thread that decrypted them until the source finishes or something fails.
 pub(super) async fn receive_lane(mut io: LaneIo, shared: ReceiveShared) {
-    let mut decoder = Decoder::new(io.lane, shared.lanes, shared.ram.pages());
+    let Some(decoder) = shared.decoders.get(usize::from(io.lane.0)) else { return };
+    let mut decoder = decoder.lock().await;
     let mut body = BytesMut::zeroed(limits::FRAME_BODY_BYTES_MAX);
     loop {
         match receive_frame(&mut io, &shared, &mut decoder, &mut body).await {
@@ -129,6 +251,7 @@ pub(super) async fn receive_lane(mut io: LaneIo, shared: ReceiveShared) {
             Err(None) | Err(Some(EngineError::Transport { .. })) if shared.seal.is_closed() => return,
             Err(error) => {
                 let error = error.unwrap_or_else(|| ended_early("a frame"));
+                drop(decoder);
                 // Nobody listens any more when the migration has ended for another reason.
                 let _ = shared.reports.send(Err(error)).await;
                 return;
@@ -161,7 +284,12 @@ async fn receive_frame(
     }
     let ended = decoder.apply(&header, body, &shared.ram).map_err(|source| Some(EngineError::Frame { lane, source }))?;
     drop(closed);
+    if let Some(Err(error)) = shared.progress.as_ref().map(|progress| progress.note(lane, decoder.standing())) {
+        // What is not noted would come again after a restart; after a lane that goes on it would not.
+        return Err(Some(EngineError::Progress { migration: shared.migration, source: error }));
+    }
     shared.meter.frame(0, header.body_bytes as u64);
+    crate::failpoint::hit!("destination.frame-applied");
     Ok(ended.map(|round| LaneReport { lane, round, totals: decoder.totals(), counts: decoder.counts(), wire_bytes: 0 }))
 }
 

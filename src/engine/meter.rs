@@ -44,6 +44,12 @@ pub struct Figures {
     pub downtime: Option<Duration>,
     /// Where the downtime went, in order.
     pub breakdown: Vec<(&'static str, Duration)>,
+    /// How often the link was lost and stood again.
+    pub reconnects: u32,
+    /// How long the link was away, all outages together.
+    pub stalled: Duration,
+    /// Bytes of frames that were sent again because an outage took them.
+    pub resent_bytes: u64,
     /// Whether memory and state were compared and equal.
     pub verified: bool,
     /// The destination's last audit head.

@@ -9,6 +9,7 @@
 //! silent, or does not read, costs a bounded time).
 //! *Read first:* `source.rs`, then `lanes.rs`, `destination.rs`, `handoff.rs`.
 
+mod arbiter;
 mod destination;
 mod digest;
 mod error;
@@ -19,11 +20,17 @@ mod link;
 mod meter;
 mod recovery;
 mod source;
+mod standing;
 
-pub use destination::{DestinationEnd, DestinationOrder, run_destination};
+pub use arbiter::{Arbiter, NoArbiter, Owner, Ruling, Transfer};
+pub use destination::{DestinationEnd, DestinationOrder, Return, run_destination};
 pub use error::EngineError;
-pub use handoff::{Evidence, Placement};
+pub use handoff::{Binding, Evidence, JournalRecord, Placement};
 pub use link::{Link, PeerFacts, greet};
 pub use meter::{Figures, Meter};
-pub use recovery::{Attach, Interruption, Resolved, answer, interruption, may_own_twin, repeat_effect, resolve};
+pub use recovery::{
+    Attach, Decision, Host, Interruption, Look, Rebuild, Resolved, Withdrawal, answer, decide, interruption, may_own_twin, repeat_effect,
+    resolve, sweep_images, tell, withdraw,
+};
 pub use source::{AskCommit, Command, Redial, SourceEnd, SourceOrder, SourcePorts, run_source};
+pub use standing::{RecordNote, Standing, decisions, doubts, notes, owners, standing};

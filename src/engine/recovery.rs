@@ -1,21 +1,54 @@
-//! What becomes of a handoff that was interrupted: decided by its journal, and by the peer's word where that is needed.
+//! What becomes of a handoff that was interrupted: decided by its journal, by the peer's word where that is needed, and by
+//! operators where the peer has none.
+
+mod start;
+mod tell;
 
 use std::sync::Arc;
 
-use crate::engine::handoff::{Binding, Evidence, JournalRecord, Placement, joined, wake};
+use crate::engine::handoff::{Binding, Evidence, JournalRecord, joined, wake};
 use crate::engine::{EngineError, Link};
-use crate::hypervisor::{HypervisorError, PagedSource, RunState};
+use crate::hypervisor::{HypervisorError, PagedDestination, PagedSource, RunState};
 use crate::identity::verify_signature;
 use crate::limits;
 use crate::migration::{
-    DestinationHandoff, DestinationRecord, DestinationStep, HandoffAction, Outcome, SourceHandoff, SourceRecord, SourceStep,
+    DestinationHandoff, DestinationRecord, DestinationState, DestinationStep, HandoffAction, Holding, Outcome, SourceDecision,
+    SourceHandoff, SourceRecord, SourceStep,
 };
+use crate::storage::{ImageHead, restore_image};
 use crate::transport::{Session, TransportError};
-use crate::types::{MigrationId, Side, SpiffeId, VmName};
-use crate::wire::{ErrorClass, Handoff, Message, SignedHandoff};
+use crate::types::{MigrationId, SpiffeId, VmName};
+use crate::wire::{ErrorClass, FinalDigest, Handoff, Message, SignedHandoff};
+
+pub use start::{Interruption, interruption, may_own_twin, repeat_effect, sweep_images};
+pub use tell::{Withdrawal, tell, withdraw};
 
 /// Re-attaches to a guest by the address in a record.
 pub type Attach = Arc<dyn Fn(&str, &VmName) -> Result<Box<dyn PagedSource>, HypervisorError> + Send + Sync>;
+/// Looks at the VMM at an address, without taking control of it.
+pub type Look = Arc<dyn Fn(&str, &VmName) -> Result<RunState, HypervisorError> + Send + Sync>;
+/// Starts a VMM at an address and lets it build an empty twin of what an image is of. One that an earlier try left there,
+/// and that never ran, is ended first.
+pub type Rebuild = Arc<dyn Fn(&str, &ImageHead) -> Result<Box<dyn PagedDestination>, HypervisorError> + Send + Sync>;
+
+/// How guests are reached on this host, and built again.
+#[derive(Clone)]
+pub struct Host {
+    /// Re-attaches.
+    pub attach: Attach,
+    /// How the VMM at an address is; one without a twin is `Incoming`.
+    pub look: Look,
+    /// Starts a VMM.
+    pub rebuild: Rebuild,
+    /// Where the guest of a migration is that had to be built from its image.
+    pub rebuilt_at: Arc<dyn Fn(MigrationId) -> String + Send + Sync>,
+}
+
+impl std::fmt::Debug for Host {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Host").finish_non_exhaustive()
+    }
+}
 
 /// What came of an interrupted handoff.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -35,94 +68,218 @@ pub enum Resolved {
     },
 }
 
-/// One interrupted handoff, rebuilt from its journal.
-enum Machine {
-    Source(SourceHandoff),
-    Destination(DestinationHandoff),
+/// What operators decide about a VM in doubt.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Decision {
+    /// At the source: the destination is off for good and never ran the VM; the paused guest goes on as a new generation.
+    Reclaim,
+    /// The peer is off for good and may have run the VM: it is started here from its disks.
+    Restart,
+    /// At the source: the destination has the VM; the copy here is thrown away.
+    Release,
+    /// At the destination: it will never run the VM. Takes no evidence about the source, which is free to go on.
+    Refuse,
 }
 
-struct Interrupted<'a> {
-    evidence: &'a Evidence,
-    attach: &'a Attach,
+/// One interrupted handoff, as its journal has it.
+struct Interrupted {
+    evidence: Evidence,
+    host: Host,
+    /// Its address is where the guest is, or was.
     binding: Binding,
-    machine: Machine,
-    /// What the journal alone decides; not done yet.
-    due: Due,
-    /// Nothing more can come of it.
-    settled: bool,
+    records: Records,
 }
 
-enum Due {
-    Source(Vec<HandoffAction<SourceRecord>>),
-    Destination(Vec<HandoffAction<DestinationRecord>>),
+enum Records {
+    Source(Vec<SourceRecord>),
+    Destination(Vec<DestinationRecord>),
 }
 
-impl<'a> Interrupted<'a> {
-    /// Rebuilds a handoff. Nothing is done yet: whoever asks may not be who it is about.
-    fn load(evidence: &'a Evidence, attach: &'a Attach, migration: MigrationId) -> Result<Option<Self>, EngineError> {
-        let records = evidence.records(migration)?;
-        let sources: Vec<_> =
-            records.iter().filter_map(|r| if let JournalRecord::Source(r) = r { Some(r.clone()) } else { None }).collect();
-        let destinations: Vec<_> =
-            records.iter().filter_map(|r| if let JournalRecord::Destination(r) = r { Some(r.clone()) } else { None }).collect();
-        if let Some(SourceRecord::Offer(offer)) = sources.first() {
-            let Some((machine, actions)) = SourceHandoff::recover(&sources) else { return Ok(None) };
-            let mut settled = matches!(sources.last(), Some(SourceRecord::Abort | SourceRecord::Reclaim | SourceRecord::Done));
-            let binding = Binding::from(offer.as_ref());
-            if matches!(sources.last(), Some(SourceRecord::Offer(_))) && !evidence.is_here(&binding, offer.epoch)? {
-                // Another attempt has moved the VM since; this one was never given back its end on disk.
-                settled = true;
+/// A side's machine, rebuilt, and what its journal alone decides.
+enum Machine {
+    Source(SourceHandoff, Vec<HandoffAction<SourceRecord>>),
+    Destination(DestinationHandoff, Vec<HandoffAction<DestinationRecord>>),
+}
+
+/// What happens to an interrupted handoff.
+enum Step {
+    Reconnected,
+    Received { step: Handoff, incarnation_same: bool, position: u64 },
+    Decided(Decision),
+}
+
+impl Interrupted {
+    /// Reads it. Nothing is done and nobody is asked yet: whoever comes may not be who it is about.
+    fn load(evidence: &Evidence, host: &Host, migration: MigrationId) -> Result<Option<Self>, EngineError> {
+        let (mut sources, mut destinations) = (Vec::new(), Vec::new());
+        for record in evidence.records(migration)? {
+            match record {
+                JournalRecord::Source(record) => sources.push(record),
+                JournalRecord::Destination(record) => destinations.push(record),
             }
-            return Ok(Some(Self { evidence, attach, binding, machine: Machine::Source(machine), due: Due::Source(actions), settled }));
         }
-        if let Some(DestinationRecord::Prepared(record)) = destinations.first() {
-            let intact = match destinations.last() {
-                Some(DestinationRecord::Prepared(_)) => attach(&record.address, &record.vm).is_ok(),
-                _ => true,
-            };
-            let (machine, mut actions) = DestinationHandoff::recover(&destinations, intact);
-            let settled = matches!(destinations.last(), Some(DestinationRecord::Refused | DestinationRecord::Closed));
-            let binding = Binding::from(record.as_ref());
-            if matches!(destinations.last(), Some(DestinationRecord::Run)) && !evidence.is_here(&binding, binding.epoch)? {
-                // INVARIANT(single-runner): a VM that was given on since is not this handoff's to start.
-                actions.clear();
-            }
-            let (machine, due) = (Machine::Destination(machine), Due::Destination(actions));
-            return Ok(Some(Self { evidence, attach, binding, machine, due, settled }));
-        }
-        Ok(None)
+        let (binding, records) = match (sources.first(), destinations.first()) {
+            (Some(SourceRecord::Offer(offer)), _) => (Binding::from(offer.as_ref()), Records::Source(sources)),
+            (_, Some(DestinationRecord::Prepared(record))) => (Binding::from(record.as_ref()), Records::Destination(destinations)),
+            _ => return Ok(None),
+        };
+        Ok(Some(Self { evidence: evidence.clone(), host: host.clone(), binding, records }))
     }
 
-    /// Performs what the journal alone decides.
-    async fn settle(&mut self) -> Result<Resolved, EngineError> {
-        let due = std::mem::replace(&mut self.due, Due::Source(Vec::new()));
-        if self.settled {
-            return Ok(Resolved::Settled);
-        }
-        let ended = match due {
-            Due::Source(actions) => self.perform(actions, None).await?,
-            Due::Destination(actions) => self.perform(actions, None).await?,
-        };
-        Ok(match ended {
-            Some(outcome) => Resolved::Ended(outcome),
-            None => Resolved::Open {
-                vm: self.binding.vm.clone(),
-                peer: self.binding.peer.clone(),
-                source: matches!(self.machine, Machine::Source(_)),
+    /// Whether nothing more can come of it by itself.
+    fn is_settled(&self) -> Result<bool, EngineError> {
+        use {DestinationRecord as D, SourceRecord as S};
+        Ok(match &self.records {
+            Records::Source(records) => match records.last() {
+                // Another attempt may have moved the VM since; this one was never given its end on disk.
+                Some(S::Offer(offer)) => !self.evidence.is_here(&self.binding, offer.epoch)?,
+                Some(S::Commit { .. }) | None => false,
+                Some(S::Abort { .. } | S::Reclaim { .. } | S::Fenced { .. } | S::Done) => true,
+            },
+            Records::Destination(records) => match records.last() {
+                // A VM that was given on since waits for no word of the source that it came from.
+                Some(D::Run) => !self.evidence.is_here(&self.binding, self.binding.epoch)?,
+                last => matches!(last, Some(D::Refused | D::Closed | D::Fenced)),
             },
         })
     }
 
+    /// What this host holds of the guest, and where. A VMM that answers with trouble is one that is there.
+    async fn locate(&mut self) -> Result<Holding, EngineError> {
+        if self.is_settled()? {
+            // Nothing is done with it any more.
+            return Ok(Holding::Memory);
+        }
+        // An earlier gateway may have built the guest anew before it was killed.
+        for address in [self.binding.address.clone(), (self.host.rebuilt_at)(self.binding.migration)] {
+            match self.state_at(&address).await {
+                // Without its state it is no guest.
+                Ok(RunState::Incoming) => {}
+                Ok(_) => {
+                    self.binding.address = address;
+                    return Ok(Holding::Memory);
+                }
+                Err(HypervisorError::Unreachable { source, .. }) if is_gone(&source) => {}
+                // Whether the guest can be reached now changes nothing of what the peer has to hear.
+                Err(error) if self.is_past_doubt() => {
+                    tracing::warn!(vm = %self.binding.vm, error = %crate::telemetry::chain(&error), "the guest's VMM is there and does not answer");
+                    return Ok(Holding::Memory);
+                }
+                Err(error) => return Err(error.into()),
+            }
+        }
+        let (evidence, binding) = (self.evidence.clone(), self.binding.clone());
+        let image = joined(tokio::task::spawn_blocking(move || evidence.kept_image(&binding)).await)??;
+        let wanted = self.committed_digest();
+        let fits = |head: &ImageHead| wanted.is_none_or(|digest| (digest.state, digest.memory) == (head.digest.state, head.digest.memory));
+        Ok(if image.as_ref().is_some_and(fits) { Holding::Image } else { Holding::Nothing })
+    }
+
+    async fn state_at(&self, address: &str) -> Result<RunState, HypervisorError> {
+        let (look, address, vm) = (Arc::clone(&self.host.look), address.to_owned(), self.binding.vm.clone());
+        let asked = tokio::task::spawn_blocking(move || look(&address, &vm)).await;
+        let lost = |error: tokio::task::JoinError| std::io::Error::other(error.to_string());
+        let source = match asked {
+            Ok(answer) => return answer,
+            Err(error) => lost(error),
+        };
+        Err(HypervisorError::Local { vm: self.binding.vm.to_string(), what: "the task that asks the VMM", source })
+    }
+
+    /// COMMIT or RUN is journaled.
+    fn is_past_doubt(&self) -> bool {
+        match &self.records {
+            Records::Source(records) => matches!(records.last(), Some(SourceRecord::Commit { .. })),
+            Records::Destination(records) => matches!(records.last(), Some(DestinationRecord::Run)),
+        }
+    }
+
+    /// What an image has to be of, where the journal says so.
+    fn committed_digest(&self) -> Option<FinalDigest> {
+        match &self.records {
+            Records::Source(records) => records.iter().find_map(|record| match record {
+                SourceRecord::Commit { digest, .. } => Some(*digest),
+                _ => None,
+            }),
+            Records::Destination(records) => records.iter().find_map(|record| match record {
+                DestinationRecord::Prepared(record) => Some(record.digest),
+                _ => None,
+            }),
+        }
+    }
+
+    /// Builds the guest from its image, paused, in a VMM of its own.
+    async fn restore(&mut self) -> Result<(), EngineError> {
+        let address = (self.host.rebuilt_at)(self.binding.migration);
+        let (evidence, host, binding, at) = (self.evidence.clone(), self.host.clone(), self.binding.clone(), address.clone());
+        let restored = tokio::task::spawn_blocking(move || {
+            let gone = || EngineError::Bug("the image that was there is gone".into());
+            let head = evidence.kept_image(&binding)?.ok_or_else(gone)?;
+            let mut twin = (host.rebuild)(&at, &head)?;
+            let built = restore_image(&evidence.image_path(binding.migration), &head, twin.ram())
+                .map_err(EngineError::from)
+                .and_then(|state| Ok(twin.restore_state(&state)?));
+            if built.is_err() {
+                // It holds a part of the guest, which is nobody's.
+                let _ = twin.destroy();
+            }
+            built
+        });
+        joined(restored.await)??;
+        tracing::warn!(vm = %self.binding.vm, migration = %self.binding.migration, "the guest is built from its final image");
+        self.binding.address = address;
+        Ok(())
+    }
+
+    async fn machine(&mut self) -> Result<Option<Machine>, EngineError> {
+        let holding = self.locate().await?;
+        Ok(match &self.records {
+            Records::Source(records) => SourceHandoff::recover(records, holding).map(|(machine, due)| Machine::Source(machine, due)),
+            Records::Destination(records) => {
+                let (machine, due) = DestinationHandoff::recover(records, holding);
+                Some(Machine::Destination(machine, due))
+            }
+        })
+    }
+
+    /// Performs what the journal alone decides; the machine, for whoever has to ask the peer.
+    async fn settle(&mut self) -> Result<(Resolved, Option<Machine>), EngineError> {
+        let (settled, Some(mut machine)) = (self.is_settled()?, self.machine().await?) else { return Ok((Resolved::Settled, None)) };
+        if settled {
+            // INVARIANT(single-runner): a VM that was given on since is not this handoff's to start.
+            return Ok((Resolved::Settled, Some(machine)));
+        }
+        crate::failpoint::hit!("recovery.settle");
+        let ended = match &mut machine {
+            Machine::Source(_, due) => self.perform(std::mem::take(due), None).await?,
+            Machine::Destination(_, due) => self.perform(std::mem::take(due), None).await?,
+        };
+        crate::failpoint::hit!("recovery.settled");
+        let source = matches!(machine, Machine::Source(..));
+        let (vm, peer) = (self.binding.vm.clone(), self.binding.peer.clone());
+        let resolved = match ended {
+            Some(outcome) => Resolved::Ended(outcome),
+            // A twin that is lost refuses: the source has to hear it, and will ask.
+            None => Resolved::Open { vm, peer, source },
+        };
+        Ok((resolved, Some(machine)))
+    }
+
     async fn with_guest(&self, what: fn(&mut dyn PagedSource) -> Result<(), HypervisorError>) -> Result<(), EngineError> {
-        let (attach, address, vm) = (Arc::clone(self.attach), self.binding.address.clone(), self.binding.vm.clone());
-        joined(tokio::task::spawn_blocking(move || what(attach(&address, &vm)?.as_mut())).await)?.map_err(EngineError::from)
+        let (attach, address, vm) = (Arc::clone(&self.host.attach), self.binding.address.clone(), self.binding.vm.clone());
+        crate::failpoint::hit!("recovery.effect.before");
+        joined(tokio::task::spawn_blocking(move || what(attach(&address, &vm)?.as_mut())).await)??;
+        crate::failpoint::hit!("recovery.effect.after");
+        Ok(())
     }
 
     async fn perform<R: Into<JournalRecord>>(
-        &self,
+        &mut self,
         actions: Vec<HandoffAction<R>>,
         session: Option<&Session>,
     ) -> Result<Option<Outcome>, EngineError> {
+        let mut ended = None;
         for action in actions {
             match action {
                 HandoffAction::Journal(record) => self.evidence.record(&self.binding, record).await?,
@@ -131,163 +288,104 @@ impl<'a> Interrupted<'a> {
                         self.evidence.send(session, &self.binding, step).await;
                     }
                 }
-                HandoffAction::Resume => match (self.with_guest(wake).await, &self.machine) {
+                HandoffAction::Resume => match (self.with_guest(wake).await, &self.records) {
                     // RUN is the fact, whatever became of the guest since; the source has to hear it.
-                    (Err(error), Machine::Destination(_)) => {
+                    (Err(error), Records::Destination(_)) => {
                         tracing::error!(vm = %self.binding.vm, error = %crate::telemetry::chain(&error), "the guest is not resumed");
                     }
-                    (result, _) => result?,
+                    (result, _) => {
+                        result?;
+                        self.evidence.moved_to(&self.binding).await?;
+                    }
                 },
                 HandoffAction::Destroy => {
                     if let Err(error) = self.with_guest(|guest| guest.destroy()).await {
                         tracing::warn!(vm = %self.binding.vm, error = %error, "the copy that is no longer needed is gone already");
                     }
                 }
+                HandoffAction::Restore => self.restore().await?,
+                HandoffAction::Renew => self.with_guest(renew).await?,
+                HandoffAction::Forget => self.evidence.forget_image(self.binding.migration).await?,
+                HandoffAction::Keep => return Err(EngineError::Bug("an image made during recovery".into())),
                 // Only asked before PREPARED or COMMIT, which an interrupted handoff is past.
                 HandoffAction::AskCommit => return Err(EngineError::Bug("policy asked during recovery".into())),
-                HandoffAction::End(outcome) => return Ok(Some(outcome)),
+                HandoffAction::End(outcome) => ended = Some(outcome),
+                HandoffAction::LeaveToJournal => return Ok(None),
             }
         }
-        Ok(None)
+        Ok(ended)
     }
 
-    async fn step(&mut self, event: Step, session: &Session) -> Result<Option<Outcome>, EngineError> {
-        match (&mut self.machine, event) {
-            (Machine::Source(machine), event) => {
+    async fn step(&mut self, machine: &mut Machine, event: Step, session: Option<&Session>) -> Result<Option<Outcome>, EngineError> {
+        match machine {
+            Machine::Source(machine, _) => {
                 let step = match event {
                     Step::Reconnected => SourceStep::Reconnected,
-                    Step::Received(step, incarnation_same) => SourceStep::Received { step, incarnation_same },
+                    Step::Received { step, incarnation_same, position } => SourceStep::Received { step, incarnation_same, position },
+                    Step::Decided(Decision::Reclaim) => SourceStep::Decided(SourceDecision::Reclaim),
+                    Step::Decided(Decision::Restart) => SourceStep::Decided(SourceDecision::Restart),
+                    Step::Decided(Decision::Release | Decision::Refuse) => SourceStep::Decided(SourceDecision::Release),
                 };
                 let actions = machine.step(&step)?;
-                self.perform(actions, Some(session)).await
+                self.perform(actions, session).await
             }
-            (Machine::Destination(machine), event) => {
+            Machine::Destination(machine, _) => {
                 let step = match event {
                     Step::Reconnected => DestinationStep::Reconnected,
-                    Step::Received(step, _) => DestinationStep::Received(step),
+                    Step::Received { step, .. } => DestinationStep::Received(step),
+                    Step::Decided(Decision::Restart) => DestinationStep::SourceFenced,
+                    Step::Decided(_) => DestinationStep::GiveUp(ErrorClass::Cancelled),
                 };
                 let actions = machine.step(&step)?;
-                self.perform(actions, Some(session)).await
+                self.perform(actions, session).await
             }
         }
     }
 
-    fn is_settled(&self) -> bool {
-        match &self.machine {
-            Machine::Source(machine) => !machine.is_committed(),
-            Machine::Destination(machine) => !matches!(machine, DestinationHandoff::Prepared { .. } | DestinationHandoff::Running),
-        }
-    }
-
-    async fn converse(mut self, link: &Link, first: Step) -> Result<Resolved, EngineError> {
+    async fn converse(&mut self, mut machine: Machine, link: &Link, first: Step) -> Result<Resolved, EngineError> {
         let mut event = first;
-        loop {
-            if let Some(outcome) = self.step(event, &link.session).await? {
+        // A peer that goes on and on holds up everybody who waits to settle this handoff.
+        for _ in 0..limits::HANDOFF_MESSAGES_MAX {
+            if let Some(outcome) = self.step(&mut machine, event, Some(&link.session)).await? {
                 return Ok(Resolved::Ended(outcome));
             }
+            let until = tokio::time::Instant::now() + limits::ANSWER_WITHIN;
             event = loop {
-                let received = tokio::time::timeout(limits::ANSWER_WITHIN, link.session.receive()).await.unwrap_or_else(|_| {
+                let received = tokio::time::timeout_at(until, link.session.receive()).await.unwrap_or_else(|_| {
                     let (address, after) = (link.session.peer_address(), limits::ANSWER_WITHIN);
                     Err(TransportError::TimedOut { address, awaited: "go on with the handoff", after })
                 });
                 match received {
                     Ok(Message::Handoff(signed)) => {
-                        let (step, same) = self.evidence.check(&self.binding, &signed)?;
-                        break Step::Received(step, same);
+                        let heard = self.evidence.check(&self.binding, &signed)?;
+                        break Step::Received { step: heard.step, incarnation_same: heard.incarnation_same, position: heard.position };
                     }
                     Ok(Message::Ping | Message::AuditHead(_)) => {}
                     Ok(other) => return Err(EngineError::OutOfPlace { expected: "a handoff message", got: other.name().to_owned() }),
-                    Err(_) if self.is_settled() => return Ok(Resolved::Settled),
+                    Err(_) if machine.is_settled() => return Ok(Resolved::Settled),
                     Err(source) => return Err(EngineError::Transport { migration: self.binding.migration, source }),
                 }
             };
         }
+        Err(EngineError::OutOfPlace { expected: "an end of the handoff", got: "another message".into() })
     }
 }
 
-enum Step {
-    Reconnected,
-    Received(Handoff, bool),
-}
-
-/// A migration that a journal knows: what it was about.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Interruption {
-    /// The VM.
-    pub vm: VmName,
-    /// The other gateway.
-    pub peer: SpiffeId,
-    /// Which end this gateway was.
-    pub side: Side,
-    /// How it ended, once nothing is open.
-    pub outcome: Option<Outcome>,
-}
-
-/// What a migration of the journal was about; nothing when only its refusal is known.
-///
-/// # Errors
-/// The journal cannot be read.
-pub fn interruption(evidence: &Evidence, migration: MigrationId) -> Result<Option<Interruption>, EngineError> {
-    let records = evidence.records(migration)?;
-    let outcome = match records.last() {
-        Some(JournalRecord::Source(SourceRecord::Abort) | JournalRecord::Destination(DestinationRecord::Refused)) => Some(Outcome::Stayed),
-        Some(JournalRecord::Source(SourceRecord::Reclaim)) => Some(Outcome::Reclaimed),
-        Some(JournalRecord::Source(SourceRecord::Done) | JournalRecord::Destination(DestinationRecord::Closed)) => Some(Outcome::Moved),
-        _ => None,
-    };
-    let about = |side, binding: Binding| Interruption { vm: binding.vm, peer: binding.peer, side, outcome };
-    Ok(records.first().and_then(|first| match first {
-        JournalRecord::Source(SourceRecord::Offer(offer)) => Some(about(Side::Source, offer.as_ref().into())),
-        JournalRecord::Destination(DestinationRecord::Prepared(record)) => Some(about(Side::Destination, record.as_ref().into())),
-        _ => None,
-    }))
-}
-
-/// Whether the twin of a migration is or may become the guest, by the journal. One that is not is nobody's.
-///
-/// # Errors
-/// The journal cannot be read.
-pub fn may_own_twin(evidence: &Evidence, migration: MigrationId) -> Result<bool, EngineError> {
-    use DestinationRecord::{Closed, Prepared, Run};
-    let last = evidence.records(migration)?.pop();
-    Ok(matches!(last, Some(JournalRecord::Destination(Prepared(_) | Run | Closed))))
-}
-
-/// Repeats the effect of a migration's last record, in case a crash came between the two: resumes a guest that stays,
-/// destroys the paused copy of one that is away. Only for a gateway that starts: no migration has a guest in hand then,
-/// and a record speaks for the guest only while the VM's placement is the one that it made.
-///
-/// # Errors
-/// The journal cannot be read, or the guest does not do it.
-pub async fn repeat_effect(evidence: &Evidence, attach: &Attach, migration: MigrationId) -> Result<(), EngineError> {
-    let records = evidence.records(migration)?;
-    let (Some(JournalRecord::Source(SourceRecord::Offer(offer))), Some(last)) = (records.first(), records.last()) else { return Ok(()) };
-    let binding = Binding::from(offer.as_ref());
-    let read = |source| EngineError::Record { migration, source };
-    let place = evidence.journal.vm(&binding.vm)?.map(|bytes| Placement::read(&bytes)).transpose().map_err(read)?;
-    if place.is_none() || place != last.placement(&binding) {
-        return Ok(());
+/// One that runs has what it needs: it was renewed before it ran.
+fn renew(guest: &mut dyn PagedSource) -> Result<(), HypervisorError> {
+    match guest.status()?.state {
+        RunState::Running => Ok(()),
+        _ => guest.renew(),
     }
-    let effect: fn(&mut dyn PagedSource) -> Result<(), HypervisorError> = match last {
-        // A guest that runs may still be slowed down and watched.
-        JournalRecord::Source(SourceRecord::Abort | SourceRecord::Reclaim) => |guest| match guest.status()?.state {
-            RunState::Paused | RunState::Running => wake(guest),
-            RunState::Incoming | RunState::Ended => Ok(()),
-        },
-        JournalRecord::Source(SourceRecord::Done) => |guest| match guest.status()?.state {
-            RunState::Paused => guest.destroy(),
-            _ => Ok(()),
-        },
-        _ => return Ok(()),
-    };
-    let (attach, address) = (Arc::clone(attach), binding.address);
-    let repeat = move || match attach(&address, &binding.vm) {
-        Ok(mut guest) => effect(guest.as_mut()),
-        // A copy that is gone needs nothing; one that is busy does.
-        Err(HypervisorError::Unreachable { source, .. }) if is_gone(&source) => Ok(()),
-        Err(error) => Err(error),
-    };
-    Ok(joined(tokio::task::spawn_blocking(repeat).await)??)
+}
+
+impl Machine {
+    fn is_settled(&self) -> bool {
+        match self {
+            Self::Source(machine, _) => !machine.is_committed(),
+            Self::Destination(machine, _) => !matches!(machine.state(), DestinationState::Prepared { .. } | DestinationState::Running),
+        }
+    }
 }
 
 /// Whether nobody listens where a VMM was: its process, and with it the guest, is gone.
@@ -300,15 +398,16 @@ fn is_gone(error: &std::io::Error) -> bool {
 ///
 /// # Errors
 /// The journal cannot be read, the guest cannot be reached, or the peer misbehaves; nothing was decided then.
-pub async fn resolve(evidence: &Evidence, attach: &Attach, migration: MigrationId, link: Option<&Link>) -> Result<Resolved, EngineError> {
-    let Some(mut interrupted) = Interrupted::load(evidence, attach, migration)? else { return Ok(Resolved::Settled) };
-    let resolved = interrupted.settle().await?;
-    match (&resolved, link) {
-        (Resolved::Open { peer, .. }, Some(link)) => {
+pub async fn resolve(evidence: &Evidence, host: &Host, migration: MigrationId, link: Option<&Link>) -> Result<Resolved, EngineError> {
+    let Some(mut interrupted) = Interrupted::load(evidence, host, migration)? else { return Ok(Resolved::Settled) };
+    let (resolved, machine) = interrupted.settle().await?;
+    match (&resolved, link, machine) {
+        (Resolved::Open { peer, .. }, Some(link), Some(machine)) => {
             if link.peer.spiffe != *peer {
                 return Err(EngineError::NotAuthentic { migration, why: "session peer" });
             }
-            interrupted.converse(link, Step::Reconnected).await
+            crate::failpoint::hit!("recovery.asks");
+            interrupted.converse(machine, link, Step::Reconnected).await
         }
         _ => Ok(resolved),
     }
@@ -318,38 +417,64 @@ pub async fn resolve(evidence: &Evidence, attach: &Attach, migration: MigrationI
 ///
 /// # Errors
 /// As [`resolve`].
-pub async fn answer(evidence: &Evidence, attach: &Attach, link: &Link, signed: &SignedHandoff) -> Result<Resolved, EngineError> {
+pub async fn answer(evidence: &Evidence, host: &Host, link: &Link, signed: &SignedHandoff) -> Result<Resolved, EngineError> {
     let migration = signed.message.migration;
-    let Some(mut interrupted) = Interrupted::load(evidence, attach, migration)? else {
-        // Nothing was ever promised for this migration, and never will be.
-        if !verify_signature(&link.peer.signing_key, &signed.message.signed_bytes(), &signed.signature) {
-            return Err(EngineError::NotAuthentic { migration, why: "signature" });
-        }
-        let binding = Binding {
-            migration,
-            vm: placeholder_name(migration)?,
-            uuid: signed.message.uuid,
-            epoch: signed.message.epoch,
-            peer: link.peer.spiffe.clone(),
-            peer_incarnation: signed.message.sender,
-            peer_key: link.peer.signing_key,
-            address: String::new(),
-        };
-        if matches!(signed.message.step, Handoff::Commit | Handoff::Final { .. }) {
-            if evidence.records(migration)?.is_empty() {
-                evidence.record(&binding, DestinationRecord::Refused).await?;
-            }
-            evidence.send(&link.session, &binding, Handoff::Refuse { class: ErrorClass::Local }).await;
-        }
-        return Ok(Resolved::Settled);
+    let Some(mut interrupted) = Interrupted::load(evidence, host, migration)? else {
+        return refuse_unknown(evidence, link, signed).await;
     };
     if link.peer.spiffe != interrupted.binding.peer {
         return Err(EngineError::NotAuthentic { migration, why: "session peer" });
     }
     // Only now is it known that the right peer asks.
-    let (step, same) = evidence.check(&interrupted.binding, signed)?;
-    interrupted.settle().await?;
-    interrupted.converse(link, Step::Received(step, same)).await
+    let heard = evidence.check(&interrupted.binding, signed)?;
+    crate::failpoint::hit!("recovery.answers");
+    let (_, Some(machine)) = interrupted.settle().await? else { return Ok(Resolved::Settled) };
+    let first = Step::Received { step: heard.step, incarnation_same: heard.incarnation_same, position: heard.position };
+    interrupted.converse(machine, link, first).await
+}
+
+/// Nothing was ever promised for this migration, and never will be.
+async fn refuse_unknown(evidence: &Evidence, link: &Link, signed: &SignedHandoff) -> Result<Resolved, EngineError> {
+    let migration = signed.message.migration;
+    if !verify_signature(&link.peer.signing_key, &signed.message.signed_bytes(), &signed.signature) {
+        return Err(EngineError::NotAuthentic { migration, why: "signature" });
+    }
+    let binding = Binding {
+        migration,
+        vm: placeholder_name(migration)?,
+        uuid: signed.message.uuid,
+        epoch: signed.message.epoch,
+        peer: link.peer.spiffe.clone(),
+        peer_incarnation: signed.message.sender,
+        peer_key: link.peer.signing_key,
+        address: String::new(),
+    };
+    if matches!(signed.message.step, Handoff::Commit { .. } | Handoff::Final { .. }) {
+        if evidence.records(migration)?.is_empty() {
+            evidence.record(&binding, DestinationRecord::Refused).await?;
+        }
+        // INVARIANT(single-runner): a journal that was restored from a copy may have forgotten what it promised, and be as long
+        // as it was then by other migrations' records. What it does not know it refuses from before every promise.
+        evidence.send_from(0, &link.session, &binding, Handoff::Refuse { class: ErrorClass::Local }).await;
+    }
+    Ok(Resolved::Settled)
+}
+
+/// Performs what operators have decided about a VM in doubt. `INVARIANT(single-runner)`: whoever calls has two approvers and
+/// recorded evidence; a decision that has no place in the state that the journal left is refused.
+///
+/// # Errors
+/// The journal cannot be read, nothing is in doubt, or the decision is not one of this side's.
+pub async fn decide(evidence: &Evidence, host: &Host, migration: MigrationId, decision: Decision) -> Result<Resolved, EngineError> {
+    let Some(mut interrupted) = Interrupted::load(evidence, host, migration)? else { return Ok(Resolved::Settled) };
+    let (resolved, machine) = interrupted.settle().await?;
+    match (&resolved, machine) {
+        (Resolved::Open { .. }, Some(mut machine)) => {
+            let ended = interrupted.step(&mut machine, Step::Decided(decision), None).await?;
+            Ok(ended.map_or(resolved, Resolved::Ended))
+        }
+        _ => Ok(resolved),
+    }
 }
 
 /// A name for the audit entry about a migration that this gateway knows nothing of.

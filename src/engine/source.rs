@@ -1,5 +1,7 @@
 //! The source end of one migration.
 
+mod messages;
+mod outage;
 mod rounds;
 mod switch;
 
@@ -12,7 +14,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 
 use crate::engine::handoff::{Binding, Evidence, blocking, joined};
-use crate::engine::lanes::{LaneReport, LaneRound};
+use crate::engine::lanes::{LaneReport, LaneRound, SourceLane};
 use crate::engine::limiter::Limiter;
 use crate::engine::link::send_within;
 use crate::engine::meter::{Figures, Meter, Stopwatch};
@@ -20,13 +22,13 @@ use crate::engine::{EngineError, Link};
 use crate::hypervisor::PagedSource;
 use crate::limits;
 use crate::memory::{GuestRam, PageCounts, Tracker};
-use crate::migration::{Goal, OfferRecord, Outcome, Source, SourceAction, SourceEvent, SourceStep};
+use crate::migration::{Goal, HandoffAction, Outcome, Source, SourceAction, SourceEvent, SourceRecord, SourceStep};
 use crate::telemetry::{Phase, Progress};
-use crate::transport::{LaneHandle, TransportError};
+use crate::transport::{LaneHandle, Session, TransportError};
 use crate::types::{Epoch, MigrationId, Round, VmName, VmUuid};
-use crate::wire::{AuditHead, Failure, FinalDigest, Handoff, Message, Offer, StreamTerms};
+use crate::wire::{ErrorClass, Failure, FinalDigest, Message, Offer, StreamTerms};
+use outage::Outage;
 use rounds::{Finals, RoundUnderWay};
-use switch::RECONNECT_FIRST;
 
 /// What is to be done.
 #[derive(Debug, Clone)]
@@ -49,15 +51,17 @@ pub struct SourceOrder {
     pub stream: StreamTerms,
     /// When to give up, from the start.
     pub timeout: Option<Duration>,
-    /// How long to look for a destination that was given the VM and is silent.
+    /// How long to wait for a destination that was given the VM, lives and does not answer.
     pub resolve_timeout: Duration,
+    /// The longest outage of the link that is waited out.
+    pub outage_max: Duration,
     /// SHA-256 of the policy set that permitted the release.
     pub policy_digest: [u8; 32],
 }
 
 /// Asks policy and identity again, at commit. The error says who denies it, or why the answer cannot be had.
-pub type AskCommit = Arc<dyn Fn() -> Result<(), EngineError> + Send + Sync>;
-/// Opens a new session with the same destination and greets it.
+pub type AskCommit = Arc<dyn Fn(&Session) -> Result<(), EngineError> + Send + Sync>;
+/// Opens a new session with the same destination, greets it, and sees to it that it may still have the VM.
 pub type Redial = Arc<dyn Fn() -> Pin<Box<dyn Future<Output = Result<Link, EngineError>> + Send>> + Send + Sync>;
 
 /// The collaborators of one migration.
@@ -70,7 +74,7 @@ pub struct SourcePorts {
     pub guest: Box<dyn PagedSource>,
     /// Policy at commit.
     pub ask_commit: AskCommit,
-    /// A new session, when COMMIT was said and the old one is gone.
+    /// A new session, when the old one is gone.
     pub redial: Redial,
     /// Where progress is shown.
     pub progress: watch::Sender<Progress>,
@@ -87,6 +91,8 @@ pub enum Command {
     Bandwidth(Option<u64>),
     /// Change what is asked of the pause.
     DowntimeMax(Duration),
+    /// At a destination: the source offers the VM anew, so an attempt whose link is lost is over.
+    Superseded,
 }
 
 /// How it ended.
@@ -96,6 +102,8 @@ pub struct SourceEnd {
     pub outcome: Option<Outcome>,
     /// False when the guest stays and could not be made to go on: its journal says that it has to.
     pub woken: bool,
+    /// False when it did not move and the destination may not have heard of that.
+    pub told: bool,
     /// Why it did not move.
     pub error: Option<EngineError>,
     /// The figures.
@@ -123,17 +131,27 @@ struct Run {
     binding: Option<Binding>,
     tracker: Option<Tracker>,
     lanes: Vec<mpsc::Sender<LaneRound>>,
+    /// What each lane knows, whatever becomes of its connection.
+    encoders: Vec<Arc<tokio::sync::Mutex<SourceLane>>>,
     /// Keeps the lanes' threads alive.
     threads: Vec<LaneHandle<()>>,
     /// Pages by how they were sent and UDP payload, by lane.
     carried: Vec<(PageCounts, u64)>,
+    /// UDP payload of connections that are gone.
+    carried_before: u64,
+    /// UDP payload of each lane's connection that was lost.
+    left: Vec<u64>,
     reports: mpsc::Receiver<Result<LaneReport, EngineError>>,
     reports_in: mpsc::Sender<Result<LaneReport, EngineError>>,
     limiter: Arc<Limiter>,
     meter: Arc<Meter>,
     round: RoundUnderWay,
     finals: Option<JoinHandle<Result<Finals, EngineError>>>,
+    /// State and digests of the paused guest, until the destination has them.
+    paused: Option<Arc<Finals>>,
     digest: Option<FinalDigest>,
+    /// The destination has the last round.
+    all_applied: bool,
     pause: Option<Stopwatch>,
     error: Option<EngineError>,
     /// REFUSE came, and why comes behind it.
@@ -146,7 +164,11 @@ struct Run {
     pause_ends: Option<Instant>,
     /// When a destination that was given the VM and does not answer is left to the gateway.
     doubt_ends: Option<Instant>,
-    reconnect_pause: Duration,
+    outage: Option<Outage>,
+    /// When outages are no longer waited out, since something came of a session.
+    patience: Option<Instant>,
+    /// Why the link was lost, until that is dealt with.
+    lost: Option<EngineError>,
     said: Instant,
     ended: Option<Option<Outcome>>,
 }
@@ -164,11 +186,16 @@ pub async fn run_source(order: SourceOrder, ports: SourcePorts) -> SourceEnd {
         binding: None,
         tracker: None,
         lanes: Vec::new(),
+        encoders: Vec::new(),
         threads: Vec::new(),
         carried: Vec::new(),
+        carried_before: 0,
+        left: Vec::new(),
         meter: Arc::default(),
         finals: None,
+        paused: None,
         digest: None,
+        all_applied: false,
         pause: None,
         error: None,
         refused: false,
@@ -178,7 +205,9 @@ pub async fn run_source(order: SourceOrder, ports: SourcePorts) -> SourceEnd {
         started: Instant::now(),
         pause_ends: None,
         doubt_ends: None,
-        reconnect_pause: RECONNECT_FIRST,
+        outage: None,
+        patience: None,
+        lost: None,
         said: Instant::now(),
         ended: None,
         order,
@@ -198,7 +227,7 @@ impl Run {
     async fn run(mut self, mut commands: mpsc::Receiver<Command>) -> SourceEnd {
         let mut events = VecDeque::new();
         if let Err(error) = self.offer().await {
-            events.push_back(self.give_up(error));
+            events.push_back(self.broken(error));
         }
         let mut tick = tokio::time::interval(PROGRESS_INTERVAL);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Skip);
@@ -252,13 +281,14 @@ impl Run {
         sent.map_err(|source| EngineError::Transport { migration, source })
     }
 
-    /// When this has to be over as it is now: the migration, the pause, or the wait for an answer to COMMIT.
+    /// When this has to be over as it is now: the migration, an outage, the pause, or the wait for an answer to COMMIT.
     fn deadline(&self) -> Option<Instant> {
+        let outage = self.outage.as_ref().map(|outage| outage.ends);
         if self.machine.is_committed() {
-            return self.doubt_ends;
+            return outage.or(self.doubt_ends);
         }
         let end = self.order.timeout.map(|limit| self.started + limit);
-        [end, self.pause_ends].into_iter().flatten().min()
+        [end, outage.or(self.pause_ends)].into_iter().flatten().min()
     }
 
     fn deadline_passed(&mut self) -> Option<SourceEvent> {
@@ -267,7 +297,12 @@ impl Run {
             self.in_doubt();
             return None;
         }
-        let paused_too_long = self.pause_ends.take_if(|at| *at <= Instant::now()).is_some();
+        if self.outage.as_ref().is_some_and(|outage| outage.ends <= Instant::now()) {
+            let error = self.outage_too_long();
+            return Some(self.give_up(error));
+        }
+        let connected = self.outage.is_none();
+        let paused_too_long = connected && self.pause_ends.take_if(|at| *at <= Instant::now()).is_some();
         let error = match self.order.timeout.take_if(|_| !paused_too_long) {
             Some(limit) => EngineError::TimedOut { vm, limit },
             None => EngineError::PausedTooLong { vm, limit: self.pause_max() },
@@ -299,14 +334,27 @@ impl Run {
 
     /// A destination that hears nothing for too long takes this for lost.
     async fn sign_of_life(&mut self) -> Option<SourceEvent> {
-        if self.said.elapsed() < limits::PING_EVERY {
+        if self.outage.is_some() || self.said.elapsed() < limits::PING_EVERY {
             return None;
         }
         match self.say(Message::Ping).await {
-            Err(error) if !self.machine.is_committed() => Some(self.give_up(error)),
-            // After COMMIT the end of the session is what counts.
-            _ => None,
+            Err(error) => Some(self.broken(error)),
+            Ok(()) => None,
         }
+    }
+
+    /// What an outage may explain is waited out; anything else ends the attempt.
+    fn broken(&mut self, error: EngineError) -> SourceEvent {
+        // A destination that was started anew knows none of its lanes; whether it knows the migration it says when asked.
+        let forgotten = matches!(
+            &error,
+            EngineError::Transport { source: TransportError::Closed { class: Some(ErrorClass::Unauthenticated), .. }, .. }
+        );
+        if error.is_outage() || forgotten || (self.machine.is_committed() && matches!(error, EngineError::Transport { .. })) {
+            self.note_cause(error);
+            return SourceEvent::LinkLost;
+        }
+        self.give_up(error)
     }
 
     /// Keeps the first error, which is the cause, and asks the machine to give up.
@@ -344,18 +392,19 @@ impl Run {
             finals = finals => {
                 self.finals = None;
                 match joined(finals).and_then(|result| result) {
-                    Ok(finals) => self.send_state(finals).await,
+                    Ok(finals) => self.saved(finals).await,
                     Err(error) => Some(self.give_up(error)),
                 }
             }
             report = self.reports.recv() => match report {
                 Some(Ok(report)) => self.lane_reported(report).await,
-                // After the last round lanes may close as they like.
-                Some(Err(_)) if self.digest.is_some() => None,
-                Some(Err(error)) => Some(self.give_up(error)),
+                // Once the destination has all of it lanes may close as they like.
+                Some(Err(_)) if self.all_applied || self.machine.is_committed() => None,
+                Some(Err(error)) => Some(self.broken(error)),
                 None => None,
             },
-            message = self.link.session.receive() => self.received(message).await,
+            back = outage::back(&mut self.outage) => self.back(back).await,
+            message = self.link.session.receive(), if self.outage.is_none() => self.received(message).await,
             command = commands.recv() => self.commanded(command),
             () = timed_out => self.deadline_passed(),
             _ = tick.tick() => {
@@ -375,98 +424,36 @@ impl Run {
             Some(Command::DowntimeMax(downtime_max)) => {
                 Some(SourceEvent::SetGoal(Goal { downtime_max, ..*self.machine.convergence().goal() }))
             }
+            Some(Command::Superseded) => None,
             // The registry keeps the other end until the migration has ended; without it nobody can cancel.
             None => Some(self.give_up(EngineError::Cancelled { vm: self.order.vm.clone() })),
-        }
-    }
-
-    async fn received(&mut self, message: Result<Message, TransportError>) -> Option<SourceEvent> {
-        let message = match message {
-            Ok(message) => message,
-            Err(_) if self.machine.is_committed() => return self.reconnect().await,
-            Err(source) => return Some(self.give_up(EngineError::Transport { migration: self.order.migration, source })),
-        };
-        match message {
-            Message::Accept(accept)
-                if self.binding.is_none()
-                    && accept.migration == self.order.migration
-                    && (1..=self.order.stream.lanes).contains(&accept.lanes) =>
-            {
-                let offer = Box::new(OfferRecord {
-                    migration: self.order.migration,
-                    vm: self.order.vm.clone(),
-                    uuid: self.order.uuid,
-                    epoch: self.order.epoch,
-                    peer: self.link.peer.spiffe.clone(),
-                    peer_incarnation: self.link.peer.incarnation,
-                    peer_key: self.link.peer.signing_key,
-                    policy_digest: self.order.policy_digest,
-                    address: self.order.address.clone(),
-                });
-                self.binding = Some(offer.as_ref().into());
-                Some(SourceEvent::Accepted { offer, lanes: accept.lanes })
-            }
-            Message::RoundApplied(applied) if applied.migration == self.order.migration => {
-                self.round_applied(applied.round, &applied.lanes).await
-            }
-            Message::Handoff(signed) => {
-                let Some(binding) = &self.binding else {
-                    return Some(self.give_up(EngineError::OutOfPlace { expected: "ACCEPT", got: "a handoff message".into() }));
-                };
-                match self.evidence.check(binding, &signed) {
-                    Ok((step, incarnation_same)) => {
-                        if let Some(watch) = &mut self.pause {
-                            watch.lap(if matches!(step, Handoff::Prepared { .. }) { "destination" } else { "network" });
-                        }
-                        if matches!(&step, Handoff::Prepared { digest } if self.machine.name() == "await-prepared" && self.digest != Some(*digest))
-                        {
-                            let error = EngineError::Digest { vm: self.order.vm.clone(), what: "the final digest" };
-                            self.error.get_or_insert(error);
-                        }
-                        if let (Handoff::Refuse { class }, None) = (&step, &self.error) {
-                            self.error = Some(EngineError::peer(self.order.migration, *class, "the destination refused the VM"));
-                            self.refused = true;
-                        }
-                        Some(SourceEvent::Handoff(SourceStep::Received { step, incarnation_same }))
-                    }
-                    Err(error) if self.machine.is_committed() => {
-                        tracing::warn!(migration = %self.order.migration, error = %error, "ignored after COMMIT");
-                        None
-                    }
-                    Err(error) => Some(self.give_up(error)),
-                }
-            }
-            Message::AuditHead(head) => {
-                self.keep_peer_head(head).await;
-                None
-            }
-            Message::Failure(failure) => {
-                let error = EngineError::peer(self.order.migration, failure.class, &failure.reason);
-                Some(self.give_up(error))
-            }
-            Message::Ping => None,
-            other => Some(self.give_up(EngineError::OutOfPlace { expected: self.machine.name(), got: other.name().to_owned() })),
-        }
-    }
-
-    async fn keep_peer_head(&mut self, head: AuditHead) {
-        if self.evidence.keep_peer_head(&self.link.peer, &head.checkpoint).await {
-            self.figures.peer_audit_head = Some(head.checkpoint);
         }
     }
 
     /// `committed` says whether COMMIT was journaled before these actions were decided.
     async fn perform_all(&mut self, actions: Vec<SourceAction>, committed: bool, events: &mut VecDeque<SourceEvent>) {
         for action in actions {
+            let durable = is_durable(&action);
             match self.perform(action).await {
                 Ok(event) => events.extend(event),
+                // Not a disk that failed: whose the VM is, is not for this end to say. The guest stays as it is.
+                Err(error @ EngineError::Lost { .. }) => {
+                    self.error = Some(error);
+                    self.ended = Some(None);
+                    return;
+                }
+                Err(error) if durable => {
+                    tracing::error!(migration = %self.order.migration, error = %crate::telemetry::chain(&error), "not durable");
+                    self.error.get_or_insert(error);
+                    events.push_back(SourceEvent::Handoff(SourceStep::Failed));
+                    return;
+                }
                 Err(error) => {
                     if committed || self.machine.is_committed() {
-                        // The record may or may not be on disk: only what is read back from it can tell.
                         self.error = Some(error);
                         self.ended = Some(None);
                     } else {
-                        events.push_back(self.give_up(error));
+                        events.push_back(self.broken(error));
                     }
                     return;
                 }
@@ -476,6 +463,7 @@ impl Run {
 
     async fn perform(&mut self, action: SourceAction) -> Result<Option<SourceEvent>, EngineError> {
         match action {
+            SourceAction::Offer => self.offer().await.map(|()| None),
             SourceAction::Begin { lanes } => self.begin(lanes).await.map(|()| None),
             SourceAction::SendRound(round) => {
                 self.phase = Phase::Memory;
@@ -489,7 +477,7 @@ impl Run {
                 // A journal that cannot be written any more is found while the guest still runs: behind a COMMIT that
                 // failed only a restart can tell who owns the guest, and until then it stands still.
                 let journal = Arc::clone(&self.evidence.journal);
-                joined(tokio::task::spawn_blocking(move || journal.counter("switchovers")).await)??;
+                joined(tokio::task::spawn_blocking(move || journal.reserve()).await)??;
                 self.phase = Phase::Switchover;
                 self.pause = Some(Stopwatch::start());
                 self.pause_ends = Some(Instant::now() + self.pause_max());
@@ -499,6 +487,12 @@ impl Run {
                 Ok(Some(SourceEvent::Paused))
             }
             SourceAction::SendLast(round) => self.send_last(round).await.map(|()| None),
+            SourceAction::SendLastAgain(round) => self.send_last_again(round).await,
+            SourceAction::Reconnect => {
+                self.link_lost().await;
+                Ok(None)
+            }
+            SourceAction::GoOn => self.go_on().await.map(|()| None),
             SourceAction::NotConverging(verdict) => Err(EngineError::NotConverging { vm: self.order.vm.clone(), verdict }),
             SourceAction::Handoff(action) => self.handoff(action).await,
         }
@@ -538,6 +532,12 @@ impl Run {
         change(&mut next);
         self.progress.send_replace(next);
     }
+}
+
+/// Whether those behind this one count on it.
+fn is_durable(action: &SourceAction) -> bool {
+    use HandoffAction::{Forget, Journal, Keep, Restore};
+    matches!(action, SourceAction::Handoff(Journal::<SourceRecord>(_) | Keep | Forget | Restore))
 }
 
 fn per_second(bytes: u64, seconds: f64) -> u64 {

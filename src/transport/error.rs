@@ -232,6 +232,16 @@ impl TransportError {
         }
     }
 
+    /// Whether this may be nothing but the network, or a peer that starts again: what an outage looks like from here.
+    #[must_use]
+    pub fn is_outage(&self) -> bool {
+        match self {
+            Self::Unreachable { .. } | Self::TimedOut { .. } | Self::Socket { .. } => true,
+            Self::Closed { class, .. } => matches!(class, None | Some(ErrorClass::PeerUnreachable | ErrorClass::TimedOut)),
+            _ => false,
+        }
+    }
+
     pub(super) fn socket(action: &'static str, address: SocketAddr) -> impl FnOnce(io::Error) -> Self {
         move |source| Self::Socket { action, address, source }
     }

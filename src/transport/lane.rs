@@ -99,6 +99,11 @@ impl LaneSender {
         }
     }
 
+    /// Waits for the end of the lane's connection and says how it came. What was handed over and not acknowledged is lost then.
+    pub async fn closed(&self) -> TransportError {
+        TransportError::from_connection(self.connection.closed().await, self.connection.remote_address())
+    }
+
     /// Bytes handed over so far.
     #[must_use]
     pub fn sent_bytes(&self) -> u64 {

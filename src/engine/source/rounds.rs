@@ -8,7 +8,7 @@ use tokio::sync::mpsc;
 use super::{Run, blocking, lock};
 use crate::engine::EngineError;
 use crate::engine::digest::{digest_memory, digest_totals, sha256, totals_differ};
-use crate::engine::lanes::{LaneReport, LaneRound, SendShared, send_lane};
+use crate::engine::lanes::{LaneReport, LaneRound, SendShared, SourceLane, send_lane};
 use crate::limits;
 use crate::memory::{PageCounts, PageSet, Tracker};
 use crate::migration::{RoundMeasure, SourceEvent};
@@ -29,46 +29,47 @@ pub(super) struct RoundUnderWay {
 }
 
 /// What the pause yields besides pages.
+#[derive(Debug)]
 pub(super) struct Finals {
-    state: Vec<u8>,
+    pub(super) state: Vec<u8>,
     state_digest: [u8; 32],
     memory: u128,
 }
 
 impl Run {
-    pub(super) fn counts(&self) -> PageCounts {
-        let mut sum = PageCounts::default();
-        for (counts, _) in &self.carried {
-            sum.add(counts);
-        }
-        sum
+    pub(super) async fn begin(&mut self, lanes: u16) -> Result<(), EngineError> {
+        crate::failpoint::hit!("source.begin");
+        let guest = Arc::clone(&self.guest);
+        blocking(move || Ok(lock(&guest).start_tracking()?)).await?;
+        crate::failpoint::hit!("source.tracking");
+        let mut tracker = Tracker::new(self.ram.pages());
+        tracker.owe(&PageSet::full(self.ram.pages()));
+        self.tracker = Some(tracker);
+        let encoder = |lane| Arc::new(tokio::sync::Mutex::new(SourceLane::new(lane, lanes, &self.order.stream)));
+        self.encoders = (0..lanes).map(LaneIndex).map(encoder).collect();
+        self.carried = vec![(PageCounts::default(), 0); usize::from(lanes)];
+        self.open_lanes().await
     }
 
-    pub(super) async fn begin(&mut self, lanes: u16) -> Result<(), EngineError> {
+    /// Every lane joins, on the session that stands now.
+    pub(super) async fn open_lanes(&mut self) -> Result<(), EngineError> {
         let migration = self.order.migration;
         let shared = SendShared {
             migration,
             ram: Arc::clone(&self.ram),
-            lanes,
-            terms: self.order.stream.clone(),
             limiter: Arc::clone(&self.limiter),
             meter: Arc::clone(&self.meter),
             reports: self.reports_in.clone(),
         };
-        for lane in (0..lanes).map(LaneIndex) {
+        for (lane, encoder) in (0..).map(LaneIndex).zip(&self.encoders) {
             let (rounds_in, rounds) = mpsc::channel(1);
-            let shared = shared.clone();
-            let task = move |io| send_lane(io, shared, rounds);
+            let (shared, encoder) = (shared.clone(), Arc::clone(encoder));
+            let task = move |io| send_lane(io, shared, encoder, rounds);
             let opened = self.link.session.open_lane(migration, lane, task).await;
             self.threads.push(opened.map_err(|source| EngineError::Transport { migration, source })?);
             self.lanes.push(rounds_in);
-            self.carried.push((PageCounts::default(), 0));
         }
-        let guest = Arc::clone(&self.guest);
-        blocking(move || Ok(lock(&guest).start_tracking()?)).await?;
-        let mut tracker = Tracker::new(self.ram.pages());
-        tracker.owe(&PageSet::full(self.ram.pages()));
-        self.tracker = Some(tracker);
+        crate::failpoint::hit!("source.lanes-open");
         Ok(())
     }
 
@@ -80,22 +81,28 @@ impl Run {
         }
         self.round = RoundUnderWay::new(round, last, self.lanes.len(), content(&self.counts()));
         self.figures.rounds = round.0;
+        self.all_applied = false;
         for lane in &self.lanes {
-            lane.send(LaneRound { round, pages: Arc::clone(&pages) }).await.map_err(|_| EngineError::Bug("a lane ended early".into()))?;
+            // A lane that is gone has said why, or is about to.
+            let _ = lane.send(LaneRound { round, pages: Arc::clone(&pages) }).await;
         }
+        crate::failpoint::hit!("source.round-sent");
         Ok(())
     }
 
     /// The guest stands still. Saving its state may write guest memory, so the last harvest comes after;
     /// pages, state and digest then go out side by side.
     pub(super) async fn send_last(&mut self, round: Round) -> Result<(), EngineError> {
+        crate::failpoint::hit!("source.paused");
         let guest = Arc::clone(&self.guest);
         let saved = blocking(move || {
             let mut guest = lock(&guest);
             let state = guest.save_state()?;
+            crate::failpoint::hit!("source.state-saved");
             Ok((state, guest.harvest()?))
         });
         let (state, dirty) = self.alive_through(saved).await?;
+        crate::failpoint::hit!("source.last-harvest");
         self.lap("state");
         if let Some(tracker) = &mut self.tracker {
             tracker.owe(&dirty);
@@ -108,17 +115,32 @@ impl Run {
         self.send_round(round, true).await
     }
 
-    pub(super) async fn send_state(&mut self, finals: Finals) -> Option<SourceEvent> {
+    /// The lanes were lost behind FINAL: the paused guest is as it was, and what did not arrive of it goes out again.
+    pub(super) async fn send_last_again(&mut self, round: Round) -> Result<Option<SourceEvent>, EngineError> {
+        self.digest = None;
+        self.send_round(round, true).await?;
+        let finals = self.paused.clone().ok_or_else(|| EngineError::Bug("FINAL was said of a guest that was not saved".into()))?;
+        Ok(self.send_state(&finals).await)
+    }
+
+    pub(super) async fn saved(&mut self, finals: Finals) -> Option<SourceEvent> {
+        let finals = Arc::new(finals);
+        self.paused = Some(Arc::clone(&finals));
+        self.send_state(&finals).await
+    }
+
+    async fn send_state(&mut self, finals: &Finals) -> Option<SourceEvent> {
         let total = finals.state.len() as u64;
         let mut offset = 0;
         for piece in finals.state.chunks(limits::STATE_CHUNK_BYTES_MAX) {
             let chunk = StateChunk { migration: self.order.migration, offset, total, bytes: piece.to_vec() };
             offset += piece.len() as u64;
             if let Err(error) = self.say(Message::StateChunk(chunk)).await {
-                return Some(self.give_up(error));
+                return Some(self.broken(error));
             }
         }
         self.lap("digest");
+        crate::failpoint::hit!("source.state-sent");
         self.digest = Some(FinalDigest { state: finals.state_digest, lanes: [0; 32], memory: finals.memory });
         self.finalised().await
     }
@@ -131,10 +153,10 @@ impl Run {
         self.round.totals[lane] = Some(report.totals);
         self.carried[lane] = (report.counts, report.wire_bytes);
         let lanes: Vec<LaneTotals> = self.round.totals.iter().copied().collect::<Option<_>>()?;
-        self.figures.wire_bytes = self.carried.iter().map(|(_, bytes)| bytes).sum();
+        self.figures.wire_bytes = self.carried_before + self.carried.iter().map(|(_, bytes)| bytes).sum::<u64>();
         let end = RoundEnd { migration: self.order.migration, round: self.round.round, last: self.round.last, lanes };
         if let Err(error) = self.say(Message::RoundEnd(end)).await {
-            return Some(self.give_up(error));
+            return Some(self.broken(error));
         }
         self.round.said = true;
         self.lap("last-pages");
@@ -151,6 +173,7 @@ impl Run {
         digest.lanes = digest_totals(&totals);
         self.digest = Some(digest);
         self.phase = Phase::Verify;
+        crate::failpoint::hit!("source.final-ready");
         Some(SourceEvent::Finalised(digest))
     }
 
@@ -167,15 +190,19 @@ impl Run {
         if let Some(Err(error)) = self.tracker.as_mut().map(|tracker| tracker.applied(round)) {
             return Some(self.give_up(EngineError::OutOfPlace { expected: "the oldest round in flight", got: error.to_string() }));
         }
+        self.patience = None;
         if self.round.last {
+            self.all_applied = true;
             return None;
         }
+        crate::failpoint::hit!("source.round-applied");
         let duration = self.round.since.elapsed();
         let guest = Arc::clone(&self.guest);
         let dirty = match blocking(move || Ok(lock(&guest).harvest()?)).await {
             Ok(dirty) => dirty,
             Err(error) => return Some(self.give_up(error)),
         };
+        crate::failpoint::hit!("source.harvested");
         let dirty_pages = dirty.len();
         if let Some(tracker) = &mut self.tracker {
             tracker.owe(&dirty);

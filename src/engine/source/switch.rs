@@ -5,63 +5,26 @@ use std::time::{Duration, Instant};
 
 use super::{Run, SourceEnd, blocking, lock};
 use crate::engine::EngineError;
-use crate::engine::handoff::{joined, wake};
+use crate::engine::handoff::{Evidence, joined, wake};
 use crate::migration::{HandoffAction, Outcome, SourceEvent, SourceRecord, SourceStep};
+use crate::storage::write_image;
 use crate::telemetry::Phase;
+use crate::types::MigrationId;
 use crate::wire::{AuditHead, ErrorClass, Failure, Handoff, Message, SignedHandoff};
 
 impl Run {
-    /// COMMIT was said and the session is gone: only the destination knows. Ask until it answers.
-    pub(super) async fn reconnect(&mut self) -> Option<SourceEvent> {
-        let deadline = self.doubt_ends.unwrap_or_else(Instant::now);
-        // The destination may still hold the old session for alive.
-        self.link.session.close(None, "the handoff goes on in another session");
-        self.show(|progress| progress.stalled_because = Some("the destination was given the VM and does not answer".into()));
-        while Instant::now() + self.reconnect_pause < deadline {
-            // A destination that takes sessions and drops them is not asked any faster than one that is gone.
-            tokio::time::sleep(self.reconnect_pause).await;
-            self.reconnect_pause = (self.reconnect_pause * 2).min(RECONNECT_LONGEST);
-            match tokio::time::timeout_at(deadline.into(), (self.redial)()).await {
-                Ok(Ok(link)) if link.peer.spiffe == self.link.peer.spiffe => {
-                    self.link = link;
-                    return Some(SourceEvent::Handoff(SourceStep::Reconnected));
-                }
-                Ok(Ok(_)) => {}
-                Ok(Err(error)) => tracing::debug!(error = %error, "destination not reached"),
-                Err(_) => break,
-            }
-        }
-        self.in_doubt();
-        None
-    }
-
     pub(super) async fn handoff(&mut self, action: HandoffAction<SourceRecord>) -> Result<Option<SourceEvent>, EngineError> {
         let binding = self.binding.clone().ok_or_else(|| EngineError::Bug("handoff without an offer".into()))?;
         match action {
-            HandoffAction::Journal(record) => {
-                let (abort, commit) = (record == SourceRecord::Abort, record == SourceRecord::Commit);
-                let result = self.evidence.record(&binding, record).await;
-                self.lap("journal");
-                match result {
-                    // An ABORT that cannot be written is implied: COMMIT was never attempted, and a restart
-                    // makes ABORT of an OFFER. The guest's life does not wait for the disk.
-                    Err(error) if abort => {
-                        tracing::error!(migration = %binding.migration, error = %error, "ABORT is not on disk; a restart will repeat it")
-                    }
-                    result => result?,
-                }
-                if commit {
-                    self.doubt_ends = Some(Instant::now() + self.order.resolve_timeout);
-                }
-                Ok(None)
-            }
+            HandoffAction::Journal(record) => self.journal(record).await.map(|()| None),
             HandoffAction::Send(step) => {
                 self.evidence.send(&self.link.session, &binding, step).await;
                 Ok(None)
             }
             HandoffAction::AskCommit => {
-                let ask = Arc::clone(&self.ask_commit);
-                let answer = joined(tokio::task::spawn_blocking(move || ask()).await)?;
+                let (ask, session) = (Arc::clone(&self.ask_commit), Arc::clone(&self.link.session));
+                let answer = joined(tokio::task::spawn_blocking(move || ask(&session)).await)?;
+                crate::failpoint::hit!("source.policy-asked");
                 self.lap("policy");
                 Ok(Some(SourceEvent::Handoff(match answer {
                     Ok(()) => SourceStep::CommitPermitted,
@@ -79,6 +42,7 @@ impl Run {
                     // the next migration starts with every page, so the set ends here.
                     tracing::debug!(migration = %binding.migration, pages = tracker.give_back().len(), "pages given back");
                 }
+                crate::failpoint::hit!("source.resume");
                 let woken = blocking(move || Ok(wake(lock(&guest).as_mut())?)).await;
                 self.lap("resume");
                 if let Err(error) = woken {
@@ -91,20 +55,70 @@ impl Run {
             }
             HandoffAction::Destroy => {
                 let guest = Arc::clone(&self.guest);
+                crate::failpoint::hit!("source.destroy");
                 if let Err(error) = blocking(move || Ok(lock(&guest).destroy()?)).await {
                     tracing::warn!(vm = %binding.vm, error = %error, "the old copy is gone already");
                 }
                 Ok(None)
             }
+            HandoffAction::Keep => self.keep().await.map(|()| None),
+            HandoffAction::Forget => self.forget(binding.migration).await.map(|()| None),
+            HandoffAction::Renew => {
+                let guest = Arc::clone(&self.guest);
+                blocking(move || Ok(lock(&guest).renew()?)).await.map(|()| None)
+            }
+            // The guest's memory is here as long as this runs.
+            HandoffAction::Restore => Err(EngineError::Bug("a guest that is here is not restored".into())),
             HandoffAction::End(outcome) => {
                 self.ended = Some(Some(outcome));
+                Ok(None)
+            }
+            HandoffAction::LeaveToJournal => {
+                self.ended = Some(None);
                 Ok(None)
             }
         }
     }
 
+    async fn forget(&mut self, migration: MigrationId) -> Result<(), EngineError> {
+        if matches!(self.machine.name(), "aborted" | "reclaimed" | "fenced") {
+            // A VMM that died with the guest's memory needs the image yet.
+            let guest = Arc::clone(&self.guest);
+            blocking(move || Ok(lock(&guest).status().map(drop)?)).await?;
+        }
+        self.evidence.forget_image(migration).await
+    }
+
+    async fn journal(&mut self, record: SourceRecord) -> Result<(), EngineError> {
+        let binding = self.binding.clone().ok_or_else(|| EngineError::Bug("a record without an offer".into()))?;
+        let commit = matches!(record, SourceRecord::Commit { .. });
+        let result = self.evidence.record(&binding, record).await;
+        self.lap("journal");
+        result?;
+        if commit {
+            self.doubt_ends = Some(Instant::now() + self.order.resolve_timeout);
+        }
+        Ok(())
+    }
+
+    /// Makes the final image durable here. The guest stands still meanwhile: that is the price of durability at both ends.
+    async fn keep(&mut self) -> Result<(), EngineError> {
+        let (Some(binding), Some(finals), Some(digest)) = (&self.binding, self.paused.clone(), self.digest) else {
+            return Err(EngineError::Bug("an image of a guest that is not saved".into()));
+        };
+        let path = self.evidence.image_path(binding.migration);
+        let machine = serde_json::to_vec(lock(&self.guest).machine()).map_err(|error| EngineError::Bug(error.to_string()))?;
+        let (head, ram) = (Evidence::image_head(binding, &digest, machine), Arc::clone(&self.ram));
+        let written = blocking(move || Ok(write_image(&path, &head, &ram, &finals.state)?));
+        self.alive_through(written).await?;
+        self.lap("image");
+        Ok(())
+    }
+
     pub(super) async fn finish(mut self) -> SourceEnd {
+        crate::failpoint::hit!("source.finish");
         let outcome = self.ended.flatten();
+        let mut told = true;
         if let (Some(watch), Some(Outcome::Moved)) = (&self.pause, outcome) {
             self.figures.downtime = Some(watch.total());
             self.figures.breakdown = watch.laps().to_vec();
@@ -122,29 +136,33 @@ impl Run {
             }
             self.say_failure().await;
             if self.binding.is_some() && !self.refused {
-                self.until_abort_is_heard().await;
+                told = self.until_abort_is_heard().await;
             }
         }
+        // Nothing was journaled of an offer that was not answered; the destination may have it all the same.
+        told &= self.binding.is_some() || self.outage.is_none();
         self.figures.pages = self.counts();
+        self.figures.wire_bytes = self.carried_before + self.threads.iter().map(|handle| handle.stats().sent_bytes).sum::<u64>();
         self.phase = Phase::Done;
         self.show(|_| {});
         self.lanes.clear();
         self.link.session.close(None, "migration ended");
-        SourceEnd { outcome, woken: self.woken, error: self.error, figures: self.figures }
+        SourceEnd { outcome, woken: self.woken, told, error: self.error, figures: self.figures }
     }
 
     /// A close that overtakes ABORT would leave a destination that has prepared waiting for a word; it answers with REFUSE.
-    async fn until_abort_is_heard(&mut self) {
+    async fn until_abort_is_heard(&mut self) -> bool {
         let listen = async {
             while let Ok(message) = self.link.session.receive().await {
                 if let Message::Handoff(SignedHandoff { message, .. }) = message
                     && matches!(message.step, Handoff::Refuse { .. })
                 {
-                    return;
+                    return true;
                 }
             }
+            false
         };
-        let _ = tokio::time::timeout(LAST_WORDS, listen).await;
+        tokio::time::timeout(LAST_WORDS, listen).await.unwrap_or(false)
     }
 
     /// REFUSE has a class and no words; the words follow, if they come soon.
@@ -175,6 +193,4 @@ impl Run {
     }
 }
 
-pub(super) const RECONNECT_FIRST: Duration = Duration::from_millis(50);
-const RECONNECT_LONGEST: Duration = Duration::from_secs(5);
 const LAST_WORDS: Duration = Duration::from_secs(2);

@@ -1,0 +1,88 @@
+//! What the source says, as events for the machine.
+
+use super::Run;
+use crate::engine::EngineError;
+use crate::engine::handoff::Heard;
+use crate::limits;
+use crate::migration::{DestinationEvent, DestinationStep};
+use crate::transport::TransportError;
+use crate::wire::{Handoff, Message, StateChunk};
+
+/// Device state as it arrives, in order and bounded.
+#[derive(Default)]
+pub(super) struct StateBuffer {
+    pub(super) bytes: Vec<u8>,
+    total: Option<u64>,
+}
+
+impl Run {
+    pub(super) async fn received(&mut self, message: Result<Message, TransportError>) -> Option<DestinationEvent> {
+        let message = match message {
+            Ok(message) => message,
+            Err(source) => return self.broken(EngineError::Transport { migration: self.order.migration, source }).await,
+        };
+        match message {
+            Message::RoundEnd(end) if end.migration == self.order.migration && end.lanes.len() == usize::from(self.lanes) => {
+                if self.rounds.said.is_some() {
+                    return Some(
+                        self.give_up(EngineError::OutOfPlace {
+                            expected: "the end of the round under way",
+                            got: "another ROUND-END".into(),
+                        }),
+                    );
+                }
+                self.rounds.said = Some((end.round, end.last, end.lanes));
+                self.round_complete()
+            }
+            Message::StateChunk(chunk) if chunk.migration == self.order.migration => match self.state.take_in(&chunk) {
+                Ok(()) => self.final_when_ready(),
+                Err(error) => Some(self.give_up(error)),
+            },
+            Message::Handoff(signed) => match self.evidence.check(&self.binding, &signed) {
+                Ok(heard) if !heard.incarnation_same => {
+                    Some(self.give_up(EngineError::NotAuthentic { migration: self.order.migration, why: "sender's journal" }))
+                }
+                Ok(Heard { step: Handoff::Final { digest, lanes }, .. }) if lanes == self.lanes && self.final_said.is_none() => {
+                    self.final_said = Some(digest);
+                    self.final_when_ready()
+                }
+                Ok(Heard { step, .. }) => {
+                    if let (Handoff::Abort { class }, None) = (&step, &self.error) {
+                        self.error = Some(EngineError::peer(self.order.migration, *class, "the source keeps the VM"));
+                    }
+                    Some(DestinationEvent::Handoff(DestinationStep::Received(step)))
+                }
+                Err(error) => Some(self.give_up(error)),
+            },
+            Message::AuditHead(head) => {
+                self.evidence.keep_peer_head(&self.link.peer, &head.checkpoint).await;
+                None
+            }
+            Message::Failure(failure) => {
+                let error = EngineError::peer(self.order.migration, failure.class, &failure.reason);
+                Some(self.give_up(error))
+            }
+            Message::Ping => None,
+            other => Some(self.give_up(EngineError::OutOfPlace { expected: self.machine.name(), got: other.name().to_owned() })),
+        }
+    }
+}
+
+impl StateBuffer {
+    fn take_in(&mut self, chunk: &StateChunk) -> Result<(), EngineError> {
+        let refuse = |got: String| Err(EngineError::OutOfPlace { expected: "the next piece of the device state", got });
+        if chunk.total == 0 || chunk.total > limits::STATE_BYTES_MAX as u64 || *self.total.get_or_insert(chunk.total) != chunk.total {
+            return refuse(format!("a state of {} bytes", chunk.total));
+        }
+        let next = self.bytes.len() as u64;
+        if chunk.offset != next || chunk.bytes.is_empty() || chunk.offset + chunk.bytes.len() as u64 > chunk.total {
+            return refuse(format!("{} bytes at {}", chunk.bytes.len(), chunk.offset));
+        }
+        self.bytes.extend_from_slice(&chunk.bytes);
+        Ok(())
+    }
+
+    pub(super) fn is_complete(&self) -> bool {
+        self.total == Some(self.bytes.len() as u64)
+    }
+}

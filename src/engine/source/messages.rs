@@ -1,0 +1,90 @@
+//! What the destination says, as events for the machine.
+
+use super::Run;
+use crate::engine::EngineError;
+use crate::engine::handoff::Heard;
+use crate::migration::{OfferRecord, SourceEvent, SourceStep};
+use crate::transport::TransportError;
+use crate::wire::{AuditHead, Handoff, Message, SignedHandoff};
+
+impl Run {
+    pub(super) async fn received(&mut self, message: Result<Message, TransportError>) -> Option<SourceEvent> {
+        let message = match message {
+            Ok(message) => message,
+            Err(source) => return Some(self.broken(EngineError::Transport { migration: self.order.migration, source })),
+        };
+        match message {
+            Message::Accept(accept)
+                if self.binding.is_none()
+                    && accept.migration == self.order.migration
+                    && (1..=self.order.stream.lanes).contains(&accept.lanes) =>
+            {
+                let offer = Box::new(OfferRecord {
+                    migration: self.order.migration,
+                    vm: self.order.vm.clone(),
+                    uuid: self.order.uuid,
+                    epoch: self.order.epoch,
+                    peer: self.link.peer.spiffe.clone(),
+                    peer_incarnation: self.link.peer.incarnation,
+                    peer_key: self.link.peer.signing_key,
+                    policy_digest: self.order.policy_digest,
+                    address: self.order.address.clone(),
+                    durability: self.order.stream.durability,
+                });
+                self.binding = Some(offer.as_ref().into());
+                Some(SourceEvent::Accepted { offer, lanes: accept.lanes })
+            }
+            Message::RoundApplied(applied) if applied.migration == self.order.migration => {
+                self.round_applied(applied.round, &applied.lanes).await
+            }
+            Message::Handoff(signed) => self.handoff_received(&signed),
+            Message::AuditHead(head) => {
+                self.keep_peer_head(head).await;
+                None
+            }
+            Message::Failure(failure) => {
+                let error = EngineError::peer(self.order.migration, failure.class, &failure.reason);
+                Some(self.give_up(error))
+            }
+            Message::Ping => None,
+            other => Some(self.give_up(EngineError::OutOfPlace { expected: self.machine.name(), got: other.name().to_owned() })),
+        }
+    }
+
+    fn handoff_received(&mut self, signed: &SignedHandoff) -> Option<SourceEvent> {
+        let Some(binding) = &self.binding else {
+            return Some(self.give_up(EngineError::OutOfPlace { expected: "ACCEPT", got: "a handoff message".into() }));
+        };
+        let heard = match self.evidence.check(binding, signed) {
+            Ok(heard) => heard,
+            Err(error) if self.machine.is_committed() => {
+                tracing::warn!(migration = %self.order.migration, error = %error, "ignored after COMMIT");
+                return None;
+            }
+            Err(error) => return Some(self.give_up(error)),
+        };
+        let Heard { step, incarnation_same, position } = heard;
+        if let Some(watch) = &mut self.pause {
+            watch.lap(if matches!(step, Handoff::Prepared { .. }) { "destination" } else { "network" });
+        }
+        if matches!(&step, Handoff::Prepared { digest } if self.machine.name() == "await-prepared" && self.digest != Some(*digest)) {
+            let error = EngineError::Digest { vm: self.order.vm.clone(), what: "the final digest" };
+            self.error.get_or_insert(error);
+        }
+        if matches!(step, Handoff::Prepared { .. }) && !self.machine.is_committed() {
+            self.all_applied = true;
+            self.patience = None;
+        }
+        if let (Handoff::Refuse { class }, None) = (&step, &self.error) {
+            self.error = Some(EngineError::peer(self.order.migration, *class, "the destination refused the VM"));
+            self.refused = true;
+        }
+        Some(SourceEvent::Handoff(SourceStep::Received { step, incarnation_same, position }))
+    }
+
+    pub(super) async fn keep_peer_head(&mut self, head: AuditHead) {
+        if self.evidence.keep_peer_head(&self.link.peer, &head.checkpoint).await {
+            self.figures.peer_audit_head = Some(head.checkpoint);
+        }
+    }
+}

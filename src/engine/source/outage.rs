@@ -1,0 +1,313 @@
+//! An outage: the link is gone, the destination is looked for, and the migration goes on where it was.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use ring::rand::{SecureRandom, SystemRandom};
+use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
+
+use super::rounds::RoundUnderWay;
+use super::{Redial, Run, blocking, lock};
+use crate::audit::{Entry, Event, Outcome};
+use crate::engine::link::send_within;
+use crate::engine::{EngineError, Link};
+use crate::limits;
+use crate::memory::{PageCounts, PageSet};
+use crate::migration::{SourceEvent, Standing};
+use crate::telemetry::Phase;
+use crate::transport::TransportError;
+use crate::types::{MigrationId, Round};
+use crate::wire::{ErrorClass, Message, Resume, Resumed};
+
+/// The outage under way.
+#[derive(Debug)]
+pub(super) struct Outage {
+    since: Instant,
+    /// When it is no longer waited out.
+    pub(super) ends: Instant,
+    search: Search,
+    cause: Option<EngineError>,
+}
+
+/// Looks for the destination; dropped, it stops.
+#[derive(Debug)]
+struct Search(JoinHandle<Result<Back, EngineError>>);
+
+impl Drop for Search {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+/// A session stands again.
+#[derive(Debug)]
+pub(super) struct Back {
+    link: Link,
+    /// What the destination says it has; nothing when nothing was accepted yet.
+    resumed: Option<Resumed>,
+}
+
+/// Waits for the end of an outage; for ever when there is none. May be dropped and called again.
+pub(super) async fn back(outage: &mut Option<Outage>) -> Result<Back, EngineError> {
+    match outage {
+        Some(outage) => (&mut outage.search.0).await.unwrap_or_else(|error| Err(EngineError::Bug(error.to_string()))),
+        None => std::future::pending().await,
+    }
+}
+
+/// Exponential, with jitter, so that many migrations that lost one link do not all come back at once.
+struct Backoff(Duration);
+
+impl Backoff {
+    /// How long to wait now: between half of the step and the whole.
+    fn next(&mut self) -> Duration {
+        let step = self.0;
+        self.0 = (step * 2).min(LONGEST);
+        let mut random = [0; 2];
+        // Without random numbers there is no jitter, which does no harm to one migration.
+        let _ = SystemRandom::new().fill(&mut random);
+        step / 2 + step / 2 * u32::from(u16::from_le_bytes(random)) / u32::from(u16::MAX)
+    }
+}
+
+impl Run {
+    /// What the link was lost of; the first that was seen.
+    pub(super) fn note_cause(&mut self, error: EngineError) {
+        tracing::warn!(migration = %self.order.migration, state = self.machine.name(), error = %crate::telemetry::chain(&error), "link lost");
+        match &mut self.outage {
+            Some(outage) => drop(outage.cause.get_or_insert(error)),
+            None => self.lost = Some(error),
+        }
+    }
+
+    /// Ends what is left of the link, and begins to look for the destination.
+    pub(super) async fn link_lost(&mut self) {
+        let now = Instant::now();
+        let cause = self.lost.take();
+        let why = cause.as_ref().map(|error| crate::telemetry::chain(error)).unwrap_or_default();
+        self.drop_lanes();
+        if let Some(tracker) = self.tracker.as_mut().filter(|tracker| tracker.round() == Round(0)) {
+            // The lanes never stood: the first round counts as begun, with nothing of it sent.
+            let (round, _) = tracker.begin_round();
+            tracker.interrupted();
+            self.round = RoundUnderWay::new(round, false, self.encoders.len(), 0);
+        }
+        // The destination may still hold the old session for alive.
+        self.link.session.close(None, "the migration goes on in another session");
+        // One outage after the other, with nothing that came of it between them, is one.
+        let again = self.patience.is_some();
+        let ends = *self.patience.get_or_insert(now + self.order.outage_max);
+        self.outage = Some(Outage { since: now, ends, search: self.search(again), cause });
+        self.note_outage(Event::LinkLost, &[("state", self.machine.name().into()), ("why", why.into())]).await;
+        crate::failpoint::hit!("source.link-lost");
+        self.show(|_| {});
+    }
+
+    /// The lanes' threads end, and what they say from now on is not heard.
+    fn drop_lanes(&mut self) {
+        self.left = self.threads.iter().map(|handle| handle.stats().sent_bytes).collect();
+        self.carried_before += self.left.iter().sum::<u64>();
+        self.carried.iter_mut().for_each(|(_, bytes)| *bytes = 0);
+        // In this order: a lane whose orders end takes that for a good end, unless nobody listens to it any more.
+        (self.reports_in, self.reports) = mpsc::channel(usize::from(limits::LANES_MAX) * 2);
+        self.threads.clear();
+        self.lanes.clear();
+    }
+
+    fn search(&self, again: bool) -> Search {
+        let (redial, migration) = (Arc::clone(&self.redial), self.order.migration);
+        let round = self.binding.is_some().then(|| self.tracker.as_ref().map_or(Round(0), |tracker| tracker.round()));
+        let committed = self.machine.is_committed();
+        Search(tokio::spawn(async move {
+            let mut pause = Backoff(if again { LONGEST / 2 } else { FIRST });
+            loop {
+                tokio::time::sleep(pause.next()).await;
+                match try_resume(&redial, migration, round).await {
+                    Ok(back) => return Ok(back),
+                    // The peer is there and will have none of it; after COMMIT it is asked for as long as it takes.
+                    Err(error) if !committed && is_final(&error) => return Err(error),
+                    Err(error) => tracing::debug!(%migration, error = %crate::telemetry::chain(&error), "destination not back yet"),
+                }
+            }
+        }))
+    }
+
+    /// The search has ended.
+    pub(super) async fn back(&mut self, back: Result<Back, EngineError>) -> Option<SourceEvent> {
+        let outage = self.outage.take()?;
+        let Back { link, resumed } = match back {
+            Ok(back) => back,
+            Err(error) => return Some(self.give_up(error)),
+        };
+        if let (Some(what), false) = (changed(&self.link, &link), self.machine.is_committed()) {
+            let migration = self.order.migration;
+            self.link = link;
+            return Some(self.give_up(EngineError::Changed { migration, what }));
+        }
+        self.link = link;
+        let stalled = outage.since.elapsed();
+        match self.take_standing(resumed).await {
+            Ok(standing) => {
+                self.figures.reconnects += 1;
+                self.figures.stalled += stalled;
+                let milliseconds = u64::try_from(stalled.as_millis()).unwrap_or(u64::MAX);
+                self.note_outage(Event::LinkResumed, &[("stalled_milliseconds", milliseconds.into())]).await;
+                // What is left is left.
+                self.pause_ends = self.pause_ends.map(|at| at + stalled);
+                self.doubt_ends = self.doubt_ends.map(|at| at + stalled);
+                Some(SourceEvent::Resumed(standing))
+            }
+            // It was gone again before the lanes stood. After COMMIT it is asked for as long as it takes, whatever it says.
+            Err(error) if error.is_outage() || self.machine.is_committed() => {
+                self.drop_lanes();
+                let search = self.search(true);
+                self.outage = Some(Outage { search, cause: Some(error), ..outage });
+                None
+            }
+            Err(error) => Some(self.give_up(error)),
+        }
+    }
+
+    async fn take_standing(&mut self, resumed: Option<Resumed>) -> Result<Standing, EngineError> {
+        let Some(resumed) = resumed else { return Ok(Standing::Unknown) };
+        if resumed.deciding {
+            return Ok(Standing::Deciding);
+        }
+        if self.machine.is_committed() {
+            return Err(EngineError::OutOfPlace {
+                expected: "a destination that decides",
+                got: "one that takes pages, after COMMIT".into(),
+            });
+        }
+        self.owe_again(&resumed).await?;
+        self.open_lanes().await?;
+        crate::failpoint::hit!("source.lanes-reopened");
+        Ok(Standing::Receiving)
+    }
+
+    /// The destination keeps what it has; the rest of the round in flight is owed again, with what the guest wrote meanwhile.
+    async fn owe_again(&mut self, resumed: &Resumed) -> Result<(), EngineError> {
+        let round = self.round.round;
+        if resumed.lanes.len() != self.encoders.len() {
+            return Err(EngineError::OutOfPlace { expected: "every lane in RESUMED", got: format!("{} lanes", resumed.lanes.len()) });
+        }
+        let pages = self.tracker.as_ref().and_then(|tracker| tracker.in_flight());
+        let mut missing = PageSet::empty(self.ram.pages());
+        let left = std::mem::take(&mut self.left).into_iter().chain(std::iter::repeat(0));
+        let mut arrived = 0;
+        for (((lane, standing), left), carried) in self.encoders.iter().zip(&resumed.lanes).zip(left).zip(&mut self.carried) {
+            let mut lane = lane.lock().await;
+            let Some(outstanding) = lane.outstanding(round, *standing) else {
+                return Err(EngineError::OutOfPlace { expected: "frames that were sent", got: format!("{standing:?} in RESUMED") });
+            };
+            // What waited in this host's buffers is not sent again: it never was.
+            self.figures.resent_bytes += outstanding.lost_bytes.min(left.saturating_sub(outstanding.arrived_bytes));
+            if let (Some(from), Some(pages)) = (outstanding.from, &pages) {
+                lane.add_missing(pages, from, &mut missing);
+            }
+            arrived += outstanding.arrived_bytes;
+            // What was made for the round that is over is no measure of the next.
+            carried.0 = lane.counts();
+            lane.rejoin();
+        }
+        if arrived > 0 && self.pause.is_none() {
+            self.patience = None;
+        }
+        let guest = Arc::clone(&self.guest);
+        let dirty = blocking(move || Ok(lock(&guest).harvest()?)).await?;
+        if let Some(tracker) = &mut self.tracker {
+            tracker.resumed(&missing);
+            tracker.owe(&dirty);
+        }
+        Ok(())
+    }
+
+    /// The guest was paused and the switch did not begin: it goes on, still watched.
+    pub(super) async fn go_on(&mut self) -> Result<(), EngineError> {
+        if let Some(task) = self.finals.take() {
+            task.abort();
+        }
+        (self.paused, self.digest, self.pause, self.pause_ends) = (None, None, None, None);
+        self.phase = Phase::Memory;
+        let guest = Arc::clone(&self.guest);
+        crate::failpoint::hit!("source.goes-on");
+        blocking(move || Ok(lock(&guest).resume()?)).await
+    }
+
+    pub(super) fn outage_too_long(&mut self) -> EngineError {
+        let source = self.outage.as_mut().and_then(|outage| outage.cause.take()).map(Box::new);
+        EngineError::Outage { vm: self.order.vm.clone(), migration: self.order.migration, limit: self.order.outage_max, source }
+    }
+
+    async fn note_outage(&self, event: Event, detail: &[(&str, serde_json::Value)]) {
+        let mut entry = Entry::new(event).outcome(Outcome::Done);
+        entry.vm = Some(self.order.vm.clone());
+        entry.uuid = Some(self.order.uuid);
+        entry.migration = Some(self.order.migration);
+        entry.peer = Some(self.link.peer.spiffe.to_string());
+        entry.detail.extend(detail.iter().map(|(name, value)| ((*name).to_owned(), value.clone())));
+        self.evidence.note(entry).await;
+    }
+
+    /// Pages by how they were sent, of all lanes.
+    pub(super) fn counts(&self) -> PageCounts {
+        let mut sum = PageCounts::default();
+        for (counts, _) in &self.carried {
+            sum.add(counts);
+        }
+        sum
+    }
+}
+
+/// One session, and the destination's word on it.
+async fn try_resume(redial: &Redial, migration: MigrationId, round: Option<Round>) -> Result<Back, EngineError> {
+    let link = redial().await?;
+    crate::failpoint::hit!("source.redialled");
+    let Some(round) = round else { return Ok(Back { link, resumed: None }) };
+    let transport = |source| EngineError::Transport { migration, source };
+    send_within(&link.session, &Message::Resume(Resume { migration, round }), limits::SEND_WITHIN).await.map_err(transport)?;
+    crate::failpoint::hit!("source.resume-sent");
+    let answer = async {
+        loop {
+            match link.session.receive().await.map_err(transport)? {
+                Message::Resumed(resumed) if resumed.migration == migration => return Ok(resumed),
+                Message::Failure(failure) => return Err(EngineError::peer(migration, failure.class, &failure.reason)),
+                Message::Ping | Message::AuditHead(_) => {}
+                other => return Err(EngineError::OutOfPlace { expected: "RESUMED", got: other.name().to_owned() }),
+            }
+        }
+    };
+    let resumed = tokio::time::timeout(limits::ANSWER_WITHIN, answer).await.unwrap_or_else(|_| {
+        let (address, after) = (link.session.peer_address(), limits::ANSWER_WITHIN);
+        Err(transport(TransportError::TimedOut { address, awaited: "say where the migration goes on", after }))
+    })?;
+    crate::failpoint::hit!("source.resumed-heard");
+    Ok(Back { link, resumed: Some(resumed) })
+}
+
+/// Whether asking again can change nothing.
+fn is_final(error: &EngineError) -> bool {
+    match error {
+        EngineError::Peer { class, .. } => *class != ErrorClass::PeerUnreachable,
+        error => matches!(
+            error.class(),
+            ErrorClass::Unauthenticated | ErrorClass::Denied | ErrorClass::PeerMisbehaved | ErrorClass::PeerIncompatible
+        ),
+    }
+}
+
+/// What of the peer is not what it was.
+fn changed(before: &Link, now: &Link) -> Option<&'static str> {
+    let (before, now) = (&before.peer, &now.peer);
+    [
+        ("identity", before.spiffe == now.spiffe),
+        ("journal", before.incarnation == now.incarnation),
+        ("signing key", before.signing_key == now.signing_key),
+    ]
+    .into_iter()
+    .find_map(|(what, same)| (!same).then_some(what))
+}
+
+const FIRST: Duration = Duration::from_millis(100);
+const LONGEST: Duration = Duration::from_secs(5);
