@@ -161,6 +161,7 @@ fn view(state: MigrationState) -> MigrationView {
         state,
         progress: None,
         report: None,
+        records: Vec::new(),
     }
 }
 
@@ -492,4 +493,22 @@ fn a_reader_that_goes_away_is_no_crash() {
     let output = child.wait_with_output().unwrap();
     check(&output, 0, &[], &[]);
     assert!(output.stderr.is_empty(), "{}", text(&output.stderr));
+}
+
+#[test]
+fn a_build_has_failpoints_with_the_feature_only() {
+    let text = include_str!("../src/failpoint.rs");
+    let list = text.split("ALL: &[&str] = &[").nth(1).unwrap().split("];").next().unwrap();
+    let names: Vec<_> = list.lines().filter_map(|line| line.split('"').nth(1)).chain(["SEALANE_FAILPOINT"]).collect();
+    assert!(names.len() > 40, "{names:?}");
+    // A search for all of them would take minutes without optimisation, and one lies beside the other.
+    let quick = |name: &&&str| !name[1..].contains(&name[..1]);
+    let sample: Vec<_> = names.iter().filter(quick).rev().take(4).collect();
+    assert_eq!(sample[0], &"SEALANE_FAILPOINT");
+    let program = std::fs::read(env!("CARGO_BIN_EXE_sealane")).unwrap();
+    let there = |name: &str| program.split(|byte| *byte == name.as_bytes()[0]).any(|rest| rest.starts_with(&name.as_bytes()[1..]));
+    let wrong: Vec<_> = sample.iter().filter(|name| there(name) != cfg!(feature = "failpoints")).collect();
+    assert!(wrong.is_empty(), "in the program or missing there: {wrong:?}");
+    let output = Command::new(env!("CARGO_BIN_EXE_sealane")).arg("failpoints").output().unwrap();
+    assert_eq!(output.status.success(), cfg!(feature = "failpoints"));
 }

@@ -155,6 +155,7 @@ fn request(flags: &MigrationFlags) -> MigrateRequest {
     request.bandwidth_bytes_per_second = flags.bandwidth.map(|bandwidth| bandwidth.bytes_per_second);
     request.max_downtime_seconds = flags.max_downtime.map(|span| span.duration.as_secs_f64());
     request.timeout_seconds = flags.timeout.map(|span| span.duration.as_secs_f64());
+    request.max_outage_seconds = flags.max_outage.map(|span| span.duration.as_secs_f64());
     request.mode = match flags.mode {
         ModeFlag::Precopy => Mode::Precopy,
     };
@@ -184,7 +185,7 @@ fn show(view: &MigrationView, out: Out) {
 }
 
 /// The migration whose id begins like that.
-async fn find(client: &Client, prefix: &IdPrefix) -> Result<MigrationId, Problem> {
+pub(super) async fn find(client: &Client, prefix: &IdPrefix) -> Result<MigrationId, Problem> {
     if let Ok(id) = prefix.0.parse() {
         return Ok(id);
     }
@@ -211,7 +212,7 @@ fn ask<T>(flags: &DaemonFlags, question: impl AsyncFnOnce(Client) -> Result<T, C
     with_client(flags, async |client| question(client).await.map_err(|error| error.problem()))
 }
 
-fn with_client<T>(flags: &DaemonFlags, work: impl AsyncFnOnce(Client) -> Result<T, Problem>) -> Result<T, Problem> {
+pub(super) fn with_client<T>(flags: &DaemonFlags, work: impl AsyncFnOnce(Client) -> Result<T, Problem>) -> Result<T, Problem> {
     let client = Client::new(socket(flags)?);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let runtime = runtime.map_err(|error| Problem::new(ErrorClass::Local, format!("cannot start: {error}")))?;

@@ -67,6 +67,16 @@ pub enum Command {
     ///
     /// After the switch it is too late, and the command says so.
     Cancel(IdFlags),
+    /// Decide what becomes of a VM in doubt.
+    ///
+    /// A VM is in doubt when the other gateway was given it, or has offered it, and cannot be asked any more. Without flags this lists
+    /// VMs in doubt, what the journal says of each, and what is possible. One operator proposes, another one approves, and policy
+    /// (`resolveInDoubt`) says whether that is enough. Until then the gateway goes on asking the other one, and if that answers
+    /// first, its answer counts.
+    ///
+    /// For example: sealane resolve web-1 --reclaim --evidence "power of host-b is off, CHG-7", and then, as somebody else,
+    /// sealane resolve web-1 --approve
+    Resolve(ResolveFlags),
     /// Change a migration under way.
     ///
     /// For example: sealane set 5f3a bandwidth=1Gbit max-downtime=500ms
@@ -102,6 +112,10 @@ pub enum Command {
     Completion(CompletionFlags),
     /// Write manual pages into a directory.
     Man(ManFlags),
+    /// List the failpoints of this build.
+    #[cfg(feature = "failpoints")]
+    #[command(hide = true)]
+    Failpoints,
 }
 
 /// How to find the gateway, and how to print.
@@ -153,6 +167,12 @@ pub struct MigrationFlags {
     /// Longest migration, e.g. 1h; after it the VM stays on the source.
     #[arg(long, value_name = "DURATION", value_parser = quantity::<TimeSpan>)]
     pub timeout: Option<TimeSpan>,
+    /// Longest outage of the link that is waited out, e.g. 10m.
+    ///
+    /// A migration whose link is away pauses and goes on where it was. After this time the VM stays on the source; if the
+    /// destination was given it already, the outcome is unknown until the two gateways meet again.
+    #[arg(long, value_name = "DURATION", value_parser = quantity::<TimeSpan>)]
+    pub max_outage: Option<TimeSpan>,
     /// How memory moves.
     #[arg(long, value_enum, default_value_t = ModeFlag::Precopy)]
     pub mode: ModeFlag,
@@ -244,6 +264,39 @@ pub struct IdFlags {
 pub struct OptionalIdFlags {
     /// A migration's id, or its first digits.
     pub id: Option<IdPrefix>,
+    /// The gateway to ask.
+    #[command(flatten)]
+    pub daemon: DaemonFlags,
+}
+
+/// Flags of `resolve`.
+#[derive(Debug, Args)]
+#[command(group(clap::ArgGroup::new("step").args(["reclaim", "restart", "release", "refuse", "approve", "withdraw"]).requires("what")))]
+pub struct ResolveFlags {
+    /// The VM, or the migration's id or its first digits.
+    #[arg(value_name = "ID|VM")]
+    pub what: Option<VmName>,
+    /// Propose, at the source: the other host is off for good and never ran the VM; the paused copy here goes on.
+    #[arg(long)]
+    pub reclaim: bool,
+    /// Propose: the other host is off for good and may have run the VM; it is started here from its disks.
+    #[arg(long)]
+    pub restart: bool,
+    /// Propose, at the source: the destination has the VM; the copy here is thrown away.
+    #[arg(long)]
+    pub release: bool,
+    /// Propose, at the destination: it will never run the VM, and the source is free to go on.
+    #[arg(long)]
+    pub refuse: bool,
+    /// What shows that the other host cannot run the VM; only --refuse does without.
+    #[arg(long, value_name = "TEXT", requires = "step", conflicts_with_all = ["approve", "withdraw"])]
+    pub evidence: Option<String>,
+    /// Approve what another operator has proposed, and so decide.
+    #[arg(long)]
+    pub approve: bool,
+    /// Take the proposal back.
+    #[arg(long)]
+    pub withdraw: bool,
     /// The gateway to ask.
     #[command(flatten)]
     pub daemon: DaemonFlags,

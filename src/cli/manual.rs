@@ -25,3 +25,9 @@ pub(super) fn man(flags: &ManFlags, out: Out) -> Ending {
     out.talk(&format!("manual pages written to {}", directory.display()));
     Ok(Exit::Done)
 }
+
+#[cfg(feature = "failpoints")]
+pub(super) fn failpoints(out: Out) -> Ending {
+    out.data(&(crate::failpoint::ALL.join("\n") + "\n"));
+    Ok(Exit::Done)
+}

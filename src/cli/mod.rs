@@ -19,6 +19,7 @@ mod output;
 mod pki;
 mod policy;
 mod render;
+mod resolve;
 #[cfg(test)]
 mod tests;
 mod tools;
@@ -73,6 +74,7 @@ fn dispatch(command: Command, out: Out) -> Ending {
         Command::Watch(flags) => daemon::watch(&flags, out),
         Command::History(flags) => daemon::history(&flags, out),
         Command::Cancel(flags) => daemon::cancel(&flags, out),
+        Command::Resolve(flags) => resolve::resolve(&flags, out),
         Command::Set(flags) => daemon::set(&flags, out),
         Command::Pki(command) => pki::pki(&command, out),
         Command::Policy(command) => policy::policy(&command, out),
@@ -83,6 +85,8 @@ fn dispatch(command: Command, out: Out) -> Ending {
         Command::Config(ConfigCommand::Check(flags)) => config::check(&flags, out),
         Command::Completion(flags) => manual::completion(&flags, out),
         Command::Man(flags) => manual::man(&flags, out),
+        #[cfg(feature = "failpoints")]
+        Command::Failpoints => manual::failpoints(out),
     }
 }
 
@@ -98,6 +102,7 @@ fn wants_json(command: &Command) -> bool {
         }
         Command::Status(flags) => flags.daemon.json,
         Command::Watch(flags) | Command::Cancel(flags) => flags.daemon.json,
+        Command::Resolve(flags) => flags.daemon.json,
         Command::Set(flags) => flags.daemon.json,
         Command::Doctor(flags) => flags.json,
         Command::Config(ConfigCommand::Check(flags)) => flags.json,
@@ -106,6 +111,8 @@ fn wants_json(command: &Command) -> bool {
             PolicyCommand::Check { json, .. } | PolicyCommand::Test { json, .. } | PolicyCommand::Explain(PolicyExplainFlags { json, .. }),
         )
         | Command::Audit(AuditCommand::Show { json, .. } | AuditCommand::Verify { json, .. }) => *json,
+        #[cfg(feature = "failpoints")]
+        Command::Failpoints => false,
         Command::Gateway(_) | Command::Pki(_) | Command::Vmm(_) | Command::Completion(_) | Command::Man(_) => false,
     }
 }

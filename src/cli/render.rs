@@ -3,7 +3,9 @@
 use std::fmt::Write;
 
 use super::output::{Out, Tone, printable, whereabouts};
-use crate::control::{Check, CheckVerdict, GatewayView, MigrationState, MigrationView, PeerView, PlanView, VmState, VmView};
+use crate::control::{
+    Check, CheckVerdict, DoubtView, GatewayView, MigrationState, MigrationView, PeerView, PlanView, RecordView, VmState, VmView,
+};
 use crate::telemetry::{Mode, Outcome, Progress, Report, RunningOn};
 use crate::types::Side;
 
@@ -91,7 +93,7 @@ pub(super) fn vms(out: Out, vms: &[VmView]) -> String {
             VmState::Running | VmState::Leaving => Tone::Good,
             VmState::Gone => Tone::Quiet,
             VmState::Paused | VmState::Arriving | VmState::Ended => Tone::Doubtful,
-            VmState::Unreachable | VmState::InDoubt => Tone::Bad,
+            VmState::Unreachable | VmState::InDoubt | VmState::Cold => Tone::Bad,
         };
         vec![
             Cell::plain(vm.name.as_str()),
@@ -163,11 +165,47 @@ pub(super) fn migrations(out: Out, migrations: &[MigrationView]) -> String {
 
 pub(super) fn migration(out: Out, view: &MigrationView) -> String {
     if let Some(found) = &view.report {
-        return report(out, found);
+        return report(out, found) + &records(&view.records);
     }
     let mut text = format!("{} {} {}: {}\n", view.id, view.vm, direction(view), out.paint(state_tone(view.state), &word(&view.state)));
     if let Some(progress) = &view.progress {
         let _ = writeln!(text, "{}", progress_line(progress));
+    }
+    text + &records(&view.records)
+}
+
+/// What the journal has of a migration.
+fn records(records: &[RecordView]) -> String {
+    let lines = records.iter().map(|record| {
+        let at = record.at.as_deref().map(|at| format!(" at {}", printable(at))).unwrap_or_default();
+        format!("  {:<10} {}{at}: {}\n", "journal", printable(&record.record).to_uppercase(), printable(&record.meaning))
+    });
+    lines.collect()
+}
+
+pub(super) fn doubts(out: Out, doubts: &[DoubtView]) -> String {
+    if doubts.is_empty() {
+        return "no VM is in doubt\n".to_owned();
+    }
+    doubts.iter().map(|view| doubt(out, view)).collect::<Vec<_>>().join("\n")
+}
+
+pub(super) fn doubt(out: Out, view: &DoubtView) -> String {
+    let (state, way) = (out.paint(Tone::Bad, "in doubt"), if view.side == Side::Source { "to" } else { "from" });
+    let mut text = format!("{} {}: {state}, {way} {}, epoch {}\n", view.vm, view.migration, printable(&view.peer), view.epoch);
+    text += &records(std::slice::from_ref(&view.last));
+    for known in &view.choices {
+        let evidence = if known.needs_evidence { "; needs --evidence" } else { "" };
+        let _ = writeln!(text, "  {:<10} {}{evidence}", format!("--{}", word(&known.choice)), printable(&known.meaning));
+    }
+    if let Some(proposal) = &view.proposal {
+        let (choice, who, at) = (word(&proposal.choice), printable(&proposal.proposer), printable(&proposal.at));
+        let _ = writeln!(text, "  {:<10} {choice} by {who} at {at}", "proposed");
+        if let Some(evidence) = &proposal.evidence {
+            let _ = writeln!(text, "  {:<10} {}", "evidence", printable(evidence));
+        }
+        let approvers = if proposal.approvers.is_empty() { "nobody yet".to_owned() } else { printable(&proposal.approvers.join(", ")) };
+        let _ = writeln!(text, "  {:<10} {approvers}", "approved");
     }
     text
 }

@@ -3,7 +3,7 @@ use clap::{CommandFactory, Parser};
 use super::flags::Cli;
 use super::output::Out;
 use super::render;
-use crate::control::{VmList, VmState, VmView};
+use crate::control::{Choice, DoubtView, ProposalView, VmList, VmState, VmView};
 use crate::telemetry::{ErrorClass, Outcome, PageCounts, Phase, Problem, Progress, Report, RunningOn};
 use crate::types::{Epoch, MigrationId, VmUuid};
 
@@ -72,6 +72,10 @@ fn usage_errors_exit_2_and_say_what_was_expected() {
         ("sealane set abcd", "required"),
         ("sealane set abcd speed=1", "expected bandwidth=BANDWIDTH or max-downtime=DURATION"),
         ("sealane set abcd bandwidth=5", "hint: write `5Mbit` or `5MiB/s`"),
+        ("sealane resolve --approve", "<ID|VM>"),
+        ("sealane resolve web --reclaim --restart", "cannot be used with"),
+        ("sealane resolve web --approve --evidence off", "cannot be used with"),
+        ("sealane resolve web --evidence off", "--reclaim"),
         ("sealane migrat web", "similar subcommand"),
         ("sealane vmm run --memory 1GiB --socket s", "--kernel"),
         ("sealane vmm run --memory 1GiB --payload heartbeat --kernel k --socket s", "cannot be used with"),
@@ -101,6 +105,12 @@ fn the_whole_surface_parses() {
         "sealane history",
         "sealane cancel 5f3a9b0c5f3a9b0c5f3a9b0c5f3a9b0c",
         "sealane set 5f3a bandwidth=1Gbit max-downtime=500ms",
+        "sealane resolve",
+        "sealane resolve web-1 --json",
+        "sealane resolve 5f3a --reclaim --evidence off",
+        "sealane resolve web-1 --refuse",
+        "sealane resolve web-1 --approve",
+        "sealane resolve web-1 --withdraw",
         "sealane pki init d --trust-domain dc1.example",
         "sealane pki issue d --gateway gw-a --site dc1",
         "sealane pki revoke d gw-a",
@@ -212,6 +222,32 @@ fn a_report_says_where_the_vm_runs_and_whether_it_was_verified() {
          \x20 dest       nobody\n\
          \x20 policy     allow: web-may-move\n"
     );
+}
+
+#[test]
+fn a_vm_in_doubt_is_shown_with_what_is_possible_and_who_wants_what() {
+    let mut doubt: DoubtView = serde_json::from_value(serde_json::json!({
+        "migration": "ab".repeat(16), "vm": "web", "uuid": VmUuid([1; 16]), "side": "source", "peer": "gw-b", "epoch": 5,
+        "last": {"record": "commit", "meaning": "the answer is missing", "at": "2026-11-27T02:14:37.988Z"},
+        "choices": [{"choice": "reclaim", "meaning": "the copy here goes on", "needs_evidence": true}],
+    }))
+    .unwrap();
+    let head = "web abababababababababababababababab: in doubt, to gw-b, epoch 5\n\
+         \x20 journal    COMMIT at 2026-11-27T02:14:37.988Z: the answer is missing\n\
+         \x20 --reclaim  the copy here goes on; needs --evidence\n";
+    assert_eq!(render::doubts(plain(), &[doubt.clone()]), head);
+    doubt.proposal = Some(ProposalView {
+        choice: Choice::Reclaim,
+        proposer: "uid:0".into(),
+        evidence: Some("off\x1b[2J, CHG-7".into()),
+        at: "2026-11-27T02:20:00.000Z".into(),
+        approvers: vec!["uid:1001".into()],
+    });
+    let tail = "  proposed   reclaim by uid:0 at 2026-11-27T02:20:00.000Z\n\
+         \x20 evidence   off\u{fffd}[2J, CHG-7\n\
+         \x20 approved   uid:1001\n";
+    assert_eq!(render::doubts(plain(), &[doubt]), format!("{head}{tail}"));
+    assert_eq!(render::doubts(plain(), &[]), "no VM is in doubt\n");
 }
 
 #[test]

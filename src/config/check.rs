@@ -181,7 +181,8 @@ fn migration(r: &mut Reader, top: &mut Section<'_, '_>) -> Migration {
     let compression = r.or(&mut s, "compression", Compression::Lz4).value;
     let max_downtime = r.or(&mut s, "max_downtime", TimeSpan { duration: Duration::from_millis(300) });
     let timeout = r.or(&mut s, "timeout", TimeSpan { duration: Duration::from_secs(3600) });
-    for (key, span) in [("max_downtime", &max_downtime), ("timeout", &timeout)] {
+    let max_outage = r.or(&mut s, "max_outage", TimeSpan { duration: Duration::from_secs(600) });
+    for (key, span) in [("max_downtime", &max_downtime), ("timeout", &timeout), ("max_outage", &max_outage)] {
         if span.value.duration.is_zero() {
             r.problem(span.at, &s.key(key), "expected more than zero".to_owned(), None);
         }
@@ -190,7 +191,8 @@ fn migration(r: &mut Reader, top: &mut Section<'_, '_>) -> Migration {
     let bandwidth = r.optional(&mut s, "bandwidth").map(|bandwidth| bandwidth.value);
     let durability = r.or(&mut s, "durability", Durability::None).value;
     r.finish(s);
-    Migration { lanes: lanes.value, compression, max_downtime: max_downtime.value, timeout: timeout.value, verify, bandwidth, durability }
+    let (max_downtime, timeout, max_outage) = (max_downtime.value, timeout.value, max_outage.value);
+    Migration { lanes: lanes.value, compression, max_downtime, timeout, max_outage, verify, bandwidth, durability }
 }
 
 fn between<N: PartialOrd + std::fmt::Display + Copy>(

@@ -119,6 +119,8 @@ pub struct Migration {
     pub max_downtime: TimeSpan,
     /// Longest migration.
     pub timeout: TimeSpan,
+    /// Longest outage of the link that is waited out.
+    pub max_outage: TimeSpan,
     /// Whether memory and state are compared before the switch.
     pub verify: bool,
     /// Most that goes over the wire; unlimited when absent.

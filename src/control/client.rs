@@ -20,7 +20,7 @@ use super::paths;
 use super::vocabulary::{
     Event, GatewayView, History, MigrateRequest, MigrationList, MigrationView, PeerList, PlanView, SetRequest, VmList,
 };
-use super::{ClientError, Problem};
+use super::{ClientError, DoubtList, Problem, ResolutionView, ResolveRequest};
 use crate::limits::{CONTROL_EVENT_BYTES_MAX, CONTROL_RESPONSE_BYTES_MAX};
 use crate::types::MigrationId;
 
@@ -128,6 +128,22 @@ impl Client {
     /// As [`Client::gateway`].
     pub async fn set(&self, id: MigrationId, change: &SetRequest) -> Result<MigrationView, ClientError> {
         self.post(&paths::of(paths::SET, id), change).await
+    }
+
+    /// VMs in doubt, and what operators have proposed for them.
+    ///
+    /// # Errors
+    /// As [`Client::gateway`].
+    pub async fn doubts(&self) -> Result<DoubtList, ClientError> {
+        self.get(paths::DOUBTS).await
+    }
+
+    /// Proposes, approves or withdraws what is to become of a VM in doubt.
+    ///
+    /// # Errors
+    /// As [`Client::gateway`].
+    pub async fn resolve(&self, id: MigrationId, request: &ResolveRequest) -> Result<ResolutionView, ClientError> {
+        self.post(&paths::of(paths::RESOLVE, id), request).await
     }
 
     /// Follows a migration to its end.

@@ -17,12 +17,15 @@
 //! | GET `/v1/migrations/{id}/events` | – | JSON lines of [`Event`], the last is the report |
 //! | POST `/v1/migrations/{id}/cancel` | `{}` | [`MigrationView`] |
 //! | POST `/v1/migrations/{id}/set` | [`SetRequest`] | [`MigrationView`] |
+//! | GET `/v1/doubts` | – | [`DoubtList`] |
+//! | POST `/v1/migrations/{id}/resolve` | [`ResolveRequest`] | [`ResolutionView`] |
 //! | POST `/v1/plan` | [`MigrateRequest`] | [`PlanView`] |
 //! | GET `/v1/history` | – | [`History`] |
 //!
 //! A refusal is a [`Problem`] with the status of its row, as `application/problem+json`.
 
 mod client;
+mod doubt;
 mod error;
 pub mod paths;
 mod problem;
@@ -31,6 +34,10 @@ mod tests;
 mod vocabulary;
 
 pub use client::{Client, Watch};
+pub use doubt::{
+    Choice, ChoiceView, DoubtList, DoubtView, DoubtsSchema, ProposalView, RecordView, ResolutionSchema, ResolutionState, ResolutionView,
+    ResolveRequest,
+};
 pub use error::ClientError;
 pub use problem::{Exit, Row, exit_of, exit_of_report, row, status_of};
 pub use vocabulary::{

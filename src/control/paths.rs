@@ -18,6 +18,10 @@ pub const EVENTS: &str = "/v1/migrations/{id}/events";
 pub const CANCEL: &str = "/v1/migrations/{id}/cancel";
 /// Changes it, as a route.
 pub const SET: &str = "/v1/migrations/{id}/set";
+/// Proposes, approves or withdraws what is to become of its VM in doubt, as a route.
+pub const RESOLVE: &str = "/v1/migrations/{id}/resolve";
+/// VMs in doubt.
+pub const DOUBTS: &str = "/v1/doubts";
 /// A migration that is not made.
 pub const PLAN: &str = "/v1/plan";
 /// Reports of finished migrations.

@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::RecordView;
 use crate::telemetry::{Mode, Problem, Progress, ProgressSchema, Report, ReportSchema, schema_tag};
 use crate::types::{Epoch, Incarnation, MigrationId, PeerName, Side, SpiffeId, VmName, VmUuid};
 
@@ -51,6 +52,9 @@ pub struct MigrateRequest {
     /// Longest migration.
     #[serde(default)]
     pub timeout_seconds: Option<f64>,
+    /// Longest outage of the link that is waited out; the gateway's default when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_outage_seconds: Option<f64>,
     /// How memory moves.
     #[serde(default)]
     pub mode: Mode,
@@ -84,6 +88,7 @@ impl MigrateRequest {
             bandwidth_bytes_per_second: None,
             max_downtime_seconds: None,
             timeout_seconds: None,
+            max_outage_seconds: None,
             mode: Mode::Precopy,
             storage: Storage::None,
             verify: None,
@@ -184,7 +189,7 @@ pub struct VmView {
     /// vCPUs, when its VMM answers.
     #[serde(default)]
     pub vcpus: Option<u32>,
-    /// Why it is not simply running.
+    /// Why it is so: what makes this gateway or another its owner, and what keeps it from running.
     #[serde(default)]
     pub why: Option<String>,
 }
@@ -209,6 +214,8 @@ pub enum VmState {
     Unreachable,
     /// An operator must decide where it runs.
     InDoubt,
+    /// It belongs here, and no memory of it is left: it has to be started from its disks.
+    Cold,
 }
 
 /// All peers of the configuration.
@@ -272,6 +279,9 @@ pub struct MigrationView {
     /// How it ended.
     #[serde(default)]
     pub report: Option<Report>,
+    /// What the journal has of it, where that matters: it was interrupted, is in doubt or has failed. Only for one by its id.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub records: Vec<RecordView>,
 }
 
 /// How a migration is.

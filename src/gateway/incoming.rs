@@ -8,35 +8,36 @@ use tokio::sync::{mpsc, watch};
 
 use crate::audit::{Entry, Event, Outcome};
 use crate::config;
-use crate::engine::{self, DestinationOrder, Link, Placement};
+use crate::engine::{self, Command, DestinationEnd, DestinationOrder, Link, Placement, Return};
+use crate::gateway::host::LAUNCH;
 use crate::gateway::judge::Case;
+use crate::gateway::kept::{PROGRESS, twin_file};
 use crate::gateway::registry::{Busy, Claim, Migration};
-use crate::gateway::{Gateway, attach, put_class, report};
+use crate::gateway::{Gateway, put_class, report};
 use crate::hypervisor::attach::{AttachedDestination, LaunchTemplate, LaunchVariables, LaunchedVmm, Timeouts};
 use crate::hypervisor::{HypervisorError, Machine, PagedDestination};
 use crate::limits;
 use crate::memory::MemoryLayout;
 use crate::migration::Outcome as Place;
-use crate::telemetry::{self, Phase, Progress};
+use crate::policy::{Accept, Permit};
+use crate::telemetry::{self, Phase, Progress, Report};
 use crate::transport::{Refused, Session};
-use crate::types::{MigrationId, Side};
-use crate::wire::{ErrorClass, Failure, Message, Offer, SignedHandoff};
+use crate::types::{MigrationId, Round, Side, SpiffeId};
+use crate::wire::{ErrorClass, Failure, LaneStanding, Message, Offer, Resume, Resumed, SignedHandoff};
 
 /// How long the source may take to read why it is refused.
 const LAST_WORDS: Duration = Duration::from_secs(2);
-/// How long a VMM may take to listen.
-const LAUNCH: Duration = Duration::from_secs(10);
 /// How long a VMM may take to quit.
 const TWIN_QUITS: Duration = Duration::from_secs(5);
 
 /// An offer that is refused, in words for the source.
-struct Refusal {
-    class: ErrorClass,
-    reason: String,
+pub(super) struct Refusal {
+    pub(super) class: ErrorClass,
+    pub(super) reason: String,
 }
 
 impl Refusal {
-    fn new(class: ErrorClass, reason: impl Into<String>) -> Self {
+    pub(super) fn new(class: ErrorClass, reason: impl Into<String>) -> Self {
         Self { class, reason: reason.into() }
     }
 }
@@ -49,22 +50,27 @@ impl From<HypervisorError> for Refusal {
 }
 
 /// An offer that is permitted, with everything in place for it.
-struct Arrival {
-    offer: Offer,
-    lanes: u16,
-    case: Case,
-    twin: Box<dyn PagedDestination>,
-    leavings: Leavings,
-    vmm: LaunchedVmm,
-    policy_digest: [u8; 32],
-    policy_ids: Vec<String>,
-    claim: Claim,
+pub(super) struct Arrival {
+    pub(super) offer: Offer,
+    pub(super) lanes: u16,
+    pub(super) case: Case,
+    pub(super) twin: Box<dyn PagedDestination>,
+    pub(super) leavings: Leavings,
+    /// Our child, unless an earlier gateway started it.
+    pub(super) vmm: Option<LaunchedVmm>,
+    pub(super) policy_digest: [u8; 32],
+    pub(super) policy_ids: Vec<String>,
+    pub(super) claim: Claim,
 }
 
 /// Files that a VMM leaves behind when it ends.
-struct Leavings([PathBuf; 2]);
+pub(super) struct Leavings([PathBuf; 2]);
 
 impl Leavings {
+    pub(super) fn of(runtime: &std::path::Path, migration: MigrationId) -> Self {
+        Self(["sock", "log"].map(|what| twin_file(runtime, migration, what)))
+    }
+
     /// A peer could fill the runtime directory with them.
     fn remove(&self) {
         for path in &self.0 {
@@ -126,16 +132,93 @@ impl Gateway {
         };
         let first = tokio::time::timeout(limits::GREETING_WITHIN, link.session.receive()).await;
         match first {
-            Ok(Ok(Message::Offer(offer))) => self.take_offer(link, &peer, offer).await,
-            Ok(Ok(Message::Handoff(signed))) => self.take_up(link, &signed).await,
-            Ok(Ok(other)) => {
-                let why = format!("expected OFFER or a handoff message, got {}", other.name());
-                self.note_refused_session(Some(spiffe.to_string()), address, ErrorClass::PeerMisbehaved, why).await;
-                link.session.close(Some(ErrorClass::PeerMisbehaved), "expected OFFER or a handoff message");
-            }
+            Ok(Ok(message)) => self.begin_or_go_on(link, &peer, message).await,
             // A probe of `sealane peers` says nothing and leaves.
             Ok(Err(_)) => {}
             Err(_) => link.session.close(Some(ErrorClass::TimedOut), "nothing was asked"),
+        }
+    }
+
+    /// What a peer comes for: a new migration, or one that lost its session.
+    async fn begin_or_go_on(self: Arc<Self>, link: Link, peer: &config::Peer, first: Message) {
+        let Some((link, first)) = self.hand_over(link, first).await else { return };
+        let Some(link) = Arc::clone(&self).resume_kept(link, &first).await else { return };
+        match first {
+            Message::Offer(offer) => self.take_offer(link, peer, offer).await,
+            Message::Handoff(signed) => self.take_up(link, &signed).await,
+            Message::Resume(resume) => self.take_up_later(link, &resume).await,
+            other => {
+                let (expected, address) = ("expected OFFER, RESUME or a handoff message", link.session.peer_address());
+                let why = format!("{expected}, got {}", other.name());
+                self.note_refused_session(Some(peer.spiffe.to_string()), address, ErrorClass::PeerMisbehaved, why).await;
+                link.session.close(Some(ErrorClass::PeerMisbehaved), expected);
+            }
+        }
+    }
+
+    /// Gives a session to the migration under way that it is about; back comes one that is about none.
+    async fn hand_over(&self, link: Link, first: Message) -> Option<(Link, Message)> {
+        let migration = match &first {
+            Message::Offer(offer) => offer.migration,
+            Message::Handoff(signed) => signed.message.migration,
+            Message::Resume(resume) => resume.migration,
+            _ => return Some((link, first)),
+        };
+        let patience = Instant::now() + limits::ANSWER_WITHIN;
+        loop {
+            let begun = self.registry.migration(migration);
+            if let Some(returns) = begun.as_ref().and_then(|migration| migration.returns.clone()) {
+                // One that ends at this moment drops the session, and the peer comes again.
+                let _ = returns.send(Return { link, first }).await;
+                return None;
+            }
+            // Its twin is still being built.
+            if begun.is_none() && self.registry.is_under_way(migration) && Instant::now() > patience {
+                link.session.close(Some(ErrorClass::PeerUnreachable), "the migration is not ready for its source yet");
+                return None;
+            }
+            if begun.is_some() || !self.registry.is_under_way(migration) || Instant::now() > patience {
+                return Some((link, first));
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    }
+
+    /// A source that lost its session comes back, and no migration of this process is the one. What the journal promised goes
+    /// on; what it did not is forgotten, with whatever had come of the VM.
+    async fn take_up_later(self: Arc<Self>, link: Link, resume: &Resume) {
+        let migration = resume.migration;
+        let known = match engine::interruption(&self.evidence(), migration) {
+            Ok(about) => about.is_some_and(|about| about.side == Side::Destination && about.peer == link.peer.spiffe),
+            Err(error) => {
+                tracing::error!(%migration, error = %telemetry::chain(&error), "journal not read for a source that is back");
+                return link.session.close(Some(ErrorClass::PeerUnreachable), "the journal cannot be read now");
+            }
+        };
+        let answer = if known {
+            Message::Resumed(Resumed { migration, deciding: true, lanes: vec![LaneStanding::default()] })
+        } else {
+            let reason = "this gateway knows nothing of the migration: it was started anew, or gave up".to_owned();
+            Message::Failure(Failure { class: ErrorClass::Local, reason })
+        };
+        if known {
+            let mut entry = Entry::new(Event::LinkResumed).outcome(Outcome::Done);
+            entry.migration = Some(migration);
+            entry.peer = Some(link.peer.spiffe.to_string());
+            self.note(entry).await;
+        }
+        let said = tokio::time::timeout(limits::SEND_WITHIN, link.session.send(&answer)).await;
+        let next = async {
+            loop {
+                match link.session.receive().await {
+                    Ok(Message::Ping | Message::AuditHead(_)) => {}
+                    other => return other,
+                }
+            }
+        };
+        match (said, tokio::time::timeout(limits::GREETING_WITHIN, next).await) {
+            (Ok(Ok(())), Ok(Ok(Message::Handoff(signed)))) if known => self.take_up(link, &signed).await,
+            _ => link.session.close(None, "nothing follows"),
         }
     }
 
@@ -143,7 +226,7 @@ impl Gateway {
         let (migration, vm) = (offer.migration, offer.vm.clone());
         let started = SystemTime::now();
         match self.admit(&link, offer).await {
-            Ok(arrival) => self.receive(link, peer, arrival, started).await,
+            Ok(arrival) => self.receive(link, peer, arrival, started, None).await,
             Err(refusal) => {
                 let mut entry = Entry::new(Event::MigrationFinished).outcome(Outcome::Refused);
                 put_class(&mut entry, refusal.class);
@@ -176,14 +259,7 @@ impl Gateway {
             memory_bytes,
             side: Side::Destination,
         };
-        let (judge, judged, session) = (Arc::clone(&self.judge), case.clone(), Arc::clone(&link.session));
-        let permit = tokio::task::spawn_blocking(move || judge.accept(&judged, &session))
-            .await
-            .map_err(|error| Refusal::new(ErrorClass::Bug, error.to_string()))?
-            .map_err(|no| Refusal::new(no.class(), telemetry::chain(&no)))?;
-        if !matches!(offer.stream.durability, crate::wire::Durability::None) {
-            return Err(Refusal::new(ErrorClass::PeerIncompatible, "durability other than `none` is not built"));
-        }
+        let permit = self.ask_accept(&case, link).await?;
         let template = self
             .incoming
             .clone()
@@ -193,22 +269,61 @@ impl Gateway {
             let why = format!("VM `{}` needs {memory_bytes} bytes of memory: this gateway accepts {most}", offer.vm);
             return Err(Refusal::new(ErrorClass::PeerIncompatible, why));
         }
-        let claim =
-            self.registry.claim(&offer.vm, offer.migration, self.config.limits.migrations_max as usize).map_err(|busy| match busy {
-                Busy::Vm(other) => Refusal::new(ErrorClass::Denied, format!("VM `{}` is moving already, in migration `{other}`", offer.vm)),
-                Busy::Full => Refusal::new(ErrorClass::Local, "too many migrations are under way"),
-                Busy::Closing => Refusal::new(ErrorClass::PeerUnreachable, "the gateway is shutting down"),
-                Busy::Id => used_before(offer.migration),
-            })?;
+        crate::failpoint::hit!("destination.offer-judged");
+        let claim = self.claim_for(link, &offer).await?;
         self.check_place(&offer).await?;
         let (twin, vmm, leavings) = self.build_twin(template, &offer, machine).await?;
+        crate::failpoint::hit!("destination.twin-launched");
         let lanes = offer.stream.lanes.clamp(1, limits::LANES_MAX);
+        if let Err(error) = self.note_arrival(&offer, lanes, &link.peer) {
+            // Without it a restart costs what was received.
+            tracing::warn!(migration = %offer.migration, %error, "the offer is not noted beside its twin");
+        }
         let (policy_digest, policy_ids) = (*permit.set_digest(), permit.policy_ids().to_vec());
-        Ok(Arrival { offer, lanes, case, twin: Box::new(twin), vmm, leavings, policy_digest, policy_ids, claim })
+        Ok(Arrival { offer, lanes, case, twin: Box::new(twin), vmm: Some(vmm), leavings, policy_digest, policy_ids, claim })
+    }
+
+    pub(super) async fn ask_accept(self: &Arc<Self>, case: &Case, link: &Link) -> Result<Permit<Accept>, Refusal> {
+        let (judge, judged, session) = (Arc::clone(&self.judge), case.clone(), Arc::clone(&link.session));
+        tokio::task::spawn_blocking(move || judge.accept(&judged, &session))
+            .await
+            .map_err(|error| Refusal::new(ErrorClass::Bug, error.to_string()))?
+            .map_err(|no| Refusal::new(no.class(), telemetry::chain(&no)))
+    }
+
+    /// Takes the VM for an offer. An earlier attempt of the same source that lost its link is over when that offers anew.
+    async fn claim_for(self: &Arc<Self>, link: &Link, offer: &Offer) -> Result<Claim, Refusal> {
+        let claim = || self.registry.claim(&offer.vm, offer.migration, self.config.limits.migrations_max as usize);
+        let mut claimed = claim();
+        if let Err(Busy::Vm(other)) = &claimed
+            && self.kept.has(*other)
+        {
+            self.drop_kept(*other, |peer| peer.spiffe == link.peer.spiffe).await;
+            claimed = claim();
+        }
+        if let Err(Busy::Vm(other)) = &claimed
+            && let Some(earlier) = self.registry.migration(*other)
+            && earlier.side == Side::Destination
+            && self.config.peer_of(&link.peer.spiffe).is_some_and(|peer| peer.name == earlier.peer)
+            && let Some(commands) = &earlier.commands
+            && commands.try_send(Command::Superseded).is_ok()
+        {
+            let mut ended = earlier.ended.clone();
+            let _ = tokio::time::timeout(limits::GREETING_WITHIN / 2, ended.wait_for(|ended| *ended)).await;
+            // The claim goes right after the report.
+            tokio::time::sleep(Duration::from_millis(50)).await;
+            claimed = claim();
+        }
+        claimed.map_err(|busy| match busy {
+            Busy::Vm(other) => Refusal::new(ErrorClass::Denied, format!("VM `{}` is moving already, in migration `{other}`", offer.vm)),
+            Busy::Full => Refusal::new(ErrorClass::Local, "too many migrations are under way"),
+            Busy::Closing => Refusal::new(ErrorClass::PeerUnreachable, "the gateway is shutting down"),
+            Busy::Id => used_before(offer.migration),
+        })
     }
 
     /// What the offer says it is, checked against itself and against what this gateway knows of the VM.
-    fn read_offer(&self, offer: &Offer) -> Result<(Machine, u64), Refusal> {
+    pub(super) fn read_offer(&self, offer: &Offer) -> Result<(Machine, u64), Refusal> {
         let machine: Machine = serde_json::from_slice(&offer.machine)
             .map_err(|_| Refusal::new(ErrorClass::PeerMisbehaved, "the machine description is malformed"))?;
         let layout =
@@ -239,17 +354,17 @@ impl Gateway {
     ) -> Result<(AttachedDestination, LaunchedVmm, Leavings), Refusal> {
         let runtime = &self.config.gateway.runtime_directory;
         // A Unix socket's path has at most 107 bytes: the id alone names it, and says whose twin it is.
-        let stem = offer.migration.to_string();
+        let file = |what| twin_file(runtime, offer.migration, what);
         let variables = LaunchVariables {
-            socket: runtime.join(format!("{stem}.sock")),
+            socket: file("sock"),
             vm: offer.vm.clone(),
             uuid: offer.uuid,
             memory_bytes: machine.regions.iter().map(|region| region.bytes).sum(),
             vcpus: machine.vcpus,
             serial: runtime.join(format!("{}.serial", offer.vm)),
-            log: runtime.join(format!("{stem}.log")),
+            log: file("log"),
         };
-        let leavings = Leavings([variables.socket.clone(), variables.log.clone()]);
+        let leavings = Leavings::of(runtime, offer.migration);
         let built = tokio::task::spawn_blocking(move || -> Result<(AttachedDestination, LaunchedVmm), HypervisorError> {
             let mut vmm = template.launch(&variables, LAUNCH)?;
             match AttachedDestination::prepare(&vmm.socket.clone(), variables.vm.as_str(), &machine, Timeouts::default()) {
@@ -288,11 +403,20 @@ impl Gateway {
             Some(Placement::Away { epoch, .. }) if offer.epoch < epoch => {
                 denied(format!("left at epoch {epoch}: an offer at epoch {} is older", offer.epoch))
             }
+            Some(Placement::Cold { .. }) => denied("belongs here and has to be started from its disks".into()),
             Some(Placement::Away { .. }) | None => Ok(()),
         }
     }
 
-    async fn receive(self: Arc<Self>, link: Link, peer: &config::Peer, arrival: Arrival, started: SystemTime) {
+    /// Receives a VM; `comes_back_in` is the round of a source that comes back to a twin of an earlier gateway.
+    pub(super) async fn receive(
+        self: Arc<Self>,
+        link: Link,
+        peer: &config::Peer,
+        arrival: Arrival,
+        started: SystemTime,
+        comes_back_in: Option<Round>,
+    ) {
         let Arrival { offer, lanes, case, twin, vmm, leavings, policy_digest, policy_ids, claim } = arrival;
         let (migration, vm, kind) = (offer.migration, offer.vm.clone(), offer.hypervisor.clone());
         let mut shown = Progress::new(migration);
@@ -301,6 +425,7 @@ impl Gateway {
         let (_progress, progress) = watch::channel(shown);
         let (ended_in, ended) = watch::channel(false);
         let (commands_in, commands) = mpsc::channel(limits::COMMAND_QUEUE);
+        let (returns_in, returns) = mpsc::channel(1);
         self.registry.begin(Migration {
             id: migration,
             vm: vm.clone(),
@@ -311,29 +436,40 @@ impl Gateway {
             report: None,
             ended,
             commands: Some(commands_in),
+            returns: Some(returns_in),
         });
-        let ask_commit = self.commit_question(&case, &link.session);
+        let ask_commit = self.commit_question(&case);
         let source_spiffe = link.peer.spiffe.clone();
-        let order = DestinationOrder { offer, lanes, evidence: self.evidence(), link, twin, ask_commit, policy_digest, commands };
+        let (evidence, outage_max) = (self.evidence(), self.config.migration.max_outage.duration);
+        let progress = Some(twin_file(&self.config.gateway.runtime_directory, migration, PROGRESS));
+        let order = DestinationOrder {
+            offer,
+            lanes,
+            evidence,
+            link,
+            twin,
+            ask_commit,
+            policy_digest,
+            commands,
+            returns,
+            outage_max,
+            progress,
+            comes_back_in,
+        };
         let end = engine::run_destination(order).await;
-        let mut report = report::report(migration, &vm, end.outcome, end.error.as_ref(), started);
-        report.hypervisor = kind;
-        report.guest_memory_bytes = case.memory_bytes;
-        report.authenticated.source = Some(source_spiffe);
-        report.authenticated.destination = Some(self.credentials.own_id());
-        report.policy.decision = Some(report::decision(end.error.as_ref()));
-        report.policy.policy_ids = policy_ids;
-        report.verified = end.outcome == Some(Place::Moved) && case.terms.verify;
-        report.audit.destination_head = Some(self.audit.head().text);
+        self.forget_arrival(migration);
+        let report = self.arrival_report(&case, kind, &end, (source_spiffe, policy_ids), started);
         self.refresh_place(&vm);
         let claim = match end.outcome {
             // Nothing is left of a VM that did not come.
             Some(Place::Stayed | Place::Reclaimed) => {
-                end_twin(vmm).await;
+                if let Some(vmm) = vmm {
+                    end_twin(vmm).await;
+                }
                 leavings.remove();
                 Some(claim)
             }
-            Some(Place::Moved) => Some(claim),
+            Some(Place::Moved | Place::Cold) => Some(claim),
             None => {
                 self.resolve_later(migration, None, Some(claim));
                 None
@@ -341,6 +477,26 @@ impl Gateway {
         };
         self.finished(report, ended_in).await;
         drop(claim);
+    }
+
+    fn arrival_report(
+        &self,
+        case: &Case,
+        hypervisor: String,
+        end: &DestinationEnd,
+        (source, policy_ids): (SpiffeId, Vec<String>),
+        started: SystemTime,
+    ) -> Report {
+        let mut report = report::report(case.migration, &case.vm, end.outcome, end.error.as_ref(), started);
+        report.hypervisor = hypervisor;
+        report.guest_memory_bytes = case.memory_bytes;
+        report.authenticated.source = Some(source);
+        report.authenticated.destination = Some(self.credentials.own_id());
+        report.policy.decision = Some(report::decision(end.error.as_ref()));
+        report.policy.policy_ids = policy_ids;
+        report.verified = end.outcome == Some(Place::Moved) && case.terms.verify;
+        report.audit.destination_head = Some(self.audit.head().text);
+        report
     }
 
     /// A peer comes back for a handoff that was interrupted.
@@ -357,8 +513,14 @@ impl Gateway {
             link.session.close(Some(ErrorClass::Denied), "no such VM");
             return;
         }
+        if self.aborted_kept(&link, signed).await {
+            return link.session.close(None, "the twin is gone");
+        }
+        if self.kept.has(migration) {
+            return link.session.close(Some(ErrorClass::PeerUnreachable), "a source comes back to its twin with RESUME");
+        }
         let _turn = self.registry.resolving(migration).await;
-        match engine::answer(&self.evidence(), &attach(), &link, signed).await {
+        match engine::answer(&self.evidence(), &self.host(), &link, signed).await {
             Ok(resolved) => {
                 tracing::info!(%migration, ?resolved, peer = %link.peer.spiffe, "interrupted handoff taken up");
                 self.taken_up.notify_waiters();

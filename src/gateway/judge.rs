@@ -9,7 +9,10 @@ use crate::audit::{AuditError, AuditLog, Entry, Event, Outcome};
 use crate::config::Config;
 use crate::engine::EngineError;
 use crate::gateway::policies::stream;
-use crate::policy::{self, Accept, Action, Channel, Denial, MigrationContext, Permit, PolicySet, Release, Request, RequestContext, Route};
+use crate::policy::{
+    self, Accept, Action, Channel, Denial, MigrationContext, Permit, PolicySet, Release, Request, RequestContext, Resolve, ResolveContext,
+    Route,
+};
 use crate::telemetry::Problem;
 use crate::transport::Session;
 use crate::types::{MigrationId, Side, SpiffeId, VmName, VmUuid};
@@ -122,6 +125,19 @@ impl Judge {
         let peer = session.peer().spiffe();
         let answer = self.policies.load().ask_commit(peer, case.uuid, &self.context(case, session));
         self.recorded(case, peer.as_str(), answer)
+    }
+
+    /// May operators decide this about a VM in doubt?
+    pub(super) fn resolve(
+        &self,
+        proposer: &str,
+        case: &Case,
+        approvers: Vec<String>,
+        fence_evidence: bool,
+    ) -> Result<Permit<Resolve>, NoPermit> {
+        let context = ResolveContext { now_unix_ms: now_ms(), approvers, fence_evidence };
+        let answer = self.policies.load().ask_resolve(proposer, case.uuid, &context);
+        self.recorded(case, proposer, answer)
     }
 
     fn recorded<A: Action>(&self, case: &Case, principal: &str, answer: Result<Permit<A>, Denial>) -> Result<Permit<A>, NoPermit> {

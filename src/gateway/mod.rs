@@ -8,8 +8,11 @@
 //! *Read first:* `outgoing.rs`, then `incoming.rs`, `recovery.rs`, `serve.rs`.
 
 mod crowd;
+mod departures;
+mod host;
 mod incoming;
 mod judge;
+mod kept;
 mod outgoing;
 mod peers;
 mod plan;
@@ -17,8 +20,10 @@ mod policies;
 mod recovery;
 mod registry;
 mod report;
+mod resolution;
 mod serve;
 mod start;
+mod why;
 
 pub use start::run;
 
@@ -27,14 +32,12 @@ pub(crate) use policies::{address_of, channel_in_order, default_stream, entities
 pub(crate) use report::{put_figures, report};
 pub(crate) use start::audit_signer;
 
-use std::path::Path;
 use std::sync::Arc;
 
 use crate::audit::{AuditLog, Entry, Event, Outcome};
 use crate::config::Config;
-use crate::engine::{Attach, Evidence};
-use crate::hypervisor::PagedSource;
-use crate::hypervisor::attach::{AttachedSource, LaunchTemplate, Timeouts};
+use crate::engine::{Evidence, NoArbiter};
+use crate::hypervisor::attach::LaunchTemplate;
 use crate::identity::Credentials;
 use crate::journal::Journal;
 use crate::transport::Endpoint;
@@ -55,12 +58,21 @@ struct Gateway {
     peers: peers::Reachability,
     /// Told when a peer came back for an interrupted handoff.
     taken_up: tokio::sync::Notify,
+    /// Held by whoever reads and changes proposals about VMs in doubt.
+    proposals: tokio::sync::Mutex<()>,
     crowd: Arc<crowd::Crowd>,
+    kept: kept::KeptTwins,
 }
 
 impl Gateway {
     fn evidence(&self) -> Evidence {
-        Evidence { journal: Arc::clone(&self.journal), audit: self.audit.clone(), signer: self.credentials.signer() }
+        Evidence {
+            journal: Arc::clone(&self.journal),
+            audit: self.audit.clone(),
+            signer: self.credentials.signer(),
+            arbiter: Arc::new(NoArbiter),
+            images: self.config.gateway.state_directory.join(IMAGES).into(),
+        }
     }
 
     fn hello(&self) -> Hello {
@@ -86,15 +98,10 @@ impl Gateway {
     }
 }
 
+/// The directory of final images, inside the state directory.
+const IMAGES: &str = "images";
+
 /// Whose fault it was, as everywhere else.
 fn put_class(entry: &mut Entry, class: ErrorClass) {
     entry.detail.insert("class".into(), serde_json::to_value(class).unwrap_or_default());
-}
-
-/// How handoffs reach a guest by the address in a record: always over the attach protocol.
-fn attach() -> Attach {
-    Arc::new(|address, vm| {
-        let source = AttachedSource::attach(Path::new(address), vm.as_str(), Timeouts::default())?;
-        Ok(Box::new(source) as Box<dyn PagedSource>)
-    })
 }

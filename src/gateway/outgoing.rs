@@ -10,7 +10,7 @@ use tokio::sync::{mpsc, watch};
 use crate::audit::{Entry, Event, Outcome};
 use crate::config;
 use crate::control::{Compress, MigrateRequest, Storage};
-use crate::engine::{self, EngineError, Link, Placement, SourceOrder, SourcePorts};
+use crate::engine::{self, EngineError, Link, Placement, SourceOrder, SourcePorts, Withdrawal};
 use crate::gateway::judge::Case;
 use crate::gateway::policies::{default_terms, operator_id};
 use crate::gateway::registry::{Busy, Claim, Migration};
@@ -21,7 +21,6 @@ use crate::limits;
 use crate::migration::{Goal, Outcome as Place};
 use crate::policy::{Permit, Release, Route};
 use crate::telemetry::{self, Mode, Monotone, Problem, Progress, Report, RunningOn};
-use crate::transport::Session;
 use crate::types::{Epoch, MigrationId, Side};
 use crate::wire::{Compression, ErrorClass};
 
@@ -36,11 +35,13 @@ pub(super) struct Departure {
     pub(super) goal: Goal,
     pub(super) bandwidth: Option<u64>,
     pub(super) timeout: Duration,
+    pub(super) outage_max: Duration,
     pub(super) operator: u32,
     claim: Claim,
 }
 
-/// How long the engine looks for a destination that was given the VM; the gateway looks on afterwards.
+/// How long the engine waits for a destination that was given the VM, lives and does not answer; the gateway asks on
+/// afterwards.
 const RESOLVE_FOR: Duration = Duration::from_secs(30);
 /// State, journal and round trips, besides what is measured: see `docs/performance.md`.
 const PAUSE_FIXED: Duration = Duration::from_millis(10);
@@ -96,24 +97,29 @@ impl Gateway {
         let downtime_max =
             request.max_downtime_seconds.map_or(Ok(defaults.max_downtime.duration), |s| positive(s, "`max_downtime_seconds`"))?;
         let timeout = request.timeout_seconds.map_or(Ok(defaults.timeout.duration), |s| positive(s, "`timeout_seconds`"))?;
+        let outage_max = request.max_outage_seconds.map_or(Ok(defaults.max_outage.duration), |s| positive(s, "`max_outage_seconds`"))?;
         let bandwidth = request.bandwidth_bytes_per_second.or(defaults.bandwidth.map(|limit| limit.bytes_per_second));
         let case = Case { migration, vm: vm.name.clone(), uuid: vm.uuid, terms, memory_bytes: 0, side: Side::Source };
         let goal = Goal { downtime_max, throttle: request.throttle, fixed_cost: PAUSE_FIXED };
-        Ok(Departure { migration, case, vm, peer, address, epoch, goal, bandwidth, timeout, operator, claim })
+        Ok(Departure { migration, case, vm, peer, address, epoch, goal, bandwidth, timeout, outage_max, operator, claim })
     }
 
     /// Where the VM is attached, and the epoch at which this gateway owns it.
     fn place_of(&self, vm: &config::Vm) -> Result<(String, Epoch), Problem> {
         let misuse = |message: String| Problem::new(ErrorClass::Misuse, message);
         match self.registry.place(&vm.name) {
-            Some(Placement::Here { address, epoch }) => Ok((address, epoch)),
+            Some(Placement::Here { address, epoch, .. }) => Ok((address, epoch)),
             Some(Placement::Away { peer, .. }) => Err(misuse(format!("VM `{}` does not run here: `{peer}` has it", vm.name))
                 .with_code("vm-is-away")
                 .with_running_on(RunningOn::Destination)),
+            Some(Placement::Cold { .. }) => {
+                Err(misuse(format!("VM `{}` has to be started from its disks first: its memory is lost", vm.name)).with_code("vm-is-cold"))
+            }
             Some(Placement::Given { peer, migration, .. }) => Err(Problem::new(
                 ErrorClass::InDoubt,
                 format!("VM `{}` was given to `{peer}` in migration `{migration}`, which has not answered", vm.name),
             )
+            .with_hint("if it is gone for good, see `sealane resolve`")
             .with_running_on(RunningOn::NeitherYet)),
             None => Err(misuse(format!("VM `{}` is not attached here: its configuration has no `socket` and it has not arrived", vm.name))
                 .with_code("vm-not-here")),
@@ -166,6 +172,7 @@ impl Gateway {
             report: None,
             ended,
             commands: Some(commands_in),
+            returns: None,
         });
         tokio::spawn(show_monotone(raw, shown_in));
         let gateway = Arc::clone(self);
@@ -244,8 +251,10 @@ impl Gateway {
     ) -> Result<Report, Problem> {
         let guest = self.attach_to(&mut departure).await?;
         let kind = guest.machine().kind.clone();
+        crate::failpoint::hit!("source.attached");
         let link = self.dial(&departure.peer).await?;
         let permit = self.release(&departure, &link).await?;
+        crate::failpoint::hit!("source.released");
         let (ids, bytes) = (permit.policy_ids().to_vec(), departure.case.memory_bytes);
         let order = SourceOrder {
             migration: departure.migration,
@@ -258,8 +267,20 @@ impl Gateway {
             stream: departure.case.terms.clone(),
             timeout: Some(departure.timeout),
             resolve_timeout: RESOLVE_FOR,
+            outage_max: departure.outage_max,
             policy_digest: *permit.set_digest(),
         };
+        let withdrawal = Withdrawal {
+            migration: order.migration,
+            vm: order.vm.clone(),
+            uuid: order.uuid,
+            epoch: order.epoch,
+            peer: departure.peer.spiffe.clone(),
+        };
+        if let Err(error) = self.note_departure(&withdrawal) {
+            // Without it a destination waits for nothing, for a while, when this gateway is killed.
+            tracing::warn!(migration = %order.migration, %error, "the offer is not noted");
+        }
         let ports = self.source_ports(&departure, link, Box::new(guest), progress, commands);
         let end = engine::run_source(order, ports).await;
         let mut report = report::report(departure.migration, &departure.vm.name, end.outcome, end.error.as_ref(), started);
@@ -270,6 +291,11 @@ impl Gateway {
         report.policy.decision = Some(report::decision(end.error.as_ref()));
         report.policy.policy_ids = ids;
         self.refresh_place(&departure.vm.name);
+        if end.told {
+            self.forget_departure(departure.migration);
+        } else {
+            self.tell_later(departure.migration);
+        }
         if end.outcome.is_none() || !end.woken {
             self.resolve_later(departure.migration, None, Some(departure.claim));
         }
@@ -298,12 +324,7 @@ impl Gateway {
 
     /// May this peer have the VM? The answer and the offer are recorded before anything of the guest leaves.
     async fn release(self: &Arc<Self>, departure: &Departure, link: &Link) -> Result<Permit<Release>, Problem> {
-        let (judge, case, session) = (Arc::clone(&self.judge), departure.case.clone(), Arc::clone(&link.session));
-        let answer = tokio::task::spawn_blocking(move || judge.release(&case, &session)).await.map_err(bug)?;
-        let permit = answer.map_err(|no| {
-            link.session.close(Some(no.class()), "not permitted");
-            no.problem()
-        })?;
+        let permit = self.ask_release(&departure.case, link).await?;
         let offered = Entry::new(Event::MigrationOffered)
             .vm(departure.vm.name.clone(), departure.vm.uuid)
             .migration(departure.migration)
@@ -315,6 +336,15 @@ impl Gateway {
         Ok(permit)
     }
 
+    async fn ask_release(self: &Arc<Self>, case: &Case, link: &Link) -> Result<Permit<Release>, Problem> {
+        let (judge, case, session) = (Arc::clone(&self.judge), case.clone(), Arc::clone(&link.session));
+        let answer = tokio::task::spawn_blocking(move || judge.release(&case, &session)).await.map_err(bug)?;
+        answer.map_err(|no| {
+            link.session.close(Some(no.class()), "not permitted");
+            no.problem()
+        })
+    }
+
     fn source_ports(
         self: &Arc<Self>,
         departure: &Departure,
@@ -323,22 +353,25 @@ impl Gateway {
         progress: watch::Sender<Progress>,
         commands: mpsc::Receiver<engine::Command>,
     ) -> SourcePorts {
-        let ask_commit = self.commit_question(&departure.case, &link.session);
-        let (gateway, peer) = (Arc::clone(self), departure.peer.clone());
+        let ask_commit = self.commit_question(&departure.case);
+        let (gateway, peer, case) = (Arc::clone(self), departure.peer.clone(), departure.case.clone());
         let redial: engine::Redial = Arc::new(move || {
-            let (gateway, peer) = (Arc::clone(&gateway), peer.clone());
-            Box::pin(async move { gateway.dial(&peer).await.map_err(|problem| EngineError::Bug(problem.message)) })
+            let (gateway, peer, case) = (Arc::clone(&gateway), peer.clone(), case.clone());
+            let migration = case.migration;
+            let not_back = move |problem: Problem| EngineError::NotBack { migration, class: problem.class, why: problem.message };
+            Box::pin(async move {
+                let link = gateway.dial(&peer).await.map_err(not_back)?;
+                // The permit of the offer is the one that the migration has; this one says that it still would be given.
+                let _still = gateway.ask_release(&case, &link).await.map_err(not_back)?;
+                Ok(link)
+            })
         });
         SourcePorts { evidence: self.evidence(), link, guest, ask_commit, redial, progress, commands }
     }
 
-    pub(super) fn commit_question(self: &Arc<Self>, case: &Case, session: &Arc<Session>) -> engine::AskCommit {
-        let (judge, case, session) = (Arc::clone(&self.judge), case.clone(), Arc::downgrade(session));
-        Arc::new(move || {
-            let over = || EngineError::Denied { vm: case.vm.clone(), why: "the session with the peer is over".to_owned() };
-            let session = session.upgrade().ok_or_else(over)?;
-            judge.commit(&case, &session).map(drop).map_err(|no| no.at_commit(&case))
-        })
+    pub(super) fn commit_question(self: &Arc<Self>, case: &Case) -> engine::AskCommit {
+        let (judge, case) = (Arc::clone(&self.judge), case.clone());
+        Arc::new(move |session| judge.commit(&case, session).map(drop).map_err(|no| no.at_commit(&case)))
     }
 }
 

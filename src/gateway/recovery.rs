@@ -8,7 +8,7 @@ use tokio::sync::watch;
 
 use crate::engine::{self, Interruption, Placement, Resolved};
 use crate::gateway::registry::{Claim, Migration};
-use crate::gateway::{Gateway, attach, report};
+use crate::gateway::{Gateway, report};
 use crate::hypervisor::RunState;
 use crate::hypervisor::attach::{Timeouts, discard, observe};
 use crate::migration::Outcome;
@@ -16,10 +16,10 @@ use crate::telemetry::{self, Phase, Progress, Report};
 use crate::types::{Epoch, MigrationId, Side, VmName};
 
 /// Between two tries to settle a handoff with a silent peer.
-const FIRST_PAUSE: Duration = Duration::from_millis(200);
+pub(super) const FIRST_PAUSE: Duration = Duration::from_millis(200);
 /// How long the last word may take to reach the peer.
 const GOODBYE: Duration = Duration::from_secs(2);
-const LONGEST_PAUSE: Duration = Duration::from_secs(15);
+pub(super) const LONGEST_PAUSE: Duration = Duration::from_secs(15);
 
 impl Gateway {
     /// Reads where every VM is. A VM that no record speaks of is where the configuration says.
@@ -36,20 +36,29 @@ impl Gateway {
         for (vm, bytes) in places {
             recorded.insert(vm.clone());
             match Placement::read(&bytes) {
-                Ok(place) => self.registry.set_place(vm, place),
+                Ok(place) => self.registry.set_place(vm.clone(), self.started_again(&vm, place)),
                 Err(error) => tracing::error!(%vm, error = %error, "placement of another version; the VM is not touched"),
             }
         }
         for vm in self.config.vms.iter().filter(|vm| !recorded.contains(&vm.name)) {
             if let (None, Some(socket)) = (self.registry.place(&vm.name), &vm.socket) {
-                self.registry.set_place(vm.name.clone(), Placement::Here { address: socket.display().to_string(), epoch: Epoch(1) });
+                let place = Placement::Here { address: socket.display().to_string(), epoch: Epoch(1), attempt: None };
+                self.registry.set_place(vm.name.clone(), place);
             }
+        }
+    }
+
+    /// A VM that has to be started from its disks is where the configuration says, once somebody has started it there.
+    fn started_again(&self, vm: &VmName, place: Placement) -> Placement {
+        match (place, self.config.vm(vm).and_then(|vm| vm.socket.as_ref())) {
+            (Placement::Cold { epoch }, Some(socket)) => Placement::Here { address: socket.display().to_string(), epoch, attempt: None },
+            (place, _) => place,
         }
     }
 
     pub(super) fn refresh_place(&self, vm: &VmName) {
         match self.journal.vm(vm).map(|bytes| bytes.map(|bytes| Placement::read(&bytes))) {
-            Ok(Some(Ok(place))) => self.registry.set_place(vm.clone(), place),
+            Ok(Some(Ok(place))) => self.registry.set_place(vm.clone(), self.started_again(vm, place)),
             Ok(None) => {}
             Ok(Some(Err(error))) => tracing::error!(%vm, error = %error, "placement cannot be read"),
             Err(error) => tracing::error!(%vm, error = %telemetry::chain(&error), "placement cannot be read"),
@@ -58,6 +67,7 @@ impl Gateway {
 
     /// Performs what the journal alone decides, for every migration in it, before anything else is served.
     pub(super) async fn recover(self: &Arc<Self>) {
+        crate::failpoint::hit!("recovery.begin");
         let migrations = match self.journal.migrations() {
             Ok(migrations) => migrations,
             Err(error) => {
@@ -66,9 +76,9 @@ impl Gateway {
             }
         };
         for migration in migrations {
-            match engine::resolve(&self.evidence(), &attach(), migration, None).await {
+            match engine::resolve(&self.evidence(), &self.host(), migration, None).await {
                 Ok(Resolved::Settled) => {
-                    if let Err(error) = engine::repeat_effect(&self.evidence(), &attach(), migration).await {
+                    if let Err(error) = engine::repeat_effect(&self.evidence(), &self.host(), migration).await {
                         tracing::error!(%migration, error = %telemetry::chain(&error), "the effect of its last record is not certain");
                         self.resolve_later(migration, None, None);
                     }
@@ -77,6 +87,7 @@ impl Gateway {
                     tracing::warn!(%migration, ?outcome, "interrupted migration settled from the journal");
                     let ended = self.reopen(migration);
                     self.settled(migration, ended).await;
+                    self.tell_later(migration);
                 }
                 Ok(Resolved::Open { vm, peer, source }) => {
                     tracing::warn!(%migration, %vm, %peer, source, "interrupted handoff: the peer will be asked");
@@ -91,19 +102,46 @@ impl Gateway {
             }
         }
         self.load_places();
+        self.close_proposals().await;
         let gateway = Arc::clone(self);
+        if let Err(error) = tokio::task::spawn_blocking({
+            let gateway = Arc::clone(self);
+            let runtime = tokio::runtime::Handle::current();
+            move || {
+                let _inside = runtime.enter();
+                gateway.find_kept();
+                gateway.withdraw_old_offers();
+            }
+        })
+        .await
+        {
+            tracing::error!(error = %error, "task that looks for twins");
+        }
+        crate::failpoint::hit!("recovery.sweep");
         if let Err(error) = tokio::task::spawn_blocking(move || gateway.sweep()).await {
             tracing::error!(error = %error, "sweep task");
+        }
+        crate::failpoint::hit!("recovery.end");
+    }
+
+    /// Ends what an earlier run of this gateway left behind and no journal promises anything to.
+    fn sweep(&self) {
+        self.sweep_twins();
+        if let Err(error) = engine::sweep_images(&self.evidence()) {
+            tracing::warn!(%error, "images that nobody needs are not looked for");
         }
     }
 
     /// Ends twins that an earlier run of this gateway left behind and that no journal promises anything to.
-    fn sweep(&self) {
+    fn sweep_twins(&self) {
         let Ok(entries) = std::fs::read_dir(&self.config.gateway.runtime_directory) else { return };
         for path in entries.flatten().map(|entry| entry.path()) {
             let name = path.file_name().and_then(|name| name.to_str()).and_then(|name| name.strip_suffix(".sock"));
             let Some(Ok(migration)) = name.map(str::parse::<MigrationId>) else { continue };
             let vm = "twin";
+            if self.kept.has(migration) {
+                continue;
+            }
             // A journal that cannot be read may promise anything.
             if engine::may_own_twin(&self.evidence(), migration).unwrap_or(true) {
                 continue;
@@ -138,6 +176,7 @@ impl Gateway {
             report: None,
             ended,
             commands: None,
+            returns: None,
         });
         Some(ended_in)
     }
@@ -187,6 +226,7 @@ impl Gateway {
                     gateway.load_places();
                     drop(claim);
                     gateway.settled(migration, ended).await;
+                    gateway.close_proposal(migration).await;
                     return;
                 }
             }
@@ -194,13 +234,13 @@ impl Gateway {
     }
 
     async fn try_resolve(self: &Arc<Self>, migration: MigrationId) -> bool {
-        let (evidence, attach) = (self.evidence(), attach());
+        let (evidence, host) = (self.evidence(), self.host());
         let _turn = self.registry.resolving(migration).await;
-        let peer = match engine::resolve(&evidence, &attach, migration, None).await {
+        let peer = match engine::resolve(&evidence, &host, migration, None).await {
             Ok(Resolved::Open { peer, .. }) => peer,
             Ok(Resolved::Settled | Resolved::Ended(_)) => {
                 // The record is there; its effect may not be.
-                return match engine::repeat_effect(&evidence, &attach, migration).await {
+                return match engine::repeat_effect(&evidence, &host, migration).await {
                     Ok(()) => true,
                     Err(error) => {
                         tracing::error!(%migration, error = %telemetry::chain(&error), "the effect of its last record is not certain");
@@ -224,7 +264,7 @@ impl Gateway {
                 return false;
             }
         };
-        let resolved = engine::resolve(&evidence, &attach, migration, Some(&link)).await;
+        let resolved = engine::resolve(&evidence, &host, migration, Some(&link)).await;
         link.session.finish(None, "settled", GOODBYE).await;
         match resolved {
             Ok(Resolved::Open { .. }) => false,

@@ -6,7 +6,7 @@ use std::time::SystemTime;
 
 use tokio::sync::{mpsc, watch};
 
-use crate::engine::{Command, Placement};
+use crate::engine::{Command, Placement, Return};
 use crate::telemetry::{Progress, Report};
 use crate::types::{MigrationId, PeerName, Side, VmName};
 
@@ -43,6 +43,8 @@ pub(super) struct Migration {
     pub(super) ended: watch::Receiver<bool>,
     /// How it is steered; at a destination only to stop it when the gateway does.
     pub(super) commands: Option<mpsc::Sender<Command>>,
+    /// Where a destination hears a source that comes back in a new session.
+    pub(super) returns: Option<mpsc::Sender<Return>>,
 }
 
 /// Why a VM cannot be taken.
@@ -69,6 +71,11 @@ impl Claim {
     /// The VM is still nobody else's, but no longer one of the migrations at once.
     pub(super) fn wait(&self) {
         self.registry.lock().waiting.insert(self.vm.clone());
+    }
+
+    /// The VM moves on, as one of the migrations at once.
+    pub(super) fn go_on(&self) {
+        self.registry.lock().waiting.remove(&self.vm);
     }
 }
 
@@ -170,6 +177,7 @@ impl Registry {
         if let Some(migration) = inner.migrations.get_mut(&id) {
             migration.report = Some(report);
             migration.commands = None;
+            migration.returns = None;
         }
         inner.ended.push_back(id);
         if inner.ended.len() > ENDED_SHOWN

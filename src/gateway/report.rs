@@ -22,6 +22,7 @@ pub(crate) fn report(
             Some(ErrorClass::Cancelled) => (Outcome::Cancelled, RunningOn::Source),
             _ => (Outcome::Failed, RunningOn::Source),
         },
+        Some(migration::Outcome::Cold) => (Outcome::Failed, RunningOn::NeitherYet),
         None => (Outcome::InDoubt, RunningOn::NeitherYet),
     };
     let mut report = Report::new(migration, vm.clone(), state, running_on);
@@ -53,12 +54,21 @@ pub(super) fn decision(error: Option<&EngineError>) -> String {
 pub(super) fn settled(migration: MigrationId, vm: &VmName, outcome: migration::Outcome) -> Report {
     let message = format!("migration `{migration}` of `{vm}` was interrupted, and the journal says that the VM stays");
     let mut report = report(migration, vm, Some(outcome), None, SystemTime::now());
-    report.error = (outcome != migration::Outcome::Moved).then(|| {
-        Problem::new(ErrorClass::Local, message)
-            .with_code("interrupted")
-            .with_running_on(RunningOn::Source)
-            .with_hint("the VM was not harmed; the migration can be started again")
-    });
+    report.error = match outcome {
+        migration::Outcome::Moved => None,
+        migration::Outcome::Stayed | migration::Outcome::Reclaimed => Some(
+            Problem::new(ErrorClass::Local, message)
+                .with_code("interrupted")
+                .with_running_on(RunningOn::Source)
+                .with_hint("the VM was not harmed; the migration can be started again"),
+        ),
+        migration::Outcome::Cold => Some(
+            Problem::new(ErrorClass::Local, format!("VM `{vm}` belongs to this gateway, and no memory of it is left that may run"))
+                .with_code("cold")
+                .with_running_on(RunningOn::NeitherYet)
+                .with_hint("start the VM from its disks; it is a new start of the guest"),
+        ),
+    };
     report
 }
 
@@ -68,12 +78,15 @@ pub(super) fn problem(error: &EngineError, running_on: RunningOn) -> Problem {
         EngineError::NotConverging { .. } => {
             problem.with_hint("allow a longer pause (`--max-downtime`), slow the guest down (`--throttle`), or give it more bandwidth")
         }
-        EngineError::InDoubt { .. } => problem.with_hint("the gateway keeps asking the destination; do not start the VM by hand"),
+        EngineError::InDoubt { .. } => problem.with_hint(
+            "the gateway keeps asking the destination; if it is gone for good, see `sealane resolve`; do not start the VM by hand",
+        ),
         EngineError::Audit(_) => problem.with_hint("nothing is moved without evidence; make room on the gateway's disk and try again"),
         EngineError::Journal(_) => {
             problem.with_hint("nothing is moved without its journal; see to the gateway's disk, restart the gateway, and try again")
         }
         EngineError::TimedOut { .. } => problem.with_hint("allow more time with `--timeout`"),
+        EngineError::Outage { .. } => problem.with_code("outage").with_hint("allow longer outages with `--max-outage`"),
         _ => problem,
     }
 }
@@ -83,6 +96,9 @@ pub(crate) fn put_figures(report: &mut Report, figures: &Figures) {
     report.rounds = figures.rounds;
     report.pages = figures.pages;
     report.wire_bytes = figures.wire_bytes;
+    report.reconnects = figures.reconnects;
+    report.stalled_seconds = figures.stalled.as_secs_f64();
+    report.resent_bytes = figures.resent_bytes;
     report.verified = figures.verified;
     report.downtime_seconds = figures.downtime.map(|downtime| downtime.as_secs_f64());
     report.audit.destination_head.clone_from(&figures.peer_audit_head);

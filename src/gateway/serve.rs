@@ -22,13 +22,14 @@ use tokio::sync::{mpsc, watch};
 
 use crate::config::Role;
 use crate::control::{
-    self, Event, GatewayView, History, MigrateRequest, MigrationList, MigrationState, MigrationView, PeerList, PeerView, PlanView,
-    SetRequest, VmList, VmState, VmView, paths,
+    self, DoubtList, Event, GatewayView, History, MigrateRequest, MigrationList, MigrationState, MigrationView, PeerList, PeerView,
+    PlanView, ResolutionView, ResolveRequest, SetRequest, VmList, VmState, VmView, paths,
 };
-use crate::engine::{self, Command, Placement};
+use crate::engine::{self, Command, Placement, Standing};
 use crate::gateway::Gateway;
 use crate::gateway::judge::hex;
 use crate::gateway::registry::Migration;
+use crate::gateway::resolution::record_view;
 use crate::hypervisor::RunState;
 use crate::hypervisor::attach::{Timeouts, inspect};
 use crate::limits;
@@ -96,6 +97,8 @@ pub(super) async fn serve(gateway: Arc<Gateway>, listener: UnixListener, stop: i
         .route(paths::EVENTS, get(events))
         .route(paths::CANCEL, post(cancel))
         .route(paths::SET, post(set))
+        .route(paths::DOUBTS, get(doubts))
+        .route(paths::RESOLVE, post(resolve))
         .route(paths::PLAN, post(plan))
         .route(paths::HISTORY, get(history))
         .fallback(|| async {
@@ -110,21 +113,23 @@ pub(super) async fn serve(gateway: Arc<Gateway>, listener: UnixListener, stop: i
 }
 
 impl Gateway {
-    /// May this caller use verbs of this role? Root and the gateway's own user may everything.
-    fn authorise(&self, caller: Caller, needs: Role) -> Result<u32, Refused> {
-        let Some(uid) = caller.uid else {
-            return Err(Problem::new(ErrorClass::Unauthenticated, "the kernel does not say who calls").into());
-        };
-        if uid == 0 || uid == nix::unistd::geteuid().as_raw() {
-            return Ok(uid);
-        }
+    /// May this user use verbs of this role? Root and the gateway's own user may everything.
+    pub(super) fn may(&self, uid: u32, needs: Role) -> bool {
         let roles = self.config.operator(uid).map(|operator| operator.roles.as_slice()).unwrap_or_default();
-        let allowed = match needs {
+        let has_role = match needs {
             Role::Viewer => !roles.is_empty(),
             Role::Operator => roles.iter().any(|role| matches!(role, Role::Operator | Role::Admin)),
             Role::Admin => roles.contains(&Role::Admin),
         };
-        if allowed {
+        has_role || uid == 0 || uid == nix::unistd::geteuid().as_raw()
+    }
+
+    /// May this caller use verbs of this role?
+    fn authorise(&self, caller: Caller, needs: Role) -> Result<u32, Refused> {
+        let Some(uid) = caller.uid else {
+            return Err(Problem::new(ErrorClass::Unauthenticated, "the kernel does not say who calls").into());
+        };
+        if self.may(uid, needs) {
             Ok(uid)
         } else {
             Err(Problem::new(ErrorClass::Denied, format!("user id {uid} may not do this: it needs the role `{needs}`"))
@@ -135,8 +140,7 @@ impl Gateway {
 
     /// A migration of this run of the gateway, or a finished one of an earlier run.
     async fn find(self: &Arc<Self>, id: &str) -> Result<Migration, Refused> {
-        let id: MigrationId =
-            id.parse().map_err(|error: crate::types::InvalidValue| Problem::new(ErrorClass::Misuse, error.to_string()))?;
+        let id = identifier(id)?;
         if let Some(found) = self.registry.migration(id) {
             return Ok(found);
         }
@@ -174,6 +178,7 @@ impl Gateway {
             report: Some(Arc::new(report)),
             ended: watch::channel(true).1,
             commands: None,
+            returns: None,
         })
     }
 }
@@ -204,13 +209,17 @@ async fn gateway_view(State(gateway): Shared, ConnectInfo(caller): ConnectInfo<C
 async fn vms(State(gateway): Shared, ConnectInfo(caller): ConnectInfo<Caller>) -> Answer<VmList> {
     gateway.authorise(caller, Role::Viewer)?;
     // Asking VMMs blocks; one that hangs must not stop the runtime.
-    let views = tokio::task::spawn_blocking(move || gateway.config.vms.iter().map(|vm| vm_view(&gateway, vm)).collect())
-        .await
-        .map_err(super::outgoing::bug)?;
+    let view_all = move || {
+        let owners =
+            engine::owners(&gateway.evidence()).inspect_err(|error| tracing::error!(error = %crate::telemetry::chain(error), "why"));
+        let owners = owners.unwrap_or_default();
+        gateway.config.vms.iter().map(|vm| vm_view(&gateway, vm, owners.get(&vm.name))).collect()
+    };
+    let views = tokio::task::spawn_blocking(view_all).await.map_err(super::outgoing::bug)?;
     Ok(Json(VmList { schema: Default::default(), vms: views }))
 }
 
-fn vm_view(gateway: &Gateway, vm: &crate::config::Vm) -> VmView {
+fn vm_view(gateway: &Gateway, vm: &crate::config::Vm, standing: Option<&Standing>) -> VmView {
     let moving = gateway.registry.moving(&vm.name);
     let mut view = VmView {
         name: vm.name.clone(),
@@ -223,8 +232,9 @@ fn vm_view(gateway: &Gateway, vm: &crate::config::Vm) -> VmView {
         vcpus: None,
         why: None,
     };
-    match gateway.registry.place(&vm.name) {
-        Some(Placement::Here { address, epoch }) => {
+    let place = gateway.registry.place(&vm.name);
+    match place.clone() {
+        Some(Placement::Here { address, epoch, .. }) => {
             view.place = "here".to_owned();
             view.owner_epoch = epoch;
             match inspect(std::path::Path::new(&address), vm.name.as_str(), Timeouts::default()) {
@@ -248,11 +258,15 @@ fn vm_view(gateway: &Gateway, vm: &crate::config::Vm) -> VmView {
                 }
             }
         }
-        Some(Placement::Given { migration, peer, epoch, .. }) => {
+        Some(Placement::Given { peer, epoch, .. }) => {
             view.state = VmState::InDoubt;
             view.place = peer.to_string();
             view.owner_epoch = epoch;
-            view.why = Some(format!("given in migration `{migration}`; the destination has not answered"));
+        }
+        Some(Placement::Cold { epoch }) => {
+            view.state = VmState::Cold;
+            view.place = "here".to_owned();
+            view.owner_epoch = epoch;
         }
         Some(Placement::Away { peer, epoch }) => {
             view.place = gateway.config.peer_of(&peer).map_or_else(|| peer.to_string(), |peer| peer.name.to_string());
@@ -266,6 +280,7 @@ fn vm_view(gateway: &Gateway, vm: &crate::config::Vm) -> VmView {
         view.state = VmState::Arriving;
         view.why = Some(format!("arriving in migration `{migration}`"));
     }
+    gateway.explain(&mut view, place.as_ref(), standing);
     view
 }
 
@@ -314,6 +329,7 @@ fn view(migration: &Migration) -> MigrationView {
         state,
         progress: migration.report.is_none().then(|| migration.progress.borrow().clone()),
         report: migration.report.as_deref().cloned(),
+        records: Vec::new(),
     }
 }
 
@@ -326,7 +342,38 @@ async fn migrations(State(gateway): Shared, ConnectInfo(caller): ConnectInfo<Cal
 
 async fn migration(State(gateway): Shared, ConnectInfo(caller): ConnectInfo<Caller>, Path(id): Path<String>) -> Answer<MigrationView> {
     gateway.authorise(caller, Role::Viewer)?;
-    Ok(Json(view(&gateway.find(&id).await?)))
+    let found = gateway.find(&id).await?;
+    let mut view = view(&found);
+    let interrupted = view.state == MigrationState::Active && found.commands.is_none();
+    if interrupted || matches!(view.state, MigrationState::InDoubt | MigrationState::Failed) {
+        let notes =
+            tokio::task::spawn_blocking(move || engine::notes(&gateway.evidence(), found.id)).await.map_err(super::outgoing::bug)?;
+        let notes = notes.map_err(|error| Problem::new(ErrorClass::Local, crate::telemetry::chain(&error)))?;
+        view.records = notes.iter().map(record_view).collect();
+    }
+    Ok(Json(view))
+}
+
+async fn doubts(State(gateway): Shared, ConnectInfo(caller): ConnectInfo<Caller>) -> Answer<DoubtList> {
+    gateway.authorise(caller, Role::Viewer)?;
+    Ok(Json(gateway.doubts().await?))
+}
+
+async fn resolve(
+    State(gateway): Shared,
+    ConnectInfo(caller): ConnectInfo<Caller>,
+    Path(id): Path<String>,
+    body: Bytes,
+) -> Answer<ResolutionView> {
+    let uid = gateway.authorise(caller, Role::Operator)?;
+    let request: ResolveRequest = read(&body)?;
+    // A client that leaves must not leave a decision half made.
+    let step = tokio::spawn(async move { gateway.resolve(uid, identifier(&id)?, request).await });
+    Ok(Json(step.await.map_err(super::outgoing::bug)??))
+}
+
+fn identifier(id: &str) -> Result<MigrationId, Problem> {
+    id.parse().map_err(|error: crate::types::InvalidValue| Problem::new(ErrorClass::Misuse, error.to_string()))
 }
 
 async fn start(State(gateway): Shared, ConnectInfo(caller): ConnectInfo<Caller>, body: Bytes) -> Answer<MigrationView> {

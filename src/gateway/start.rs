@@ -1,5 +1,6 @@
 //! Start and end of the daemon.
 
+use std::os::unix::fs::DirBuilderExt;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -11,7 +12,7 @@ use crate::engine::Command;
 use crate::gateway::judge::Judge;
 use crate::gateway::policies::{entities, read_policies};
 use crate::gateway::registry::Registry;
-use crate::gateway::{Gateway, peers, put_class, serve};
+use crate::gateway::{Gateway, IMAGES, kept, peers, put_class, serve};
 use crate::hypervisor::attach::LaunchTemplate;
 use crate::identity::{Credentials, IdentityConfig, Signer, TrustDomainConfig};
 use crate::journal::Journal;
@@ -63,6 +64,9 @@ fn build(config: Arc<Config>) -> Result<Arc<Gateway>, Problem> {
     let audit = AuditLog::open(&config.gateway.audit_directory, credentials.own_id().as_str(), signer)
         .map_err(|error| local("audit log", &error))?;
     std::fs::create_dir_all(&config.gateway.runtime_directory).map_err(|error| local("runtime directory", &error))?;
+    // Images hold guest memory.
+    let images = config.gateway.state_directory.join(IMAGES);
+    std::fs::DirBuilder::new().recursive(true).mode(0o700).create(images).map_err(|error| local("directory of images", &error))?;
     let incoming = config.incoming.as_ref().map(|incoming| LaunchTemplate::new(&incoming.command)).transpose();
     let incoming =
         incoming.map_err(|error| Problem::new(ErrorClass::Misuse, format!("incoming.command: {error}")).with_code("configuration"))?;
@@ -79,7 +83,9 @@ fn build(config: Arc<Config>) -> Result<Arc<Gateway>, Problem> {
         incoming,
         peers: peers::Reachability::default(),
         taken_up: tokio::sync::Notify::new(),
+        proposals: tokio::sync::Mutex::default(),
         crowd: Arc::default(),
+        kept: kept::KeptTwins::default(),
     }))
 }
 

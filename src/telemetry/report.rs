@@ -37,6 +37,15 @@ pub struct Report {
     pub downtime_breakdown: Option<DowntimeBreakdown>,
     /// CPU time of both gateways; absent when only one is ours to measure.
     pub cpu_seconds: Option<f64>,
+    /// How often the link was lost and stood again.
+    #[serde(default)]
+    pub reconnects: u32,
+    /// How long the link was away, all outages together.
+    #[serde(default)]
+    pub stalled_seconds: f64,
+    /// Bytes of page frames that were sent again because an outage took them.
+    #[serde(default)]
+    pub resent_bytes: u64,
     /// Pages by how they were sent.
     pub pages: PageCounts,
     /// True only when destination memory and device state were compared with the source's.
@@ -70,6 +79,9 @@ impl Report {
             downtime_seconds: None,
             downtime_breakdown: None,
             cpu_seconds: None,
+            reconnects: 0,
+            stalled_seconds: 0.0,
+            resent_bytes: 0,
             pages: PageCounts::default(),
             verified: false,
             authenticated: Authenticated::default(),
@@ -198,7 +210,7 @@ mod tests {
             downtime_breakdown.pause_seconds downtime_breakdown.resume_seconds downtime_breakdown.state_seconds \
             downtime_breakdown.verify_seconds downtime_seconds duration_seconds error.class error.code error.hint error.message \
             error.running_on guest_memory_bytes hypervisor migration_id mode pages.compressed pages.delta pages.duplicate pages.raw \
-            pages.zero policy.decision policy.policy_ids rounds running_on schema state verified vm wire_bytes";
+            pages.zero policy.decision policy.policy_ids reconnects resent_bytes rounds running_on schema stalled_seconds state verified vm wire_bytes";
         assert_eq!(found.join(" "), expected.split_whitespace().collect::<Vec<_>>().join(" "));
     }
 

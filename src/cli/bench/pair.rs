@@ -15,8 +15,8 @@ use tokio::sync::{mpsc, oneshot, watch};
 use super::super::flags::CompressFlag;
 use crate::audit::AuditLog;
 use crate::engine::{
-    Command, DestinationEnd, DestinationOrder, EngineError, Evidence, Link, SourceEnd, SourceOrder, SourcePorts, greet, run_destination,
-    run_source,
+    Command, DestinationEnd, DestinationOrder, EngineError, Evidence, Link, NoArbiter, SourceEnd, SourceOrder, SourcePorts, greet,
+    run_destination, run_source,
 };
 use crate::gateway;
 use crate::hypervisor::image::{IMAGE_KIND, ImageDestination, ImageSource};
@@ -130,7 +130,9 @@ impl Side {
             let anywhere = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
             Endpoint::bind(TransportConfig::new(anywhere), Arc::clone(&credentials)).map_err(|error| local(&failed("UDP port"), &error))?
         };
-        let evidence = Evidence { journal: Arc::new(journal), audit, signer: credentials.signer() };
+        let images = directory.join("images").into();
+        let (journal, signer, arbiter) = (Arc::new(journal), credentials.signer(), Arc::new(NoArbiter));
+        let evidence = Evidence { journal, audit, signer, images, arbiter };
         Ok(Self { credentials, evidence, endpoint, runtime })
     }
 
@@ -220,6 +222,8 @@ impl Pair {
             },
             timeout: Some(TIMEOUT),
             resolve_timeout: RESOLVE_FOR,
+            // A session that ends on loopback does not come back.
+            outage_max: Duration::ZERO,
             // No policy is asked: what is measured is the way of the pages.
             policy_digest: [0; 32],
         })
@@ -247,8 +251,7 @@ impl Side {
             evidence: self.evidence.clone(),
             link,
             guest,
-            ask_commit: Arc::new(|| Ok(())),
-            // A session that ends on loopback does not come back.
+            ask_commit: Arc::new(|_| Ok(())),
             redial: Arc::new(|| Box::pin(async { Err(EngineError::Bug("the session ended".into())) })),
             progress,
             commands,
@@ -287,8 +290,21 @@ impl Side {
         let evidence = self.evidence.clone();
         // Nobody shuts a benchmark down from outside.
         let (_steering, commands) = tokio::sync::mpsc::channel(1);
-        let order =
-            DestinationOrder { offer, lanes, evidence, link, twin, ask_commit: Arc::new(|| Ok(())), policy_digest: [0; 32], commands };
+        let (_returns, returns) = tokio::sync::mpsc::channel(1);
+        let order = DestinationOrder {
+            offer,
+            lanes,
+            evidence,
+            link,
+            twin,
+            ask_commit: Arc::new(|_| Ok(())),
+            policy_digest: [0; 32],
+            commands,
+            returns,
+            outage_max: Duration::ZERO,
+            progress: None,
+            comes_back_in: None,
+        };
         Ok(run_destination(order).await)
     }
 }
