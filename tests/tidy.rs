@@ -4,6 +4,8 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test may stop at the first surprise")]
 
+#[path = "tidy/places.rs"]
+mod places;
 #[path = "tidy/ratchet.rs"]
 mod ratchet;
 #[path = "tidy/rings.rs"]
@@ -116,6 +118,11 @@ fn every_module_of_the_ring_table_exists() {
 #[test]
 fn the_pure_core_names_nothing_outside() {
     every_file(rings::purity);
+}
+
+#[test]
+fn the_list_of_failpoints_has_every_place_and_nothing_else() {
+    none(&places::listed(&tree()));
 }
 
 #[test]

@@ -3,32 +3,14 @@
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use sealane::hypervisor::RunState;
+use sealane::hypervisor::{Generation, RunState};
 
 use crate::command::{Running, wait_for};
 use crate::gateway::{A, B, Name};
+use crate::guest::Shape;
 use crate::lab::{Lab, Setup};
-
-/// SplitMix64; the seed is printed, and given back it repeats the moments.
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    fn below(&mut self, end: u64) -> u64 {
-        self.next() % end
-    }
-}
-
-fn number(variable: &str) -> Option<u64> {
-    Some(std::env::var(variable).ok()?.parse().unwrap())
-}
+use crate::one_copy::{OneCopy, settle};
+use crate::random::{Random, durabilities, number};
 
 /// When to kill.
 #[derive(Debug)]
@@ -49,7 +31,7 @@ impl Moment {
         if random.below(3) == 0 {
             return Self::After(Duration::from_micros(random.below(whole)));
         }
-        let (record, _) = RECORDS[usize::try_from(random.below(RECORDS.len() as u64)).unwrap()];
+        let (record, _) = random.pick(&RECORDS);
         Self::Record(record, Duration::from_micros(random.below(6000)))
     }
 
@@ -67,10 +49,10 @@ impl Moment {
 }
 
 /// Audit logs of source and destination, from where they end now.
-struct Records([(PathBuf, usize); 2]);
+pub struct Records([(PathBuf, usize); 2]);
 
 impl Records {
-    fn begin(lab: &Lab, source: Name) -> Self {
+    pub fn begin(lab: &Lab, source: Name) -> Self {
         Self([source, source.other()].map(|name| {
             let path = lab.gateway(name).directory().join("audit/audit-00000000000000000000.jsonl");
             let length = std::fs::read(&path).unwrap().len();
@@ -78,43 +60,50 @@ impl Records {
         }))
     }
 
-    fn have(&self, record: &str) -> bool {
+    pub fn have(&self, record: &str) -> bool {
         let (_, by_source) = RECORDS.iter().find(|(name, _)| *name == record).unwrap();
-        let (path, begin) = &self.0[usize::from(!by_source)];
-        let text = std::fs::read(path).unwrap();
-        String::from_utf8_lossy(&text[*begin..]).contains(&format!("\"record\":\"{record}\""))
+        self.side_has(*by_source, &format!("\"record\":\"{record}\""))
     }
-}
 
-/// Where the guest is once both gateways are up again and nothing is open.
-#[track_caller]
-fn settle(lab: &Lab) -> Name {
-    wait_for("one running copy", || {
-        let copies = lab.running_copies();
-        assert!(copies.len() <= 1, "the guest runs in {} places: {copies:?}", copies.len());
-        let [one] = copies.as_slice() else { return None };
-        let (here, there) = (lab.vm(*one), lab.vm(one.other()));
-        (here["state"] == "running" && there["state"] == "gone").then_some(*one)
-    })
+    /// Whether the destination has permitted the offer.
+    pub fn have_accepted(&self) -> bool {
+        self.side_has(false, "\"action\":\"accept\"")
+    }
+
+    fn side_has(&self, source: bool, words: &str) -> bool {
+        let (path, begin) = &self.0[usize::from(!source)];
+        let text = std::fs::read(path).unwrap();
+        String::from_utf8_lossy(&text[*begin..]).contains(words)
+    }
 }
 
 #[track_caller]
 fn kills_of(victims: &[&[Name]], share: u64, seed_of_test: u64) {
     let runs = number("SEALANE_CRASHES").unwrap_or(20) * share / 10;
     let seed = number("SEALANE_SEED").unwrap_or(seed_of_test);
-    println!("seed {seed}, {runs} runs");
+    for durability in durabilities() {
+        kills_with(&durability, victims, runs, seed);
+    }
+}
+
+#[track_caller]
+fn kills_with(durability: &str, victims: &[&[Name]], runs: u64, seed: u64) {
+    println!("durability {durability}, seed {seed}, {runs} runs");
     let mut random = Random(seed);
-    let mut lab = Setup::new().shape(|shape| (shape.working_set, shape.dirty_rate) = ("4MiB", "8MiB/s")).start();
+    let shape = |shape: &mut Shape| (shape.working_set, shape.dirty_rate) = ("4MiB", "8MiB/s");
+    let mut lab = Setup::new().shape(shape).durability(durability).start();
+    let mut copies = OneCopy::watch(&lab);
     let mut at = A;
     lab.runs_only_on(A);
+    let first = lab.generation(A);
     // How long a whole migration takes here, so that kills fall all over it.
     let start = Instant::now();
     lab.migrate(at, &[]).expect_moved();
     at = at.other();
     let whole = u64::try_from(start.elapsed().as_micros()).unwrap();
-    let mut moved = 0;
+    let (mut moved, mut kills, mut in_doubt) = (0, 0, 0);
     for run in 0..runs {
-        let roles = victims[usize::try_from(random.below(victims.len() as u64)).unwrap()];
+        let roles = *random.pick(victims);
         let moment = Moment::choose(&mut random, whole);
         let records = Records::begin(&lab, at);
         let mut running = lab.start_migrate(at, &[]);
@@ -123,17 +112,18 @@ fn kills_of(victims: &[&[Name]], share: u64, seed_of_test: u64) {
             // A role is a name as long as the guest is on A.
             let victim = if at == A { *role } else { role.other() };
             lab.gateway_mut(victim).kill();
+            kills += 1;
         }
-        let copies = lab.running_copies();
-        assert!(copies.len() <= 1, "run {run} of seed {seed}, {roles:?} killed {moment:?}: {copies:?}");
+        let running_now = lab.running_copies();
+        assert!(running_now.len() <= 1, "run {run} of seed {seed}, {roles:?} killed {moment:?}: {running_now:?}");
         for name in [A, B] {
             if !lab.gateway(name).is_up() {
                 lab.gateway_mut(name).start();
             }
         }
-        drop(running);
         let now = settle(&lab);
         lab.runs_only_on(now);
+        in_doubt += u64::from(running.finish().code == 6);
         moved += u64::from(now != at);
         println!("run {run}: {roles:?} of guest on {at:?} killed {moment:?}, now on {now:?}");
         at = now;
@@ -141,9 +131,17 @@ fn kills_of(victims: &[&[Name]], share: u64, seed_of_test: u64) {
             let states: Vec<_> = [A, B].iter().flat_map(|name| lab.vmms(*name)).map(|status| status.state).collect();
             (states == [RunState::Running]).then_some(())
         });
+        copies.is_there();
     }
-    println!("{moved} of {runs} moved");
+    assert_eq!(lab.generation(at), Generation { disruptions: 1 + moved, ..first }, "each move counts once, whoever crashed");
     lab.settled_on(at);
+    lab.migrate(at, &[]).expect_moved();
+    lab.settled_on(at.other());
+    copies.was_there();
+    println!(
+        "random kills, durability {durability}: {runs} runs, {kills} kills, moved {moved}, stayed {}, in doubt {in_doubt}, violations 0",
+        runs - moved
+    );
 }
 
 #[test]

@@ -67,19 +67,49 @@ impl Gateway {
     /// Starts it and waits until it answers.
     #[track_caller]
     pub fn start(&mut self) {
+        self.launch();
+        wait_for("a gateway that answers", || {
+            assert!(!self.has_died(), "the gateway ended: {}", self.log());
+            self.answers().then_some(())
+        });
+    }
+
+    /// Starts it.
+    #[track_caller]
+    pub fn launch(&mut self) {
         assert!(self.process.is_none(), "it runs already");
         let log = File::options().create(true).append(true).open(self.directory.join("gateway.log")).unwrap();
         let mut command = sealane();
         command.env("SEALANE_LOG", "sealane=debug").args(["gateway", "--config"]).arg(self.config()).stdout(log.try_clone().unwrap());
-        let mut child = command.stderr(log).spawn().unwrap();
-        let socket = self.directory.join("run/api.sock");
-        wait_for("a gateway that answers", || {
-            if let Some(status) = child.try_wait().unwrap() {
-                panic!("the gateway ended with {status}: {}", self.log());
-            }
-            UnixStream::connect(&socket).ok()
-        });
-        self.process = Some(child);
+        // A gateway without failpoints knows nothing of it.
+        command.env("SEALANE_FAILPOINT_FILE", self.directory.join("failpoint"));
+        self.process = Some(command.stderr(log).spawn().unwrap());
+    }
+
+    /// Whether it serves its operators.
+    pub fn answers(&self) -> bool {
+        UnixStream::connect(self.directory.join("run/api.sock")).is_ok()
+    }
+
+    /// Whether it has ended by itself; it is down then.
+    pub fn has_died(&mut self) -> bool {
+        let ended = self.process.as_mut().is_some_and(|child| child.try_wait().unwrap().is_some());
+        if ended {
+            self.process = None;
+        }
+        ended
+    }
+
+    /// Its process.
+    #[track_caller]
+    pub fn process_id(&self) -> u32 {
+        self.process.as_ref().unwrap().id()
+    }
+
+    /// Sends it a signal.
+    #[track_caller]
+    pub fn signal(&self, wanted: Signal) {
+        signal(self.process.as_ref().unwrap(), wanted);
     }
 
     /// Starts it where it has to refuse.
@@ -106,7 +136,7 @@ impl Gateway {
 
     /// Sends SIGTERM.
     pub fn ask_to_stop(&self) {
-        signal(self.process.as_ref().unwrap(), Signal::TERM);
+        self.signal(Signal::TERM);
     }
 
     /// SIGTERM, and waits for the end; the exit code.
@@ -127,7 +157,7 @@ impl Gateway {
     pub fn reload(&self) {
         let loaded = || self.audit().iter().filter(|entry| entry["event"] == "policy-loaded").count();
         let before = loaded();
-        signal(self.process.as_ref().unwrap(), Signal::HUP);
+        self.signal(Signal::HUP);
         wait_for("a reload", || (loaded() > before).then_some(()));
     }
 
@@ -170,10 +200,15 @@ impl Gateway {
 
     /// Sockets of VMMs that it started or was given.
     pub fn vmm_sockets(&self) -> Vec<PathBuf> {
-        let entries = fs::read_dir(self.directory.join("run")).unwrap();
-        let sockets = entries.map(|entry| entry.unwrap().path());
-        sockets.filter(|path| path.extension().is_some_and(|extension| extension == "sock") && !path.ends_with("api.sock")).collect()
+        vmm_sockets(&self.directory)
     }
+}
+
+/// Sockets of VMMs at the gateway of this directory.
+pub fn vmm_sockets(gateway: &Path) -> Vec<PathBuf> {
+    let entries = fs::read_dir(gateway.join("run")).unwrap();
+    let sockets = entries.map(|entry| entry.unwrap().path());
+    sockets.filter(|path| path.extension().is_some_and(|extension| extension == "sock") && !path.ends_with("api.sock")).collect()
 }
 
 impl Drop for Gateway {

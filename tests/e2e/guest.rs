@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use sealane::hypervisor::GuestStatus;
 use sealane::hypervisor::attach::{Timeouts, observe};
+use sealane::vmm::generation_number;
 
 use crate::command::{sealane, wait_for};
 
@@ -91,11 +92,30 @@ pub fn beat(line: &str) -> Option<u64> {
     line.strip_prefix("beat ")?.parse().ok()
 }
 
-/// Heartbeats on a console, in order. Every line has to be one: a guest that finds a fault says so there.
+/// Heartbeats on a console, in order. Every line has to be one, or tell of a generation higher than the one before: a
+/// guest that finds a fault says so there.
 #[track_caller]
 pub fn beats(console: &Path) -> Vec<u64> {
-    let text = fs::read_to_string(console).unwrap_or_default();
-    // The last line may still be growing.
-    let complete = text.rfind('\n').map_or("", |end| &text[..end]);
-    complete.lines().map(|line| beat(line).unwrap_or_else(|| panic!("the guest says `{line}`"))).collect()
+    let text = complete_lines(console);
+    let (mut beats, mut generation) = (Vec::new(), 1);
+    for line in text.lines() {
+        match (beat(line), generation_number(line)) {
+            (Some(beat), _) => beats.push(beat),
+            (_, Some(next)) if next > generation => generation = next,
+            _ => panic!("the guest says `{line}`"),
+        }
+    }
+    beats
+}
+
+/// Generations that the guest told of on a console.
+pub fn generations(console: &Path) -> Vec<u64> {
+    complete_lines(console).lines().filter_map(generation_number).collect()
+}
+
+/// The last line may still be growing.
+fn complete_lines(console: &Path) -> String {
+    let mut text = fs::read_to_string(console).unwrap_or_default();
+    text.truncate(text.rfind('\n').unwrap_or(0));
+    text
 }

@@ -9,9 +9,12 @@ use crate::lab::{Lab, Setup, VM};
 #[track_caller]
 fn goes_on_and_moves_later(lab: &Lab) {
     lab.settled_on(A);
+    let stayed = lab.generation(A);
+    assert_eq!((stayed.count, stayed.disruptions), (1, 0), "a guest that stays sees no change");
     wait_for("the empty twin to go", || lab.vmms(B).is_empty().then_some(()));
     lab.migrate(A, &[]).expect_moved();
     lab.settled_on(B);
+    assert_eq!(lab.generation(B), stayed.disrupted());
 }
 
 #[test]

@@ -12,6 +12,7 @@ use tempfile::TempDir;
 use crate::command::{Running, Said, run, wait_for};
 use crate::gateway::{A, B, Gateway, Name};
 use crate::guest::{self, Kind, Shape, UUID};
+use crate::relay::{Conditions, Relay};
 
 pub const VM: &str = "web-1";
 pub const TRUST_DOMAIN: &str = "e2e.sealane.invalid";
@@ -24,11 +25,12 @@ pub struct Setup {
     pub shape: Shape,
     edits: Vec<(Name, Edit)>,
     policies: [String; 2],
+    link: Option<Conditions>,
 }
 
 impl Setup {
     pub fn new() -> Self {
-        Self { shape: Shape::small(), edits: Vec::new(), policies: [POLICY.to_owned(), POLICY.to_owned()] }
+        Self { shape: Shape::small(), edits: Vec::new(), policies: [POLICY.to_owned(), POLICY.to_owned()], link: None }
     }
 
     pub fn shape(mut self, change: impl FnOnce(&mut Shape)) -> Self {
@@ -51,6 +53,18 @@ impl Setup {
     pub fn edit(mut self, name: Name, edit: impl FnOnce(String) -> String + 'static) -> Self {
         self.edits.push((name, Box::new(edit)));
         self
+    }
+
+    /// Between the gateways is a link that can be cut: each reaches its peer through a relay.
+    pub fn through_relay(mut self, conditions: Conditions) -> Self {
+        self.link = Some(conditions);
+        self
+    }
+
+    /// What is made durable before the switch; what the other one offers counts at a destination.
+    pub fn durability(self, durability: &str) -> Self {
+        let line = format!("durability = \"{durability}\"\nverify = true");
+        self.replace(A, "verify = true", &line).replace(B, "verify = true", &line)
     }
 
     /// Another policy set for a gateway.
@@ -79,10 +93,16 @@ impl Setup {
         let pki = root.join("pki");
         pki_command(root, &["init", pki.to_str().unwrap(), "--trust-domain", TRUST_DOMAIN]);
         let network = network();
+        let address = |name, port| address(name, &network, port);
+        let relays = self.link.map(|conditions| {
+            let start = |name| Relay::start(address(name, RELAY).parse().unwrap(), address(name, LISTEN).parse().unwrap(), conditions);
+            [A, B].map(start)
+        });
         let gateways = [A, B].map(|name| {
             pki_command(root, &["issue", pki.to_str().unwrap(), "--gateway", name.gateway(), "--site", name.site()]);
             let gateway = Gateway::new(root.join(name.gateway()));
-            fs::write(gateway.config(), config(name, &network)).unwrap();
+            let peer = address(name.other(), if relays.is_some() { RELAY } else { LISTEN });
+            fs::write(gateway.config(), config(name, &address(name, LISTEN), &peer)).unwrap();
             fs::write(gateway.directory().join("policy.d/lab.cedar"), &self.policies[name as usize]).unwrap();
             gateway
         });
@@ -90,7 +110,7 @@ impl Setup {
             let path = gateways[name as usize].config();
             fs::write(&path, edit(fs::read_to_string(&path).unwrap())).unwrap();
         }
-        Lab { gateways, guest: None, shape: self.shape, network, directory }
+        Lab { gateways, guest: None, shape: self.shape, network, relays, directory }
     }
 
     /// Starts the guest on A, then both gateways.
@@ -110,6 +130,7 @@ pub struct Lab {
     guest: Option<Child>,
     pub shape: Shape,
     network: String,
+    relays: Option<[Relay; 2]>,
     directory: TempDir,
 }
 
@@ -141,7 +162,24 @@ impl Lab {
 
     /// Where a gateway listens.
     pub fn address(&self, name: Name) -> String {
-        address(name, &self.network)
+        address(name, &self.network, LISTEN)
+    }
+
+    /// What stands in front of a gateway.
+    pub fn relay(&self, name: Name) -> &Relay {
+        &self.relays.as_ref().expect("a lab through a relay")[name as usize]
+    }
+
+    /// From now on the gateways do not reach each other.
+    pub fn cut(&self) {
+        self.relay(A).cut();
+        self.relay(B).cut();
+    }
+
+    /// Ends a cut.
+    pub fn restore(&self) {
+        self.relay(A).restore();
+        self.relay(B).restore();
     }
 
     /// `sealane migrate` from this gateway to the other.
@@ -163,13 +201,20 @@ impl Lab {
         let mut running = self.start_migrate(from, &[&["--compress", "none", "--bandwidth", "1MiB/s"], flags].concat());
         let id = wait_for("a migration in its rounds", || {
             running.must_go_on();
-            let list = self.gateway(from).command(&["status"]).json();
-            let migrations = list["migrations"].as_array().unwrap();
-            let active = migrations.iter().find(|migration| migration["state"] == "active")?;
+            let active = self.active_migration(from)?;
             let sent = active["progress"]["wire_bytes"].as_u64().unwrap_or(0);
             (active["progress"]["phase"] == "memory" && sent > 0).then(|| active["id"].as_str().unwrap().to_owned())
         });
         (running, id)
+    }
+
+    /// The migration that is under way at a gateway. Asked without a command, so that it can be asked often.
+    #[track_caller]
+    pub fn active_migration(&self, name: Name) -> Option<Value> {
+        let client = sealane::control::Client::new(self.gateway(name).directory().join("run/api.sock"));
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let list = serde_json::to_value(runtime.block_on(client.migrations()).unwrap()).unwrap();
+        list["migrations"].as_array().unwrap().iter().find(|migration| migration["state"] == "active").cloned()
     }
 
     /// The VM as a gateway sees it.
@@ -195,19 +240,28 @@ impl Lab {
 
     /// SIGKILL to every VMM at a gateway.
     pub fn kill_vmms_of(&self, name: Name) {
-        let mut killed = 0;
-        for socket in self.gateway(name).vmm_sockets() {
-            for pid in processes_with(&socket) {
-                rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
-                killed += 1;
-            }
+        let processes = self.vmm_processes(name);
+        assert!(!processes.is_empty(), "no VMM to kill");
+        for pid in processes {
+            rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
         }
-        assert_ne!(killed, 0, "no VMM to kill");
+    }
+
+    /// Processes of the VMMs at a gateway.
+    pub fn vmm_processes(&self, name: Name) -> Vec<rustix::process::Pid> {
+        self.gateway(name).vmm_sockets().iter().flat_map(|socket| processes_with(socket)).collect()
     }
 
     /// VMMs that answer, in any state.
     pub fn vmms(&self, name: Name) -> Vec<sealane::hypervisor::GuestStatus> {
         self.gateway(name).vmm_sockets().iter().filter_map(|socket| guest::status(socket)).collect()
+    }
+
+    /// The generation of the guest that runs at a gateway.
+    #[track_caller]
+    pub fn generation(&self, name: Name) -> sealane::hypervisor::Generation {
+        let running = self.vmms(name).into_iter().find(|status| status.state == RunState::Running);
+        running.and_then(|status| status.generation).unwrap_or_else(|| panic!("no running guest with a generation on {name:?}"))
     }
 
     /// The newest heartbeat at a gateway.
@@ -301,9 +355,13 @@ fn network() -> String {
     format!("127.{}.{}.{}", 1 + (process >> 8) % 254, process % 256, 2 * (lab % 120))
 }
 
-fn address(name: Name, network: &str) -> String {
+/// Ports of a gateway, and of the relay in front of it.
+const LISTEN: u16 = 4433;
+const RELAY: u16 = 4434;
+
+fn address(name: Name, network: &str, port: u16) -> String {
     let (head, last) = network.rsplit_once('.').unwrap();
-    format!("{head}.{}:4433", last.parse::<u32>().unwrap() + 1 + name as u32)
+    format!("{head}.{}:{port}", last.parse::<u32>().unwrap() + 1 + name as u32)
 }
 
 /// Replaces text that has to be there.
@@ -313,9 +371,8 @@ pub fn replaced(text: &str, from: &str, to: &str) -> String {
     text.replace(from, to)
 }
 
-fn config(name: Name, network: &str) -> String {
+fn config(name: Name, listen: &str, peer: &str) -> String {
     let (own, other, other_site) = (name.gateway(), name.other().gateway(), name.other().site());
-    let (listen, peer) = (address(name, network), address(name.other(), network));
     let site = name.site();
     let socket = if name == A { "socket = \"run/guest.sock\"\n" } else { "" };
     let program = env!("CARGO_BIN_EXE_sealane");

@@ -1,7 +1,8 @@
 //! Whole migrations through the command line: real gateways, real certificates, real guests, real SIGKILL.
 //!
 //! `lab.rs` makes two gateways and a guest; each test breaks one thing, and says where the guest has to run afterwards.
-//! `SEALANE_PINGPONG=100` and `SEALANE_CRASHES=500` make the two long runs long; `SEALANE_SEED` repeats one.
+//! `SEALANE_PINGPONG=100`, `SEALANE_SOAK=1000`, `SEALANE_CRASHES=500` and `SEALANE_OUTAGES=50` make the long runs long;
+//! `SEALANE_SEED` repeats one. `SEALANE_DURABILITIES=none,dest,both` chooses what the crashes are run with.
 
 #![allow(
     clippy::unwrap_used,
@@ -20,13 +21,20 @@ mod command;
 mod configuration;
 mod crash;
 mod disk;
+mod durability;
 mod gateway;
 mod guest;
 mod interruptions;
 mod lab;
 mod moves;
+mod one_copy;
 mod operators;
+mod outages;
 mod peers;
 mod picky_vmm;
 mod policy;
+mod random;
+mod relay;
+mod resolve;
+mod soak;
 mod stranger;

@@ -1,5 +1,8 @@
 //! What has to work.
 
+use sealane::hypervisor::attach::{AttachedSource, Timeouts};
+use sealane::hypervisor::{Generation, PagedSource};
+
 use crate::command::run;
 use crate::gateway::{A, B, Name};
 use crate::guest::Kind;
@@ -44,13 +47,35 @@ fn the_same_guest_moves_back_and_forth() {
     let times = std::env::var("SEALANE_PINGPONG").map_or(6, |times| times.parse().unwrap());
     let lab = Setup::new().busy().shape(|shape| shape.vcpus = 2).start();
     lab.runs_only_on(A);
+    let first = lab.generation(A);
     let mut at = A;
-    for _ in 0..times {
+    for moves in 1..=times {
         lab.migrate(at, &[]).expect_moved();
         at = at.other();
         lab.runs_only_on(at);
+        assert_eq!(lab.generation(at), Generation { disruptions: moves, ..first }, "a move keeps the id and counts one disruption");
     }
     lab.settled_on(at);
+}
+
+#[test]
+fn a_guest_with_a_new_generation_says_so_once_and_keeps_it_when_it_moves() {
+    let lab = Lab::start();
+    lab.runs_only_on(A);
+    let first = lab.generation(A);
+    let mut guest = AttachedSource::attach(&lab.gateway(A).vmm_sockets()[0], "guest", Timeouts::default()).unwrap();
+    guest.pause().unwrap();
+    guest.renew().unwrap();
+    guest.resume().unwrap();
+    drop(guest);
+    let renewed = lab.generation(A);
+    assert!(renewed.id != first.id && (renewed.count, renewed.disruptions) == (2, 0), "{renewed:?}");
+    moves(&lab, &[]);
+    assert_eq!(lab.generation(B), renewed.disrupted());
+    if lab.shape.kind == Kind::Kvm {
+        let told = [A, B].map(|name| crate::guest::generations(&lab.console(name)));
+        assert_eq!(told, [vec![2], vec![]], "the guest itself saw it, once");
+    }
 }
 
 #[test]

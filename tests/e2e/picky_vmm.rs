@@ -39,6 +39,9 @@ impl AttachedGuest for Picky {
     fn resume(&mut self) -> Result<(), Refusal> {
         empty()
     }
+    fn renew(&mut self) -> Result<(), Refusal> {
+        empty()
+    }
     fn save_state(&mut self) -> Result<Vec<u8>, Refusal> {
         empty()
     }
@@ -49,7 +52,7 @@ impl AttachedGuest for Picky {
         empty()
     }
     fn status(&mut self) -> GuestStatus {
-        GuestStatus { state: self.0, exit_code: None, last_line: None }
+        GuestStatus { state: self.0, exit_code: None, last_line: None, generation: None }
     }
     fn quit(&mut self) {
         self.0 = RunState::Ended;

@@ -35,24 +35,31 @@ impl Sink {
         }
     }
 
-    /// The next session, with both greetings said.
+    /// The next session, with both greetings said. One that the gateway has given up meanwhile is passed over.
     pub async fn greeted(&self) -> (Session, Hello) {
-        let session = self.session().await;
-        session.send(&Message::Hello(Hello::new(self.incarnation, self.credentials.signer().public_key()))).await.unwrap();
-        match within("hello", session.receive()).await.unwrap() {
-            Message::Hello(hello) => (session, hello),
-            other => panic!("{other:?}"),
+        loop {
+            let session = self.session().await;
+            let hello = Message::Hello(Hello::new(self.incarnation, self.credentials.signer().public_key()));
+            match (session.send(&hello).await, within("hello", session.receive()).await) {
+                (Ok(()), Ok(Message::Hello(hello))) => return (session, hello),
+                (Ok(()), Ok(other)) => panic!("{other:?}"),
+                _ => {}
+            }
         }
     }
 
-    /// The next offer.
+    /// The next offer. Sessions in which the gateway looks for what became of an earlier one are dropped.
     pub async fn offered(&self) -> Taking<'_> {
-        let (session, hello) = self.greeted().await;
-        let offer = match within("offer", session.receive()).await.unwrap() {
-            Message::Offer(offer) => offer,
-            other => panic!("{other:?}"),
-        };
-        Taking { sink: self, session, hello, offer, gate: None, digest: None, round: None }
+        loop {
+            let (session, hello) = self.greeted().await;
+            match within("offer", session.receive()).await {
+                Ok(Message::Offer(offer)) => {
+                    return Taking { sink: self, session, hello, offer, gate: None, digest: None, round: None };
+                }
+                Ok(Message::Resume(_) | Message::Handoff(_)) | Err(_) => {}
+                Ok(other) => panic!("{other:?}"),
+            }
+        }
     }
 
     pub fn sign(&self, message: HandoffMessage) -> SignedHandoff {
@@ -148,7 +155,7 @@ impl Taking<'_> {
     pub async fn committed(&mut self) {
         self.prepared().await;
         match self.hear("commit").await {
-            Message::Handoff(signed) => assert_eq!(signed.message.step, Handoff::Commit),
+            Message::Handoff(signed) => assert_eq!(signed.message.step, Handoff::Commit { digest: self.digest.unwrap() }),
             other => panic!("{other:?}"),
         }
     }
@@ -160,6 +167,8 @@ impl Taking<'_> {
             epoch: Epoch(self.offer.epoch.0 + 1),
             sender: self.sink.incarnation,
             receiver: self.hello.incarnation,
+            // REFUSED lies behind PREPARED in a journal.
+            position: if matches!(step, Handoff::Refuse { .. }) { 2 } else { 1 },
             step,
         }
     }

@@ -133,8 +133,9 @@ async fn nothing_is_written_behind_the_last_round() {
     .await;
     let mut attempt = evil.attempt(0).await;
     attempt.prepared().await;
+    let digest = attempt.digest();
     attempt.pages(2);
-    attempt.step(sealane::wire::Handoff::Commit).await;
+    attempt.step(sealane::wire::Handoff::Commit { digest }).await;
     assert_eq!(attempt.heard_step("running").await, sealane::wire::Handoff::Running);
     // Zeroes over all of the guest's memory, which checks what it reads.
     let zeroes = Frame { round: 3, sequence: attempt.totals()[0].frames, ..pages(&[zero(0, 512), zero(1024, 512)]) };

@@ -143,8 +143,15 @@ async fn only_an_offer_or_a_handoff_opens_a_conversation() {
     // Handoff messages about migrations that never were promise nothing and leave nothing.
     for step in [Handoff::Prepared { digest: Attempt::digest(&evil.attempt(0).await) }, Handoff::Running, Handoff::Done] {
         let (session, hello) = evil.greet().await;
-        let message =
-            HandoffMessage { migration, uuid: uuid(0), epoch: Epoch(7), sender: evil.incarnation, receiver: hello.incarnation, step };
+        let message = HandoffMessage {
+            migration,
+            uuid: uuid(0),
+            epoch: Epoch(7),
+            sender: evil.incarnation,
+            receiver: hello.incarnation,
+            position: 1,
+            step,
+        };
         session.send(&Message::Handoff(evil.sign(message))).await.unwrap();
         verdict("a stray handoff", &session).await;
         assert_eq!(gateway.handoff_records(migration), Vec::<String>::new());

@@ -53,7 +53,7 @@ async fn a_handoff_message_is_bound_to_its_migration_and_sender() {
     case(g, &evil, "a signature over another step", PeerMisbehaved, async |a| {
         let signed = forged_final(a, |_| {}).await;
         let mut message = signed.message.clone();
-        message.step = Handoff::Commit;
+        message.step = Handoff::Commit { digest: a.digest() };
         a.say(Message::Handoff(SignedHandoff { message, ..signed })).await;
     })
     .await;
@@ -76,7 +76,7 @@ async fn a_step_out_of_order_or_a_wrong_digest_is_refused() {
     let g = &mut gateway;
     let nothing = FinalDigest { state: [0; 32], lanes: [0; 32], memory: 0 };
     for (name, step) in [
-        ("commit first", Handoff::Commit),
+        ("commit first", Handoff::Commit { digest: nothing }),
         ("done first", Handoff::Done),
         ("running from the source", Handoff::Running),
         ("prepared from the source", Handoff::Prepared { digest: nothing }),
@@ -168,8 +168,15 @@ async fn replays_change_nothing() {
         // ABORT, signed now: too late.
         let (session, hello) = evil.greet().await;
         let step = Handoff::Abort { class: ErrorClass::Cancelled };
-        let message =
-            HandoffMessage { migration, uuid: offer.uuid, epoch: Epoch(2), sender: evil.incarnation, receiver: hello.incarnation, step };
+        let message = HandoffMessage {
+            migration,
+            uuid: offer.uuid,
+            epoch: Epoch(2),
+            sender: evil.incarnation,
+            receiver: hello.incarnation,
+            position: 1,
+            step,
+        };
         session.send(&Message::Handoff(evil.sign(message))).await.unwrap();
         drop(session);
         gateway.arrived_guest_beats("after replays", migration).await;
@@ -219,7 +226,7 @@ async fn a_second_session_does_not_speak_for_a_migration_under_way() {
     // COMMIT on another session while pages still arrive: nothing was promised, so nothing may be refused for ever either.
     let mut attempt = evil.attempt(0).await;
     attempt.joined().await;
-    let commit = evil.sign(attempt.message(Handoff::Commit));
+    let commit = evil.sign(attempt.message(Handoff::Commit { digest: attempt.digest() }));
     let (session, _) = evil.greet().await;
     session.send(&Message::Handoff(commit)).await.unwrap();
     verdict("commit on another session", &session).await;
@@ -232,7 +239,7 @@ async fn a_second_session_does_not_speak_for_a_migration_under_way() {
     let digest = attempt.digest();
     attempt.step(Handoff::Final { digest, lanes: LANES }).await;
     assert_eq!(attempt.heard_step("prepared").await, Handoff::Prepared { digest });
-    let commit = evil.sign(attempt.message(Handoff::Commit));
+    let commit = evil.sign(attempt.message(Handoff::Commit { digest: attempt.digest() }));
     let (session, _) = evil.greet().await;
     session.send(&Message::Handoff(commit)).await.unwrap();
     verdict("commit on another session", &session).await;
@@ -254,7 +261,7 @@ async fn a_prepared_vm_is_not_taken_a_second_time() {
     let other = Evil::new(&lab, OTHER, &gateway);
     let mut first = evil.attempt(0).await;
     first.prepared().await;
-    let (migration, commit) = (first.migration(), evil.sign(first.message(Handoff::Commit)));
+    let (migration, commit) = (first.migration(), evil.sign(first.message(Handoff::Commit { digest: first.digest() })));
     drop(first);
     gateway.recorded("source gone after prepared", migration, ErrorClass::InDoubt).await;
     for restarted in [false, true] {

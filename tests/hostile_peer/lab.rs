@@ -132,6 +132,7 @@ crls = ["../pki/crl.pem"]
 [policy]
 directory = "policy.d"
 [migration]
+max_outage = "2s"
 lanes = 2
 [limits]
 migrations_max = 8

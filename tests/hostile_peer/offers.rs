@@ -3,7 +3,7 @@
 use sealane::hypervisor::Machine;
 use sealane::telemetry::ErrorClass;
 use sealane::types::{Epoch, MigrationId, RamRegion};
-use sealane::wire::{Durability, Message, Offer};
+use sealane::wire::{Message, Offer};
 use serde_json::json;
 
 use crate::lab::{EVIL, Gateway, Lab, OTHER, uuid, vm};
@@ -69,7 +69,6 @@ async fn an_offer_that_makes_no_sense_is_refused_before_anything_is_built() {
         ("no lanes", PeerMisbehaved, Box::new(|offer| offer.stream.lanes = 0)),
         ("too many lanes", PeerMisbehaved, Box::new(|offer| offer.stream.lanes = 17)),
         ("most lanes that can be written", PeerMisbehaved, Box::new(|offer| offer.stream.lanes = u16::MAX)),
-        ("durability that is not built", PeerIncompatible, Box::new(|offer| offer.stream.durability = Durability::Both)),
         ("the last epoch", PeerMisbehaved, Box::new(|offer| offer.epoch = Epoch(u64::MAX))),
         ("no regions", PeerMisbehaved, Box::new(|offer| machine(offer, |machine| machine.regions.clear()))),
         (
@@ -130,7 +129,7 @@ async fn ids_and_epochs_are_not_used_again() {
     let mut first = evil.attempt(0).await;
     first.joined().await;
     for (name, by, index, migration, expected) in [
-        ("the same offer", &evil, 0, first.migration(), ErrorClass::PeerMisbehaved),
+        ("the same offer", &evil, 0, first.migration(), ErrorClass::PeerUnreachable),
         ("the same VM", &evil, 0, MigrationId(random()), ErrorClass::Denied),
         ("the same VM by another peer", &other, 0, MigrationId(random()), ErrorClass::Denied),
         ("another VM under its id", &evil, 1, first.migration(), ErrorClass::PeerMisbehaved),
@@ -148,8 +147,9 @@ async fn ids_and_epochs_are_not_used_again() {
     first.applied().await;
     let migration = first.migration();
     drop(first);
-    // The end of a lane may be seen before the end of the session.
-    gateway.recorded_one_of("left alone", migration, &[ErrorClass::PeerUnreachable, ErrorClass::Cancelled]).await;
+    // An outage is waited out for as long as the configuration says.
+    // The end of a lane may be seen before the end of the session, and is one that an honest source does not make.
+    gateway.recorded_one_of("left alone", migration, &[ErrorClass::Local, ErrorClass::PeerMisbehaved]).await;
     gateway.is_well("left alone", 0).await;
 
     // An id that failed is not used again either.

@@ -251,6 +251,7 @@ impl<'a> Attempt<'a> {
             epoch: self.offer.epoch.next(),
             sender: self.evil.incarnation,
             receiver: self.hello.incarnation,
+            position: 1,
             step,
         }
     }
@@ -283,7 +284,7 @@ impl<'a> Attempt<'a> {
     /// A whole migration without fault.
     pub async fn moved(&mut self) {
         self.prepared().await;
-        self.step(Handoff::Commit).await;
+        self.step(Handoff::Commit { digest: self.digest() }).await;
         assert_eq!(self.heard_step("running").await, Handoff::Running);
         self.step(Handoff::Done).await;
         let Message::AuditHead(_) = self.hear("audit head").await else { panic!("no audit head") };

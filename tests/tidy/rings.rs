@@ -8,6 +8,7 @@ use crate::source::{File, Path, paths, tokens};
 pub const MODULES: &[(&str, u8, &str)] = &[
     ("types", 0, ""),
     ("limits", 0, ""),
+    ("failpoint", 0, ""),
     ("wire", 1, ""),
     ("memory", 1, "wire"),
     ("migration", 1, "wire"),
@@ -18,16 +19,20 @@ pub const MODULES: &[(&str, u8, &str)] = &[
     ("transport", 2, "wire identity"),
     ("hypervisor", 2, "memory"),
     ("vmm", 2, "memory hypervisor"),
-    ("storage", 2, "wire"),
+    ("storage", 2, "wire memory"),
     ("telemetry", 2, "wire memory"),
-    ("engine", 3, "wire memory migration policy identity audit journal transport hypervisor storage telemetry"),
+    ("engine", 3, "failpoint wire memory migration policy identity audit journal transport hypervisor storage telemetry"),
     ("control", 4, "telemetry"),
     ("config", 4, ""),
-    ("gateway", 4, "wire memory migration policy identity audit journal transport hypervisor storage telemetry engine control config"),
+    (
+        "gateway",
+        4,
+        "failpoint wire memory migration policy identity audit journal transport hypervisor storage telemetry engine control config",
+    ),
     (
         "cli",
         4,
-        "config control gateway telemetry identity audit policy vmm hypervisor@demo \
+        "failpoint config control gateway telemetry identity audit policy vmm hypervisor@demo \
          wire@bench migration@bench journal@bench transport@bench hypervisor@bench engine@bench",
     ),
 ];

@@ -1,0 +1,98 @@
+//! One live guest moves back and forth for hours: nothing piles up in the gateways.
+
+use std::fs;
+use std::time::Duration;
+
+use crate::gateway::{A, B, Name};
+use crate::lab::{Lab, Setup};
+use crate::one_copy::OneCopy;
+use crate::random::number;
+
+/// A session's last words, its close and its lanes' threads take at most that long.
+const ENDS_WITHIN: Duration = Duration::from_secs(4);
+/// Open files and threads that may come and go: a VMM's pipe, a blocking task's thread that the runtime keeps for a while.
+const SLACK: u64 = 8;
+/// What may be added after the warm-up. The history and the places in memory have bounds that are reached by then; an
+/// allocator that several threads use keeps more than it needs, and its arenas fill for a while.
+const GROWTH_KIB: u64 = 16 << 10;
+
+/// What a gateway holds at one moment.
+#[derive(Debug, Clone, Copy)]
+struct Sample {
+    rss_kib: u64,
+    files: u64,
+    threads: u64,
+}
+
+impl Sample {
+    #[track_caller]
+    fn of(lab: &Lab, name: Name) -> Self {
+        let process = format!("/proc/{}", lab.gateway(name).process_id());
+        let status = fs::read_to_string(format!("{process}/status")).unwrap();
+        let figure = |key: &str| {
+            let line = status.lines().find_map(|line| line.strip_prefix(key)).unwrap();
+            line.split_whitespace().next().unwrap().parse::<u64>().unwrap()
+        };
+        let files = fs::read_dir(format!("{process}/fd")).unwrap().count() as u64;
+        Self { rss_kib: figure("VmRSS:"), files, threads: figure("Threads:") }
+    }
+}
+
+/// The largest less the smallest.
+fn spread(figures: impl Iterator<Item = u64> + Clone) -> u64 {
+    figures.clone().max().unwrap() - figures.min().unwrap()
+}
+
+/// What was held after each so many moves, at both gateways.
+struct Held(Vec<(u64, [Sample; 2])>);
+
+impl Held {
+    fn take(&mut self, lab: &Lab, moves: u64) {
+        std::thread::sleep(ENDS_WITHIN);
+        let samples = [A, B].map(|name| Sample::of(lab, name));
+        let [a, b] = samples.map(|s| format!("{:>8} KiB {:>4} files {:>4} threads", s.rss_kib, s.files, s.threads));
+        println!("{moves:>6} moves  gw-a {a}   gw-b {b}");
+        self.0.push((moves, samples));
+    }
+
+    /// The first one was taken when the warm-up had ended.
+    #[track_caller]
+    fn is_flat(&self) {
+        // Buffers and the allocator's arenas fill for some 20 moves; a short run has only files and threads to show.
+        let warm = self.0[0].0 >= 20;
+        for name in [A, B] {
+            let of = self.0.iter().map(|(_, samples)| samples[name as usize]);
+            let (files, threads) = (spread(of.clone().map(|s| s.files)), spread(of.clone().map(|s| s.threads)));
+            assert!(files <= SLACK, "open files of {name:?} vary by {files}");
+            assert!(threads <= SLACK, "threads of {name:?} vary by {threads}");
+            let first = of.clone().next().unwrap().rss_kib;
+            let growth = of.clone().map(|s| s.rss_kib).max().unwrap().saturating_sub(first);
+            assert!(!warm || growth <= GROWTH_KIB, "{name:?} grew by {growth} KiB behind the warm-up");
+        }
+    }
+}
+
+#[test]
+fn a_guest_that_moves_back_and_forth_for_long_leaves_nothing_behind() {
+    let moves = number("SEALANE_SOAK").unwrap_or(12);
+    let (warm_up, every) = if moves > 200 { (100, 50) } else { (moves / 3, (moves / 3).max(1)) };
+    let lab = Setup::new().busy().shape(|shape| shape.vcpus = 2).start();
+    let copies = OneCopy::watch(&lab);
+    lab.runs_only_on(A);
+    let (mut at, mut held) = (A, Held(Vec::new()));
+    for done in 1..=moves {
+        lab.migrate(at, &[]).expect_moved();
+        at = at.other();
+        lab.runs_only_on(at);
+        if done >= warm_up && (done - warm_up) % every == 0 {
+            held.take(&lab, done);
+        }
+    }
+    lab.settled_on(at);
+    copies.was_there();
+    held.is_flat();
+    let (_, first) = held.0[0];
+    let (_, last) = held.0[held.0.len() - 1];
+    let grown = [A, B].map(|name| last[name as usize].rss_kib as i64 - first[name as usize].rss_kib as i64);
+    println!("soak: {moves} moves, all verified, heartbeat unbroken, behind {warm_up} moves: RSS {grown:?} KiB, files and threads flat");
+}
