@@ -77,6 +77,7 @@ pub fn places(point: &'static str) -> Vec<Place> {
         ["destination", "link-lost" | "session-adopted" | "resumed-sent"] => vec![place(Destination, Way::Outage)],
         ["source", ..] => vec![place(Source, Way::Move)],
         ["destination", ..] => vec![place(Destination, Way::Move)],
+        ["recovery", "rebuilt-launched"] => vec![place(Destination, Way::TwinLost)],
         ["recovery", "repeat", _] => vec![place(Source, Way::Restart("record.done.done"))],
         ["recovery", "asks"] => vec![place(Source, Way::Restart("record.commit.done"))],
         ["recovery", "answers"] => vec![place(Destination, Way::RestartBoth)],

@@ -125,7 +125,7 @@ impl Scene {
                 self.lab.kill_vmms_of(destination);
                 run.kills += 2;
                 self.lab.gateway_mut(destination).start();
-                self.arm(source, line);
+                self.arm(self.name(place.reacher), line);
                 self.lab.gateway_mut(source).launch();
                 running
             }
