@@ -133,7 +133,12 @@ fn kills_with(durability: &str, victims: &[&[Name]], runs: u64, seed: u64) {
         });
         copies.is_there();
     }
-    assert_eq!(lab.generation(at), Generation { disruptions: 1 + moved, ..first }, "each move counts once, whoever crashed");
+    let last = lab.generation(at);
+    assert_eq!(last.disruptions, 1 + moved, "each move counts once, whoever crashed");
+    if durability == "none" {
+        // Where images are made, paused memory that a restart finds may be from one, and is a new generation.
+        assert_eq!(last, Generation { disruptions: last.disruptions, ..first });
+    }
     lab.settled_on(at);
     lab.migrate(at, &[]).expect_moved();
     lab.settled_on(at.other());
