@@ -386,7 +386,7 @@ impl Run {
 
     async fn perform_all(&mut self, actions: Vec<DestinationAction>, events: &mut VecDeque<DestinationEvent>) {
         for action in actions {
-            let durable = is_durable(&action);
+            let durable = matches!(&action, DestinationAction::Handoff(step) if step.is_durable());
             match self.perform(action).await {
                 Ok(event) => events.extend(event),
                 // Not a disk that failed: whose the VM is, is not for this end to say. The guest stays as it is.
@@ -552,12 +552,6 @@ impl Run {
             }
         }
     }
-}
-
-/// Whether those behind this one count on it.
-fn is_durable(action: &DestinationAction) -> bool {
-    use HandoffAction::{Forget, Journal, Keep, Restore};
-    matches!(action, DestinationAction::Handoff(Journal::<DestinationRecord>(_) | Keep | Forget | Restore))
 }
 
 /// Whether a lane that ended like this may be opened again by the source: whatever its peer did not do wrong.

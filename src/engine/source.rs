@@ -22,7 +22,7 @@ use crate::engine::{EngineError, Link};
 use crate::hypervisor::PagedSource;
 use crate::limits;
 use crate::memory::{GuestRam, PageCounts, Tracker};
-use crate::migration::{Goal, HandoffAction, Outcome, Source, SourceAction, SourceEvent, SourceRecord, SourceStep};
+use crate::migration::{Goal, Outcome, Source, SourceAction, SourceEvent, SourceStep};
 use crate::telemetry::{Phase, Progress};
 use crate::transport::{LaneHandle, Session, TransportError};
 use crate::types::{Epoch, MigrationId, Round, VmName, VmUuid};
@@ -433,7 +433,7 @@ impl Run {
     /// `committed` says whether COMMIT was journaled before these actions were decided.
     async fn perform_all(&mut self, actions: Vec<SourceAction>, committed: bool, events: &mut VecDeque<SourceEvent>) {
         for action in actions {
-            let durable = is_durable(&action);
+            let durable = matches!(&action, SourceAction::Handoff(step) if step.is_durable());
             match self.perform(action).await {
                 Ok(event) => events.extend(event),
                 // Not a disk that failed: whose the VM is, is not for this end to say. The guest stays as it is.
@@ -532,12 +532,6 @@ impl Run {
         change(&mut next);
         self.progress.send_replace(next);
     }
-}
-
-/// Whether those behind this one count on it.
-fn is_durable(action: &SourceAction) -> bool {
-    use HandoffAction::{Forget, Journal, Keep, Restore};
-    matches!(action, SourceAction::Handoff(Journal::<SourceRecord>(_) | Keep | Forget | Restore))
 }
 
 fn per_second(bytes: u64, seconds: f64) -> u64 {

@@ -173,6 +173,14 @@ pub enum HandoffAction<R> {
     LeaveToJournal,
 }
 
+impl<R> HandoffAction<R> {
+    /// Whether those behind this one count on it: the disk that fails it ends the list.
+    #[must_use]
+    pub const fn is_durable(&self) -> bool {
+        matches!(self, Self::Journal(_) | Self::Keep | Self::Forget | Self::Restore)
+    }
+}
+
 /// A handoff message by name.
 pub(crate) fn handoff_name(step: &Handoff) -> &'static str {
     match step {
