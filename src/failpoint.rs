@@ -152,6 +152,7 @@ mod armed {
         "source.resumed-heard",
         "source.lanes-reopened",
         "source.goes-on",
+        "source.continues",
         "destination.link-lost",
         "destination.session-adopted",
         "destination.resumed-sent",

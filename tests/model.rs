@@ -132,6 +132,8 @@ fn mutants() -> Vec<(Mutant, Durability, Faults, &'static str)> {
         (Mutant::PreparedBeforeImage, Destination, NONE, IMAGE_IS_THERE),
         (Mutant::FinalBeforeImage, Both, NONE, IMAGE_IS_THERE),
         (Mutant::MovedOnUnnoticed, Nowhere, Faults { gateways: 1, moves: 1, ..NONE }, SINGLE_RUNNER),
+        (Mutant::ContinuedAfterCommit, Nowhere, Faults { gateways: 1, ..NONE }, SINGLE_RUNNER),
+        (Mutant::ContinuedWithImage, Both, Faults { gateways: 1, hosts: 1, ..NONE }, NO_STALE_RESUME),
     ]
 }
 

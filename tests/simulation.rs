@@ -42,6 +42,7 @@ const USUAL: u64 = 40_000;
 struct Sum {
     handoffs: u64,
     moved: u64,
+    continued: u64,
     faults: u64,
     violations: Vec<(u64, String)>,
 }
@@ -69,6 +70,7 @@ fn run(seeds: impl Iterator<Item = u64>) -> Sum {
         let (world, made) = simulate(seed, None, false);
         sum.handoffs += made;
         sum.moved += world.moved;
+        sum.continued += world.continued;
         sum.faults += world.faults;
         sum.violations.extend(world.truth.violation.map(|what| (seed, what)));
     }
@@ -105,21 +107,24 @@ fn no_guest_runs_twice_or_is_lost_whatever_fails_when() {
     let sum = std::iter::once(kept).chain(halves).fold(Sum::default(), |mut sum, half| {
         sum.handoffs += half.handoffs;
         sum.moved += half.moved;
+        sum.continued += half.continued;
         sum.faults += half.faults;
         sum.violations.extend(half.violations);
         sum
     });
     say(&format!(
-        "simulation: {} handoffs, {} faults injected, {} moved, seeds 1..{seeds}, {} violations",
+        "simulation: {} handoffs, {} faults injected, {} moved, {} continued by a restarted source, seeds 1..{seeds}, {} violations",
         sum.handoffs,
         sum.faults,
         sum.moved,
+        sum.continued,
         sum.violations.len()
     ));
     for (seed, what) in &sum.violations {
         say(&format!("SEALANE_SIM_SEED={seed}: {what}"));
     }
     assert!(sum.moved * 3 > sum.handoffs, "too few handoffs get through to say anything");
+    assert!(sum.continued > 0, "no restarted source goes on");
     if let Some((seed, what)) = sum.violations.first() {
         panic!("{}", tell(*seed, what));
     }

@@ -9,6 +9,7 @@ use crate::engine::EngineError;
 use crate::engine::destination::Progress;
 use crate::engine::limiter::Limiter;
 use crate::engine::meter::Meter;
+use crate::engine::source::{LaneLedger, Reached};
 use crate::limits;
 use crate::memory::{Decoder, Encoder, GuestRam, PageCounts, PageSet};
 use crate::transport::LaneIo;
@@ -46,7 +47,8 @@ pub(super) struct SendShared {
     pub(super) reports: mpsc::Sender<Result<LaneReport, EngineError>>,
 }
 
-/// A lane at the source: its encoder, and how far each frame of the round in flight reached.
+/// A lane at the source: its encoder, and how far each frame of the round in flight reached, also for whoever comes after this
+/// process.
 #[derive(Debug)]
 pub(super) struct SourceLane {
     lane: LaneIndex,
@@ -57,16 +59,7 @@ pub(super) struct SourceLane {
     before: u64,
     /// One entry a frame: 24 bytes for at least 64 pages, where the guest is not sparse.
     reached: Vec<Reached>,
-}
-
-#[derive(Debug, Clone, Copy)]
-struct Reached {
-    /// Frames since the join, this one included.
-    frames: u64,
-    /// Frame bytes since the join, this one included.
-    bytes: u64,
-    /// Where the next frame goes on; nothing behind the last page.
-    next: Option<PageNumber>,
+    ledger: Option<LaneLedger>,
 }
 
 /// What became of a lane's round.
@@ -80,8 +73,14 @@ pub(super) struct Outstanding {
 }
 
 impl SourceLane {
-    pub(super) fn new(lane: LaneIndex, lanes: u16, terms: &StreamTerms) -> Self {
-        Self { lane, lanes, encoder: Encoder::new(lane, lanes, terms), round: Round(0), before: 0, reached: Vec::new() }
+    pub(super) fn new(lane: LaneIndex, lanes: u16, terms: &StreamTerms, ledger: Option<LaneLedger>) -> Self {
+        Self { lane, lanes, encoder: Encoder::new(lane, lanes, terms), round: Round(0), before: 0, reached: Vec::new(), ledger }
+    }
+
+    /// As an earlier process left it.
+    pub(super) fn after_restart(lane: LaneIndex, lanes: u16, terms: &StreamTerms, ledger: LaneLedger) -> std::io::Result<Self> {
+        let (round, before, reached) = ledger.read()?.unwrap_or_default();
+        Ok(Self { round, before, reached, ..Self::new(lane, lanes, terms, Some(ledger)) })
     }
 
     /// What of `round` did not arrive, by what the destination says that it has applied; nothing when it cannot be so.
@@ -122,13 +121,26 @@ impl SourceLane {
     }
 
     fn begin(&mut self, round: Round) {
-        (self.round, self.before) = (round, self.encoder.totals().bytes);
+        let totals = self.encoder.totals();
+        (self.round, self.before) = (round, totals.bytes);
         self.reached.clear();
+        self.write(|ledger| ledger.begin(round, totals.frames, totals.bytes));
     }
 
     fn frame_made(&mut self, next: Option<PageNumber>) {
-        let totals = self.encoder.totals();
-        self.reached.push(Reached { frames: totals.frames, bytes: totals.bytes, next });
+        let (round, totals) = (self.round, self.encoder.totals());
+        let reached = Reached { frames: totals.frames, bytes: totals.bytes, next };
+        self.reached.push(reached);
+        self.write(|ledger| ledger.note(round, reached));
+    }
+
+    /// What cannot be written is missed by a restart only, which then finds fewer frames than the destination has, and ends the
+    /// attempt.
+    fn write(&mut self, entry: impl FnOnce(&mut LaneLedger) -> std::io::Result<()>) {
+        if let Some(Err(error)) = self.ledger.as_mut().map(entry) {
+            tracing::warn!(lane = %self.lane, %error, "a restart of this gateway would end the migration");
+            self.ledger = None;
+        }
     }
 }
 

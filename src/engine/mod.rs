@@ -30,7 +30,7 @@ pub use link::{Link, PeerFacts, greet};
 pub use meter::{Figures, Meter};
 pub use recovery::{
     Attach, Decision, Host, Interruption, Look, Rebuild, Resolved, Withdrawal, answer, decide, interruption, may_own_twin, repeat_effect,
-    resolve, sweep_images, tell, withdraw,
+    resolve, sweep_images, tell, unfinished, withdraw,
 };
-pub use source::{AskCommit, Command, Redial, SourceEnd, SourceOrder, SourcePorts, run_source};
+pub use source::{AskCommit, Command, Redial, SourceEnd, SourceOrder, SourcePorts, continue_guest, continue_source, run_source};
 pub use standing::{RecordNote, Standing, decisions, doubts, notes, owners, standing};

@@ -1,15 +1,19 @@
 //! The source end of one migration.
 
+mod ledger;
 mod messages;
 mod outage;
+mod restart;
 mod rounds;
 mod switch;
 
 use std::collections::VecDeque;
+use std::path::PathBuf;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use serde::{Deserialize, Serialize};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 
@@ -27,11 +31,14 @@ use crate::telemetry::{Phase, Progress};
 use crate::transport::{LaneHandle, Session, TransportError};
 use crate::types::{Epoch, MigrationId, Round, VmName, VmUuid};
 use crate::wire::{ErrorClass, Failure, FinalDigest, Message, Offer, StreamTerms};
+use ledger::Ledger;
+pub(in crate::engine) use ledger::{LaneLedger, Reached};
 use outage::Outage;
+pub use restart::{continue_guest, continue_source};
 use rounds::{Finals, RoundUnderWay};
 
 /// What is to be done.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct SourceOrder {
     /// This attempt.
     pub migration: MigrationId,
@@ -57,6 +64,8 @@ pub struct SourceOrder {
     pub outage_max: Duration,
     /// SHA-256 of the policy set that permitted the release.
     pub policy_digest: [u8; 32],
+    /// The directory where it is written what the destination does not have yet, for a gateway that is started anew.
+    pub ledger: Option<PathBuf>,
 }
 
 /// Asks policy and identity again, at commit. The error says who denies it, or why the answer cannot be had.
@@ -130,6 +139,7 @@ struct Run {
     machine: Source,
     binding: Option<Binding>,
     tracker: Option<Tracker>,
+    ledger: Option<Ledger>,
     lanes: Vec<mpsc::Sender<LaneRound>>,
     /// What each lane knows, whatever becomes of its connection.
     encoders: Vec<Arc<tokio::sync::Mutex<SourceLane>>>,
@@ -175,60 +185,66 @@ struct Run {
 
 /// Runs the source end until the VM's place is decided or in doubt.
 pub async fn run_source(order: SourceOrder, ports: SourcePorts) -> SourceEnd {
-    let SourcePorts { evidence, link, guest, ask_commit, redial, progress, commands } = ports;
-    let (reports_in, reports) = mpsc::channel(usize::from(limits::LANES_MAX) * 2);
-    let ram = Arc::clone(guest.ram());
-    let run = Run {
-        machine: Source::new(order.goal),
-        limiter: Arc::new(Limiter::new(order.bandwidth)),
-        guest: Arc::new(Mutex::new(guest)),
-        round: RoundUnderWay::new(Round(0), false, 0, 0),
-        binding: None,
-        tracker: None,
-        lanes: Vec::new(),
-        encoders: Vec::new(),
-        threads: Vec::new(),
-        carried: Vec::new(),
-        carried_before: 0,
-        left: Vec::new(),
-        meter: Arc::default(),
-        finals: None,
-        paused: None,
-        digest: None,
-        all_applied: false,
-        pause: None,
-        error: None,
-        refused: false,
-        figures: Figures::default(),
-        woken: true,
-        phase: Phase::Connect,
-        started: Instant::now(),
-        pause_ends: None,
-        doubt_ends: None,
-        outage: None,
-        patience: None,
-        lost: None,
-        said: Instant::now(),
-        ended: None,
-        order,
-        evidence,
-        link,
-        ram,
-        ask_commit,
-        redial,
-        progress,
-        reports,
-        reports_in,
-    };
-    run.run(commands).await
+    let (mut run, commands) = Run::new(order, ports);
+    let mut events = VecDeque::new();
+    if let Err(error) = run.offer().await {
+        events.push_back(run.broken(error));
+    }
+    run.run(commands, events).await
 }
 
 impl Run {
-    async fn run(mut self, mut commands: mpsc::Receiver<Command>) -> SourceEnd {
-        let mut events = VecDeque::new();
-        if let Err(error) = self.offer().await {
-            events.push_back(self.broken(error));
-        }
+    fn new(order: SourceOrder, ports: SourcePorts) -> (Self, mpsc::Receiver<Command>) {
+        let SourcePorts { evidence, link, guest, ask_commit, redial, progress, commands } = ports;
+        let (reports_in, reports) = mpsc::channel(usize::from(limits::LANES_MAX) * 2);
+        let ram = Arc::clone(guest.ram());
+        let run = Self {
+            machine: Source::new(order.goal),
+            limiter: Arc::new(Limiter::new(order.bandwidth)),
+            guest: Arc::new(Mutex::new(guest)),
+            round: RoundUnderWay::new(Round(0), false, 0, 0),
+            binding: None,
+            tracker: None,
+            ledger: None,
+            lanes: Vec::new(),
+            encoders: Vec::new(),
+            threads: Vec::new(),
+            carried: Vec::new(),
+            carried_before: 0,
+            left: Vec::new(),
+            meter: Arc::default(),
+            finals: None,
+            paused: None,
+            digest: None,
+            all_applied: false,
+            pause: None,
+            error: None,
+            refused: false,
+            figures: Figures::default(),
+            woken: true,
+            phase: Phase::Connect,
+            started: Instant::now(),
+            pause_ends: None,
+            doubt_ends: None,
+            outage: None,
+            patience: None,
+            lost: None,
+            said: Instant::now(),
+            ended: None,
+            order,
+            evidence,
+            link,
+            ram,
+            ask_commit,
+            redial,
+            progress,
+            reports,
+            reports_in,
+        };
+        (run, commands)
+    }
+
+    async fn run(mut self, mut commands: mpsc::Receiver<Command>, mut events: VecDeque<SourceEvent>) -> SourceEnd {
         let mut tick = tokio::time::interval(PROGRESS_INTERVAL);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Skip);
         while self.ended.is_none() {

@@ -1,10 +1,13 @@
-//! Offers whose destination may still wait for a source that has ended them: it is told.
+//! What is written about an offer while it is open, and how its destination is told when it has ended here unheard.
 
 use std::os::unix::fs::OpenOptionsExt;
+use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Instant, SystemTime};
 
-use crate::engine::{self, EngineError, Interruption, Link, Withdrawal};
+use serde::{Deserialize, Serialize};
+
+use crate::engine::{self, EngineError, Interruption, Link, SourceOrder, Withdrawal};
 use crate::gateway::Gateway;
 use crate::gateway::kept::twin_file;
 use crate::gateway::recovery::{FIRST_PAUSE, LONGEST_PAUSE};
@@ -12,23 +15,49 @@ use crate::migration::Outcome;
 use crate::telemetry::chain;
 use crate::types::{MigrationId, Side, SpiffeId};
 
-/// Written when an offer is made, removed when its end was heard. No promise: a destination that hears nothing gives up by
-/// itself, later.
+/// What a gateway that is started anew has to know of a departure: to take it up again, or to tell the destination that it is
+/// over. No promise: a destination that hears nothing gives up by itself, later.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(super) struct Note {
+    pub(super) order: SourceOrder,
+    /// To whom the VM was offered.
+    pub(super) peer: SpiffeId,
+    /// The process that holds the guest.
+    pub(super) instance: String,
+    pub(super) operator: u32,
+    pub(super) policy_ids: Vec<String>,
+    pub(super) started: SystemTime,
+}
+
+impl From<&Note> for Withdrawal {
+    fn from(note: &Note) -> Self {
+        let SourceOrder { migration, vm, uuid, epoch, .. } = &note.order;
+        Self { migration: *migration, vm: vm.clone(), uuid: *uuid, epoch: *epoch, peer: note.peer.clone() }
+    }
+}
+
 const NOTE: &str = "departure";
+const LEDGER: &str = "ledger";
 
 impl Gateway {
-    pub(super) fn note_departure(&self, withdrawal: &Withdrawal) -> std::io::Result<()> {
-        let path = twin_file(&self.config.gateway.runtime_directory, withdrawal.migration, NOTE);
+    /// Where the source's ledger of a migration is.
+    pub(super) fn ledger(&self, migration: MigrationId) -> PathBuf {
+        twin_file(&self.config.gateway.runtime_directory, migration, LEDGER)
+    }
+
+    pub(super) fn note_departure(&self, note: &Note) -> std::io::Result<()> {
+        let path = twin_file(&self.config.gateway.runtime_directory, note.order.migration, NOTE);
         let file = std::fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(path)?;
-        Ok(serde_json::to_writer(file, withdrawal)?)
+        Ok(serde_json::to_writer(file, note)?)
     }
 
     pub(super) fn forget_departure(&self, migration: MigrationId) {
-        // Whether or not it was made.
+        // Whether or not they were made.
         let _ = std::fs::remove_file(twin_file(&self.config.gateway.runtime_directory, migration, NOTE));
+        let _ = std::fs::remove_dir_all(self.ledger(migration));
     }
 
-    fn departure(&self, migration: MigrationId) -> Option<Withdrawal> {
+    pub(super) fn departure(&self, migration: MigrationId) -> Option<Note> {
         let path = twin_file(&self.config.gateway.runtime_directory, migration, NOTE);
         serde_json::from_slice(&std::fs::read(path).ok()?).ok()
     }
@@ -38,7 +67,7 @@ impl Gateway {
         let Ok(entries) = std::fs::read_dir(&self.config.gateway.runtime_directory) else { return };
         for path in entries.flatten().map(|entry| entry.path()).filter(|path| path.extension().is_some_and(|ending| ending == NOTE)) {
             let name = path.file_stem().and_then(|name| name.to_str()).and_then(|name| name.parse::<MigrationId>().ok());
-            let Some(migration) = name else { continue };
+            let Some(migration) = name.filter(|migration| !self.registry.is_under_way(*migration)) else { continue };
             match engine::interruption(&self.evidence(), migration) {
                 // Nothing was journaled, or ABORT was and may not have been heard.
                 Ok(None | Some(Interruption { outcome: Some(Outcome::Stayed), side: Side::Source, .. })) => self.tell_later(migration),
@@ -70,7 +99,8 @@ impl Gateway {
                 let Some(link) = self.dial_known(&peer).await else { return self.config.peer_of(&peer).is_none() };
                 engine::tell(&evidence, &self.host(), migration, &link).await
             }
-            (Ok(None), Some(withdrawal)) => {
+            (Ok(None), Some(note)) => {
+                let withdrawal = Withdrawal::from(&note);
                 let Some(link) = self.dial_known(&withdrawal.peer).await else { return self.config.peer_of(&withdrawal.peer).is_none() };
                 engine::withdraw(&evidence, &withdrawal, &link).await
             }

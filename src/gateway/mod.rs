@@ -21,6 +21,7 @@ mod recovery;
 mod registry;
 mod report;
 mod resolution;
+mod resumption;
 mod serve;
 mod start;
 mod why;

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use ring::rand::{SecureRandom, SystemRandom};
 use tokio::sync::{mpsc, watch};
@@ -10,7 +10,8 @@ use tokio::sync::{mpsc, watch};
 use crate::audit::{Entry, Event, Outcome};
 use crate::config;
 use crate::control::{Compress, MigrateRequest, Storage};
-use crate::engine::{self, EngineError, Link, Placement, SourceOrder, SourcePorts, Withdrawal};
+use crate::engine::{self, EngineError, Link, Placement, SourceOrder, SourcePorts};
+use crate::gateway::departures::Note;
 use crate::gateway::judge::Case;
 use crate::gateway::policies::{default_terms, operator_id};
 use crate::gateway::registry::{Busy, Claim, Migration};
@@ -18,7 +19,7 @@ use crate::gateway::{Gateway, put_class, report};
 use crate::hypervisor::PagedSource;
 use crate::hypervisor::attach::{AttachedSource, Timeouts};
 use crate::limits;
-use crate::migration::{Goal, Outcome as Place};
+use crate::migration::{Goal, OfferRecord, Outcome as Place};
 use crate::policy::{Permit, Release, Route};
 use crate::telemetry::{self, Mode, Monotone, Problem, Progress, Report, RunningOn};
 use crate::types::{Epoch, MigrationId, Side};
@@ -37,7 +38,14 @@ pub(super) struct Departure {
     pub(super) timeout: Duration,
     pub(super) outage_max: Duration,
     pub(super) operator: u32,
-    claim: Claim,
+    pub(super) claim: Claim,
+}
+
+/// How an operator follows and steers a departure.
+pub(super) struct Strings {
+    pub(super) progress: watch::Sender<Progress>,
+    pub(super) commands: mpsc::Receiver<engine::Command>,
+    pub(super) ended: watch::Sender<bool>,
 }
 
 /// How long the engine waits for a destination that was given the VM, lives and does not answer; the gateway asks on
@@ -158,29 +166,36 @@ impl Gateway {
         let departure = self.prepare(operator, request)?;
         self.ask_request(&departure).await?;
         let migration = departure.migration;
-        let (progress_in, raw) = watch::channel(Progress::new(migration));
+        let Strings { progress, commands, ended } = self.show_departure(&departure, SystemTime::now());
+        let gateway = Arc::clone(self);
+        tokio::spawn(async move {
+            let report = gateway.depart(departure, progress, commands).await;
+            gateway.finished(report, ended).await;
+        });
+        Ok(migration)
+    }
+
+    /// From now on operators see it and can steer it.
+    pub(super) fn show_departure(&self, departure: &Departure, started: SystemTime) -> Strings {
+        let migration = departure.migration;
+        let (progress, raw) = watch::channel(Progress::new(migration));
         let (shown_in, shown) = watch::channel(Progress::new(migration));
-        let (ended_in, ended) = watch::channel(false);
+        let (ended, ended_out) = watch::channel(false);
         let (commands_in, commands) = mpsc::channel(limits::COMMAND_QUEUE);
         self.registry.begin(Migration {
             id: migration,
             vm: departure.vm.name.clone(),
             peer: departure.peer.name.clone(),
             side: Side::Source,
-            started: SystemTime::now(),
+            started,
             progress: shown,
             report: None,
-            ended,
+            ended: ended_out,
             commands: Some(commands_in),
             returns: None,
         });
         tokio::spawn(show_monotone(raw, shown_in));
-        let gateway = Arc::clone(self);
-        tokio::spawn(async move {
-            let report = gateway.depart(departure, progress_in, commands).await;
-            gateway.finished(report, ended_in).await;
-        });
-        Ok(migration)
+        Strings { progress, commands, ended }
     }
 
     /// Keeps a finished migration's report, in memory and on disk, and in the audit log.
@@ -250,12 +265,10 @@ impl Gateway {
         started: SystemTime,
     ) -> Result<Report, Problem> {
         let guest = self.attach_to(&mut departure).await?;
-        let kind = guest.machine().kind.clone();
         crate::failpoint::hit!("source.attached");
         let link = self.dial(&departure.peer).await?;
         let permit = self.release(&departure, &link).await?;
         crate::failpoint::hit!("source.released");
-        let (ids, bytes) = (permit.policy_ids().to_vec(), departure.case.memory_bytes);
         let order = SourceOrder {
             migration: departure.migration,
             vm: departure.vm.name.clone(),
@@ -269,27 +282,44 @@ impl Gateway {
             resolve_timeout: RESOLVE_FOR,
             outage_max: departure.outage_max,
             policy_digest: *permit.set_digest(),
+            ledger: Some(self.ledger(departure.migration)),
         };
-        let withdrawal = Withdrawal {
-            migration: order.migration,
-            vm: order.vm.clone(),
-            uuid: order.uuid,
-            epoch: order.epoch,
-            peer: departure.peer.spiffe.clone(),
-        };
-        if let Err(error) = self.note_departure(&withdrawal) {
+        let instance = guest.attachment().instance.clone();
+        let (peer, policy_ids) = (departure.peer.spiffe.clone(), permit.policy_ids().to_vec());
+        let note = Note { order, peer, instance, operator: departure.operator, policy_ids, started };
+        if let Err(error) = self.note_departure(&note) {
             // Without it a destination waits for nothing, for a while, when this gateway is killed.
-            tracing::warn!(migration = %order.migration, %error, "the offer is not noted");
+            tracing::warn!(migration = %note.order.migration, %error, "the offer is not noted");
         }
         let ports = self.source_ports(&departure, link, Box::new(guest), progress, commands);
-        let end = engine::run_source(order, ports).await;
-        let mut report = report::report(departure.migration, &departure.vm.name, end.outcome, end.error.as_ref(), started);
+        Ok(self.carry(departure, note, ports, None).await)
+    }
+
+    /// The engine takes over, from the beginning or from where an earlier gateway was with this offer.
+    pub(super) async fn carry(
+        self: &Arc<Self>,
+        departure: Departure,
+        note: Note,
+        ports: SourcePorts,
+        offer: Option<&OfferRecord>,
+    ) -> Report {
+        let kind = ports.guest.machine().kind.clone();
+        let end = match offer {
+            None => engine::run_source(note.order, ports).await,
+            Some(offer) => {
+                let now = Instant::now();
+                let began = note.started.elapsed().ok().and_then(|elapsed| now.checked_sub(elapsed)).unwrap_or(now);
+                engine::continue_source(note.order, ports, offer, began).await
+            }
+        };
+        let mut report = report::report(departure.migration, &departure.vm.name, end.outcome, end.error.as_ref(), note.started);
         report::put_figures(&mut report, &end.figures);
         report.hypervisor = kind;
-        report.guest_memory_bytes = bytes;
+        report.guest_memory_bytes = departure.case.memory_bytes;
+        report.authenticated.source = Some(self.credentials.own_id());
         report.authenticated.destination = Some(departure.peer.spiffe.clone());
         report.policy.decision = Some(report::decision(end.error.as_ref()));
-        report.policy.policy_ids = ids;
+        report.policy.policy_ids = note.policy_ids;
         self.refresh_place(&departure.vm.name);
         if end.told {
             self.forget_departure(departure.migration);
@@ -300,7 +330,7 @@ impl Gateway {
             self.resolve_later(departure.migration, None, Some(departure.claim));
         }
         debug_assert!(end.outcome != Some(Place::Moved) || report.error.is_none());
-        Ok(report)
+        report
     }
 
     /// Attaches to the guest and sees to it that it is the VM that was judged.
@@ -336,7 +366,7 @@ impl Gateway {
         Ok(permit)
     }
 
-    async fn ask_release(self: &Arc<Self>, case: &Case, link: &Link) -> Result<Permit<Release>, Problem> {
+    pub(super) async fn ask_release(self: &Arc<Self>, case: &Case, link: &Link) -> Result<Permit<Release>, Problem> {
         let (judge, case, session) = (Arc::clone(&self.judge), case.clone(), Arc::clone(&link.session));
         let answer = tokio::task::spawn_blocking(move || judge.release(&case, &session)).await.map_err(bug)?;
         answer.map_err(|no| {
@@ -345,7 +375,7 @@ impl Gateway {
         })
     }
 
-    fn source_ports(
+    pub(super) fn source_ports(
         self: &Arc<Self>,
         departure: &Departure,
         link: Link,

@@ -76,6 +76,9 @@ impl Gateway {
             }
         };
         for migration in migrations {
+            if self.continue_departure(migration).await {
+                continue;
+            }
             match engine::resolve(&self.evidence(), &self.host(), migration, None).await {
                 Ok(Resolved::Settled) => {
                     if let Err(error) = engine::repeat_effect(&self.evidence(), &self.host(), migration).await {

@@ -38,6 +38,16 @@ impl Tracker {
         Self { round: Round(0), harvested: none.clone(), owed: none.clone(), in_flight: VecDeque::new(), applied: none }
     }
 
+    /// As an earlier process left it: `owed` is what the destination does not have, in flight as `round` or not yet.
+    #[must_use]
+    pub fn after_restart(round: Round, in_flight: bool, owed: PageSet) -> Self {
+        let (harvested, mut applied) = (PageSet::full(owed.pages()), PageSet::full(owed.pages()));
+        applied.subtract(&owed);
+        let none = PageSet::empty(owed.pages());
+        let (owed, in_flight) = if in_flight { (none, VecDeque::from([(round, Arc::new(owed))])) } else { (owed, VecDeque::new()) };
+        Self { round, harvested, owed, in_flight, applied }
+    }
+
     /// Takes over pages that a harvest found dirty. What of them was applied is owed again.
     pub fn owe(&mut self, harvested: &PageSet) {
         self.harvested.merge(harvested);
@@ -122,6 +132,12 @@ impl Tracker {
     }
 
     /// Pages owed that are in no round yet.
+    #[must_use]
+    pub fn owed(&self) -> &PageSet {
+        &self.owed
+    }
+
+    /// How many pages are owed that are in no round yet.
     #[must_use]
     pub fn owed_pages(&self) -> u64 {
         self.owed.len()
@@ -220,6 +236,17 @@ mod tests {
         let (round, _) = tracker.begin_round();
         tracker.in_flight[0].1 = Arc::new(set(&[1]));
         let _ = tracker.applied(round);
+    }
+
+    #[test]
+    fn what_an_earlier_process_left_goes_on_where_it_was() {
+        let mut owed = Tracker::after_restart(Round(3), false, set(&[4, 5]));
+        assert_eq!((owed.round(), owed.owed_pages(), owed.applied_pages(), owed.rounds_in_flight()), (Round(3), 2, 98, 0));
+        assert_eq!(owed.begin_round().0, Round(4));
+        let mut flying = Tracker::after_restart(Round(3), true, set(&[4, 5]));
+        assert_eq!(flying.in_flight().as_deref(), Some(&set(&[4, 5])));
+        flying.resumed(&set(&[5]));
+        assert_eq!((flying.applied_pages(), flying.give_back()), (99, set(&[5])));
     }
 
     proptest! {

@@ -9,7 +9,7 @@ use std::time::Duration;
 use crate::types::PAGE_BYTES;
 
 /// What an operator asks of a migration.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Goal {
     /// The longest pause that the guest may see.
     pub downtime_max: Duration,

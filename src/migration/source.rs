@@ -3,7 +3,7 @@
 use crate::migration::handoff::{HandoffAction, OfferRecord, SourceHandoff, SourceRecord, SourceStep};
 use crate::migration::{Convergence, Decision, Goal, Refusal, RoundMeasure, Verdict};
 use crate::types::Round;
-use crate::wire::{ErrorClass, FinalDigest, Handoff};
+use crate::wire::{Durability, ErrorClass, FinalDigest, Handoff};
 
 /// The source of one migration.
 #[derive(Debug)]
@@ -105,6 +105,14 @@ impl Source {
     #[must_use]
     pub fn new(goal: Goal) -> Self {
         Self { state: State::AwaitAccept, convergence: Convergence::new(goal), lanes: 0, connected: true }
+    }
+
+    /// As a journal with nothing behind OFFER leaves it, once the guest goes on: in `round`, without a session. Feed
+    /// [`SourceEvent::Resumed`] when one stands.
+    #[must_use]
+    pub fn after_restart(goal: Goal, durability: Durability, lanes: u16, round: Round) -> Self {
+        let state = State::Precopy(round, SourceHandoff::new(durability));
+        Self { state, convergence: Convergence::new(goal), lanes, connected: false }
     }
 
     /// The state by name, for logs and people.

@@ -80,7 +80,7 @@ pub struct Offer {
 }
 
 /// Terms of the page stream that both policies are asked about.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct StreamTerms {
     /// Lanes wanted.
     pub lanes: u16,
@@ -97,7 +97,8 @@ pub struct StreamTerms {
 }
 
 /// Codec of page batches.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum Compression {
     /// Pages as they are.
     None,
@@ -106,7 +107,8 @@ pub enum Compression {
 }
 
 /// How far back a codec may look for repetitions.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum CompressionScope {
     /// Each page by itself.
     Page,
@@ -117,7 +119,8 @@ pub enum CompressionScope {
 }
 
 /// Where the final image is on disk before the switch.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum Durability {
     /// Nowhere.
     None,

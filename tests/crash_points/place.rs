@@ -75,6 +75,7 @@ pub fn places(point: &'static str) -> Vec<Place> {
         ["source", "goes-on"] => vec![place(Source, Way::OutageInPause)],
         ["source", "link-lost" | "redialled" | "resume-sent" | "resumed-heard" | "lanes-reopened"] => vec![place(Source, Way::Outage)],
         ["destination", "link-lost" | "session-adopted" | "resumed-sent"] => vec![place(Destination, Way::Outage)],
+        ["source", "continues"] => vec![place(Source, Way::Restart("source.round-sent"))],
         ["source", ..] => vec![place(Source, Way::Move)],
         ["destination", ..] => vec![place(Destination, Way::Move)],
         ["recovery", "rebuilt-launched"] => vec![place(Destination, Way::TwinLost)],
@@ -82,9 +83,9 @@ pub fn places(point: &'static str) -> Vec<Place> {
         ["recovery", "asks"] => vec![place(Source, Way::Restart("record.commit.done"))],
         ["recovery", "answers"] => vec![place(Destination, Way::RestartBoth)],
         ["recovery", "begin" | "sweep" | "end"] => vec![place(Source, Way::Restart("record.commit.done"))],
-        // The source resumes the guest that stays; the destination the one that came.
+        // The source wakes the guest that stays, of which nothing was sent; the destination the one that came.
         ["recovery", ..] => {
-            vec![place(Source, Way::Restart("source.paused")), place(Destination, Way::Restart("record.run.done"))]
+            vec![place(Source, Way::Restart("record.offer.done")), place(Destination, Way::Restart("record.run.done"))]
         }
         _ => panic!("nobody knows where `{point}` lies"),
     }

@@ -312,32 +312,86 @@ fn an_outage_that_lasts_too_long_ends_with_exactly_one_running_copy() {
     side_by_side(&[Moment::Rounds, Moment::Commit], ends_without_a_link);
 }
 
-#[test]
-fn a_destination_gateway_that_is_killed_during_rounds_goes_on_with_the_memory_that_its_twin_has() {
+/// A migration of memory that compresses badly and is new all the time is cut off in its first round, twice where it says so, by
+/// SIGKILL of `victims`. It goes on with what the twin has.
+fn goes_on_when_killed(victims: &[Name], times: u64) {
     // Three quarters of its memory are not zero, and all of that is new all the time.
     let shape = |shape: &mut guest::Shape| (shape.working_set, shape.dirty_rate) = ("24MiB", "24MiB/s");
     let mut lab = Setup::new().shape(shape).start();
     let copies = OneCopy::watch(&lab);
     wait_for("a guest that has written all of it", || lab.newest_beat(A).filter(|beat| *beat >= 30));
-    let mut attempt = Attempt::start_slow(&lab, A, "8MiB/s", &[]);
-    wait_for("most of the memory to be sent", || {
-        attempt.running.must_go_on();
-        attempt.progress("memory_sent_bytes").filter(|sent| *sent >= 24 << 20)
-    });
-    let twin = lab.vmm_processes(B);
-    assert_eq!(twin.len(), 1);
-    // The attempt borrows the lab.
-    let Attempt { running, records, .. } = attempt;
-    lab.gateway_mut(B).kill();
-    lab.gateway_mut(B).start();
-    let mut attempt = Attempt { lab: &lab, from: A, records, running };
-    attempt.faster();
-    let report = attempt.finish().expect_moved();
-    assert_eq!(lab.vmm_processes(B), twin, "the guest runs in the twin that was there");
+    let (running, id) = lab.start_slow_migration(A, &[]);
+    lab.gateway(A).command(&["set", &id, "bandwidth=8MiB/s"]).expect(0, &[]);
+    let mut twins = Vec::new();
+    for time in 1..=times {
+        wait_for("more of the memory to be sent", || {
+            let active = lab.active_migration(A)?;
+            // Each gateway counts from its own start.
+            let sent = active["progress"]["memory_sent_bytes"].as_u64().filter(|_| active["progress"]["phase"] == "memory")?;
+            (sent >= (24 << 20) / times).then_some(())
+        });
+        twins.push(lab.vmm_processes(B));
+        for victim in victims {
+            lab.gateway_mut(*victim).kill();
+        }
+        for victim in victims {
+            lab.gateway_mut(*victim).start();
+        }
+        let again = wait_for("the migration to be shown again", || lab.active_migration(A));
+        assert_eq!(again["id"], id.as_str(), "after kill {time}");
+    }
+    lab.gateway(A).command(&["set", &id, "bandwidth=1GiB/s"]).expect(0, &[]);
+    let report = running.finish().expect_moved();
+    twins.push(lab.vmm_processes(B));
+    assert!(twins.iter().all(|twin| *twin == twins[0] && twin.len() == 1), "the guest runs in the twin that was there: {twins:?}");
     assert!(report["reconnects"].as_u64().is_some_and(|count| count >= 1), "{report}");
+    assert_eq!(report["verified"], true, "{report}");
     resent_little(&report, 1);
     lab.settled_on(B);
     copies.was_there();
+}
+
+#[test]
+fn a_destination_gateway_that_is_killed_during_rounds_goes_on_with_the_memory_that_its_twin_has() {
+    goes_on_when_killed(&[B], 1);
+}
+
+#[test]
+fn a_source_gateway_that_is_killed_during_rounds_goes_on_where_it_was() {
+    goes_on_when_killed(&[A], 2);
+}
+
+#[test]
+fn both_gateways_killed_at_once_during_rounds_go_on_where_they_were() {
+    goes_on_when_killed(&[A, B], 1);
+}
+
+#[test]
+fn a_source_gateway_that_comes_back_to_a_new_vmm_does_not_go_on() {
+    let mut lab = Setup::new().start();
+    let (running, id) = lab.start_slow_migration(A, &[]);
+    lab.gateway_mut(A).kill();
+    // Another life of the same VM at the same place: its pages are not those that the twin has.
+    lab.kill_vmms_of(A);
+    lab.start_guest();
+    lab.gateway_mut(A).start();
+    running.finish().expect_stayed(1, &["interrupted"]);
+    assert_eq!(lab.active_migration(A), None, "migration {id}");
+    lab.runs_only_on(A);
+}
+
+#[test]
+fn a_source_gateway_that_comes_back_can_be_told_to_cancel_while_it_looks_for_the_destination() {
+    let mut lab = Setup::new().start();
+    let (running, id) = lab.start_slow_migration(A, &[]);
+    lab.gateway_mut(A).kill();
+    lab.gateway_mut(B).kill();
+    lab.gateway_mut(A).start();
+    assert_eq!(wait_for("the migration to be shown again", || lab.active_migration(A))["id"], id.as_str());
+    lab.gateway(A).command(&["cancel", &id]).expect(0, &[]);
+    running.finish().expect_stayed(5, &["cancelled"]);
+    lab.gateway_mut(B).start();
+    lab.settled_on(A);
 }
 
 /// Cuts of one migration of the drill, in the order in which they are made.

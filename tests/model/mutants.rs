@@ -57,6 +57,10 @@ pub enum Mutant {
     FinalBeforeImage,
     /// A gateway that starts repeats the effect of its last record although the VM has moved on.
     MovedOnUnnoticed,
+    /// A source that starts goes on with an attempt that it has committed.
+    ContinuedAfterCommit,
+    /// A source that goes on with an attempt keeps the image of its pause.
+    ContinuedWithImage,
 }
 
 impl Mutant {

@@ -3,7 +3,7 @@
 use sealane::migration::SourceDecision;
 use sealane::types::Side;
 
-use crate::machines::{ABORT, Act, CLOSED, DONE, FENCED, HANDED_OVER, REFUSED, RUN, STRANGE_DIGEST, Said, Stage, bits};
+use crate::machines::{ABORT, Act, CLOSED, DONE, FENCED, HANDED_OVER, OFFER, REFUSED, RUN, STRANGE_DIGEST, Said, Stage, bits, is_commit};
 use crate::mutants::Mutant;
 use crate::steps::{Handoffs, SIDES, Step};
 use crate::world::{Faults, Memory, World};
@@ -13,6 +13,9 @@ impl Handoffs {
         let host = world.host(side);
         if host.machine == 0 {
             steps.push(Step::Start(side));
+            if side == Side::Source && self.may_continue(world) {
+                steps.push(Step::Continue);
+            }
             return;
         }
         if host.due == 0 {
@@ -42,7 +45,8 @@ impl Handoffs {
         let stage = self.stage(Side::Source, host.machine);
         match stage {
             Stage::Offered if host.running => steps.push(Step::Pause),
-            Stage::Offered => steps.extend([Step::GoOn, Step::Finalise(1)]),
+            // A guest that went on has another final state.
+            Stage::Offered => steps.extend([Step::GoOn, Step::Finalise(if world.superseded { 2 } else { 1 })]),
             Stage::AwaitPrepared(1) => steps.push(Step::Finalise(2)),
             _ => {}
         }
@@ -54,6 +58,15 @@ impl Handoffs {
             }
         }
         steps.extend((bits::DESTINATION..64).filter(|bit| world.has_heard_of(*bit)).map(Step::Hear));
+    }
+
+    /// A gateway that starts may go on with the attempt instead of ending it (`gateway::resumption`). There are two final states
+    /// to tell apart here, so not behind the second.
+    fn may_continue(&self, world: &World) -> bool {
+        let host = &world.source;
+        let offered = host.last() == OFFER || (self.is(Mutant::ContinuedAfterCommit) && is_commit(host.last()));
+        let second = world.superseded || world.has_heard_of(bits::source(Said::Final(2)));
+        offered && host.memory == Memory::Intact && host.current && !second
     }
 
     /// Operators have evidence for what they say.

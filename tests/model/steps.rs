@@ -45,6 +45,8 @@ pub enum Step {
     GiveUp(Side),
     /// A gateway starts.
     Start(Side),
+    /// A source gateway starts, lets the guest go on, and goes on with the attempt.
+    Continue,
     /// Operators decide about the VM at the source.
     Decide(SourceDecision),
     /// Operators give the VM to the destination.
@@ -201,6 +203,7 @@ impl Handoffs {
     /// What may fail, done.
     fn make_durable(&self, next: &mut World, side: Side, act: Act) {
         let finalised = next.finalised;
+        let old = next.has_old(side);
         let host = next.host_mut(side);
         match act {
             Act::Journal(record) => {
@@ -219,7 +222,7 @@ impl Handoffs {
                 host.image = false;
             }
             Act::Restore => {
-                let past = host.ran || !host.image || host.memory != Memory::None;
+                let past = old || host.ran || !host.image || host.memory != Memory::None;
                 host.memory = Memory::Restored;
                 next.stale |= past;
             }
@@ -262,6 +265,7 @@ impl Handoffs {
 
     fn resume(&self, next: &mut World, side: Side) {
         let (finalised, elsewhere) = (next.finalised, next.elsewhere);
+        let old = next.has_old(side);
         let other_ran = next.host(if side == Side::Source { Side::Destination } else { Side::Source }).ran;
         let host = next.host_mut(side);
         if host.memory == Memory::None || host.running {
@@ -272,7 +276,7 @@ impl Handoffs {
         let fenced = side == Side::Source && host.last() == FENCED;
         let same = host.memory == Memory::Restored || (fenced && host.memory == Memory::Intact);
         next.same_generation |= same;
-        next.stale |= other_ran || elsewhere;
+        next.stale |= other_ran || elsewhere || old;
     }
 
     fn hear(&self, world: &World, bit: u8) -> Option<World> {
@@ -329,6 +333,17 @@ impl Handoffs {
         let stranger = side == Side::Destination && matches!(last, 0 | REFUSED) && host.running;
         let guarded = !self.is(Mutant::MovedOnUnnoticed) || is_prepared(last) || is_commit(last) || last == OFFER;
         (host.machine, host.due) = (machine, if stranger || (!host.current && guarded) { 0 } else { due });
+        next
+    }
+
+    fn continued(&self, world: &World) -> World {
+        let mut next = *world;
+        next.superseded = world.finalised;
+        let fresh = self.tables.source.fresh();
+        let host = &mut next.source;
+        (host.stopped, host.machine, host.due, host.running) = (false, fresh, 0, true);
+        host.ran |= world.finalised;
+        host.image &= self.is(Mutant::ContinuedWithImage);
         next
     }
 
@@ -439,6 +454,7 @@ impl Model for Handoffs {
             Step::GoOn => next.source.running = true,
             Step::Finalise(digest) => {
                 next.finalised = true;
+                next.source.ran = false;
                 return self.tell(&next, Side::Source, event::FINAL + digest - 1);
             }
             Step::Complete(digest) => {
@@ -450,6 +466,7 @@ impl Model for Handoffs {
             Step::Reconnect(side) => return self.tell(world, side, event::RECONNECTED),
             Step::GiveUp(side) => return self.tell(world, side, event::GIVE_UP),
             Step::Start(side) => return Some(self.start(world, side)),
+            Step::Continue => return Some(self.continued(world)),
             Step::Decide(SourceDecision::Reclaim) => return self.tell(world, Side::Source, event::DECIDED),
             Step::Decide(SourceDecision::Restart) => return self.tell(world, Side::Source, event::DECIDED_RESTART),
             Step::Decide(SourceDecision::Release) => return self.tell(world, Side::Source, event::DECIDED_RELEASE),

@@ -5,7 +5,7 @@ use std::hash::{Hash, Hasher};
 use sealane::migration::Holding;
 use sealane::types::Side;
 
-use crate::machines::{OFFER, Record, Records};
+use crate::machines::{OFFER, PREPARED, Record, Records};
 use crate::tables::{List, State};
 
 /// A guest's memory on a host.
@@ -75,6 +75,8 @@ pub struct World {
     pub forgot: bool,
     /// The guest was paused for good and its final state is known.
     pub finalised: bool,
+    /// A restarted source has let the guest go on past the first final state, and what was sent of that is old.
+    pub superseded: bool,
     /// A third gateway runs the VM.
     pub elsewhere: bool,
     /// A guest was resumed, or an image used, although the VM had run past that.
@@ -110,6 +112,7 @@ impl World {
             position: 0,
             forgot: false,
             finalised: false,
+            superseded: false,
             elsewhere: false,
             stale: false,
             same_generation: false,
@@ -138,6 +141,11 @@ impl World {
 
     pub fn runners(&self) -> u8 {
         u8::from(self.source.running) + u8::from(self.destination.running) + u8::from(self.elsewhere)
+    }
+
+    /// Whether what this side has prepared is a final state that the guest went on from.
+    pub fn has_old(&self, side: Side) -> bool {
+        side == Side::Destination && self.superseded && self.destination.records[0] == PREPARED + 1
     }
 
     /// Both hosts and both journals are whole.
@@ -200,7 +208,8 @@ impl World {
     /// All of it in four words.
     pub fn words(&self) -> [u64; 4] {
         let Faults { gateways, hosts, disks, losses, others, moves } = self.faults;
-        let flags = [self.new_journal, self.forgot, self.finalised, self.elsewhere, self.stale, self.same_generation, self.killed];
+        let flags =
+            [self.new_journal, self.forgot, self.finalised, self.superseded, self.elsewhere, self.stale, self.same_generation, self.killed];
         let rest = u64::from_be_bytes([gateways, hosts, disks, losses, others, moves, self.position, packed(&flags)]);
         [self.source.word(), self.destination.word(), self.said, rest]
     }

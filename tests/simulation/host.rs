@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, HashMap};
 use sealane::engine::{Binding, JournalRecord, Placement};
 use sealane::journal::Journal;
 use sealane::migration::Outcome;
-use sealane::types::{MigrationId, SpiffeId, VmName};
+use sealane::types::{MigrationId, Round, SpiffeId, VmName};
 
 use crate::chance::Chance;
 use crate::disk::{Disk, Handle};
@@ -34,6 +34,8 @@ pub struct Host {
     pub place: Option<Placement>,
     pub claim: Option<Claim>,
     pub sources: BTreeMap<MigrationId, SourceRun>,
+    /// The round of each attempt, as its source's ledger has it: outlives the gateway, not the host.
+    pub ledgers: BTreeMap<MigrationId, Round>,
     pub destinations: BTreeMap<MigrationId, DestinationRun>,
     pub talks: BTreeMap<SessionId, Talk>,
     pub conversations: BTreeMap<MigrationId, Conversation>,
@@ -130,6 +132,7 @@ impl Host {
             place: None,
             claim: None,
             sources: BTreeMap::new(),
+            ledgers: BTreeMap::new(),
             destinations: BTreeMap::new(),
             talks: BTreeMap::new(),
             conversations: BTreeMap::new(),

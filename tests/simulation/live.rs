@@ -1,6 +1,7 @@
 //! A migration under way at its source: the real outer machine, driven as `src/engine/source.rs` drives it.
 
 use std::collections::VecDeque;
+use std::time::Duration;
 
 use sealane::engine::Binding;
 use sealane::migration::{
@@ -12,9 +13,11 @@ use sealane::wire::{Durability, ErrorClass, FinalDigest, Handoff};
 
 use crate::host::{Did, RunState, Stop, Talk, vm};
 use crate::network::{Facts, Message, Offer, SessionId};
+use crate::recovery::{Interrupted, Records};
 use crate::world::{Bug, Due, MILLISECOND, OUTAGE_MAX, SECOND, TICK, Time, UUID, World};
 
 pub const LANES: u16 = 2;
+const GOAL: Goal = Goal { downtime_max: Duration::from_millis(300), throttle: false, fixed_cost: Duration::ZERO };
 const PAUSE_MAX: Time = 33 * SECOND;
 const DOUBT: Time = 30 * SECOND;
 const ANSWER_WITHIN: Time = 30 * SECOND;
@@ -84,13 +87,12 @@ impl World {
             return Ok(false);
         }
         let Some(session) = self.dial(h, to) else { return Ok(false) };
-        let goal = Goal { downtime_max: std::time::Duration::from_millis(300), throttle: false, fixed_cost: std::time::Duration::ZERO };
         let peer = self.sessions[&session].peer_of(h);
         let mut run = SourceRun {
             offer: Offer { migration, epoch: epoch.0, durability },
             address,
             peer,
-            machine: Source::new(goal),
+            machine: Source::new(GOAL),
             binding: None,
             session,
             rounds: 1 + u32::try_from(self.chance.range(0, 3)).unwrap(),
@@ -110,6 +112,54 @@ impl World {
         self.due(h, TICK, Due::Source(migration));
         self.source_acts(h, &mut run, SourceAction::Offer)?;
         self.hosts[h].sources.insert(migration, run);
+        Ok(true)
+    }
+
+    /// As `Gateway::continue_departure`: a gateway that was killed goes on with an attempt of which the journal says OFFER and no
+    /// more. Now and then its note is lost, and the journal alone decides.
+    pub fn continue_source(&mut self, h: usize, migration: MigrationId) -> Result<bool, Stop> {
+        let Some(round) = self.hosts[h].ledgers.remove(&migration).filter(|_| self.chance.range(0, 5) > 0) else { return Ok(false) };
+        let Some(Interrupted { binding, records: Records::Source(records) }) = self.load(h, migration)? else { return Ok(false) };
+        let [SourceRecord::Offer(offer)] = records.as_slice() else { return Ok(false) };
+        let watched = self.hosts[h].vmms.get(&binding.address).is_some_and(|vmm| vmm.state != RunState::Incoming);
+        if !watched || !self.is_here(h, &binding, offer.epoch)? {
+            return Ok(false);
+        }
+        self.trace("continued", h, 0);
+        for action in [HandoffAction::Forget, HandoffAction::Resume] {
+            match self.act::<SourceRecord>(h, &binding, action, None) {
+                Ok(_) => {}
+                Err(Stop::Failed(_)) => return Ok(false),
+                Err(Stop::Crash) => return Err(Stop::Crash),
+            }
+        }
+        let (now, pause) = (self.now, 100 * MILLISECOND);
+        let run = SourceRun {
+            offer: Offer { migration, epoch: offer.epoch.0, durability: offer.durability },
+            address: binding.address.clone(),
+            peer: Facts { host: self.host_of(&binding.peer), incarnation: binding.peer_incarnation, key: binding.peer_key },
+            machine: Source::after_restart(GOAL, offer.durability, LANES, round),
+            binding: Some(binding),
+            // None that stands.
+            session: SessionId::MAX,
+            rounds: round.0 + 1,
+            round,
+            finalised_at: None,
+            gives_up_at: now + self.chance.range(60, 600) * SECOND,
+            pause_ends: None,
+            doubt_ends: None,
+            outage: Some(Outage { ends: now + OUTAGE_MAX, next_try: now + pause, pause, committed: false, asked: None }),
+            refused: false,
+            woken: true,
+            ended: None,
+            lingers: None,
+        };
+        self.continued += 1;
+        self.hosts[h].ledgers.insert(migration, round);
+        self.hosts[h].claim = Some(crate::host::Claim { migration, waits: false });
+        self.due(h, TICK, Due::Source(migration));
+        self.due(h, pause, Due::Source(migration));
+        self.keep_source(h, run)?;
         Ok(true)
     }
 
@@ -192,6 +242,7 @@ impl World {
             SourceAction::SendRound(round) => {
                 self.point(h, "round")?;
                 run.round = round;
+                self.hosts[h].ledgers.insert(migration, round);
                 self.send(h, run.session, Message::RoundEnd { round, last: false, version: 0 });
             }
             SourceAction::Pause => {
@@ -208,6 +259,7 @@ impl World {
             SourceAction::SendLast(round) | SourceAction::SendLastAgain(round) => {
                 self.point(h, "last round")?;
                 run.round = round;
+                self.hosts[h].ledgers.insert(migration, round);
                 let version = self.hosts[h].vmms.get(&run.address).ok_or(Stop::Failed("state"))?.version;
                 self.send(h, run.session, Message::RoundEnd { round, last: true, version });
                 let takes = self.chance.range(MILLISECOND, 20 * MILLISECOND);
@@ -284,6 +336,7 @@ impl World {
         let (migration, outcome) = (run.offer.migration, run.ended.flatten());
         self.trace("source over", h, u64::from(outcome.is_some()));
         self.close(h, run.session);
+        self.hosts[h].ledgers.remove(&migration);
         if let Some((session, ..)) = run.outage.and_then(|outage| outage.asked) {
             self.close(h, session);
         }
@@ -341,7 +394,7 @@ impl World {
                     return None;
                 }
                 let dirty_pages = if round.0 >= run.rounds { 10 } else { 60_000 };
-                let duration = std::time::Duration::from_secs(1);
+                let duration = Duration::from_secs(1);
                 Some(SourceEvent::RoundApplied(RoundMeasure { content_pages: 100_000, duration, dirty_pages }))
             }
             Message::Handoff(signed) => {

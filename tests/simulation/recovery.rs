@@ -93,7 +93,7 @@ impl World {
         .map(|(binding, records)| Interrupted { binding, records }))
     }
 
-    fn is_here(&self, h: usize, binding: &Binding, epoch: Epoch) -> Result<bool, Stop> {
+    pub fn is_here(&self, h: usize, binding: &Binding, epoch: Epoch) -> Result<bool, Stop> {
         Ok(self.hosts[h].placement()?
             == Some(Placement::Here { address: binding.address.clone(), epoch, attempt: Some(binding.migration) }))
     }
@@ -231,6 +231,9 @@ impl World {
     pub fn recover(&mut self, h: usize) -> Result<(), Stop> {
         let Ok(migrations) = self.hosts[h].migrations() else { return Ok(()) };
         for migration in migrations {
+            if self.continue_source(h, migration)? {
+                continue;
+            }
             match self.resolve(h, migration) {
                 Err(Stop::Crash) => return Err(Stop::Crash),
                 Ok(Resolved::Settled) => match self.repeat_effect(h, migration) {

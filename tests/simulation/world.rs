@@ -100,6 +100,8 @@ pub struct World {
     pub recent: Vec<MigrationId>,
     pub faults: u64,
     pub moved: u64,
+    /// Attempts that a restarted source gateway went on with.
+    pub continued: u64,
     queue: BTreeMap<(Time, u64), Event>,
     ids: u64,
     steps: u64,
@@ -129,6 +131,7 @@ impl World {
             recent: Vec::new(),
             faults: 0,
             moved: 0,
+            continued: 0,
             queue: BTreeMap::new(),
             ids: 0,
             steps: 0,
@@ -324,6 +327,7 @@ impl World {
         self.trace("host crash", h, 0);
         self.truth.crashes(&self.hosts[h]);
         self.hosts[h].vmms.clear();
+        self.hosts[h].ledgers.clear();
         self.hosts[h].powered = false;
         self.hosts[h].kill_gateway();
         self.hosts[h].disk.crash(&mut self.chance);

@@ -226,6 +226,7 @@ impl Pair {
             outage_max: Duration::ZERO,
             // No policy is asked: what is measured is the way of the pages.
             policy_digest: [0; 32],
+            ledger: None,
         })
     }
 }

@@ -4,7 +4,7 @@ use super::{Host, Interrupted, Records};
 use crate::engine::EngineError;
 use crate::engine::handoff::{Binding, Evidence, JournalRecord, Placement};
 use crate::hypervisor::RunState;
-use crate::migration::{DestinationRecord, HandoffAction, Holding, Outcome, SourceHandoff, SourceRecord};
+use crate::migration::{DestinationRecord, HandoffAction, Holding, OfferRecord, Outcome, SourceHandoff, SourceRecord};
 use crate::types::{MigrationId, Side, SpiffeId, VmName};
 
 /// A migration that a journal knows: what it was about.
@@ -42,6 +42,20 @@ pub fn interruption(evidence: &Evidence, migration: MigrationId) -> Result<Optio
         J::Destination(D::Prepared(record)) => Some(about(Side::Destination, record.as_ref().into())),
         _ => None,
     }))
+}
+
+/// The offer of a migration of which the journal says nothing more, while the VM is still where it was: FINAL may have been said,
+/// and nobody else may run the guest.
+///
+/// # Errors
+/// The journal cannot be read.
+pub fn unfinished(evidence: &Evidence, migration: MigrationId) -> Result<Option<OfferRecord>, EngineError> {
+    match evidence.records(migration)?.as_slice() {
+        [JournalRecord::Source(SourceRecord::Offer(offer))] if evidence.is_here(&offer.as_ref().into(), offer.epoch)? => {
+            Ok(Some(offer.as_ref().clone()))
+        }
+        _ => Ok(None),
+    }
 }
 
 /// Whether the twin of a migration is or may become the guest, by the journal. One that is not is nobody's.

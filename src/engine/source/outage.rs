@@ -8,7 +8,7 @@ use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 
 use super::rounds::RoundUnderWay;
-use super::{Redial, Run, blocking, lock};
+use super::{Run, blocking, lock};
 use crate::audit::{Entry, Event, Outcome};
 use crate::engine::link::send_within;
 use crate::engine::{EngineError, Link};
@@ -32,11 +32,17 @@ pub(super) struct Outage {
 
 /// Looks for the destination; dropped, it stops.
 #[derive(Debug)]
-struct Search(JoinHandle<Result<Back, EngineError>>);
+pub(super) struct Search(JoinHandle<Result<Back, EngineError>>);
 
 impl Drop for Search {
     fn drop(&mut self) {
         self.0.abort();
+    }
+}
+
+impl Outage {
+    pub(super) fn new(since: Instant, ends: Instant, search: Search) -> Self {
+        Self { since, ends, search, cause: None }
     }
 }
 
@@ -87,21 +93,25 @@ impl Run {
         let cause = self.lost.take();
         let why = cause.as_ref().map(|error| crate::telemetry::chain(error)).unwrap_or_default();
         self.drop_lanes();
-        if let Some(tracker) = self.tracker.as_mut().filter(|tracker| tracker.round() == Round(0)) {
-            // The lanes never stood: the first round counts as begun, with nothing of it sent.
-            let (round, _) = tracker.begin_round();
-            tracker.interrupted();
-            self.round = RoundUnderWay::new(round, false, self.encoders.len(), 0);
-        }
+        self.count_first_round();
         // The destination may still hold the old session for alive.
         self.link.session.close(None, "the migration goes on in another session");
         // One outage after the other, with nothing that came of it between them, is one.
         let again = self.patience.is_some();
         let ends = *self.patience.get_or_insert(now + self.order.outage_max);
-        self.outage = Some(Outage { since: now, ends, search: self.search(again), cause });
+        self.outage = Some(Outage { since: now, ends, search: self.search(again, None), cause });
         self.note_outage(Event::LinkLost, &[("state", self.machine.name().into()), ("why", why.into())]).await;
         crate::failpoint::hit!("source.link-lost");
         self.show(|_| {});
+    }
+
+    /// Where the lanes never stood, the first round counts as begun, with nothing of it sent.
+    pub(super) fn count_first_round(&mut self) {
+        if let Some(tracker) = self.tracker.as_mut().filter(|tracker| tracker.round() == Round(0)) {
+            let (round, _) = tracker.begin_round();
+            tracker.interrupted();
+            self.round = RoundUnderWay::new(round, false, self.encoders.len(), 0);
+        }
     }
 
     /// The lanes' threads end, and what they say from now on is not heard.
@@ -115,15 +125,26 @@ impl Run {
         self.lanes.clear();
     }
 
-    fn search(&self, again: bool) -> Search {
+    /// With `first` a session stands already, and is the one that is tried first.
+    pub(super) fn search(&self, again: bool, mut first: Option<Link>) -> Search {
         let (redial, migration) = (Arc::clone(&self.redial), self.order.migration);
         let round = self.binding.is_some().then(|| self.tracker.as_ref().map_or(Round(0), |tracker| tracker.round()));
         let committed = self.machine.is_committed();
         Search(tokio::spawn(async move {
             let mut pause = Backoff(if again { LONGEST / 2 } else { FIRST });
             loop {
-                tokio::time::sleep(pause.next()).await;
-                match try_resume(&redial, migration, round).await {
+                let link = match first.take() {
+                    Some(link) => Ok(link),
+                    None => {
+                        tokio::time::sleep(pause.next()).await;
+                        redial().await
+                    }
+                };
+                let back = match link {
+                    Ok(link) => try_resume(link, migration, round).await,
+                    Err(error) => Err(error),
+                };
+                match back {
                     Ok(back) => return Ok(back),
                     // The peer is there and will have none of it; after COMMIT it is asked for as long as it takes.
                     Err(error) if !committed && is_final(&error) => return Err(error),
@@ -161,7 +182,7 @@ impl Run {
             // It was gone again before the lanes stood. After COMMIT it is asked for as long as it takes, whatever it says.
             Err(error) if error.is_outage() || self.machine.is_committed() => {
                 self.drop_lanes();
-                let search = self.search(true);
+                let search = self.search(true, None);
                 self.outage = Some(Outage { search, cause: Some(error), ..outage });
                 None
             }
@@ -198,15 +219,18 @@ impl Run {
         let mut arrived = 0;
         for (((lane, standing), left), carried) in self.encoders.iter().zip(&resumed.lanes).zip(left).zip(&mut self.carried) {
             let mut lane = lane.lock().await;
-            let Some(outstanding) = lane.outstanding(round, *standing) else {
-                return Err(EngineError::OutOfPlace { expected: "frames that were sent", got: format!("{standing:?} in RESUMED") });
-            };
-            // What waited in this host's buffers is not sent again: it never was.
-            self.figures.resent_bytes += outstanding.lost_bytes.min(left.saturating_sub(outstanding.arrived_bytes));
-            if let (Some(from), Some(pages)) = (outstanding.from, &pages) {
-                lane.add_missing(pages, from, &mut missing);
+            // A gateway that was killed between two rounds left nothing in flight.
+            if let Some(pages) = &pages {
+                let Some(outstanding) = lane.outstanding(round, *standing) else {
+                    return Err(EngineError::OutOfPlace { expected: "frames that were sent", got: format!("{standing:?} in RESUMED") });
+                };
+                // What waited in this host's buffers is not sent again: it never was.
+                self.figures.resent_bytes += outstanding.lost_bytes.min(left.saturating_sub(outstanding.arrived_bytes));
+                if let Some(from) = outstanding.from {
+                    lane.add_missing(pages, from, &mut missing);
+                }
+                arrived += outstanding.arrived_bytes;
             }
-            arrived += outstanding.arrived_bytes;
             // What was made for the round that is over is no measure of the next.
             carried.0 = lane.counts();
             lane.rejoin();
@@ -220,7 +244,7 @@ impl Run {
             tracker.resumed(&missing);
             tracker.owe(&dirty);
         }
-        Ok(())
+        self.write_owed()
     }
 
     /// The guest was paused and the switch did not begin: it goes on, still watched.
@@ -240,7 +264,7 @@ impl Run {
         EngineError::Outage { vm: self.order.vm.clone(), migration: self.order.migration, limit: self.order.outage_max, source }
     }
 
-    async fn note_outage(&self, event: Event, detail: &[(&str, serde_json::Value)]) {
+    pub(super) async fn note_outage(&self, event: Event, detail: &[(&str, serde_json::Value)]) {
         let mut entry = Entry::new(event).outcome(Outcome::Done);
         entry.vm = Some(self.order.vm.clone());
         entry.uuid = Some(self.order.uuid);
@@ -261,8 +285,7 @@ impl Run {
 }
 
 /// One session, and the destination's word on it.
-async fn try_resume(redial: &Redial, migration: MigrationId, round: Option<Round>) -> Result<Back, EngineError> {
-    let link = redial().await?;
+async fn try_resume(link: Link, migration: MigrationId, round: Option<Round>) -> Result<Back, EngineError> {
     crate::failpoint::hit!("source.redialled");
     let Some(round) = round else { return Ok(Back { link, resumed: None }) };
     let transport = |source| EngineError::Transport { migration, source };

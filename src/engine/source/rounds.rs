@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use tokio::sync::mpsc;
 
+use super::ledger::{LaneLedger, Ledger};
 use super::{Run, blocking, lock};
 use crate::engine::EngineError;
 use crate::engine::digest::{digest_memory, digest_totals, sha256, totals_differ};
@@ -45,8 +46,14 @@ impl Run {
         let mut tracker = Tracker::new(self.ram.pages());
         tracker.owe(&PageSet::full(self.ram.pages()));
         self.tracker = Some(tracker);
-        let encoder = |lane| Arc::new(tokio::sync::Mutex::new(SourceLane::new(lane, lanes, &self.order.stream)));
-        self.encoders = (0..lanes).map(LaneIndex).map(encoder).collect();
+        let directory = self.order.ledger.as_deref();
+        self.ledger = directory.map(|directory| self.written(Ledger::create(directory))).transpose()?.flatten();
+        let encoder = |lane| {
+            let ledger = directory.map(|directory| self.written(LaneLedger::open(directory, lane))).transpose()?.flatten();
+            Ok(Arc::new(tokio::sync::Mutex::new(SourceLane::new(lane, lanes, &self.order.stream, ledger))))
+        };
+        self.encoders = (0..lanes).map(LaneIndex).map(encoder).collect::<Result<_, EngineError>>()?;
+        self.write_owed()?;
         self.carried = vec![(PageCounts::default(), 0); usize::from(lanes)];
         self.open_lanes().await
     }
@@ -79,6 +86,8 @@ impl Run {
         if begun != round {
             return Err(EngineError::Bug(format!("round {round} was decided and {begun} begun")));
         }
+        let (lanes, all) = (self.lane_count(), self.ram.pages());
+        self.write(|ledger| ledger.begin(lanes, round, all))?;
         self.round = RoundUnderWay::new(round, last, self.lanes.len(), content(&self.counts()));
         self.figures.rounds = round.0;
         self.all_applied = false;
@@ -107,6 +116,7 @@ impl Run {
         if let Some(tracker) = &mut self.tracker {
             tracker.owe(&dirty);
         }
+        self.write_owed()?;
         let (ram, verify) = (Arc::clone(&self.ram), self.order.stream.verify);
         self.finals = Some(tokio::task::spawn_blocking(move || {
             let memory = if verify { digest_memory(&ram)? } else { 0 };
@@ -206,6 +216,9 @@ impl Run {
         let dirty_pages = dirty.len();
         if let Some(tracker) = &mut self.tracker {
             tracker.owe(&dirty);
+        }
+        if let Err(error) = self.write_owed() {
+            return Some(self.give_up(error));
         }
         let content_pages = content(&self.counts()) - self.round.content_before;
         Some(SourceEvent::RoundApplied(RoundMeasure { content_pages, duration, dirty_pages }))
