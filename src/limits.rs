@@ -47,6 +47,14 @@ pub const HYPERVISOR_NAME_BYTES_MAX: usize = 32;
 pub const CHECKPOINT_BYTES_MAX: usize = 4096;
 /// LIMIT: pages that one block of a codec holds; 256 KiB, beyond which ratios gain 5 % and cache misses more.
 pub const BATCH_PAGES_MAX: usize = 64;
+/// LIMIT: a lane's Zstandard stream looks back 128 MiB at most; that much memory it takes at each end, once so much was sent.
+pub const ZSTD_WINDOW_LOG_MAX: u32 = 27;
+/// LIMIT: what a part of a Zstandard stream may have more than its pages: headers of the frame and of its blocks.
+pub const STREAM_OVERHEAD_BYTES_MAX: usize = 64;
+/// LIMIT: the table of a migration that finds equal pages, 24 bytes a page that is not zero.
+pub const DUPLICATES_BYTES_MAX: usize = 64 << 20;
+/// LIMIT: pages that are kept to send differences of, all lanes of a migration together.
+pub const VERSIONS_BYTES_MAX: usize = 256 << 20;
 
 // --- policy and audit ---------------------------------------------------------------------------
 

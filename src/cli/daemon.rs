@@ -3,13 +3,13 @@
 use std::path::{Path, PathBuf};
 
 use super::flags::{
-    Change, CompressFlag, DaemonFlags, IdFlags, IdPrefix, MigrateFlags, MigrationFlags, ModeFlag, OptionalIdFlags, SetFlags, StorageFlag,
+    Change, DaemonFlags, IdFlags, IdPrefix, MigrateFlags, MigrationFlags, ModeFlag, OptionalIdFlags, SetFlags, StorageFlag,
 };
 use super::follow::{self, Interrupts};
 use super::output::Out;
 use super::{Ending, render};
 use crate::config::{DEFAULT_CONTROL_SOCKET, DEFAULT_FILE};
-use crate::control::{Client, ClientError, Compress, Exit, MigrateRequest, MigrationView, SetRequest, Storage, exit_of, exit_of_report};
+use crate::control::{Client, ClientError, Exit, MigrateRequest, MigrationView, SetRequest, Storage, exit_of, exit_of_report};
 use crate::telemetry::{ErrorClass, Mode, Problem, RunningOn};
 use crate::types::MigrationId;
 
@@ -164,10 +164,7 @@ fn request(flags: &MigrationFlags) -> MigrateRequest {
     };
     request.verify = flags.verify;
     request.throttle = flags.throttle;
-    request.compress = flags.compress.map(|compress| match compress {
-        CompressFlag::None => Compress::None,
-        CompressFlag::Lz4 => Compress::Lz4,
-    });
+    request.compress = flags.compress;
     request.lanes = flags.lanes;
     request
 }

@@ -7,6 +7,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use super::tools::{AuditCommand, BenchFlags, DemoFlags, PkiCommand, PolicyCommand, VmmCommand};
 use crate::config::{Bandwidth, InvalidQuantity, TimeSpan};
+use crate::control::Compress;
 use crate::types::{PeerName, VmName};
 
 /// Live-migrates virtual machines between hosts and sites through authenticated, policy-checked tunnels.
@@ -185,9 +186,9 @@ pub struct MigrationFlags {
     /// Slow the guest down if it dirties memory faster than it can be sent.
     #[arg(long)]
     pub throttle: bool,
-    /// Codec of page batches.
-    #[arg(long, value_enum)]
-    pub compress: Option<CompressFlag>,
+    /// What makes pages smaller: `auto` finds out by itself what gets them there soonest.
+    #[arg(long, value_name = "auto|none|lz4|zstd[:N]")]
+    pub compress: Option<Compress>,
     /// Parallel connections.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=i64::from(crate::limits::LANES_MAX)))]
     pub lanes: Option<u16>,
@@ -222,15 +223,6 @@ pub enum ModeFlag {
 pub enum StorageFlag {
     /// None: they are shared, or there are none.
     None,
-}
-
-/// Codec of page batches.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum CompressFlag {
-    /// Pages as they are.
-    None,
-    /// LZ4.
-    Lz4,
 }
 
 /// A migration, by the beginning of its id.

@@ -4,9 +4,10 @@ use std::path::PathBuf;
 
 use clap::{Args, Subcommand, ValueEnum};
 
-use super::flags::{CompressFlag, quantity};
+use super::flags::quantity;
 use crate::audit::Event;
 use crate::config::{Bandwidth, ByteSize, Label};
+use crate::control::Compress;
 use crate::limits::{LANES_MAX, VCPUS_MAX};
 use crate::types::{MigrationId, PeerName, VmName, VmUuid};
 
@@ -60,9 +61,9 @@ pub struct BenchFlags {
     /// How often the image is moved; the report is of the median.
     #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=1000))]
     pub rounds: u32,
-    /// Codec of page batches.
-    #[arg(long, value_enum, default_value_t = CompressFlag::Lz4)]
-    pub compress: CompressFlag,
+    /// What makes pages smaller.
+    #[arg(long, value_name = "auto|none|lz4|zstd[:N]", default_value_t = Compress::Auto)]
+    pub compress: Compress,
     /// Compare all memory in the timed runs too, not only in the one that warms up.
     #[arg(long)]
     pub verify: bool,

@@ -178,7 +178,7 @@ fn migration(r: &mut Reader, top: &mut Section<'_, '_>) -> Migration {
     let mut s = r.section(top, "migration");
     let lanes = r.or(&mut s, "lanes", 2_u16);
     between(r, &s, "lanes", &lanes, 1, LANES_MAX);
-    let compression = r.or(&mut s, "compression", Compression::Lz4).value;
+    let compression = r.or(&mut s, "compression", Compression::Auto).value;
     let max_downtime = r.or(&mut s, "max_downtime", TimeSpan { duration: Duration::from_millis(300) });
     let timeout = r.or(&mut s, "timeout", TimeSpan { duration: Duration::from_secs(3600) });
     let max_outage = r.or(&mut s, "max_outage", TimeSpan { duration: Duration::from_secs(600) });

@@ -205,8 +205,8 @@ fn every_kind_of_mistake_is_named_with_line_column_key_and_expectation() {
         ),
         (
             "[incoming]",
-            "[migration]\ncompression = \"zstd\"\n[incoming]",
-            &["24:15: migration.compression: expected `lz4` or `none`, got `zstd`"],
+            "[migration]\ncompression = \"gzip\"\n[incoming]",
+            &["24:15: migration.compression: expected `auto`, `none`, `lz4` or `zstd`, got `gzip`"],
         ),
         (
             "[incoming]",

@@ -116,11 +116,15 @@ macro_rules! words {
 
 words! {
     /// Codec of page batches.
-    Compression, "`lz4` or `none`" {
+    Compression, "`auto`, `none`, `lz4` or `zstd`" {
+        /// Whatever gets the pages there soonest.
+        Auto = "auto",
         /// Pages as they are.
         None = "none",
         /// LZ4 block format.
         Lz4 = "lz4",
+        /// Zstandard.
+        Zstd = "zstd",
     }
 }
 words! {

@@ -111,15 +111,65 @@ pub enum Storage {
     All,
 }
 
-/// Codec of page batches.
+/// What makes pages smaller: `auto`, `none`, `lz4`, `zstd` or `zstd:LEVEL`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
+#[serde(try_from = "String", into = "String")]
 pub enum Compress {
-    /// Pages as they are.
+    /// Whatever gets the pages there soonest.
+    Auto,
+    /// Nothing.
     None,
     /// LZ4 block format.
     Lz4,
+    /// Zstandard, at a level or at the default one.
+    Zstd(Option<u8>),
 }
+
+impl std::fmt::Display for Compress {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Auto => f.pad("auto"),
+            Self::None => f.pad("none"),
+            Self::Lz4 => f.pad("lz4"),
+            Self::Zstd(None) => f.pad("zstd"),
+            Self::Zstd(Some(level)) => write!(f, "zstd:{level}"),
+        }
+    }
+}
+
+impl std::str::FromStr for Compress {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let level = |level: &str| level.parse().ok().filter(|level| (1..=ZSTD_LEVEL_MAX).contains(level));
+        match text {
+            "auto" => Ok(Self::Auto),
+            "none" => Ok(Self::None),
+            "lz4" => Ok(Self::Lz4),
+            "zstd" => Ok(Self::Zstd(None)),
+            other => other.strip_prefix("zstd:").and_then(level).map(|level| Self::Zstd(Some(level))).ok_or_else(|| {
+                format!("expected `auto`, `none`, `lz4`, `zstd` or `zstd:N` with N from 1 to {ZSTD_LEVEL_MAX}, got `{other}`")
+            }),
+        }
+    }
+}
+
+impl TryFrom<String> for Compress {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        text.parse()
+    }
+}
+
+impl From<Compress> for String {
+    fn from(compress: Compress) -> Self {
+        compress.to_string()
+    }
+}
+
+/// Levels above take minutes for a GiB.
+const ZSTD_LEVEL_MAX: u8 = 19;
 
 /// Changes a migration under way. What is absent stays.
 #[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]

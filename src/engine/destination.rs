@@ -13,7 +13,7 @@ use tokio::sync::mpsc;
 
 use crate::engine::digest::{digest_memory, digest_totals, sha256, totals_differ};
 use crate::engine::handoff::{Binding, Evidence, blocking, joined};
-use crate::engine::lanes::{Decoders, LaneReport, ReceiveShared, Seal, decoders, decoders_after_restart, receive_lane};
+use crate::engine::lanes::{Applied, Decoders, LaneReport, ReceiveShared, Seal, decoders, decoders_after_restart, receive_lane};
 use crate::engine::link::send_within;
 use crate::engine::meter::Meter;
 use crate::engine::source::{AskCommit, Command};
@@ -265,6 +265,7 @@ impl Run {
             progress: self.progress.clone(),
             meter: Arc::clone(&self.watch.meter),
             seal: Arc::clone(&self.seal),
+            applied: Applied::new(self.lanes),
             reports: reports_in,
         };
         let handler = Arc::new(move |io| Box::pin(receive_lane(io, shared.clone())) as _);

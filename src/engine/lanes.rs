@@ -1,9 +1,10 @@
 //! The page pumps: one task a lane on the lane's own thread, at each end. What a lane knows outlives its connection.
 
 use std::sync::{Arc, PoisonError, RwLock};
+use std::time::Instant;
 
 use bytes::{Bytes, BytesMut};
-use tokio::sync::{Mutex, mpsc};
+use tokio::sync::{Mutex, mpsc, watch};
 
 use crate::engine::EngineError;
 use crate::engine::destination::Progress;
@@ -11,10 +12,10 @@ use crate::engine::limiter::Limiter;
 use crate::engine::meter::Meter;
 use crate::engine::source::{LaneLedger, Reached};
 use crate::limits;
-use crate::memory::{Decoder, Encoder, GuestRam, PageCounts, PageSet};
+use crate::memory::{Adaptation, Decoder, Duplicates, Effort, Encoder, GuestRam, PageCounts, PageSet};
 use crate::transport::LaneIo;
-use crate::types::{LaneIndex, MigrationId, PageNumber, Round};
-use crate::wire::{FRAME_HEADER_BYTES, FrameHeader, LaneStanding, LaneTotals, StreamTerms};
+use crate::types::{LaneIndex, MigrationId, PAGE_BYTES, PageNumber, Round};
+use crate::wire::{After, Compression, FRAME_HEADER_BYTES, FrameHeader, LaneStanding, LaneTotals, StreamTerms, afters};
 
 /// What a source lane is told.
 #[derive(Debug)]
@@ -47,6 +48,16 @@ pub(super) struct SendShared {
     pub(super) reports: mpsc::Sender<Result<LaneReport, EngineError>>,
 }
 
+/// How the pages of a migration are made smaller.
+#[derive(Debug, Clone)]
+pub(super) struct Packing {
+    pub(super) terms: StreamTerms,
+    pub(super) level: Option<u8>,
+    /// Pages of the VM.
+    pub(super) pages: u64,
+    pub(super) duplicates: Arc<Duplicates>,
+}
+
 /// A lane at the source: its encoder, and how far each frame of the round in flight reached, also for whoever comes after this
 /// process.
 #[derive(Debug)]
@@ -54,6 +65,9 @@ pub(super) struct SourceLane {
     lane: LaneIndex,
     lanes: u16,
     encoder: Encoder,
+    /// Whether it finds out by itself how hard to try.
+    adapts: bool,
+    adaptation: Option<Adaptation>,
     round: Round,
     /// Frame bytes since the join when the round began.
     before: u64,
@@ -73,14 +87,24 @@ pub(super) struct Outstanding {
 }
 
 impl SourceLane {
-    pub(super) fn new(lane: LaneIndex, lanes: u16, terms: &StreamTerms, ledger: Option<LaneLedger>) -> Self {
-        Self { lane, lanes, encoder: Encoder::new(lane, lanes, terms), round: Round(0), before: 0, reached: Vec::new(), ledger }
+    pub(super) fn new(lane: LaneIndex, lanes: u16, packing: &Packing, ledger: Option<LaneLedger>) -> Self {
+        let Packing { terms, level, pages, duplicates } = packing;
+        let mut encoder = Encoder::new(lane, lanes, terms, *pages);
+        // Who wants pages as they are wants no work done on them either.
+        if terms.compression != Compression::None {
+            encoder = encoder.knowing(Arc::clone(duplicates), limits::VERSIONS_BYTES_MAX / usize::from(lanes.max(1)), terms);
+        }
+        if let (Compression::Zstd, Some(level)) = (terms.compression, level) {
+            encoder.set_effort(Effort::Zstd(i32::from(*level)));
+        }
+        let adapts = terms.compression == Compression::Auto;
+        Self { lane, lanes, encoder, adapts, adaptation: None, round: Round(0), before: 0, reached: Vec::new(), ledger }
     }
 
     /// As an earlier process left it.
-    pub(super) fn after_restart(lane: LaneIndex, lanes: u16, terms: &StreamTerms, ledger: LaneLedger) -> std::io::Result<Self> {
+    pub(super) fn after_restart(lane: LaneIndex, lanes: u16, packing: &Packing, ledger: LaneLedger) -> std::io::Result<Self> {
         let (round, before, reached) = ledger.read()?.unwrap_or_default();
-        Ok(Self { round, before, reached, ..Self::new(lane, lanes, terms, Some(ledger)) })
+        Ok(Self { round, before, reached, ..Self::new(lane, lanes, packing, Some(ledger)) })
     }
 
     /// What of `round` did not arrive, by what the destination says that it has applied; nothing when it cannot be so.
@@ -179,18 +203,36 @@ async fn next_order(io: &LaneIo, shared: &SendShared, rounds: &mut mpsc::Receive
 async fn send_round(io: &mut LaneIo, shared: &SendShared, lane: &mut SourceLane, order: &LaneRound) -> Result<LaneReport, EngineError> {
     let transport = |source| EngineError::Transport { migration: shared.migration, source };
     lane.begin(order.round);
+    if lane.adapts {
+        // What was learned of a link is good for the next round on it.
+        let adaptation = lane.adaptation.get_or_insert_with(|| Adaptation::new(io.sender.stats().rtt));
+        lane.encoder.set_effort(adaptation.effort());
+    }
     let mut from = Some(PageNumber(0));
+    let mut frames = 0_u64;
     while let Some(first) = from {
+        let (started, before) = (Instant::now(), (lane.encoder.totals().pages, coded(&lane.encoder.counts())));
         let mut frame = Vec::with_capacity(FRAME_HEADER_BYTES + limits::FRAME_BODY_BYTES_MAX);
-        let pages_before = lane.encoder.totals().pages;
         from = lane.encoder.encode_frame(&shared.ram, order.round, &order.pages, first, &mut frame)?;
         if frame.is_empty() {
             continue;
         }
         lane.frame_made(from);
+        let (made, bytes) = (Instant::now(), frame.len() as u64);
         shared.limiter.acquire(frame.len()).await;
-        shared.meter.frame(lane.encoder.totals().pages - pages_before, frame.len() as u64);
+        shared.meter.frame(lane.encoder.totals().pages - before.0, bytes);
         io.sender.write(Bytes::from(frame)).await.map_err(transport)?;
+        if let Some(adaptation) = &mut lane.adaptation {
+            frames += 1;
+            let content = (coded(&lane.encoder.counts()) - before.1) * PAGE_BYTES as u64;
+            adaptation.sent(made - started, made.elapsed(), content, bytes);
+            if lane.encoder.effort() == Effort::None && frames % PROBE_EVERY == 1 {
+                let started = Instant::now();
+                let (content, packed) = lane.encoder.probe();
+                adaptation.probed(content, packed, started.elapsed());
+            }
+            lane.encoder.set_effort(adaptation.effort());
+        }
     }
     let mut mark = Vec::new();
     lane.encoder.round_mark(order.round, &mut mark);
@@ -204,6 +246,14 @@ async fn send_round(io: &mut LaneIo, shared: &SendShared, lane: &mut SourceLane,
         wire_bytes: io.sender.stats().sent_bytes,
     })
 }
+
+/// Pages that went through the codec.
+fn coded(counts: &PageCounts) -> u64 {
+    counts.compressed + counts.raw + counts.delta
+}
+
+/// WHY: a trial takes less time than a frame, and has to be rare where nothing comes of it.
+const PROBE_EVERY: u64 = 32;
 
 /// The decoders of a migration, by lane. Whoever receives on a lane holds its decoder.
 pub(super) type Decoders = Arc<[Mutex<Decoder>]>;
@@ -228,7 +278,32 @@ pub(super) struct ReceiveShared {
     pub(super) progress: Option<Arc<Progress>>,
     pub(super) meter: Arc<Meter>,
     pub(super) seal: Arc<Seal>,
+    pub(super) applied: Applied,
     pub(super) reports: mpsc::Sender<Result<LaneReport, EngineError>>,
+}
+
+/// How many frames each lane has applied since its join, for those that have to wait for it.
+#[derive(Debug, Clone)]
+pub(super) struct Applied(Arc<[watch::Sender<u64>]>);
+
+impl Applied {
+    pub(super) fn new(lanes: u16) -> Self {
+        Self((0..lanes).map(|_| watch::Sender::new(0)).collect())
+    }
+
+    fn note(&self, lane: LaneIndex, frames: u64) {
+        if let Some(applied) = self.0.get(usize::from(lane.0)) {
+            applied.send_replace(frames);
+        }
+    }
+
+    async fn wait(&self, after: After) -> Result<(), EngineError> {
+        let unknown = || EngineError::OutOfPlace { expected: "a lane of the migration to wait for", got: format!("lane {}", after.lane) };
+        let mut applied = self.0.get(usize::from(after.lane.0)).ok_or_else(unknown)?.subscribe();
+        // The sender is held here, so there is no other end to it.
+        let _ = applied.wait_for(|frames| *frames >= after.frames).await;
+        Ok(())
+    }
 }
 
 /// `INVARIANT(sealed-memory)`: once the last round is complete, no lane writes guest memory any more.
@@ -290,12 +365,20 @@ async fn receive_frame(
     if !body.is_empty() && !io.receiver.read_exact(body).await.map_err(transport)? {
         return Err(Some(ended_early("the body of a frame")));
     }
+    // SPEC: PROTOCOL.md#must-after
+    for after in afters(&header, body) {
+        tokio::select! {
+            waited = shared.applied.wait(after) => waited.map_err(Some)?,
+            source = io.sender.closed() => return Err(transport(source)),
+        }
+    }
     let closed = shared.seal.0.read().unwrap_or_else(PoisonError::into_inner);
     if *closed {
         return Err(Some(EngineError::OutOfPlace { expected: "nothing behind the last round", got: "a frame".into() }));
     }
     let ended = decoder.apply(&header, body, &shared.ram).map_err(|source| Some(EngineError::Frame { lane, source }))?;
     drop(closed);
+    shared.applied.note(lane, decoder.standing().frames);
     if let Some(Err(error)) = shared.progress.as_ref().map(|progress| progress.note(lane, decoder.standing())) {
         // What is not noted would come again after a restart; after a lane that goes on it would not.
         return Err(Some(EngineError::Progress { migration: shared.migration, source: error }));

@@ -13,19 +13,20 @@ use std::pin::Pin;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use ring::rand::{SecureRandom, SystemRandom};
 use serde::{Deserialize, Serialize};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 
 use crate::engine::handoff::{Binding, Evidence, blocking, joined};
-use crate::engine::lanes::{LaneReport, LaneRound, SourceLane};
+use crate::engine::lanes::{LaneReport, LaneRound, Packing, SourceLane};
 use crate::engine::limiter::Limiter;
 use crate::engine::link::send_within;
 use crate::engine::meter::{Figures, Meter, Stopwatch};
 use crate::engine::{EngineError, Link};
 use crate::hypervisor::PagedSource;
 use crate::limits;
-use crate::memory::{GuestRam, PageCounts, Tracker};
+use crate::memory::{DUPLICATES_KEY_BYTES, Duplicates, GuestRam, PageCounts, Tracker};
 use crate::migration::{Goal, Outcome, Source, SourceAction, SourceEvent, SourceStep};
 use crate::telemetry::{Phase, Progress};
 use crate::transport::{LaneHandle, Session, TransportError};
@@ -56,6 +57,8 @@ pub struct SourceOrder {
     pub bandwidth: Option<u64>,
     /// What is asked of the stream.
     pub stream: StreamTerms,
+    /// The level of Zstandard, where that packs and it is not the default.
+    pub zstd_level: Option<u8>,
     /// When to give up, from the start.
     pub timeout: Option<Duration>,
     /// How long to wait for a destination that was given the VM, lives and does not answer.
@@ -140,6 +143,7 @@ struct Run {
     binding: Option<Binding>,
     tracker: Option<Tracker>,
     ledger: Option<Ledger>,
+    packing: Packing,
     lanes: Vec<mpsc::Sender<LaneRound>>,
     /// What each lane knows, whatever becomes of its connection.
     encoders: Vec<Arc<tokio::sync::Mutex<SourceLane>>>,
@@ -206,6 +210,7 @@ impl Run {
             binding: None,
             tracker: None,
             ledger: None,
+            packing: packing(&order, ram.pages()),
             lanes: Vec::new(),
             encoders: Vec::new(),
             threads: Vec::new(),
@@ -548,6 +553,14 @@ impl Run {
         change(&mut next);
         self.progress.send_replace(next);
     }
+}
+
+fn packing(order: &SourceOrder, pages: u64) -> Packing {
+    let mut key = [0; DUPLICATES_KEY_BYTES];
+    // A guest that knew the key could make pages that are taken for equal.
+    let bytes_max = SystemRandom::new().fill(&mut key).map_or(0, |()| limits::DUPLICATES_BYTES_MAX);
+    let duplicates = Arc::new(Duplicates::new(pages, bytes_max, key));
+    Packing { terms: order.stream.clone(), level: order.zstd_level, pages, duplicates }
 }
 
 fn per_second(bytes: u64, seconds: f64) -> u64 {

@@ -29,7 +29,9 @@ mod why;
 pub use start::run;
 
 // For `sealane policy` and `sealane bench`, which ask and report as the daemon does.
-pub(crate) use policies::{address_of, channel_in_order, default_stream, entities, operator_id, read_policies, read_policy_text};
+pub(crate) use policies::{
+    address_of, channel_in_order, compression, default_stream, entities, operator_id, read_policies, read_policy_text, zstd_level,
+};
 pub(crate) use report::{put_figures, report};
 pub(crate) use start::audit_signer;
 

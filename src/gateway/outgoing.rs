@@ -9,11 +9,11 @@ use tokio::sync::{mpsc, watch};
 
 use crate::audit::{Entry, Event, Outcome};
 use crate::config;
-use crate::control::{Compress, MigrateRequest, Storage};
+use crate::control::{MigrateRequest, Storage};
 use crate::engine::{self, EngineError, Link, Placement, SourceOrder, SourcePorts};
 use crate::gateway::departures::Note;
 use crate::gateway::judge::Case;
-use crate::gateway::policies::{default_terms, operator_id};
+use crate::gateway::policies::{compression, default_terms, operator_id, zstd_level};
 use crate::gateway::registry::{Busy, Claim, Migration};
 use crate::gateway::{Gateway, put_class, report};
 use crate::hypervisor::PagedSource;
@@ -23,7 +23,7 @@ use crate::migration::{Goal, OfferRecord, Outcome as Place};
 use crate::policy::{Permit, Release, Route};
 use crate::telemetry::{self, Mode, Monotone, Problem, Progress, Report, RunningOn};
 use crate::types::{Epoch, MigrationId, Side};
-use crate::wire::{Compression, ErrorClass};
+use crate::wire::ErrorClass;
 
 /// A request that was found sensible: the VM is claimed, the peer is known.
 pub(super) struct Departure {
@@ -35,6 +35,7 @@ pub(super) struct Departure {
     pub(super) epoch: Epoch,
     pub(super) goal: Goal,
     pub(super) bandwidth: Option<u64>,
+    pub(super) zstd_level: Option<u8>,
     pub(super) timeout: Duration,
     pub(super) outage_max: Duration,
     pub(super) operator: u32,
@@ -88,13 +89,12 @@ impl Gateway {
         }
         let migration = new_migration()?;
         let claim = self.take(&vm, migration)?;
-        let mut terms = default_terms(defaults);
+        let mut terms = default_terms(defaults, vm.classification);
         terms.lanes = lanes;
-        match request.compress {
-            Some(Compress::None) => terms.compression = Compression::None,
-            Some(Compress::Lz4) => terms.compression = Compression::Lz4,
-            None => {}
+        if let Some(compress) = request.compress {
+            terms.compression = compression(compress);
         }
+        let zstd_level = request.compress.and_then(zstd_level);
         terms.verify = request.verify.unwrap_or(terms.verify);
         let positive = |seconds: f64, what: &str| {
             Duration::try_from_secs_f64(seconds)
@@ -109,7 +109,7 @@ impl Gateway {
         let bandwidth = request.bandwidth_bytes_per_second.or(defaults.bandwidth.map(|limit| limit.bytes_per_second));
         let case = Case { migration, vm: vm.name.clone(), uuid: vm.uuid, terms, memory_bytes: 0, side: Side::Source };
         let goal = Goal { downtime_max, throttle: request.throttle, fixed_cost: PAUSE_FIXED };
-        Ok(Departure { migration, case, vm, peer, address, epoch, goal, bandwidth, timeout, outage_max, operator, claim })
+        Ok(Departure { migration, case, vm, peer, address, epoch, goal, bandwidth, zstd_level, timeout, outage_max, operator, claim })
     }
 
     /// Where the VM is attached, and the epoch at which this gateway owns it.
@@ -278,6 +278,7 @@ impl Gateway {
             goal: departure.goal,
             bandwidth: departure.bandwidth,
             stream: departure.case.terms.clone(),
+            zstd_level: departure.zstd_level,
             timeout: Some(departure.timeout),
             resolve_timeout: RESOLVE_FOR,
             outage_max: departure.outage_max,

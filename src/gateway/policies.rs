@@ -4,7 +4,8 @@ use std::io::Read;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 
-use crate::config::{self, Config, Peer};
+use crate::config::{self, Classification, Config, Peer};
+use crate::control::Compress;
 use crate::gateway::peers;
 use crate::identity::provider;
 use crate::limits;
@@ -80,16 +81,20 @@ pub(crate) fn operator_id(uid: u32) -> String {
     format!("uid:{uid}")
 }
 
-/// What a migration asks of its stream unless its request says otherwise.
-pub(super) fn default_terms(defaults: &config::Migration) -> StreamTerms {
+/// What the migration of a VM asks of its stream unless its request says otherwise. What is restricted lets no page say
+/// anything of another, and hides how much each frame holds.
+pub(super) fn default_terms(defaults: &config::Migration, classification: Classification) -> StreamTerms {
+    let restricted = classification == Classification::Restricted;
     StreamTerms {
         lanes: defaults.lanes,
         compression: match defaults.compression {
             config::Compression::None => Compression::None,
             config::Compression::Lz4 => Compression::Lz4,
+            config::Compression::Zstd => Compression::Zstd,
+            config::Compression::Auto => Compression::Auto,
         },
-        compression_scope: CompressionScope::Batch,
-        length_padding: false,
+        compression_scope: if restricted { CompressionScope::Page } else { CompressionScope::Stream },
+        length_padding: restricted,
         durability: match defaults.durability {
             config::Durability::None => Durability::None,
             config::Durability::Destination => Durability::Destination,
@@ -99,6 +104,21 @@ pub(super) fn default_terms(defaults: &config::Migration) -> StreamTerms {
     }
 }
 
+/// What a wish means for the stream.
+pub(crate) fn compression(wish: Compress) -> Compression {
+    match wish {
+        Compress::Auto => Compression::Auto,
+        Compress::None => Compression::None,
+        Compress::Lz4 => Compression::Lz4,
+        Compress::Zstd(_) => Compression::Zstd,
+    }
+}
+
+/// The level of a wish that names one.
+pub(crate) fn zstd_level(wish: Compress) -> Option<u8> {
+    if let Compress::Zstd(level) = wish { level } else { None }
+}
+
 /// The terms of a stream as policies see them.
 pub(super) fn stream(terms: &StreamTerms) -> Stream {
     Stream {
@@ -106,6 +126,8 @@ pub(super) fn stream(terms: &StreamTerms) -> Stream {
         compression: match terms.compression {
             Compression::None => policy::Codec::None,
             Compression::Lz4 => policy::Codec::Lz4,
+            Compression::Zstd => policy::Codec::Zstd,
+            Compression::Auto => policy::Codec::Auto,
         },
         compression_scope: match terms.compression_scope {
             CompressionScope::Page => policy::CodecScope::Page,
@@ -123,8 +145,8 @@ pub(super) fn stream(terms: &StreamTerms) -> Stream {
 }
 
 /// The terms that a migration without wishes of its own is judged by.
-pub(crate) fn default_stream(config: &Config) -> Stream {
-    stream(&default_terms(&config.migration))
+pub(crate) fn default_stream(config: &Config, vm: &config::Vm) -> Stream {
+    stream(&default_terms(&config.migration, vm.classification))
 }
 
 /// The address that a request is judged by before the peer was reached.

@@ -11,7 +11,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use crate::audit::{Entry, Event, Outcome};
-use crate::config::Role;
+use crate::config::{Classification, Role};
 use crate::control::{Choice, ChoiceView, DoubtList, DoubtView, ProposalView, RecordView, ResolutionState, ResolutionView, ResolveRequest};
 use crate::engine::{self, Decision, RecordNote, Resolved, Standing};
 use crate::gateway::Gateway;
@@ -287,11 +287,13 @@ impl Gateway {
 
     /// Whether policy finds the approvals enough. The answer is recorded.
     async fn permit(self: &Arc<Self>, about: &Standing, proposal: &Proposal, by: u32) -> Result<Permit<Resolve>, Problem> {
+        let classification = self.config.vm(&about.vm).map(|vm| vm.classification);
         let case = Case {
             migration: about.migration,
             vm: about.vm.clone(),
             uuid: about.uuid,
-            terms: default_terms(&self.config.migration),
+            // A VM that the configuration no longer has is judged by the terms that give the least away.
+            terms: default_terms(&self.config.migration, classification.unwrap_or(Classification::Restricted)),
             memory_bytes: 0,
             side: about.side,
         };

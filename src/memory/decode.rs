@@ -1,13 +1,13 @@
 //! From frames of one lane, which a peer sent, to guest RAM.
 
-use lz4_flex::block::{DecompressError, decompress_into};
-
 use crate::limits::{BATCH_PAGES_MAX, STRIPE_PAGES};
 use crate::memory::ledger::Ledger;
+use crate::memory::unpack::{Unpacked, Unpacker};
+use crate::memory::versions::exclusive_or;
 use crate::memory::{GuestRam, PageCounts, PageSet, RamError, lane_of};
 use crate::types::{LaneIndex, PAGE_BYTES, PageNumber, Round};
 use crate::wire::{
-    Batch, Codec, ErrorClass, FrameHeader, FrameKind, LaneStanding, LaneTotals, Record, Records, Run, WireError, decode_round_mark,
+    Batch, ErrorClass, FrameHeader, FrameKind, LaneStanding, LaneTotals, Record, Records, Run, WireError, decode_round_mark,
 };
 
 /// A frame that does not belong where it came, or whose pages cannot be expanded.
@@ -144,6 +144,9 @@ pub struct Decoder {
     /// Pages that came in the open round.
     seen: LanePages,
     scratch: Box<[u8]>,
+    /// For pages of ours that are read: those that others equal, and those that differences apply to.
+    own: Box<[u8]>,
+    unpacker: Unpacker,
     ledger: Ledger,
     counts: PageCounts,
 }
@@ -170,6 +173,8 @@ impl Decoder {
             written: LanePages::empty(lanes, pages),
             seen: LanePages::empty(lanes, pages),
             scratch: vec![0; BATCH_PAGES_MAX * PAGE_BYTES].into(),
+            own: vec![0; BATCH_PAGES_MAX * PAGE_BYTES].into(),
+            unpacker: Unpacker::default(),
             ledger: Ledger::default(),
             counts: PageCounts::default(),
         }
@@ -212,7 +217,10 @@ impl Decoder {
                     self.counts.raw += run.count();
                 }
                 Record::Batch(batch) => self.batch(&batch, ram)?,
-                Record::Padding(_) => {}
+                Record::Delta(batch) => self.delta(&batch, ram)?,
+                Record::Duplicate { run, origin } => self.duplicate(run, origin, ram)?,
+                // Whoever calls has waited: it knows the other lanes.
+                Record::After(_) | Record::Padding(_) => {}
             }
         }
         self.ledger.count(&[&header.encode(), body], self.counts.total() - pages_before);
@@ -268,31 +276,68 @@ impl Decoder {
     }
 
     fn batch(&mut self, batch: &Batch<'_>, ram: &GuestRam) -> Result<(), DecodeError> {
+        self.unpack(batch)?;
+        let mut at = 0;
+        for run in batch.runs() {
+            // INVARIANT(scratch-bound): the runs of a batch have `batch.pages` pages.
+            ram.write(run.first(), &self.scratch[at..at + run.bytes()])?;
+            self.written.insert(run);
+            at += run.bytes();
+        }
+        self.counts.compressed += batch.pages as u64;
+        Ok(())
+    }
+
+    /// Takes the pages of a batch, and unpacks it into the scratch.
+    fn unpack(&mut self, batch: &Batch<'_>) -> Result<(), DecodeError> {
         for run in batch.runs() {
             self.accept(run)?;
         }
         let expected = batch.pages * PAGE_BYTES;
         // INVARIANT(scratch-bound): a batch has at most BATCH_PAGES_MAX pages, checked by `Records`.
-        let pages = &mut self.scratch[..expected];
-        // WHY: a codec's bug must not show a peer's block what an earlier one left here.
-        pages.fill(0);
-        let got = match batch.codec {
-            Codec::Lz4 => decompress_into(batch.block, pages),
-        };
-        match got {
-            Ok(got) if got == expected => {}
-            Ok(got) => return Err(DecodeError::BlockLength { expected, got }),
-            Err(DecompressError::OutputTooSmall { expected: got, .. }) => return Err(DecodeError::BlockLength { expected, got }),
-            Err(_) => return Err(DecodeError::Block { codec: batch.codec.name(), expected }),
-        }
-        let mut rest: &[u8] = pages;
+        self.unpacker.unpack(batch.codec, batch.block, &mut self.scratch[..expected]).map_err(|why| match why {
+            Unpacked::Length(got) => DecodeError::BlockLength { expected, got },
+            Unpacked::Invalid => DecodeError::Block { codec: batch.codec.name(), expected },
+        })
+    }
+
+    // SPEC: PROTOCOL.md#must-delta
+    fn delta(&mut self, batch: &Batch<'_>, ram: &GuestRam) -> Result<(), DecodeError> {
+        self.unpack(batch)?;
+        let mut at = 0;
         for run in batch.runs() {
-            let (pages, after) = rest.split_at(run.bytes().min(rest.len()));
-            ram.write(run.first(), pages)?;
+            // INVARIANT(scratch-bound): as in `batch`; both scratches have one size.
+            let (own, difference) = (&mut self.own[..run.bytes()], &mut self.scratch[at..at + run.bytes()]);
+            ram.read(run.first(), own)?;
+            for (page, difference) in own.chunks_exact_mut(PAGE_BYTES).zip(difference.chunks_exact(PAGE_BYTES)) {
+                let before = <[u8; PAGE_BYTES]>::try_from(&*page).unwrap_or([0; PAGE_BYTES]);
+                exclusive_or(&before, difference, page);
+            }
+            ram.write(run.first(), own)?;
             self.written.insert(run);
-            rest = after;
+            at += run.bytes();
         }
-        self.counts.compressed += batch.pages as u64;
+        self.counts.delta += batch.pages as u64;
+        Ok(())
+    }
+
+    // SPEC: PROTOCOL.md#must-duplicate
+    fn duplicate(&mut self, run: Run, origin: PageNumber, ram: &GuestRam) -> Result<(), DecodeError> {
+        self.accept(run)?;
+        let mut done = 0;
+        while done < run.count() {
+            let pages = (run.count() - done).min(BATCH_PAGES_MAX as u64);
+            // INVARIANT(scratch-bound): at most BATCH_PAGES_MAX pages.
+            let own = &mut self.own[..usize::try_from(pages).unwrap_or(0) * PAGE_BYTES];
+            let (from, to) = (PageNumber(origin.0 + done), PageNumber(run.first().0 + done));
+            let outside =
+                |_| DecodeError::PageOutOfBounds { page: PageNumber((origin.0 + run.count() - 1).max(self.pages)), pages: self.pages };
+            ram.read(from, own).map_err(outside)?;
+            ram.write(to, own)?;
+            done += pages;
+        }
+        self.written.insert(run);
+        self.counts.duplicate += run.count();
         Ok(())
     }
 
@@ -300,6 +345,7 @@ impl Decoder {
     /// in a later round.
     pub fn rejoin(&mut self) {
         self.ledger = Ledger::default();
+        self.unpacker.restart();
         self.end_round(self.round);
     }
 

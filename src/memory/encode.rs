@@ -1,19 +1,19 @@
 //! From dirty pages of one lane to frames.
 
-use lz4_flex::block::{CompressTable, compress_into_with_table, get_maximum_output_size};
+use std::sync::Arc;
 
 use crate::limits::BATCH_PAGES_MAX;
+use crate::memory::duplicates::{Duplicates, Origin};
 use crate::memory::ledger::Ledger;
-use crate::memory::{GuestRam, PageCounts, PageSet, RamError};
+use crate::memory::pack::{Packer, single_pages};
+use crate::memory::versions::Versions;
+use crate::memory::{Effort, GuestRam, PageCounts, PageSet, RamError, lane_of};
 use crate::types::{LaneIndex, PAGE_BYTES, PageNumber, Round};
-use crate::wire::{Codec, Compression, CompressionScope, LaneTotals, PagesFrame, Run, StreamTerms, put_round_mark};
+use crate::wire::{After, CompressionScope, LaneTotals, PagesFrame, Run, StreamTerms, put_round_mark};
 
 /// WHY: a batch is closed from here on rather than filled up one scattered page at a time, so that
 /// guest memory is read in pieces of at least 64 KiB where it is contiguous.
 const BATCH_PAGES_FULL: usize = BATCH_PAGES_MAX * 3 / 4;
-
-/// WHY: a batch that shrinks by less costs the destination a decompression for nothing.
-const PACKED_PERCENT_MAX: usize = 94;
 
 static ZERO_PAGE: [u8; PAGE_BYTES] = [0; PAGE_BYTES];
 
@@ -26,8 +26,24 @@ pub struct Encoder {
     /// sent comes from this copy, whatever the guest writes meanwhile.
     scratch: Box<[u8]>,
     runs: Vec<Run>,
+    /// How much of the scratch the last batch filled.
+    filled: usize,
     packer: Packer,
     ledger: Ledger,
+    /// What the destination has of equal pages, and of earlier versions.
+    known: Option<Known>,
+}
+
+/// What makes pages smaller that others or earlier ones resemble; only in compression scope `stream`.
+struct Known {
+    duplicates: Arc<Duplicates>,
+    /// Pages and their origins that the frame under way brings, in order.
+    equal: Vec<(PageNumber, PageNumber)>,
+    /// How far other lanes have to have come, by lane.
+    afters: Vec<After>,
+    versions: Versions,
+    differences: Box<[u8]>,
+    changed: Vec<PageNumber>,
 }
 
 impl std::fmt::Debug for Encoder {
@@ -41,18 +57,62 @@ impl std::fmt::Debug for Encoder {
 }
 
 impl Encoder {
-    /// The encoder of `lane` of `lanes`, on the terms that both sides accepted.
+    /// The encoder of `lane` of `lanes`, on the terms that both sides accepted, for a VM of `pages` pages.
     #[must_use]
-    pub fn new(lane: LaneIndex, lanes: u16, terms: &StreamTerms) -> Self {
+    pub fn new(lane: LaneIndex, lanes: u16, terms: &StreamTerms, pages: u64) -> Self {
+        let lane_bytes = pages.div_ceil(u64::from(lanes.max(1))).saturating_mul(PAGE_BYTES as u64);
         Self {
             lane,
             lanes,
             padded: terms.length_padding,
             scratch: vec![0; BATCH_PAGES_MAX * PAGE_BYTES].into(),
             runs: Vec::with_capacity(BATCH_PAGES_MAX),
-            packer: Packer::new(terms),
+            filled: 0,
+            packer: Packer::new(terms.compression_scope, Effort::of(terms.compression), lane_bytes),
             ledger: Ledger::default(),
+            known: None,
         }
+    }
+
+    /// Shares what is known of equal pages with the other lanes of the migration, and keeps versions in at most so many bytes.
+    /// Nothing changes where the terms do not let one page say something of another.
+    #[must_use]
+    pub fn knowing(mut self, duplicates: Arc<Duplicates>, versions_bytes_max: usize, terms: &StreamTerms) -> Self {
+        if terms.compression_scope == CompressionScope::Stream {
+            let lanes = (0..self.lanes).map(LaneIndex).filter(|lane| *lane != self.lane);
+            self.known = Some(Known {
+                duplicates,
+                equal: Vec::new(),
+                afters: lanes.map(|lane| After { lane, frames: 0 }).collect(),
+                versions: Versions::new(versions_bytes_max),
+                differences: vec![0; BATCH_PAGES_MAX * PAGE_BYTES].into(),
+                changed: Vec::new(),
+            });
+        }
+        self
+    }
+
+    /// How hard to try from the next frame on.
+    pub fn set_effort(&mut self, effort: Effort) {
+        self.packer.set_effort(effort);
+    }
+
+    /// How hard it tries.
+    #[must_use]
+    pub fn effort(&self) -> Effort {
+        self.packer.effort()
+    }
+
+    /// Packs the batch that went out last once more, fast, and says how long it was and how long it would have been.
+    pub fn probe(&mut self) -> (usize, usize) {
+        let batch = self.scratch.get(..self.filled).unwrap_or_default();
+        (batch.len(), self.packer.probe(batch))
+    }
+
+    /// What this lane keeps besides fixed buffers, bytes.
+    #[must_use]
+    pub fn bytes(&self) -> usize {
+        self.packer.bytes() + self.known.as_ref().map_or(0, |known| known.versions.bytes())
     }
 
     /// Appends one frame with this lane's pages of `pages` from `from` on, as many as fit. Returns
@@ -70,7 +130,11 @@ impl Encoder {
         out: &mut Vec<u8>,
     ) -> Result<Option<PageNumber>, RamError> {
         let start = out.len();
-        let mut frame = PagesFrame::begin(out);
+        let mut frame = PagesFrame::begin_after(out, self.known.as_ref().map_or(0, |known| known.afters.len()));
+        if let Some(known) = &mut self.known {
+            known.versions.begin(round);
+            known.afters.iter_mut().for_each(|after| after.frames = 0);
+        }
         let mut next = Some(from);
         while let Some(at) = next
             && frame.fits(BATCH_PAGES_MAX)
@@ -83,14 +147,19 @@ impl Encoder {
                 }
             }
             // INVARIANT(scratch-bound): `gather` fills at most the scratch.
-            let filled: usize = self.runs.iter().map(|run| run.bytes()).sum();
-            self.packer.pack(&mut frame, &self.runs, &self.scratch[..filled]);
+            self.filled = self.runs.iter().map(|run| run.bytes()).sum();
+            self.packer.pack(&mut frame, &self.runs, &self.scratch[..self.filled]);
+            if let Some(known) = &mut self.known {
+                // Behind the batch: an origin may be in it.
+                known.write(&mut self.packer, &mut frame);
+            }
         }
         if self.padded {
             frame.pad();
         }
         let frame_pages = frame.pages();
-        if frame.finish(self.lane, round, self.ledger.next_sequence()).is_some() {
+        let afters = self.known.as_ref().map_or(&[][..], |known| &known.afters);
+        if frame.finish_after(self.lane, round, self.ledger.next_sequence(), afters).is_some() {
             self.ledger.count(&[out.get(start..).unwrap_or_default()], frame_pages);
         }
         Ok(next.filter(|at| pages.next_run_of_lane(self.lane, self.lanes, *at, 1).is_some()))
@@ -107,9 +176,16 @@ impl Encoder {
     ) -> Result<Option<PageNumber>, RamError> {
         self.runs.clear();
         let (mut at, mut filled) = (from, 0);
+        // The frame that these pages go out with, as it is counted by whoever waits for it.
+        let frame_number = self.ledger.next_sequence();
+        let compressing = self.packer.effort() != Effort::None;
         let mut written = ram.next_written(from);
-        while filled < BATCH_PAGES_FULL && frame.fits(BATCH_PAGES_MAX) {
-            let room = BATCH_PAGES_MAX - filled;
+        loop {
+            let (changed, waiting) = self.known.as_ref().map_or((0, 0), |known| (known.changed.len(), known.pages()));
+            if filled + changed >= BATCH_PAGES_FULL || !frame.fits(BATCH_PAGES_MAX + waiting) {
+                break;
+            }
+            let room = BATCH_PAGES_MAX - filled - changed;
             let Some((first, count)) = pages.next_run_of_lane(self.lane, self.lanes, at, room as u64) else { return Ok(None) };
             // What the guest never wrote need not be read, which would allocate it. If it is written from here
             // on, the dirty log knows.
@@ -119,6 +195,7 @@ impl Encoder {
             if written.is_none_or(|written| written.0 >= first.0 + count) {
                 if let Some(run) = Run::new(first, count) {
                     self.packer.zero(frame, run);
+                    self.known.iter_mut().for_each(|known| known.emptied(run.first(), run.count()));
                 }
                 at = PageNumber(first.0 + count);
                 continue;
@@ -136,6 +213,11 @@ impl Encoder {
                     if let Some(run) = zeroes.add(page) {
                         self.packer.zero(frame, run);
                     }
+                    self.known.iter_mut().for_each(|known| known.emptied(page, 1));
+                } else if let Some(known) = &mut self.known
+                    && known.takes(page, &self.scratch[begin..begin + PAGE_BYTES], frame_number, compressing)
+                {
+                    // It goes out as what it resembles.
                 } else {
                     if let Some(run) = others.add(page) {
                         self.runs.push(run);
@@ -165,6 +247,10 @@ impl Encoder {
     /// The lane joined again: sequence and totals begin anew.
     pub fn rejoin(&mut self) {
         self.ledger = Ledger::default();
+        self.packer.restart();
+        if let Some(known) = &mut self.known {
+            known.versions.clear();
+        }
     }
 
     /// What this lane carried since its join.
@@ -177,6 +263,75 @@ impl Encoder {
     #[must_use]
     pub fn counts(&self) -> PageCounts {
         self.packer.counts
+    }
+}
+
+impl Known {
+    /// Pages that wait to be written.
+    fn pages(&self) -> usize {
+        self.equal.len() + self.changed.len()
+    }
+
+    fn emptied(&mut self, first: PageNumber, count: u64) {
+        (first.0..first.0 + count).for_each(|page| self.versions.forget(PageNumber(page)));
+    }
+
+    /// Whether the page goes out as a duplicate or a difference; what is kept of it is up to date either way.
+    fn takes(&mut self, page: PageNumber, content: &[u8], frame: u64, compressing: bool) -> bool {
+        if !compressing {
+            self.versions.forget(page);
+        }
+        if let Some(Origin { page: origin, frame }) = self.duplicates.find_or_enter(content, page, frame) {
+            let lane = lane_of(origin, u16::try_from(self.afters.len() + 1).unwrap_or(1));
+            if let (Some(frame), Some(after)) = (frame, self.afters.iter_mut().find(|after| after.lane == lane)) {
+                after.frames = after.frames.max(u64::from(frame) + 1);
+            }
+            self.versions.forget(page);
+            self.equal.push((page, origin));
+            return true;
+        }
+        let at = self.changed.len() * PAGE_BYTES;
+        let Some(difference) = self.differences.get_mut(at..at + PAGE_BYTES).filter(|_| compressing) else { return false };
+        let differs = self.versions.renew(page, content, difference);
+        if differs {
+            self.changed.push(page);
+        }
+        differs
+    }
+
+    fn write(&mut self, packer: &mut Packer, frame: &mut PagesFrame<'_>) {
+        let mut runs = Vec::new();
+        let mut builder = RunBuilder::default();
+        for page in self.changed.drain(..) {
+            runs.extend(builder.add(page));
+        }
+        runs.extend(builder.end());
+        let bytes: usize = runs.iter().map(|run| run.bytes()).sum();
+        // INVARIANT(scratch-bound): `takes` fills at most the differences' scratch.
+        if bytes > 0 && !packer.difference(frame, &runs, &self.differences[..bytes]) {
+            for page in runs.iter().copied().flat_map(single_pages) {
+                packer.raw(frame, page, self.versions.newest(page.first()));
+            }
+        }
+        let mut run: Option<(PageNumber, PageNumber, u64)> = None;
+        for (page, origin) in self.equal.drain(..) {
+            run = match run {
+                Some((first, from, count)) if page.0 == first.0 + count && origin.0 == from.0 + count => Some((first, from, count + 1)),
+                before => {
+                    write_equal(packer, frame, before);
+                    Some((page, origin, 1))
+                }
+            };
+        }
+        write_equal(packer, frame, run);
+    }
+}
+
+fn write_equal(packer: &mut Packer, frame: &mut PagesFrame<'_>, run: Option<(PageNumber, PageNumber, u64)>) {
+    if let Some((first, origin, count)) = run
+        && let Some(run) = Run::new(first, count)
+    {
+        packer.duplicate(frame, run, origin);
     }
 }
 
@@ -201,71 +356,4 @@ impl RunBuilder {
     fn end(self) -> Option<Run> {
         Run::new(PageNumber(self.first), self.count)
     }
-}
-
-/// Chooses and writes the records of pages that are already copied.
-struct Packer {
-    codec: Option<Codec>,
-    /// `INVARIANT(page-scope)`: every page is its own record, so that the length of one says
-    /// nothing about another.
-    page_by_page: bool,
-    table: CompressTable,
-    packed: Box<[u8]>,
-    counts: PageCounts,
-}
-
-impl Packer {
-    fn new(terms: &StreamTerms) -> Self {
-        let codec = match terms.compression {
-            Compression::None => None,
-            Compression::Lz4 => Some(Codec::Lz4),
-        };
-        let page_by_page = terms.compression_scope == CompressionScope::Page;
-        let pages_max = if page_by_page { 1 } else { BATCH_PAGES_MAX };
-        let table = if page_by_page { CompressTable::small() } else { CompressTable::large() };
-        let packed = vec![0; get_maximum_output_size(pages_max * PAGE_BYTES)].into();
-        Self { codec, page_by_page, table, packed, counts: PageCounts::default() }
-    }
-
-    fn zero(&mut self, frame: &mut PagesFrame<'_>, run: Run) {
-        self.counts.zero += run.count();
-        if self.page_by_page {
-            single_pages(run).for_each(|page| frame.zero(page));
-        } else {
-            frame.zero(run);
-        }
-    }
-
-    fn pack(&mut self, frame: &mut PagesFrame<'_>, runs: &[Run], bytes: &[u8]) {
-        if self.page_by_page {
-            let pages = runs.iter().copied().flat_map(single_pages).zip(bytes.chunks_exact(PAGE_BYTES));
-            pages.for_each(|(page, bytes)| self.pack_together(frame, &[page], bytes));
-        } else if !runs.is_empty() {
-            self.pack_together(frame, runs, bytes);
-        }
-    }
-
-    fn pack_together(&mut self, frame: &mut PagesFrame<'_>, runs: &[Run], bytes: &[u8]) {
-        let pages = (bytes.len() / PAGE_BYTES) as u64;
-        if let Some(codec) = self.codec
-            && let Ok(packed) = compress_into_with_table(bytes, &mut self.packed, &mut self.table)
-            && packed * 100 < bytes.len() * PACKED_PERCENT_MAX
-            && let Some(block) = self.packed.get(..packed)
-        {
-            frame.batch(codec, runs, block);
-            self.counts.compressed += pages;
-            return;
-        }
-        let mut rest = bytes;
-        for run in runs {
-            let (pages, after) = rest.split_at(run.bytes().min(rest.len()));
-            frame.raw(*run, pages);
-            rest = after;
-        }
-        self.counts.raw += pages;
-    }
-}
-
-fn single_pages(run: Run) -> impl Iterator<Item = Run> {
-    (run.first().0..run.end().0).filter_map(|page| Run::new(PageNumber(page), 1))
 }

@@ -9,27 +9,62 @@
 //! bounds the index).
 //! *Read first:* `layout.rs`, `pages.rs`, `ram.rs`, then `tracker.rs`, `encode.rs`, `decode.rs`.
 
+mod adapt;
 mod decode;
 mod digest;
+mod duplicates;
 mod encode;
 mod layout;
 mod ledger;
+mod pack;
 mod pages;
 mod ram;
 mod tracker;
+mod unpack;
+mod versions;
 
 #[cfg(test)]
 mod tests;
 
 use serde::{Deserialize, Serialize};
 
+use crate::wire::Compression;
+
+pub use adapt::Adaptation;
 pub use decode::{DecodeError, Decoder};
 pub use digest::{StripeDigest, combine_digests, differing_stripes, digest_ram, digest_stripe, digest_stripes, stripe_count};
+pub use duplicates::{DUPLICATES_KEY_BYTES, Duplicates};
 pub use encode::Encoder;
 pub use layout::{LayoutError, MemoryLayout, lane_of};
 pub use pages::PageSet;
 pub use ram::{GuestRam, RamError};
 pub use tracker::{Tracker, WrongRound};
+
+/// How hard an encoder tries to make pages smaller.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Effort {
+    /// Not at all.
+    None,
+    /// LZ4.
+    Lz4,
+    /// Zstandard at this level.
+    Zstd(i32),
+}
+
+impl Effort {
+    /// Where an encoder begins on these terms. With `auto` that is nowhere: the first frames show what limits it.
+    #[must_use]
+    pub fn of(compression: Compression) -> Self {
+        match compression {
+            Compression::None | Compression::Auto => Self::None,
+            Compression::Lz4 => Self::Lz4,
+            Compression::Zstd => Self::Zstd(ZSTD_LEVEL),
+        }
+    }
+}
+
+/// WHY: level 3 is Zstandard's own default, and the last one that two cores keep up a gigabit link with.
+pub const ZSTD_LEVEL: i32 = 3;
 
 /// Pages by what became of them on the wire.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -37,9 +72,9 @@ pub use tracker::{Tracker, WrongRound};
 pub struct PageCounts {
     /// Only zeroes: sent as a number.
     pub zero: u64,
-    /// Equal to a page that the destination has; no codec for it yet.
+    /// Equal to a page that the destination has.
     pub duplicate: u64,
-    /// Difference to the version that the destination has; no codec for it yet.
+    /// Difference to the version that the destination has.
     pub delta: u64,
     /// Packed in a batch.
     pub compressed: u64,

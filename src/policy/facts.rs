@@ -29,6 +29,8 @@ pub enum Codec {
     Lz4,
     /// Zstandard.
     Zstd,
+    /// Any of them, as the link and the processors have it.
+    Auto,
 }
 
 /// How far back a codec may look for repetitions.
@@ -70,7 +72,7 @@ macro_rules! words {
 }
 words! {
     Mode { Precopy = "precopy", Postcopy = "postcopy", Hybrid = "hybrid" }
-    Codec { None = "none", Lz4 = "lz4", Zstd = "zstd" }
+    Codec { None = "none", Lz4 = "lz4", Zstd = "zstd", Auto = "auto" }
     CodecScope { Page = "page", Batch = "batch", Stream = "stream" }
     Durability { None = "none", Dest = "dest", Both = "both" }
 }

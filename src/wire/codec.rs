@@ -318,7 +318,7 @@ fn offer(reader: &mut Reader<'_>) -> Result<Offer, WireError> {
     let machine = reader.bytes("machine", limits::MACHINE_BYTES_MAX)?.to_vec();
     let stream = StreamTerms {
         lanes: lane_count(reader, "lanes")?,
-        compression: choice(reader, "compression", "1 (none) or 2 (lz4)", &COMPRESSIONS)?,
+        compression: choice(reader, "compression", "1 (none), 2 (lz4), 3 (zstd) or 4 (auto)", &COMPRESSIONS)?,
         compression_scope: choice(reader, "compression scope", "1 (page), 2 (batch) or 3 (stream)", &SCOPES)?,
         length_padding: reader.flag("length padding")?,
         durability: choice(reader, "durability", "1 (none), 2 (destination) or 3 (both)", &DURABILITIES)?,
@@ -329,7 +329,7 @@ fn offer(reader: &mut Reader<'_>) -> Result<Offer, WireError> {
 }
 
 /// The numbers of enumerated values count from 1, in these orders.
-const COMPRESSIONS: [Compression; 2] = [Compression::None, Compression::Lz4];
+const COMPRESSIONS: [Compression; 4] = [Compression::None, Compression::Lz4, Compression::Zstd, Compression::Auto];
 const SCOPES: [CompressionScope; 3] = [CompressionScope::Page, CompressionScope::Batch, CompressionScope::Stream];
 const DURABILITIES: [Durability; 3] = [Durability::None, Durability::Destination, Durability::Both];
 

@@ -104,6 +104,10 @@ pub enum Compression {
     None,
     /// LZ4 block format.
     Lz4,
+    /// Zstandard.
+    Zstd,
+    /// Whatever gets the pages there soonest, frame by frame.
+    Auto,
 }
 
 /// How far back a codec may look for repetitions.

@@ -34,4 +34,4 @@ pub use control::{
 pub use error::WireError;
 pub use frame::{FRAME_HEADER_BYTES, FrameHeader, FrameKind, decode_round_mark, put_round_mark};
 pub use negotiate::{Negotiated, VERSION_MAX, VERSION_MIN, negotiate};
-pub use page::{Batch, Codec, PagesFrame, Record, Records, Run};
+pub use page::{After, Batch, Codec, PagesFrame, Record, Records, Run, afters};

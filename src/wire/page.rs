@@ -13,7 +13,11 @@ const ZERO: u8 = 1;
 const RAW: u8 = 2;
 const BATCH: u8 = 3;
 const PADDING: u8 = 4;
+const DUPLICATE: u8 = 5;
+const DELTA: u8 = 6;
+const AFTER: u8 = 7;
 const PADDING_HEADER_BYTES: usize = 5;
+const AFTER_BYTES: usize = 11;
 
 /// LIMIT: padded frames differ in length by at least a page.
 const BUCKET_BYTES_MIN: usize = PAGE_BYTES;
@@ -73,7 +77,15 @@ impl Run {
 pub enum Codec {
     /// LZ4 block format, without a length in front.
     Lz4,
+    /// A Zstandard frame by itself.
+    Zstd,
+    /// The next part of the Zstandard frame that this lane's last batch of this kind continued or began.
+    ZstdStream,
+    /// The first part of a new one.
+    ZstdStart,
 }
+
+const CODECS: [Codec; 4] = [Codec::Lz4, Codec::Zstd, Codec::ZstdStream, Codec::ZstdStart];
 
 impl Codec {
     /// The codec's name, as errors show it.
@@ -81,14 +93,29 @@ impl Codec {
     pub fn name(self) -> &'static str {
         match self {
             Self::Lz4 => "lz4",
+            Self::Zstd => "zstd",
+            Self::ZstdStream => "zstd stream",
+            Self::ZstdStart => "zstd stream start",
         }
     }
 
     fn number(self) -> u8 {
         match self {
             Self::Lz4 => 1,
+            Self::Zstd => 2,
+            Self::ZstdStream => 3,
+            Self::ZstdStart => 4,
         }
     }
+}
+
+/// How far another lane has to have come before a frame may be applied.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct After {
+    /// The other lane.
+    pub lane: LaneIndex,
+    /// Frames that it has applied since its join.
+    pub frames: u64,
 }
 
 /// Pages that were packed together.
@@ -98,7 +125,7 @@ pub struct Batch<'a> {
     pub codec: Codec,
     /// Pages in all runs, at least one and at most `BATCH_PAGES_MAX`.
     pub pages: usize,
-    /// The packed pages, fewer bytes than the pages have.
+    /// The packed pages: fewer bytes than the pages have, or in a stream hardly more.
     pub block: &'a [u8],
     runs: &'a [u8],
 }
@@ -112,6 +139,14 @@ impl<'a> Batch<'a> {
             Run { first: PageNumber(number & ((1 << RUN_FIRST_BITS) - 1)), count: number >> RUN_FIRST_BITS }
         })
     }
+}
+
+/// How far other lanes have to have come before a frame may be applied. A frame that is malformed says nothing here; whoever
+/// applies it says why.
+pub fn afters<'a>(header: &FrameHeader, body: &'a [u8]) -> impl Iterator<Item = After> + use<'a> {
+    let records = if header.kind == FrameKind::Pages { Some(Records::new(header, body)) } else { None };
+    let leading = records.into_iter().flatten().map_while(|record| if let Ok(Record::After(after)) = record { Some(after) } else { None });
+    leading.filter(|after| after.frames > 0)
 }
 
 /// One record of a frame, borrowed from its body. Whether the pages exist, and on this lane, is
@@ -129,6 +164,17 @@ pub enum Record<'a> {
     },
     /// Pages packed together.
     Batch(Batch<'a>),
+    /// What is to be combined by exclusive or with what the destination has of the pages, packed together.
+    Delta(Batch<'a>),
+    /// Pages that equal others, which the destination has.
+    Duplicate {
+        /// Which pages.
+        run: Run,
+        /// The first of as many pages that they equal, one by one.
+        origin: PageNumber,
+    },
+    /// The records behind it speak of what another lane brings.
+    After(After),
     /// So many bytes that mean nothing and hide the length of the frame.
     Padding(usize),
 }
@@ -139,6 +185,8 @@ pub struct Records<'a> {
     reader: Reader<'a>,
     left: u32,
     pages_left: u64,
+    /// Only records of this kind were read.
+    only_after: bool,
     ended: bool,
 }
 
@@ -147,7 +195,7 @@ impl<'a> Records<'a> {
     #[must_use]
     pub fn new(header: &FrameHeader, body: &'a [u8]) -> Self {
         let reader = Reader::new("pages frame", body);
-        Self { reader, left: header.records, pages_left: limits::FRAME_PAGES_MAX, ended: false }
+        Self { reader, left: header.records, pages_left: limits::FRAME_PAGES_MAX, only_after: true, ended: false }
     }
 
     fn record(&mut self) -> Result<Option<Record<'a>>, WireError> {
@@ -156,13 +204,32 @@ impl<'a> Records<'a> {
         }
         self.left -= 1;
         let reader = &mut self.reader;
-        let record = match reader.u8("record kind")? {
+        let kind = reader.u8("record kind")?;
+        let after_allowed = self.only_after;
+        self.only_after &= kind == AFTER;
+        let record = match kind {
             ZERO => Record::Zero(Run::decode(reader, self.pages_left)?),
             RAW => {
                 let run = Run::decode(reader, self.pages_left)?;
                 Record::Raw { run, bytes: reader.take("raw pages", run.bytes())? }
             }
             BATCH => Record::Batch(batch(reader, self.pages_left)?),
+            DELTA => Record::Delta(batch(reader, self.pages_left)?),
+            DUPLICATE => {
+                let run = Run::decode(reader, self.pages_left)?;
+                let last_max = (1 << RUN_FIRST_BITS) - run.count;
+                Record::Duplicate {
+                    run,
+                    origin: PageNumber(reader.u64("origin").and_then(|first| reader.bounded("origin", first, 0, last_max))?),
+                }
+            }
+            // SPEC: PROTOCOL.md#must-after-first
+            AFTER if after_allowed => {
+                let lane = reader.u16("lane to wait for")?;
+                let lane = LaneIndex(reader.bounded("lane to wait for", lane, 0, u64::from(limits::LANES_MAX) - 1)?);
+                Record::After(After { lane, frames: reader.u64("frames to wait for")? })
+            }
+            AFTER => return Err(reader.malformed("record kind", "`after` in front of all others", &[AFTER])),
             PADDING => {
                 reader.bounded("records after padding", self.left, 0, 0)?;
                 let bytes = reader.bytes("padding", limits::FRAME_BODY_BYTES_MAX)?;
@@ -171,12 +238,12 @@ impl<'a> Records<'a> {
                 }
                 Record::Padding(bytes.len())
             }
-            other => return reader.known("record kind", "1 (zero), 2 (raw), 3 (batch) or 4 (padding)", u64::from(other), None),
+            other => return reader.known("record kind", "1 (zero) to 7 (after)", u64::from(other), None),
         };
         self.pages_left -= match record {
-            Record::Zero(run) | Record::Raw { run, .. } => run.count,
-            Record::Batch(batch) => batch.pages as u64,
-            Record::Padding(_) => 0,
+            Record::Zero(run) | Record::Raw { run, .. } | Record::Duplicate { run, .. } => run.count,
+            Record::Batch(batch) | Record::Delta(batch) => batch.pages as u64,
+            Record::After(_) | Record::Padding(_) => 0,
         };
         Ok(Some(record))
     }
@@ -197,7 +264,8 @@ impl<'a> Iterator for Records<'a> {
 
 fn batch<'a>(reader: &mut Reader<'a>, pages_left: u64) -> Result<Batch<'a>, WireError> {
     let number = reader.u8("codec")?;
-    let codec = reader.known("codec", "1 (lz4)", u64::from(number), (number == Codec::Lz4.number()).then_some(Codec::Lz4))?;
+    let known = CODECS.into_iter().find(|codec| codec.number() == number);
+    let codec = reader.known("codec", "1 (lz4), 2 (zstd), 3 (zstd stream) or 4 (its start)", u64::from(number), known)?;
     let count = reader.u16("runs")?;
     let count = reader.bounded("runs", count, 1, limits::BATCH_PAGES_MAX as u64)?;
     let runs = reader.take("runs", usize::from(count) * RUN_BYTES)?;
@@ -208,7 +276,12 @@ fn batch<'a>(reader: &mut Reader<'a>, pages_left: u64) -> Result<Batch<'a>, Wire
         pages += Run::decode(&mut runs_reader, left)?.count;
     }
     let pages = usize::try_from(pages).unwrap_or(limits::BATCH_PAGES_MAX);
-    let block_bytes = reader.length("block length", 1, pages * PAGE_BYTES - 1)?;
+    // A stream goes on through pages that do not get smaller; what is by itself would go out as it is.
+    let block_bytes_max = match codec {
+        Codec::Lz4 | Codec::Zstd => pages * PAGE_BYTES - 1,
+        Codec::ZstdStream | Codec::ZstdStart => pages * PAGE_BYTES + limits::STREAM_OVERHEAD_BYTES_MAX,
+    };
+    let block_bytes = reader.length("block length", 1, block_bytes_max)?;
     Ok(Batch { codec, pages, block: reader.take("block", block_bytes)?, runs })
 }
 
@@ -217,6 +290,8 @@ fn batch<'a>(reader: &mut Reader<'a>, pages_left: u64) -> Result<Batch<'a>, Wire
 pub struct PagesFrame<'a> {
     out: &'a mut Vec<u8>,
     start: usize,
+    /// Records of other lanes to wait for, filled in at the end.
+    afters: usize,
     records: u32,
     pages: u64,
 }
@@ -231,9 +306,16 @@ impl<'a> PagesFrame<'a> {
     /// Begins a frame behind what `out` holds.
     #[must_use]
     pub fn begin(out: &'a mut Vec<u8>) -> Self {
+        Self::begin_after(out, 0)
+    }
+
+    /// The same with room for `afters` records of lanes to wait for.
+    #[must_use]
+    pub fn begin_after(out: &'a mut Vec<u8>, afters: usize) -> Self {
         let start = out.len();
-        out.put(&[0; FRAME_HEADER_BYTES]);
-        Self { out, start, records: 0, pages: 0 }
+        out.resize(start + FRAME_HEADER_BYTES + afters * AFTER_BYTES, 0);
+        let records = u32::try_from(afters).unwrap_or(u32::MAX);
+        Self { out, start, afters, records, pages: 0 }
     }
 
     fn body_bytes(&self) -> usize {
@@ -273,9 +355,25 @@ impl<'a> PagesFrame<'a> {
         self.out.put(bytes);
     }
 
+    /// Adds pages that equal as many from `origin` on.
+    pub fn duplicate(&mut self, run: Run, origin: PageNumber) {
+        self.record(DUPLICATE, run.count);
+        self.out.put_u64(run.number());
+        self.out.put_u64(origin.0);
+    }
+
     /// Adds the pages of `runs`, packed into `block`.
     pub fn batch(&mut self, codec: Codec, runs: &[Run], block: &[u8]) {
-        self.record(BATCH, runs.iter().map(|run| run.count).sum());
+        self.packed(BATCH, codec, runs, block);
+    }
+
+    /// Adds what `block` holds packed to what the destination has of the pages of `runs`, by exclusive or.
+    pub fn delta(&mut self, codec: Codec, runs: &[Run], block: &[u8]) {
+        self.packed(DELTA, codec, runs, block);
+    }
+
+    fn packed(&mut self, kind: u8, codec: Codec, runs: &[Run], block: &[u8]) {
+        self.record(kind, runs.iter().map(|run| run.count).sum());
         self.out.put_u8(codec.number());
         self.out.put_u16(u16::try_from(runs.len()).unwrap_or(u16::MAX));
         for run in runs {
@@ -288,7 +386,7 @@ impl<'a> PagesFrame<'a> {
     /// power of two above, so that a length tells four bits and its order of magnitude, and padding costs an eighth at most
     /// of all but the shortest frames.
     pub fn pad(&mut self) {
-        if self.records == 0 {
+        if self.pages == 0 {
             return;
         }
         let bare = self.body_bytes() + PADDING_HEADER_BYTES;
@@ -299,12 +397,27 @@ impl<'a> PagesFrame<'a> {
         self.out.resize(self.out.len() + padding, 0);
     }
 
-    /// Writes the header; a frame without records leaves no bytes and gives none.
+    /// Writes the header; a frame without pages leaves no bytes and gives none.
     #[must_use]
     pub fn finish(self, lane: LaneIndex, round: Round, sequence: u64) -> Option<FrameHeader> {
-        if self.records == 0 {
+        self.finish_after(lane, round, sequence, &[])
+    }
+
+    /// The same with the lanes to wait for, as many as there is room for.
+    #[must_use]
+    pub fn finish_after(self, lane: LaneIndex, round: Round, sequence: u64, afters: &[After]) -> Option<FrameHeader> {
+        debug_assert_eq!(self.afters, afters.len());
+        if self.pages == 0 {
             self.out.truncate(self.start);
             return None;
+        }
+        let room = self.out.iter_mut().skip(self.start + FRAME_HEADER_BYTES);
+        let bytes = afters.iter().flat_map(|after| {
+            let [l0, l1] = after.lane.0.to_le_bytes();
+            [AFTER, l0, l1].into_iter().chain(after.frames.to_le_bytes())
+        });
+        for (to, from) in room.zip(bytes) {
+            *to = from;
         }
         let body_bytes = self.body_bytes();
         let header = FrameHeader { kind: FrameKind::Pages, lane, round, sequence, records: self.records, body_bytes };

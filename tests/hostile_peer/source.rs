@@ -172,7 +172,7 @@ impl<'a> Attempt<'a> {
         let handle = within("lane", self.session.open_lane(self.migration(), LaneIndex(lane), task)).await?;
         self.handles.push(handle);
         self.lanes.push(bytes_in);
-        self.encoders.push(Encoder::new(LaneIndex(lane), self.offer.stream.lanes, &self.offer.stream));
+        self.encoders.push(Encoder::new(LaneIndex(lane), self.offer.stream.lanes, &self.offer.stream, PAGES));
         Ok(())
     }
 

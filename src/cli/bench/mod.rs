@@ -9,7 +9,6 @@ use serde::Serialize;
 
 use self::pair::{Pair, Run, Terms};
 use super::Ending;
-use super::flags::CompressFlag;
 use super::output::{Out, Tone, printable};
 use super::render;
 use super::tools::{BenchFlags, BenchLink};
@@ -31,7 +30,7 @@ struct Object<'a> {
     image_bytes: u64,
     link: &'static str,
     lanes: u16,
-    compression: &'static str,
+    compression: String,
     /// Timed runs.
     runs: usize,
     /// Of every timed run, in order.
@@ -114,10 +113,7 @@ fn object<'a>(flags: &BenchFlags, median: &'a Run, durations_seconds: Vec<f64>, 
         image_bytes: report.guest_memory_bytes,
         link: "loopback",
         lanes: flags.lanes,
-        compression: match flags.compress {
-            CompressFlag::None => "none",
-            CompressFlag::Lz4 => "lz4",
-        },
+        compression: flags.compress.to_string(),
         runs: durations_seconds.len(),
         durations_seconds,
         gib_per_second: gib / report.duration_seconds.max(1e-9),

@@ -12,8 +12,8 @@ use tokio::runtime::Runtime;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{mpsc, oneshot, watch};
 
-use super::super::flags::CompressFlag;
 use crate::audit::AuditLog;
+use crate::control::Compress;
 use crate::engine::{
     Command, DestinationEnd, DestinationOrder, EngineError, Evidence, Link, NoArbiter, SourceEnd, SourceOrder, SourcePorts, greet,
     run_destination, run_source,
@@ -29,7 +29,7 @@ use crate::migration::Goal;
 use crate::telemetry::{ErrorClass, Problem, Progress, Report, chain};
 use crate::transport::{Endpoint, TransportConfig, TransportError};
 use crate::types::{Epoch, MigrationId, PageNumber, VmName, VmUuid};
-use crate::wire::{Compression, CompressionScope, Durability, Hello, Message, StreamTerms};
+use crate::wire::{CompressionScope, Durability, Hello, Message, StreamTerms};
 
 const TRUST_DOMAIN: &str = "bench.sealane";
 /// The image's VM in messages and records.
@@ -45,7 +45,7 @@ const TIMEOUT: Duration = Duration::from_secs(600);
 /// What is asked of one run.
 pub(super) struct Terms {
     pub(super) lanes: u16,
-    pub(super) compress: CompressFlag,
+    pub(super) compress: Compress,
     pub(super) verify: bool,
 }
 
@@ -211,11 +211,8 @@ impl Pair {
             bandwidth: None,
             stream: StreamTerms {
                 lanes: terms.lanes,
-                compression: match terms.compress {
-                    CompressFlag::None => Compression::None,
-                    CompressFlag::Lz4 => Compression::Lz4,
-                },
-                compression_scope: CompressionScope::Batch,
+                compression: gateway::compression(terms.compress),
+                compression_scope: CompressionScope::Stream,
                 length_padding: false,
                 durability: Durability::None,
                 verify: terms.verify,
@@ -226,6 +223,7 @@ impl Pair {
             outage_max: Duration::ZERO,
             // No policy is asked: what is measured is the way of the pages.
             policy_digest: [0; 32],
+            zstd_level: gateway::zstd_level(terms.compress),
             ledger: None,
         })
     }

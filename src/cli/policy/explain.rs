@@ -132,7 +132,7 @@ impl Facts<'_> {
             now_unix_ms: self.time().as_millisecond(),
             route: Route { src_site, dst_site, peer_ip },
             channel: channel_in_order(CERTIFICATE_DAYS_ASSUMED),
-            stream: default_stream(self.config),
+            stream: default_stream(self.config, self.vm),
             memory_mib: self.flags.memory.bytes >> 20,
         }
     }

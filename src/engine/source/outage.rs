@@ -215,6 +215,7 @@ impl Run {
         }
         let pages = self.tracker.as_ref().and_then(|tracker| tracker.in_flight());
         let mut missing = PageSet::empty(self.ram.pages());
+        self.packing.duplicates.clear();
         let left = std::mem::take(&mut self.left).into_iter().chain(std::iter::repeat(0));
         let mut arrived = 0;
         for (((lane, standing), left), carried) in self.encoders.iter().zip(&resumed.lanes).zip(left).zip(&mut self.carried) {

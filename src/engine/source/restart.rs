@@ -71,7 +71,7 @@ impl Run {
         let (ledger, left) = Ledger::open(&directory, self.ram.pages()).map_err(progress)?;
         let lane = |lane| -> io::Result<_> {
             let lane_ledger = LaneLedger::open(&directory, lane)?;
-            let lane = SourceLane::after_restart(lane, left.lanes, &self.order.stream, lane_ledger)?;
+            let lane = SourceLane::after_restart(lane, left.lanes, &self.packing, lane_ledger)?;
             Ok(Arc::new(tokio::sync::Mutex::new(lane)))
         };
         self.encoders = (0..left.lanes).map(LaneIndex).map(lane).collect::<io::Result<_>>().map_err(progress)?;

@@ -50,7 +50,7 @@ impl Run {
         self.ledger = directory.map(|directory| self.written(Ledger::create(directory))).transpose()?.flatten();
         let encoder = |lane| {
             let ledger = directory.map(|directory| self.written(LaneLedger::open(directory, lane))).transpose()?.flatten();
-            Ok(Arc::new(tokio::sync::Mutex::new(SourceLane::new(lane, lanes, &self.order.stream, ledger))))
+            Ok(Arc::new(tokio::sync::Mutex::new(SourceLane::new(lane, lanes, &self.packing, ledger))))
         };
         self.encoders = (0..lanes).map(LaneIndex).map(encoder).collect::<Result<_, EngineError>>()?;
         self.write_owed()?;
@@ -91,6 +91,7 @@ impl Run {
         self.round = RoundUnderWay::new(round, last, self.lanes.len(), content(&self.counts()));
         self.figures.rounds = round.0;
         self.all_applied = false;
+        self.packing.duplicates.begin_round(round, &pages);
         for lane in &self.lanes {
             // A lane that is gone has said why, or is about to.
             let _ = lane.send(LaneRound { round, pages: Arc::clone(&pages) }).await;

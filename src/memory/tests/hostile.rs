@@ -232,7 +232,7 @@ fn refuses_totals_that_are_not_what_came() {
 // SPEC: PROTOCOL.md#must-padding-last
 #[test]
 fn refuses_hostile_records() {
-    let kind = "`record kind` of `pages frame` is unknown: expected 1 (zero), 2 (raw), 3 (batch) or 4 (padding), got";
+    let kind = "`record kind` of `pages frame` is unknown: expected 1 (zero) to 7 (after), got";
     let ends = |field: &str, expected: usize, got: usize| {
         malformed(&format!("`pages frame` ends inside `{field}`: expected {expected} bytes, got {got}"))
     };
@@ -246,7 +246,7 @@ fn refuses_hostile_records() {
     cut.body.truncate(5);
     check(&[
         ("record kind zero", one_of(vec![0; 9]), &malformed(&format!("{kind} 0"))),
-        ("record kind unknown", one_of(vec![5; 9]), &malformed(&format!("{kind} 5"))),
+        ("record kind unknown", one_of(vec![8; 9]), &malformed(&format!("{kind} 8"))),
         ("run cut", vec![cut], &ends("run", 8, 4)),
         ("fewer records than named", vec![Raw { records: 2, ..pages(&[zero(0, 1)]) }], &ends("record kind", 1, 0)),
         ("more records than named", vec![Raw { records: 1, ..pages(&[zero(0, 1), zero(1, 1)]) }], &trailing(9)),
@@ -287,6 +287,87 @@ fn refuses_hostile_records() {
     ]);
 }
 
+/// A part of a stream, or a frame that ends.
+fn stream(pages: usize, window_log: u32, end: bool) -> Vec<u8> {
+    use zstd_safe::zstd_sys::ZSTD_EndDirective::{ZSTD_e_end, ZSTD_e_flush};
+    use zstd_safe::{CCtx, CParameter, InBuffer, OutBuffer};
+    let mut context = CCtx::create();
+    context.set_parameter(CParameter::WindowLog(window_log)).unwrap();
+    context.set_parameter(CParameter::ContentSizeFlag(false)).unwrap();
+    let (bytes, mut packed) = (vec![7; pages * PAGE_BYTES], vec![0; 1 << 20]);
+    let mut output = OutBuffer::around(packed.as_mut_slice());
+    context.compress_stream2(&mut output, &mut InBuffer::around(&bytes), if end { ZSTD_e_end } else { ZSTD_e_flush }).unwrap();
+    let written = output.pos();
+    packed.truncate(written);
+    packed
+}
+
+fn duplicate(first: u64, count: u64, origin: u64) -> Vec<u8> {
+    [vec![5], run(first, count), origin.to_le_bytes().to_vec()].concat()
+}
+
+fn after(lane: u16, frames: u64) -> Vec<u8> {
+    [&[7], lane.to_le_bytes().as_slice(), &frames.to_le_bytes()].concat()
+}
+
+// SPEC: PROTOCOL.md#must-stream-begins
+#[test]
+fn refuses_hostile_streams_and_differences() {
+    let start = |pages: usize| stream(pages, 20, false);
+    let invalid =
+        |codec: &str, pages: usize| format!("block of a batch is not valid `{codec}`: expected {} bytes of pages", pages * PAGE_BYTES);
+    let length = |pages: usize, got: usize| {
+        format!("block of a batch expands to the wrong length: expected {} bytes, got {got}", pages * PAGE_BYTES)
+    };
+    let one_of = |record: Vec<u8>| vec![pages(&[record])];
+    let with = |kind: u8, mut record: Vec<u8>| {
+        record[0] = kind;
+        record
+    };
+    for good in [batch(4, &[(0, 3)], &start(3)), batch(2, &[(0, 3)], &stream(3, 20, true)), with(6, batch(4, &[(0, 3)], &start(3)))] {
+        assert_eq!(verdict(&one_of(good)), None);
+    }
+    let two = |second: Vec<u8>| vec![pages(&[batch(4, &[(0, 3)], &start(3)), second])];
+    check(&[
+        ("a stream that was not begun", one_of(batch(3, &[(0, 3)], &start(3))), &invalid("zstd stream", 3)),
+        ("a stream that ends", one_of(batch(4, &[(0, 3)], &stream(3, 20, true))), &invalid("zstd stream start", 3)),
+        ("a window beyond the bound", one_of(batch(4, &[(0, 3)], &stream(3, 28, false))), &invalid("zstd stream start", 3)),
+        ("a part that is too long", one_of(batch(4, &[(0, 2)], &start(3))), &format!("{} or more", length(2, 2 * PAGE_BYTES + 1))),
+        ("a part that is too short", one_of(batch(4, &[(0, 4)], &start(3))), &length(4, 3 * PAGE_BYTES)),
+        ("the same part again", two(batch(3, &[(3, 3)], &start(3))), &invalid("zstd stream", 3)),
+        ("a frame that does not end", one_of(batch(2, &[(0, 3)], &start(3))), &invalid("zstd", 3)),
+        ("a frame of more pages", one_of(batch(2, &[(0, 3)], &stream(100, 20, true))), &length(3, 3 * PAGE_BYTES)),
+        ("no frame at all", one_of(batch(2, &[(0, 3)], &packed(3))), &invalid("zstd", 3)),
+    ]);
+    // A stream that failed is not gone on with.
+    assert!(verdict(&two(batch(3, &[(3, 1)], &[1, 2, 3]))).is_some());
+}
+
+// SPEC: PROTOCOL.md#must-duplicate
+// SPEC: PROTOCOL.md#must-after-first
+#[test]
+fn refuses_hostile_duplicates_and_afters() {
+    let bounds = |field: &str, expected: &str| malformed(&format!("`{field}` of `pages frame` is out of bounds: expected {expected}"));
+    let outside = |page: u64| format!("page {page} is outside guest RAM of {PAGES} pages");
+    for good in [vec![after(1, 5), after(0, 0), duplicate(0, 100, 512)], vec![duplicate(0, 10, 5)], vec![after(15, 1)]] {
+        assert_eq!(verdict(&[pages(&good)]), None);
+    }
+    let behind = "`record kind` of `pages frame` is malformed: expected `after` in front of all others, got";
+    assert!(verdict(&[pages(&[zero(0, 1), after(1, 5)])]).unwrap().contains(behind));
+    check(&[
+        ("an origin outside", vec![pages(&[duplicate(0, 1, PAGES)])], &outside(PAGES)),
+        ("an origin that ends outside", vec![pages(&[duplicate(0, 2, PAGES - 1)])], &outside(PAGES)),
+        (
+            "an origin beyond every number",
+            vec![pages(&[duplicate(0, 2, u64::MAX)])],
+            &bounds("origin", "0 to 1099511627774, got 18446744073709551615"),
+        ),
+        ("a page of another lane", vec![pages(&[duplicate(512, 1, 0)])], "page 512 came on lane 0: expected lane 1"),
+        ("a page twice", vec![pages(&[zero(0, 1), duplicate(0, 1, 9)])], "page 0 came twice in round 1: expected once"),
+        ("a lane that cannot be", vec![pages(&[after(16, 1)])], &bounds("lane to wait for", "0 to 15, got 16")),
+    ]);
+}
+
 // SPEC: PROTOCOL.md#must-exact-block
 #[test]
 fn refuses_hostile_batches() {
@@ -294,7 +375,9 @@ fn refuses_hostile_batches() {
         malformed(&format!("`pages frame` ends inside `{field}`: expected {expected} bytes, got {got}"))
     };
     let bounds = |field: &str, expected: &str| malformed(&format!("`{field}` of `pages frame` is out of bounds: expected {expected}"));
-    let codec = |got: u8| malformed(&format!("`codec` of `pages frame` is unknown: expected 1 (lz4), got {got}"));
+    let codec = |got: u8| {
+        malformed(&format!("`codec` of `pages frame` is unknown: expected 1 (lz4), 2 (zstd), 3 (zstd stream) or 4 (its start), got {got}"))
+    };
     let length =
         |pages: usize, got: &str| format!("block of a batch expands to the wrong length: expected {} bytes, got {got}", pages * PAGE_BYTES);
     let garbage = |pages: usize| format!("block of a batch is not valid `lz4`: expected {} bytes of pages", pages * PAGE_BYTES);
@@ -309,7 +392,7 @@ fn refuses_hostile_batches() {
     let half = packed(2)[..packed(2).len() / 2].to_vec();
     check(&[
         ("codec zero", one_of(batch(0, &[(0, 1)], &packed(1))), &codec(0)),
-        ("codec unknown", one_of(batch(2, &[(0, 1)], &packed(1))), &codec(2)),
+        ("codec unknown", one_of(batch(5, &[(0, 1)], &packed(1))), &codec(5)),
         ("no runs", one_of(batch(1, &[], &packed(1))), &bounds("runs", "1 to 64, got 0")),
         ("too many runs", one_of(batch(1, &many, &packed(1))), &bounds("runs", "1 to 64, got 65")),
         ("runs cut", one_of(vec![3, 1, 64, 0, 0, 0]), &ends("runs", 512, 2)),

@@ -1,14 +1,17 @@
 //! Source and destination of one migration, joined by lanes that a test holds in its hands.
 
 mod hostile;
+mod resemblance;
 mod stream;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 
-use crate::memory::{DecodeError, Decoder, Encoder, GuestRam, MemoryLayout, PageSet, Tracker, digest_ram};
+use crate::memory::{
+    DUPLICATES_KEY_BYTES, DecodeError, Decoder, Duplicates, Encoder, GuestRam, MemoryLayout, PageSet, Tracker, digest_ram,
+};
 use crate::types::{LaneIndex, PAGE_BYTES, PageNumber, RamRegion, Round};
-use crate::wire::{Compression, CompressionScope, Durability, FRAME_HEADER_BYTES, FrameHeader, FrameKind, StreamTerms};
+use crate::wire::{After, Compression, CompressionScope, Durability, FRAME_HEADER_BYTES, FrameHeader, FrameKind, StreamTerms, afters};
 
 pub(super) fn terms(lanes: u16, compression: Compression, compression_scope: CompressionScope, length_padding: bool) -> StreamTerms {
     StreamTerms { lanes, compression, compression_scope, length_padding, durability: Durability::None, verify: true }
@@ -85,6 +88,9 @@ pub(super) struct Pair {
     work: Vec<VecDeque<Work>>,
     lanes: Vec<VecDeque<Vec<u8>>>,
     marks: BTreeMap<Round, usize>,
+    duplicates: Option<Arc<Duplicates>>,
+    /// Whether lanes wait for each other where frames ask for it.
+    pub(super) waits: bool,
 }
 
 impl Pair {
@@ -97,14 +103,27 @@ impl Pair {
             source,
             destination,
             tracker: Tracker::new(pages),
-            encoders: lanes().map(|lane| Encoder::new(lane, terms.lanes, terms)).collect(),
+            encoders: lanes().map(|lane| Encoder::new(lane, terms.lanes, terms, pages)).collect(),
             decoders: lanes().map(|lane| Decoder::new(lane, terms.lanes, pages)).collect(),
             fault: Fault::None,
             dirty: PageSet::full(pages),
             work: lanes().map(|_| VecDeque::new()).collect(),
             lanes: lanes().map(|_| VecDeque::new()).collect(),
             marks: BTreeMap::new(),
+            duplicates: None,
+            waits: true,
         }
+    }
+
+    /// The same with encoders that know of equal pages and earlier versions. Rounds must not overlap then.
+    pub(super) fn knowing(regions: &[RamRegion], terms: &StreamTerms) -> Self {
+        let mut pair = Self::new(regions, terms);
+        let pages = pair.source.pages();
+        let duplicates = Arc::new(Duplicates::new(pages, 1 << 20, [3; DUPLICATES_KEY_BYTES]));
+        let encoder = |lane| Encoder::new(lane, terms.lanes, terms, pages).knowing(Arc::clone(&duplicates), 1 << 20, terms);
+        pair.encoders = (0..terms.lanes).map(LaneIndex).map(encoder).collect();
+        pair.duplicates = Some(duplicates);
+        pair
     }
 
     /// The guest writes `count` pages, cut at the end of its RAM.
@@ -120,6 +139,9 @@ impl Pair {
     pub(super) fn begin_round(&mut self) {
         self.tracker.owe(&self.dirty.take());
         let (round, mut pages) = self.tracker.begin_round();
+        if let Some(duplicates) = &self.duplicates {
+            duplicates.begin_round(round, &pages);
+        }
         if let Fault::SkipPage(page) = self.fault {
             let mut fewer = PageSet::clone(&pages);
             assert!(fewer.remove(page), "the fault has to hit a page of the round");
@@ -150,7 +172,12 @@ impl Pair {
 
     /// One lane of the destination applies its next frame. False if there is none.
     pub(super) fn deliver(&mut self, lane: usize) -> Result<bool, DecodeError> {
-        let Some(frame) = self.lanes[lane].pop_front() else { return Ok(false) };
+        let Some(frame) = self.lanes[lane].front() else { return Ok(false) };
+        let waits_for = |after: After| self.decoders[usize::from(after.lane.0)].standing().frames < after.frames;
+        if self.waits && afters(&header_of(frame), &frame[FRAME_HEADER_BYTES..]).any(waits_for) {
+            return Ok(false);
+        }
+        let frame = self.lanes[lane].pop_front().unwrap();
         let (header, body) = frame.split_first_chunk::<FRAME_HEADER_BYTES>().unwrap();
         let header = FrameHeader::decode(header).unwrap();
         if let Some(round) = self.decoders[lane].apply(&header, body, &self.destination)? {
@@ -171,17 +198,29 @@ impl Pair {
         self.encoders.iter_mut().for_each(Encoder::rejoin);
         self.decoders.iter_mut().for_each(Decoder::rejoin);
         self.tracker.interrupted();
+        self.duplicates.iter().for_each(|duplicates| duplicates.clear());
     }
 
     /// Sends and applies everything that is left, and one more round.
     pub(super) fn finish(&mut self) -> Result<(), DecodeError> {
         self.begin_round();
+        self.run_out()
+    }
+
+    /// Sends and applies everything that is left.
+    pub(super) fn run_out(&mut self) -> Result<(), DecodeError> {
         for lane in 0..self.lanes.len() {
             while self.send(lane) {}
         }
         self.plant();
-        for lane in 0..self.lanes.len() {
-            while self.deliver(lane)? {}
+        while !self.lanes.iter().all(VecDeque::is_empty) {
+            let mut moved = false;
+            for lane in 0..self.lanes.len() {
+                while self.deliver(lane)? {
+                    moved = true;
+                }
+            }
+            assert!(moved, "every lane waits for another");
         }
         Ok(())
     }

@@ -136,7 +136,7 @@ fn pages_are_counted_by_class_the_same_at_both_ends() {
         let random = of(3) + of(4);
         let expected = match compression {
             Compression::None => PageCounts { zero, raw: pages - zero, ..PageCounts::default() },
-            Compression::Lz4 => PageCounts { zero, raw: random, compressed: pages - zero - random, ..PageCounts::default() },
+            _ => PageCounts { zero, raw: random, compressed: pages - zero - random, ..PageCounts::default() },
         };
         assert_eq!(pair.encoders[0].counts(), expected);
         assert_eq!(pair.decoders[0].counts(), expected);
@@ -153,7 +153,7 @@ fn frames_stay_within_their_limits_whatever_the_pages_hold() {
             for page in (0..ram.pages()).step_by(2) {
                 ram.write(PageNumber(page), &content.page()).unwrap();
             }
-            let mut encoder = Encoder::new(LaneIndex(0), 1, &terms);
+            let mut encoder = Encoder::new(LaneIndex(0), 1, &terms, 1 << 12);
             let (mut from, mut pages) = (Some(PageNumber(0)), 0);
             while let Some(at) = from {
                 let mut frame = Vec::new();
@@ -171,7 +171,7 @@ fn frames_stay_within_their_limits_whatever_the_pages_hold() {
 // SPEC: PROTOCOL.md#must-mark-every-lane
 #[test]
 fn an_empty_lane_sends_marks_only() {
-    let mut encoder = Encoder::new(LaneIndex(1), 2, &terms(2, Compression::Lz4, CompressionScope::Stream, true));
+    let mut encoder = Encoder::new(LaneIndex(1), 2, &terms(2, Compression::Lz4, CompressionScope::Stream, true), 1 << 12);
     let ram = flat(10);
     let mut out = vec![9];
     assert_eq!(encoder.encode_frame(&ram, Round(1), &PageSet::full(10), PageNumber(0), &mut out).unwrap(), None);
@@ -182,7 +182,7 @@ fn an_empty_lane_sends_marks_only() {
 
 #[test]
 fn a_set_larger_than_the_ram_leaves_no_half_frame() {
-    let mut encoder = Encoder::new(LaneIndex(0), 1, &terms(1, Compression::Lz4, CompressionScope::Stream, false));
+    let mut encoder = Encoder::new(LaneIndex(0), 1, &terms(1, Compression::Lz4, CompressionScope::Stream, false), 1 << 12);
     let mut out = Vec::new();
     let refused = encoder.encode_frame(&flat(100), Round(1), &PageSet::full(101), PageNumber(0), &mut out);
     assert!(refused.is_err() && out.is_empty() && encoder.totals().frames == 0);
@@ -195,7 +195,7 @@ fn zero_pages_do_not_allocate_fresh_memory() {
     file.set_len(pages * 4096).unwrap();
     let destination = GuestRam::map(file.try_clone().unwrap(), MemoryLayout::flat(pages).unwrap()).unwrap();
     let source = flat(pages);
-    let mut encoder = Encoder::new(LaneIndex(0), 1, &terms(1, Compression::None, CompressionScope::Stream, false));
+    let mut encoder = Encoder::new(LaneIndex(0), 1, &terms(1, Compression::None, CompressionScope::Stream, false), 1 << 12);
     let mut decoder = Decoder::new(LaneIndex(0), 1, pages);
     let mut round = Round(0);
     let mut move_all = |source: &GuestRam| {
@@ -224,7 +224,7 @@ fn length_of(scope: CompressionScope, pages: [Content; 2]) -> usize {
     ram.write(PageNumber(0), &pages[0].page()).unwrap();
     ram.write(PageNumber(1), &pages[1].page()).unwrap();
     let mut out = Vec::new();
-    let mut encoder = Encoder::new(LaneIndex(0), 1, &terms(1, Compression::Lz4, scope, false));
+    let mut encoder = Encoder::new(LaneIndex(0), 1, &terms(1, Compression::Lz4, scope, false), 1 << 12);
     encoder.encode_frame(&ram, Round(1), &PageSet::full(2), PageNumber(0), &mut out).unwrap();
     out.len()
 }
@@ -257,7 +257,7 @@ fn padded_frames_have_few_lengths() {
                 ram.write(PageNumber(page), &Content::HalfRandom(page).page()).unwrap();
             }
             let mut out = Vec::new();
-            let mut encoder = Encoder::new(LaneIndex(0), 1, &terms(1, Compression::Lz4, CompressionScope::Page, padded));
+            let mut encoder = Encoder::new(LaneIndex(0), 1, &terms(1, Compression::Lz4, CompressionScope::Page, padded), 1 << 12);
             encoder.encode_frame(&ram, Round(1), &PageSet::full(count), PageNumber(0), &mut out).unwrap();
             lengths.insert(out.len());
         }

@@ -1,0 +1,194 @@
+//! How hard to try: from what packing and sending take, one lane at a time.
+//!
+//! A byte of page content takes `1 / packing rate + ratio / sending rate` on the lane's own thread, and at least `ratio / link
+//! rate` on the link. The effort with which that is least is the best. The rates are measured; what was
+//! not tried is taken from how much faster or slower, and how much smaller or larger, what was tried came out than on the machine
+//! and the memory of the table below.
+
+use std::time::Duration;
+
+use crate::memory::Effort;
+
+/// Efforts with what they do to a real guest's memory on one core: bytes packed a second, and what is left of a byte.
+const LADDER: [(Effort, f64, f64); 6] = [
+    (Effort::None, 6e9, 1.0),
+    (Effort::Lz4, 1.2e9, 0.36),
+    (Effort::Zstd(1), 0.7e9, 0.29),
+    (Effort::Zstd(3), 0.45e9, 0.265),
+    (Effort::Zstd(6), 0.15e9, 0.25),
+    (Effort::Zstd(9), 0.08e9, 0.24),
+];
+
+/// Bytes that a lane's thread encrypts and hands to the kernel in a second.
+const SENDING: f64 = 3e9;
+/// WHY: frames differ too much for less to mean something, and a change is to be answered within a second.
+const PERIOD: Duration = Duration::from_millis(60);
+/// WHY: another effort loses what the codec has seen, so it has to be better by this.
+const GAIN: f64 = 0.93;
+/// Round trips of at least this are a link that is worth packing for before it is known.
+const LONG: Duration = Duration::from_millis(4);
+
+/// What is known of one lane.
+#[derive(Debug)]
+pub struct Adaptation {
+    at: usize,
+    /// Packing here over packing in the table, as a speed.
+    speed: f64,
+    /// What is left here over what is left in the table.
+    left: f64,
+    /// Bytes a second that the link takes; nothing before that is known.
+    link: Option<f64>,
+    /// Since the last decision.
+    packing: Duration,
+    waiting: Duration,
+    content: u64,
+    wire: u64,
+}
+
+impl Adaptation {
+    /// On a path with this round trip.
+    #[must_use]
+    pub fn new(round_trip: Duration) -> Self {
+        let at = if round_trip >= LONG { 3 } else { 0 };
+        Self { at, speed: 1.0, left: 1.0, link: None, packing: Duration::ZERO, waiting: Duration::ZERO, content: 0, wire: 0 }
+    }
+
+    /// How hard to try now.
+    #[must_use]
+    pub fn effort(&self) -> Effort {
+        LADDER.get(self.at).map_or(Effort::None, |(effort, ..)| *effort)
+    }
+
+    /// A frame went out: `packing` was spent to make it, `waiting` until there was room for it. It has `wire` bytes, for `content`
+    /// bytes of pages that went through the codec.
+    pub fn sent(&mut self, packing: Duration, waiting: Duration, content: u64, wire: u64) {
+        self.packing += packing;
+        self.waiting += waiting;
+        self.content += content;
+        self.wire += wire;
+        if self.packing + self.waiting >= PERIOD && self.content > 0 {
+            self.learn();
+            self.choose();
+            (self.packing, self.waiting, self.content, self.wire) = (Duration::ZERO, Duration::ZERO, 0, 0);
+        }
+    }
+
+    /// A batch of `content` bytes that went out unpacked was packed with LZ4 as a trial, to so many bytes, in this time.
+    pub fn probed(&mut self, content: usize, packed: usize, took: Duration) {
+        let [_, (_, rate, left), ..] = LADDER;
+        if content > 0 && !took.is_zero() {
+            blend(&mut self.speed, content as f64 / took.as_secs_f64() / rate);
+            blend(&mut self.left, packed as f64 / content as f64 / left);
+        }
+    }
+
+    fn learn(&mut self) {
+        let Some((_, rate, left)) = LADDER.get(self.at) else { return };
+        let (packing, waiting) = (self.packing.as_secs_f64(), self.waiting.as_secs_f64());
+        if self.at > 0 {
+            blend(&mut self.speed, self.content as f64 / packing.max(1e-6) / rate);
+            blend(&mut self.left, self.wire as f64 / self.content as f64 / left);
+        }
+        let throughput = self.wire as f64 / (packing + waiting);
+        let waited = waiting / (packing + waiting);
+        self.link = Some(match self.link {
+            // It waits: this is what the link takes.
+            _ if waited > 0.5 => throughput,
+            // It hardly waits: the link would take more, nobody knows how much.
+            Some(link) if waited < 0.2 => throughput.max(link * 1.3),
+            Some(link) => throughput.max(link),
+            None => throughput * 2.0,
+        });
+    }
+
+    fn choose(&mut self) {
+        let Some(link) = self.link else { return };
+        let takes = |at: usize| {
+            let (_, rate, left) = LADDER.get(at).copied().unwrap_or((Effort::None, 1.0, 1.0));
+            let (rate, left) = if at == 0 { (rate, 1.0) } else { (rate * self.speed, (left * self.left).min(1.0)) };
+            (1.0 / rate + left / SENDING).max(left / link)
+        };
+        let best = (0..LADDER.len()).min_by(|one, other| takes(*one).total_cmp(&takes(*other))).unwrap_or(0);
+        if takes(best) < takes(self.at) * GAIN {
+            self.at = best;
+        }
+    }
+}
+
+/// What was measured last counts half.
+fn blend(known: &mut f64, measured: f64) {
+    *known = f64::midpoint(*known, measured.clamp(1e-3, 1e3));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A lane whose processor is so many times as fast as the table's, on a link of so many bytes a second, with pages of which so
+    /// much more is left than in the table: its effort after `seconds`.
+    fn after(adaptation: &mut Adaptation, speed: f64, link: f64, left: f64, seconds: f64) -> Effort {
+        let mut time = 0.0;
+        let mut frames = 0;
+        while time < seconds {
+            let (_, rate, ratio) = LADDER[adaptation.at];
+            let ratio = if adaptation.at == 0 { 1.0 } else { (ratio * left).min(1.0) };
+            let content = 512.0 * 1024.0 / ratio;
+            let packing = content / (rate * speed) + content * ratio / SENDING;
+            // What is sent meanwhile need not be waited for.
+            let waiting = (content * ratio / link - packing).max(0.0);
+            time += packing + waiting;
+            #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a test's figures")]
+            adaptation.sent(Duration::from_secs_f64(packing), Duration::from_secs_f64(waiting), content as u64, 512 * 1024);
+            frames += 1;
+            if adaptation.at == 0 && frames % 16 == 0 {
+                let took = 262_144.0 / (LADDER[1].1 * speed);
+                #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a test's figures")]
+                adaptation.probed(262_144, (262_144.0 * (LADDER[1].2 * left).min(1.0)) as usize, Duration::from_secs_f64(took));
+            }
+        }
+        adaptation.effort()
+    }
+
+    #[test]
+    fn a_slow_link_is_worth_a_strong_codec_and_a_fast_one_none() {
+        let short = || Adaptation::new(Duration::from_micros(100));
+        let long = || Adaptation::new(Duration::from_millis(50));
+        for (what, link, efforts) in [
+            ("loopback", 2e9, &[Effort::None][..]),
+            ("10 Gbit/s", 1.25e9, &[Effort::None, Effort::Lz4]),
+            ("1 Gbit/s", 125e6, &[Effort::Zstd(1), Effort::Zstd(3)]),
+            ("100 Mbit/s", 12.5e6, &[Effort::Zstd(6), Effort::Zstd(9)]),
+        ] {
+            for (from, adaptation) in [("short", short()), ("long", long())] {
+                let mut adaptation = adaptation;
+                let effort = after(&mut adaptation, 1.0, link, 1.0, 1.0);
+                assert!(efforts.contains(&effort), "{what}, begun as on a {from} path: {effort:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_link_that_changes_is_answered_within_a_second() {
+        let mut adaptation = Adaptation::new(Duration::from_micros(100));
+        assert_eq!(after(&mut adaptation, 1.0, 2e9, 1.0, 1.0), Effort::None);
+        assert!(matches!(after(&mut adaptation, 1.0, 50e6, 1.0, 1.0), Effort::Zstd(_)));
+        assert_eq!(after(&mut adaptation, 1.0, 3e9, 1.0, 1.0), Effort::None);
+    }
+
+    #[test]
+    fn incompressible_pages_go_out_as_they_are() {
+        for link in [2e9, 125e6, 12.5e6] {
+            let mut adaptation = Adaptation::new(Duration::from_millis(50));
+            let effort = after(&mut adaptation, 1.0, link, 4.0, 2.0);
+            let (_, rate, _) = LADDER[adaptation.at];
+            assert!(effort == Effort::None || rate > link * 3.0, "{link}: {effort:?}");
+        }
+    }
+
+    #[test]
+    fn a_processor_that_is_busy_tries_less() {
+        let mut adaptation = Adaptation::new(Duration::from_millis(50));
+        let effort = after(&mut adaptation, 0.1, 125e6, 1.0, 2.0);
+        assert!(matches!(effort, Effort::None | Effort::Lz4), "{effort:?}");
+    }
+}
