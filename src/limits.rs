@@ -138,6 +138,11 @@ pub const INCOMING_BUFFERS_BYTES: u64 = 8 << 20;
 pub const CRYPTO_BUFFER_BYTES: usize = 16 * 1024;
 /// LIMIT: what a peer may send before it is authorised: a join, or the head of a hello.
 pub const UNAUTHORISED_WINDOW_BYTES: u32 = 16 * 1024;
+/// LIMIT: buffers of all lanes of a gateway in one direction: 1 Gbit/s over 150 ms takes a third, a lost packet that is sent again
+/// as much once more.
+pub const LANE_BUFFERS_BYTES: u64 = 64 << 20;
+/// LIMIT: the buffer of one lane, however many there are: 200 of them take what all may take.
+pub const LANE_BUFFER_BYTES_MIN: u32 = 320 * 1024;
 /// LIMIT: control messages in flight: a few of the largest.
 pub const CONTROL_WINDOW_BYTES: u32 = 4 << 20;
 /// LIMIT: silence that may be configured before a peer counts as gone.

@@ -4,9 +4,10 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use quinn::congestion::CubicConfig;
+use quinn::congestion::{BbrConfig, ControllerFactory, CubicConfig};
 use quinn::{AckFrequencyConfig, EndpointConfig, IdleTimeout, MtuDiscoveryConfig, NoneTokenLog, NoneTokenStore, VarInt};
 
+use super::congestion::{Member, RateFactory};
 use super::error::TransportError;
 use super::steer::{self, SteeredIds};
 use super::tls::QuicTls;
@@ -31,14 +32,28 @@ pub struct TransportConfig {
     pub handshake_timeout: Duration,
     /// How long `connect` tries.
     pub connect_timeout: Duration,
-    /// Bytes that a peer may have in flight towards us on a lane.
+    /// Bytes that a peer may have in flight towards us on a lane; less with many lanes.
     pub lane_receive_window_bytes: u32,
-    /// Bytes of ours that wait for acknowledgement on a lane.
+    /// Bytes of ours that wait for acknowledgement on a lane; less with many lanes or on a slow path.
     pub lane_send_window_bytes: u32,
     /// Kernel buffers wanted for each lane socket; the kernel may give less.
     pub socket_buffer_bytes: usize,
     /// Packets that a receiver of a lane may collect before it acknowledges.
     pub ack_threshold: u32,
+    /// What decides how much may be in flight.
+    pub congestion: Congestion,
+}
+
+/// What decides how much may be in flight.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Congestion {
+    /// The measured rate of the path; loss of a few percent means nothing.
+    #[default]
+    Rate,
+    /// QUIC's usual one, to compare with: loss halves the rate.
+    Cubic,
+    /// The BBR that QUIC's library has, to compare with.
+    Bbr,
 }
 
 impl TransportConfig {
@@ -56,10 +71,13 @@ impl TransportConfig {
             keep_alive: Duration::from_secs(3),
             handshake_timeout: Duration::from_secs(3),
             connect_timeout: Duration::from_secs(10),
+            // Two lanes carry 1 Gbit/s over 150 ms. WHY no more: in quinn 0.11 a receiver with more than 1024 gaps in a stream
+            // closes the connection. In this window that takes a tenth of all packets lost, each alone.
             lane_receive_window_bytes: 16 << 20,
             lane_send_window_bytes: 16 << 20,
             socket_buffer_bytes: 16 << 20,
             ack_threshold: 10,
+            congestion: Congestion::default(),
         }
     }
 
@@ -122,7 +140,7 @@ impl TransportConfig {
         transport.max_concurrent_bidi_streams(VarInt::from_u32(0));
         transport.receive_window(VarInt::from_u32(limits::UNAUTHORISED_WINDOW_BYTES));
         if purpose == Purpose::Lane {
-            transport.congestion_controller_factory(Arc::new(receivers_congestion()));
+            transport.congestion_controller_factory(self.congestion.factory(RECEIVERS_WINDOW_BYTES, RECEIVERS_WINDOW_BYTES, None));
         }
         let mut config = quinn::ServerConfig::with_crypto(tls.server());
         let mut tokens = quinn::ValidationTokenConfig::default();
@@ -139,9 +157,19 @@ impl TransportConfig {
         config
     }
 
-    /// The connecting side; `first_byte` picks the socket of the listener's group.
-    pub(super) fn client(&self, purpose: Purpose, tls: &QuicTls, first_byte: u8) -> quinn::ClientConfig {
-        let mut transport = self.transport(purpose);
+    /// The connecting side of a session.
+    pub(super) fn session_client(&self, tls: &QuicTls) -> quinn::ClientConfig {
+        self.client(self.transport(Purpose::Session), tls, steer::SESSION_BYTE)
+    }
+
+    /// The connecting side of a lane, which shares its path with others; `first_byte` picks the socket of the listener's group.
+    pub(super) fn lane_client(&self, tls: &QuicTls, first_byte: u8, member: Arc<Member>) -> quinn::ClientConfig {
+        let mut transport = self.transport(Purpose::Lane);
+        transport.congestion_controller_factory(self.congestion.factory(INITIAL_WINDOW_BYTES, 0, Some(member)));
+        self.client(transport, tls, first_byte)
+    }
+
+    fn client(&self, mut transport: quinn::TransportConfig, tls: &QuicTls, first_byte: u8) -> quinn::ClientConfig {
         transport.max_concurrent_bidi_streams(VarInt::from_u32(0));
         let mut config = quinn::ClientConfig::new(tls.client());
         config
@@ -163,6 +191,7 @@ impl TransportConfig {
             .datagram_receive_buffer_size(None)
             .datagram_send_buffer_size(0)
             .allow_spin(false)
+            .congestion_controller_factory(self.congestion.factory(INITIAL_WINDOW_BYTES, 0, None))
             .initial_mtu(self.initial_mtu);
         let (receive, send, mtu) = match purpose {
             Purpose::Session => {
@@ -185,23 +214,31 @@ impl TransportConfig {
         }
         config
     }
+}
 
-    /// The whole receive window, given once the peer is authorised.
-    pub(super) fn authorised_window(&self, purpose: Purpose) -> VarInt {
-        VarInt::from_u32(match purpose {
-            Purpose::Session => limits::CONTROL_WINDOW_BYTES,
-            Purpose::Lane => self.lane_receive_window_bytes,
-        })
+impl Congestion {
+    fn factory(self, initial_window: u64, least_window: u64, member: Option<Arc<Member>>) -> Arc<dyn ControllerFactory + Send + Sync> {
+        match self {
+            Self::Rate => Arc::new(RateFactory { initial_window, least_window, member }),
+            Self::Cubic => {
+                let mut config = CubicConfig::default();
+                config.initial_window(initial_window);
+                Arc::new(config)
+            }
+            Self::Bbr => {
+                let mut config = BbrConfig::default();
+                config.initial_window(initial_window);
+                Arc::new(config)
+            }
+        }
     }
 }
 
+/// What may be in flight before the path is known; it is spread over the first round trip.
+const INITIAL_WINDOW_BYTES: u64 = 64 * 1024;
 /// WHY: the receiving end of a lane sends acknowledgements and window updates only, but many. In quinn 0.11 they can fill
-/// the initial congestion window, and a full window holds back window updates and, for good, a close.
-fn receivers_congestion() -> CubicConfig {
-    let mut config = CubicConfig::default();
-    config.initial_window(1 << 20);
-    config
-}
+/// a small congestion window, and a full window holds back window updates and, for good, a close.
+const RECEIVERS_WINDOW_BYTES: u64 = 1 << 20;
 
 /// Payload of control datagrams: an Ethernet frame without IPv6 and UDP headers. Control messages gain nothing from more.
 const SESSION_DATAGRAM_BYTES: u16 = 1452;

@@ -10,6 +10,7 @@ use tokio::sync::{Mutex, Semaphore, mpsc, watch};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 
+use super::buffers::Buffers;
 use super::config::{Purpose, TransportConfig};
 use super::door::{Door, Pass};
 use super::error::{Refused, TransportError, close_code, close_reason};
@@ -30,6 +31,8 @@ pub(super) struct Shared {
     pub(super) config: TransportConfig,
     pub(super) tls: QuicTls,
     pub(super) lanes: Arc<LaneTable>,
+    pub(super) sending: Arc<Buffers>,
+    pub(super) receiving: Arc<Buffers>,
     rooms: Arc<Semaphore>,
     stop: watch::Sender<bool>,
     running: watch::Sender<()>,
@@ -97,6 +100,8 @@ impl Endpoint {
             config,
             tls,
             lanes: Arc::default(),
+            sending: Arc::default(),
+            receiving: Arc::default(),
             rooms: Arc::new(Semaphore::new(limits::SESSIONS_MAX)),
             stop: watch::Sender::new(false),
             running: watch::Sender::new(()),
@@ -150,7 +155,7 @@ impl Endpoint {
     pub async fn connect(&self, address: SocketAddr, expected: &SpiffeId) -> Result<Session, TransportError> {
         let within = self.shared.config.connect_timeout;
         let dialer = self.dialer(address)?;
-        let config = self.shared.config.client(Purpose::Session, &self.shared.tls, steer::SESSION_BYTE);
+        let config = self.shared.config.session_client(&self.shared.tls);
         let connecting = dialer
             .connect_with(config, address, &tls::server_name(address))
             .map_err(|error| TransportError::from_connect(&error, address))?;
@@ -264,7 +269,7 @@ async fn admit(connecting: Connecting, pass: Pass, shared: Arc<Shared>) {
         let room = Arc::clone(&shared.rooms).try_acquire_owned().map_err(|_| TransportError::NoRoom { sessions: limits::SESSIONS_MAX })?;
         // Only now may the peer open a stream, and only one.
         connection.set_max_concurrent_bi_streams(1u8.into());
-        connection.set_receive_window(shared.config.authorised_window(Purpose::Session));
+        connection.set_receive_window(limits::CONTROL_WINDOW_BYTES.into());
         let streams = connection.accept_bi().await.map_err(failed)?;
         Ok(Session::new(connection.clone(), streams, peer.clone(), Arc::clone(&shared), Some(room)))
     });

@@ -13,7 +13,9 @@ use tokio::sync::oneshot;
 use tokio::task::LocalSet;
 use tokio::time::timeout;
 
+use super::buffers::{Place, send_window};
 use super::config::Purpose;
+use super::congestion::Member;
 use super::endpoint::Shared;
 use super::error::{TransportError, close_code, close_reason};
 use super::join::JoinKey;
@@ -35,9 +37,29 @@ pub struct LaneIo {
 }
 
 impl LaneIo {
-    pub(super) fn new(lane: LaneIndex, connection: &quinn::Connection, send: SendStream, receive: RecvStream) -> Self {
-        let sender = LaneSender { stream: send, connection: connection.clone(), sent_bytes: 0, finished: false };
-        let receiver = LaneReceiver { stream: receive, connection: connection.clone(), received_bytes: 0 };
+    /// A lane that we opened, to send pages.
+    fn opened(lane: LaneIndex, connection: &quinn::Connection, streams: (SendStream, RecvStream), shared: &Shared) -> Self {
+        let sending = Window::new(shared.sending.join(), shared.config.lane_send_window_bytes);
+        Self::new(lane, connection, streams, Some(sending), None)
+    }
+
+    /// A lane that joined, to bring pages. From here on the peer may send as much as the window has.
+    pub(super) fn accepted(lane: LaneIndex, connection: &quinn::Connection, streams: (SendStream, RecvStream), shared: &Shared) -> Self {
+        let mut receiving = Window::new(shared.receiving.join(), shared.config.lane_receive_window_bytes);
+        receiving.open(connection);
+        Self::new(lane, connection, streams, None, Some(receiving))
+    }
+
+    fn new(
+        lane: LaneIndex,
+        connection: &quinn::Connection,
+        streams: (SendStream, RecvStream),
+        sending: Option<Window>,
+        receiving: Option<Window>,
+    ) -> Self {
+        let (send, receive) = streams;
+        let sender = LaneSender { stream: send, connection: connection.clone(), window: sending, sent_bytes: 0, finished: false };
+        let receiver = LaneReceiver { stream: receive, connection: connection.clone(), window: receiving, received_bytes: 0 };
         Self { lane, sender, receiver }
     }
 
@@ -47,11 +69,64 @@ impl LaneIo {
     }
 }
 
+/// How much a lane buffers in the direction that carries pages.
+#[derive(Debug)]
+struct Window {
+    place: Place,
+    most: u32,
+    now: u32,
+    /// Bytes carried when it is looked at again.
+    next_look: u64,
+}
+
+impl Window {
+    fn new(place: Place, most: u32) -> Self {
+        Self { place, most, now: most, next_look: 0 }
+    }
+
+    fn is_due(&mut self, carried: u64) -> bool {
+        let due = carried >= self.next_look;
+        if due {
+            self.next_look = carried.saturating_add(LOOK_EVERY_BYTES);
+        }
+        due
+    }
+
+    /// Whether this is news.
+    fn set(&mut self, wanted: u32) -> bool {
+        let changed = self.now.abs_diff(wanted) > self.now / 16;
+        if changed {
+            self.now = wanted;
+        }
+        changed
+    }
+
+    fn open(&mut self, connection: &quinn::Connection) {
+        self.now = self.place.share(self.most);
+        connection.set_receive_window(self.now.into());
+    }
+
+    /// The sending end follows its path.
+    fn follow_path(&mut self, connection: &quinn::Connection, carried: u64) {
+        if self.is_due(carried) && self.set(send_window(connection.stats().path.cwnd, self.place.share(self.most))) {
+            connection.set_send_window(self.now.into());
+        }
+    }
+
+    /// The receiving end makes room for other lanes, or takes the room of lanes that went.
+    fn follow_share(&mut self, connection: &quinn::Connection, carried: u64) {
+        if self.is_due(carried) && self.set(self.place.share(self.most)) {
+            connection.set_receive_window(self.now.into());
+        }
+    }
+}
+
 /// The sending direction of a lane. Dropped before [`finish`](Self::finish), it tells the peer that the bytes are not complete.
 #[derive(Debug)]
 pub struct LaneSender {
     stream: SendStream,
     connection: quinn::Connection,
+    window: Option<Window>,
     sent_bytes: u64,
     finished: bool,
 }
@@ -80,6 +155,9 @@ impl LaneSender {
     fn count(&mut self, bytes: usize, written: Result<(), quinn::WriteError>) -> Result<(), TransportError> {
         written.map_err(|error| TransportError::from_write(error, self.connection.remote_address()))?;
         self.sent_bytes = self.sent_bytes.saturating_add(u64::try_from(bytes).unwrap_or(u64::MAX));
+        if let Some(window) = &mut self.window {
+            window.follow_path(&self.connection, self.sent_bytes);
+        }
         Ok(())
     }
 
@@ -131,6 +209,7 @@ impl Drop for LaneSender {
 pub struct LaneReceiver {
     stream: RecvStream,
     connection: quinn::Connection,
+    window: Option<Window>,
     received_bytes: u64,
 }
 
@@ -167,6 +246,9 @@ impl LaneReceiver {
 
     fn count(&mut self, bytes: usize) {
         self.received_bytes = self.received_bytes.saturating_add(u64::try_from(bytes).unwrap_or(u64::MAX));
+        if let Some(window) = &mut self.window {
+            window.follow_share(&self.connection, self.received_bytes);
+        }
     }
 
     /// Bytes read so far.
@@ -227,6 +309,7 @@ pub(super) struct LanePlan {
     pub(super) key: JoinKey,
     pub(super) migration: MigrationId,
     pub(super) lane: LaneIndex,
+    pub(super) member: Arc<Member>,
 }
 
 impl LanePlan {
@@ -320,7 +403,8 @@ impl LanePlan {
         let socket = steer::client_socket(address, config.socket_buffer_bytes).map_err(TransportError::socket("open", address))?;
         let endpoint = quinn::Endpoint::new(config.endpoint(Purpose::Lane, 0), None, socket, Arc::new(TokioRuntime))
             .map_err(TransportError::socket("drive", address))?;
-        let client = config.client(Purpose::Lane, &self.shared.tls, steer::lane_byte(self.migration, self.lane));
+        let first_byte = steer::lane_byte(self.migration, self.lane);
+        let client = config.lane_client(&self.shared.tls, first_byte, Arc::clone(&self.member));
         let connecting = endpoint
             .connect_with(client, address, &tls::server_name(address))
             .map_err(|error| TransportError::from_connect(&error, address))?;
@@ -330,7 +414,7 @@ impl LanePlan {
         let (mut send, receive) = connection.open_bi().await.map_err(failed)?;
         let join = self.key.join(&connection, self.lane)?;
         send.write_all(&join.encode()).await.map_err(|error| TransportError::from_write(error, address))?;
-        let io = LaneIo::new(self.lane, &connection, send, receive);
+        let io = LaneIo::opened(self.lane, &connection, (send, receive), &self.shared);
         Ok((endpoint, connection, io))
     }
 
@@ -348,6 +432,8 @@ impl LanePlan {
     }
 }
 
+/// How much a lane carries until its window is looked at again; a window that grows doubles in more than this.
+const LOOK_EVERY_BYTES: u64 = 256 * 1024;
 /// Twice the longest delay that QUIC's defaults give an acknowledgement.
 const ACK_DELAY: Duration = Duration::from_millis(50);
 /// How long a thread stays to tell its peer that it goes.

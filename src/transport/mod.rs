@@ -1,8 +1,8 @@
 //! The tunnel: authenticated QUIC sessions with a control stream, and lanes for bulk bytes, all behind one UDP port.
 //!
 //! *Owns:* sockets, QUIC and TLS settings, admission of strangers, who the peer is, which thread a lane runs on, the
-//! binding of lanes to their session. *Never:* what bytes mean beyond the framing of control messages; policy; 0-RTT,
-//! resumption, datagrams, or any byte of ours before the peer is verified.
+//! binding of lanes to their session, how much is on its way and in buffers. *Never:* what bytes mean beyond the framing of
+//! control messages; policy; 0-RTT, resumption, datagrams, or any byte of ours before the peer is verified.
 //!
 //! ```text
 //!                    one UDP port, SO_REUSEPORT group, BPF on the connection ID
@@ -22,11 +22,13 @@
 //!
 //! QUIC's own "migration" is called *path change* here.
 //!
-//! *Read first:* `endpoint.rs`, `session.rs`, `lane.rs`, `join.rs`; then `steer.rs` and `worker.rs`.
+//! *Read first:* `endpoint.rs`, `session.rs`, `lane.rs`, `join.rs`; then `steer.rs` and `worker.rs`; `congestion.rs` stands alone.
 
 #![deny(clippy::indexing_slicing)]
 
+mod buffers;
 mod config;
+mod congestion;
 mod door;
 mod endpoint;
 mod error;
@@ -40,7 +42,7 @@ mod worker;
 #[cfg(test)]
 mod tests;
 
-pub use config::TransportConfig;
+pub use config::{Congestion, TransportConfig};
 pub use endpoint::Endpoint;
 pub use error::{LaneRefusal, Refused, TransportError};
 pub use join::{LaneGate, LaneHandler};

@@ -10,6 +10,7 @@ use quinn::{Connection, RecvStream, SendStream, Side};
 use tokio::sync::{Mutex, OwnedSemaphorePermit};
 use tokio::time::timeout;
 
+use super::congestion::Group;
 use super::endpoint::Shared;
 use super::error::{TransportError, close_code, close_reason};
 use super::join::{JoinKey, LaneGate, LaneHandler};
@@ -27,6 +28,8 @@ pub struct Session {
     pub(super) connection: Connection,
     peer: PeerIdentity,
     shared: Arc<Shared>,
+    /// The lanes that we opened.
+    lanes: Arc<Group>,
     outbox: Mutex<Outbox>,
     inbox: Mutex<Inbox>,
     /// Room among the sessions that peers may open; none for a session that we opened.
@@ -44,7 +47,7 @@ impl Session {
         let (send, receive) = streams;
         let outbox = Mutex::new(Outbox { stream: send, pending: Bytes::new() });
         let inbox = Mutex::new(Inbox { stream: receive, header: [0; CONTROL_HEADER_BYTES], filled: 0, body: None });
-        Self { connection, peer, shared, outbox, inbox, _room: room }
+        Self { connection, peer, shared, lanes: Arc::default(), outbox, inbox, _room: room }
     }
 
     /// Who is at the other end, as verified when the session began.
@@ -129,6 +132,7 @@ impl Session {
             key: JoinKey::new(&self.connection, migration)?,
             migration,
             lane,
+            member: Arc::new(self.lanes.join(lane)),
         };
         plan.start(task).await
     }

@@ -124,7 +124,6 @@ async fn admit(connecting: Connecting, shared: &Shared, progress: &mut Progress)
     })?;
     let join = Join::decode(&bytes).map_err(|source| TransportError::Wire { address, source })?;
     let handler = shared.lanes.claim(&join, &peer, &connection)?;
-    connection.set_receive_window(shared.config.authorised_window(Purpose::Lane));
     let lane: LaneIndex = join.lane;
-    Ok((handler, LaneIo::new(lane, &connection, send, receive)))
+    Ok((handler, LaneIo::accepted(lane, &connection, (send, receive), shared)))
 }

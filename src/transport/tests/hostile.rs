@@ -9,7 +9,7 @@ use rustls_pki_types::{CertificateDer, ServerName, UnixTime};
 
 use super::link::Link;
 use super::*;
-use crate::transport::config::Purpose;
+use crate::transport::congestion::Group;
 use crate::transport::join::JoinKey;
 use crate::transport::tls::QuicTls;
 use crate::transport::{LaneGate, LaneRefusal, TransportError, steer};
@@ -33,12 +33,14 @@ impl Raw {
 
     async fn session(credentials: &Arc<Credentials>, address: SocketAddr) -> Self {
         let tls = QuicTls::new(Arc::clone(credentials)).unwrap();
-        Self::connect(config().client(Purpose::Session, &tls, steer::SESSION_BYTE), address).await.unwrap()
+        Self::connect(config().session_client(&tls), address).await.unwrap()
     }
 
     async fn lane(credentials: &Arc<Credentials>, address: SocketAddr) -> Self {
         let tls = QuicTls::new(Arc::clone(credentials)).unwrap();
-        Self::connect(config().client(Purpose::Lane, &tls, steer::lane_byte(MIGRATION, LaneIndex(0))), address).await.unwrap()
+        let lane = LaneIndex(0);
+        let member = Arc::new(Arc::<Group>::default().join(lane));
+        Self::connect(config().lane_client(&tls, steer::lane_byte(MIGRATION, lane), member), address).await.unwrap()
     }
 
     async fn open(&self) -> (SendStream, RecvStream) {
