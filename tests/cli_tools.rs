@@ -1,6 +1,7 @@
 //! The commands that need no gateway, run as a person or a script runs them.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "tests")]
 
+use std::io::{BufRead, BufReader, Read};
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::{Command, Output};
@@ -425,4 +426,106 @@ fn bench_refuses_what_is_no_image_and_leaves_nothing_behind() {
     assert_eq!(output.status.code(), Some(2));
     assert!(String::from_utf8_lossy(&output.stderr).contains("`odd.img`"), "{output:?}");
     assert_eq!(scratch.read_dir().unwrap().count(), 0, "keys are removed");
+}
+
+#[test]
+fn bench_generates_the_memory_when_asked() {
+    let dir = here();
+    let bench = |flags: &str| sealane(dir.path(), &format!("bench --memory 16MiB --rounds 1 --json --content {flags}")).says(0, &[]).json();
+    let object = bench("realistic --verify");
+    assert_eq!((object["content"]["kind"].as_str(), object["content"]["seed"].as_u64()), (Some("realistic"), Some(1)));
+    assert_eq!((object["image"].is_null(), object["image_bytes"].as_u64()), (true, Some(16 << 20)));
+    let pages = |object: &Value, kind: &str| object["report"]["pages"][kind].as_u64().unwrap();
+    assert!((800..2400).contains(&pages(&object, "zero")), "{object}");
+    assert!((2 << 20..7 << 20).contains(&object["report"]["wire_bytes"].as_u64().unwrap()), "{object}");
+    let again = bench("realistic");
+    assert_eq!(pages(&again, "zero"), pages(&object, "zero"), "the seed decides");
+    assert_eq!(pages(&bench("zero"), "zero"), 4096);
+    assert_eq!(pages(&bench("incompressible"), "raw"), 4096);
+    let heavy = bench("write-heavy --dirty-rate 20MiB/s --verify");
+    assert_eq!(heavy["content"]["dirty_bytes_per_second"].as_u64(), Some(20 << 20));
+    assert_eq!(heavy["report"]["verified"].as_bool(), Some(true), "what was written meanwhile arrived");
+}
+
+#[test]
+fn bench_wants_an_image_or_content_and_says_what_does_not_fit() {
+    let dir = here();
+    image(dir.path(), 16);
+    for (flags, words) in [
+        ("", ["--image", "--content"]),
+        ("--image ram.img --content zero", ["cannot be used with", "--content"]),
+        ("--image ram.img --memory 1GiB", ["cannot be used with", "--image"]),
+        ("--content zero --memory 5", ["hint:", "5"]),
+        ("--content zero --memory 5000B", ["5000", "multiple of 4096"]),
+        ("--content zero --dirty-rate 1MiB/s", ["`zero`", "write-heavy"]),
+        ("--content zero --to 127.0.0.1:1", ["--pki", "required"]),
+        ("--content zero --memory 1MiB --to 127.0.0.1:1 --pki none", ["`source`", "bench listen --pki none"]),
+        ("listen --at 127.0.0.1:0", ["--pki", "required"]),
+        ("listen --at localhost --pki ca", ["--at", "localhost"]),
+    ] {
+        sealane(dir.path(), &format!("bench {flags}")).says(2, &words);
+    }
+}
+
+/// `bench listen` in a process of its own.
+struct Listener {
+    process: std::process::Child,
+    address: String,
+}
+
+impl Listener {
+    fn start(dir: &Path, flags: &str) -> Self {
+        let line = format!("bench listen --at 127.0.0.1:0 --pki ca {flags}");
+        let mut command = Command::new(env!("CARGO_BIN_EXE_sealane"));
+        let piped = std::process::Stdio::piped;
+        let mut process = command.args(line.split_whitespace()).current_dir(dir).stdout(piped()).stderr(piped()).spawn().unwrap();
+        let mut lines = BufReader::new(process.stderr.take().unwrap()).lines().map(Result::unwrap);
+        let line = lines.find(|line| line.starts_with("listening at ")).unwrap();
+        // Whatever it says later has somewhere to go.
+        std::thread::spawn(move || lines.count());
+        let address = line["listening at ".len()..].split(';').next().unwrap().to_owned();
+        Self { process, address }
+    }
+
+    /// Ends it as an operator does: its exit code, and what it printed on stdout.
+    fn end(mut self) -> (i32, String) {
+        Command::new("kill").args(["-INT", &self.process.id().to_string()]).status().unwrap();
+        let mut stdout = String::new();
+        self.process.stdout.take().unwrap().read_to_string(&mut stdout).unwrap();
+        (self.process.wait().unwrap().code().unwrap(), stdout)
+    }
+}
+
+#[test]
+fn bench_runs_between_two_processes_and_each_says_its_own_cpu_time() {
+    let dir = here();
+    let listener = Listener::start(dir.path(), "--json");
+    let to = format!("--to {} --pki ca --rounds 2 --json", listener.address);
+    let object = sealane(dir.path(), &format!("bench --content realistic --memory 8MiB {to}")).says(0, &["compared: equal"]).json();
+    assert_eq!((object["link"].as_str(), object["cpu_of"].as_str()), (Some(listener.address.as_str()), Some("source")));
+    assert!(object["report"]["cpu_seconds"].is_null() && object["cpu_seconds"].is_f64(), "{object}");
+    // The next source, with other memory, finds the same listener.
+    sealane(dir.path(), &format!("bench --content zero --memory 4MiB {to}")).says(0, &["compared: equal"]);
+    let (code, stdout) = listener.end();
+    assert_eq!(code, 0);
+    let arrivals: Vec<Value> = stdout.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert_eq!(arrivals.len(), 6, "{stdout}");
+    let ids: Vec<_> = object["timed_runs"].as_array().unwrap().iter().map(|run| &run["migration_id"]).collect();
+    assert_eq!(ids, [&arrivals[1]["migration_id"], &arrivals[2]["migration_id"]]);
+    for arrival in &arrivals {
+        assert_eq!((arrival["schema"].as_str(), arrival["arrived"].as_bool()), (Some("sealane.bench-arrival/1"), Some(true)), "{arrival}");
+    }
+}
+
+#[test]
+fn bench_listen_refuses_what_is_too_large_and_who_is_not_the_source() {
+    let dir = here();
+    let listener = Listener::start(dir.path(), "--max-memory 1MiB");
+    let to = format!("bench --content zero --memory 2MiB --rounds 1 --to {}", listener.address);
+    let ran = sealane(dir.path(), &format!("{to} --pki ca"));
+    assert!(ran.code != 0 && ran.stderr.contains("--max-memory"), "{}{}", ran.stdout, ran.stderr);
+    sealane(dir.path(), "pki init other --trust-domain other.example.net").says(0, &[]);
+    sealane(dir.path(), "pki issue other --gateway source --site x").says(0, &[]);
+    sealane(dir.path(), &format!("{to} --pki other")).says(3, &[]);
+    assert_eq!(listener.end().1, "");
 }

@@ -96,9 +96,12 @@ pub enum Command {
     /// The reference virtual machine monitor.
     #[command(subcommand)]
     Vmm(VmmCommand),
-    /// Measure migrations of a memory image.
+    /// Measure migrations of a memory image, or of generated memory.
     ///
-    /// Moves a file, taken as the RAM of a stopped VM, between two gateways on this machine.
+    /// Moves a file or generated content, taken as the RAM of a stopped VM, between two gateways: both in this process, or one
+    /// here and the other in `sealane bench listen`, on this host or another one.
+    ///
+    /// For example: sealane bench --content realistic --memory 2GiB --compress lz4
     Bench(BenchFlags),
     /// Look for what this host lacks or loses.
     ///

@@ -31,8 +31,8 @@ use clap::Parser;
 
 pub use flags::{Cli, Command};
 pub use tools::{
-    AuditCommand, AuditFilterFlags, BenchFlags, DemoFlags, DemoHypervisor, HugepagesFlag, Payload, PkiCommand, PolicyAction, PolicyCommand,
-    PolicyExplainFlags, VmmCommand, VmmRunFlags,
+    AuditCommand, AuditFilterFlags, BenchCommand, BenchFlags, BenchListenFlags, ContentFlag, DemoFlags, DemoHypervisor, HugepagesFlag,
+    Payload, PkiCommand, PolicyAction, PolicyCommand, PolicyExplainFlags, VmmCommand, VmmRunFlags,
 };
 
 use crate::control::{Exit, exit_of};
@@ -94,7 +94,7 @@ fn dispatch(command: Command, out: Out) -> Ending {
 fn wants_json(command: &Command) -> bool {
     match command {
         Command::Demo(flags) => flags.json,
-        Command::Bench(flags) => flags.json,
+        Command::Bench(flags) => flags.json || matches!(&flags.command, Some(BenchCommand::Listen(listen)) if listen.json),
         Command::Migrate(flags) => flags.migration.daemon.json,
         Command::Plan(flags) => flags.daemon.json,
         Command::Vms(DaemonFlags { json, .. }) | Command::Peers(DaemonFlags { json, .. }) | Command::History(DaemonFlags { json, .. }) => {

@@ -1,5 +1,6 @@
 //! Flags of the commands that do not talk to a gateway: demo, bench, pki, policy, audit, vmm.
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use clap::{Args, Subcommand, ValueEnum};
@@ -48,17 +49,40 @@ pub enum DemoHypervisor {
 
 /// Flags of `bench`.
 #[derive(Debug, Args)]
+#[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
+#[command(group = clap::ArgGroup::new("ram").required(true).args(["image", "content"]))]
 pub struct BenchFlags {
+    /// What else than to move memory.
+    #[command(subcommand)]
+    pub command: Option<BenchCommand>,
     /// The memory image, a multiple of 4096 bytes.
     #[arg(long, value_name = "FILE")]
-    pub image: PathBuf,
+    pub image: Option<PathBuf>,
+    /// Generate the memory instead of reading an image.
+    #[arg(long, value_enum)]
+    pub content: Option<ContentFlag>,
+    /// How much is generated; 2GiB without it.
+    #[arg(long, value_name = "SIZE", conflicts_with = "image", value_parser = quantity::<ByteSize>)]
+    pub memory: Option<ByteSize>,
+    /// Another seed is other content with the same properties.
+    #[arg(long, value_name = "N", default_value_t = 1, conflicts_with = "image")]
+    pub seed: u64,
+    /// How much `write-heavy` content is written each second while it moves; 100MiB/s without it.
+    #[arg(long, value_name = "RATE", conflicts_with = "image", value_parser = quantity::<Bandwidth>)]
+    pub dirty_rate: Option<Bandwidth>,
+    /// Move it to `sealane bench listen` at this address, instead of within this process.
+    #[arg(long, value_name = "IP:PORT", requires = "pki", conflicts_with = "link")]
+    pub to: Option<SocketAddr>,
+    /// Authority with the certificates of the gateways `source` and `destination`.
+    #[arg(long, value_name = "DIR", requires = "to")]
+    pub pki: Option<PathBuf>,
     /// Parallel connections.
     #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u16).range(1..=i64::from(LANES_MAX)))]
     pub lanes: u16,
     /// The link between the gateways.
     #[arg(long, value_enum, default_value_t = BenchLink::Loopback)]
     pub link: BenchLink,
-    /// How often the image is moved; the report is of the median.
+    /// How often the memory is moved; the report is of the median.
     #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=1000))]
     pub rounds: u32,
     /// What makes pages smaller.
@@ -70,6 +94,47 @@ pub struct BenchFlags {
     /// Print JSON on stdout.
     #[arg(long)]
     pub json: bool,
+}
+
+/// Commands of `bench`.
+#[derive(Debug, Subcommand)]
+pub enum BenchCommand {
+    /// Be the destination of `sealane bench --to`, on this or another host, until Ctrl-C.
+    ///
+    /// Memory is ready before the source starts its clock. Prints what each arrival cost here.
+    Listen(BenchListenFlags),
+}
+
+/// Flags of `bench listen`.
+#[derive(Debug, Args)]
+pub struct BenchListenFlags {
+    /// UDP address to listen at; port 0 takes a free one.
+    #[arg(long, value_name = "IP:PORT")]
+    pub at: SocketAddr,
+    /// Authority with the certificates of the gateways `source` and `destination`; made if it is not there.
+    ///
+    /// The source needs a copy of it, without ca-key.pem. Whoever has it may use this listener.
+    #[arg(long, value_name = "DIR")]
+    pub pki: PathBuf,
+    /// The largest memory that is taken.
+    #[arg(long, value_name = "SIZE", default_value = "16GiB", value_parser = quantity::<ByteSize>)]
+    pub max_memory: ByteSize,
+    /// Print one JSON object a line on stdout.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Content of generated memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum ContentFlag {
+    /// As of a Linux guest: 39 % zero pages, 30 % of the rest copies, the rest text, code, heap and files.
+    Realistic,
+    /// Every page random.
+    Incompressible,
+    /// Every page zero.
+    Zero,
+    /// The same as realistic, and the guest goes on changing its pages a little.
+    WriteHeavy,
 }
 
 /// The link of a benchmark.

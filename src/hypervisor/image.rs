@@ -1,16 +1,18 @@
-//! A file as the RAM of a stopped VM, for benchmarks.
+//! A file, or generated content, as the RAM of a stopped VM, for benchmarks.
 //!
 //! *Owns:* reading an image into memory, and an empty memory that receives one. *Never:* writing to the image.
 //! *Invariants:* the image is copied before the first page is read, so a file that is cut meanwhile is an error
-//! and not a fault, and the disk is not measured; a source is paused from the start and only `redirty` dirties it; every
-//! opening of an image is another generation.
+//! and not a fault, and the disk is not measured; a source is paused from the start and only `redirty` and `write_at` dirty
+//! it; every opening of an image is another generation.
 
 use std::collections::VecDeque;
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Instant;
 
+use crate::hypervisor::synthetic::{Content, generate};
 use crate::hypervisor::{Generation, GuestStatus, HypervisorError, Machine, PagedDestination, PagedSource, RunState};
 use crate::memory::{GuestRam, MemoryLayout, PageSet, RamError};
 use crate::types::{PAGE_BYTES, PageNumber, VmUuid};
@@ -23,6 +25,8 @@ const STATE: &[u8] = b"memory image, no devices, version 2";
 const PIECE_PAGES: u64 = 256;
 /// Where a re-dirtied page changes, and how much.
 const CHANGED_BYTES: std::ops::Range<usize> = 1024..1088;
+/// Between two pages that a writer changes: a prime.
+const STRIDE: u128 = 1_000_003;
 
 /// The RAM of a stopped VM, read from a file.
 #[derive(Debug)]
@@ -33,8 +37,30 @@ pub struct ImageSource {
     tracking: bool,
     dirty: PageSet,
     rounds: VecDeque<PageSet>,
+    writer: Option<Writer>,
     state: RunState,
     generation: Generation,
+}
+
+/// A guest that goes on writing. What it has written meanwhile is written when somebody asks for it.
+#[derive(Debug, Clone, Copy)]
+struct Writer {
+    pages_per_second: u64,
+    working_set_pages: u64,
+    /// Since when it writes; before that nobody watches.
+    since: Option<Instant>,
+    /// Pages written so far.
+    written: u64,
+}
+
+impl Writer {
+    /// How many pages more it has written until now.
+    fn more(&mut self) -> u64 {
+        let Some(since) = self.since else { return 0 };
+        // Microseconds at a rate below 2^34 pages a second fit for 15 minutes; beyond that it writes no more.
+        let due = (since.elapsed().as_micros() * u128::from(self.pages_per_second)) / 1_000_000;
+        u64::try_from(due).unwrap_or(u64::MAX).saturating_sub(self.written)
+    }
 }
 
 impl ImageSource {
@@ -46,31 +72,77 @@ impl ImageSource {
         let local = |source| HypervisorError::Local { vm: name.to_owned(), what: "cannot read the memory image", source };
         let mut file = File::open(path).map_err(local)?;
         let bytes = file.metadata().map_err(local)?.len();
-        let invalid = |reason: String| local(io::Error::new(io::ErrorKind::InvalidData, reason));
         if bytes == 0 || !bytes.is_multiple_of(PAGE_BYTES as u64) {
-            return Err(invalid(format!("it has {bytes} bytes: expected a multiple of {PAGE_BYTES}")));
+            let reason = format!("it has {bytes} bytes: expected a multiple of {PAGE_BYTES}");
+            return Err(local(io::Error::new(io::ErrorKind::InvalidData, reason)));
         }
-        let layout = MemoryLayout::flat(bytes / PAGE_BYTES as u64).map_err(|error| invalid(error.to_string()))?;
-        let regions = layout.regions().to_vec();
-        let ram_error = |source| HypervisorError::Ram { vm: name.to_owned(), source };
-        let ram = GuestRam::anonymous(layout).map_err(ram_error)?;
+        let ram = memory(bytes / PAGE_BYTES as u64, name)?;
         for (first, mut piece) in pieces(ram.pages()) {
             file.read_exact(&mut piece).map_err(local)?;
             // Zero pages stay untouched, as in a guest that never used them.
             if piece.iter().any(|byte| *byte != 0) {
-                ram.write(first, &piece).map_err(ram_error)?;
+                ram.write(first, &piece).map_err(|source| HypervisorError::Ram { vm: name.to_owned(), source })?;
             }
         }
+        Self::new(Arc::new(ram), name, uuid)
+    }
+
+    /// Generates RAM of `pages` pages instead of reading it.
+    ///
+    /// # Errors
+    /// There is no memory for it, or `pages` is 0.
+    pub fn generated(content: Content, pages: u64, seed: u64, name: &str, uuid: VmUuid) -> Result<Self, HypervisorError> {
+        let ram = memory(pages, name)?;
+        generate(content, pages, seed, |first, bytes| ram.write(first, bytes))
+            .map_err(|source| HypervisorError::Ram { vm: name.to_owned(), source })?;
+        Self::new(Arc::new(ram), name, uuid)
+    }
+
+    fn new(ram: Arc<GuestRam>, name: &str, uuid: VmUuid) -> Result<Self, HypervisorError> {
+        let regions = ram.layout().regions().to_vec();
         let machine = Machine { kind: IMAGE_KIND.to_owned(), uuid, regions, vcpus: 0, profile: serde_json::Value::Null };
         let dirty = PageSet::empty(ram.pages());
-        let (rounds, state) = (VecDeque::new(), RunState::Paused);
+        let (rounds, writer, state) = (VecDeque::new(), None, RunState::Paused);
         let generation = Generation::first().map_err(no_random(name))?;
-        Ok(Self { name: name.to_owned(), machine, ram: Arc::new(ram), tracking: false, dirty, rounds, state, generation })
+        Ok(Self { name: name.to_owned(), machine, ram, tracking: false, dirty, rounds, writer, state, generation })
+    }
+
+    /// The same RAM as a VM that nobody has moved yet, so that an image is read once and moved often. Never both at once.
+    ///
+    /// # Errors
+    /// There is no generation id for it.
+    pub fn again(&self) -> Result<Self, HypervisorError> {
+        Self::new(Arc::clone(&self.ram), &self.name, self.machine.uuid)
+    }
+
+    /// From the moment that dirty pages are tracked until the pause, the guest changes so many pages a second a little, all over
+    /// the first `working_set_pages` pages, over and over.
+    pub fn write_at(&mut self, pages_per_second: u64, working_set_pages: u64) {
+        let working_set_pages = working_set_pages.clamp(1, self.ram.pages());
+        self.writer = Some(Writer { pages_per_second, working_set_pages, since: None, written: 0 });
+        self.state = RunState::Running;
     }
 
     /// What each harvest finds dirty, in turn; the pages are changed a little when they are. Afterwards none is.
     pub fn redirty(&mut self, rounds: impl IntoIterator<Item = PageSet>) {
         self.rounds.extend(rounds);
+    }
+
+    /// Writes what the guest has written meanwhile.
+    fn write_on(&mut self) -> Result<(), RamError> {
+        let Some(writer) = &mut self.writer else { return Ok(()) };
+        let more = writer.more();
+        let from = writer.written;
+        writer.written += more;
+        let mut pages = PageSet::empty(self.ram.pages());
+        for visit in 0..more.min(writer.working_set_pages) {
+            // A stride that shares no factor with most sizes: neighbours in time are not neighbours in memory.
+            let step = (u128::from(from) + u128::from(visit)) * STRIDE % u128::from(writer.working_set_pages);
+            pages.insert(PageNumber(u64::try_from(step).unwrap_or(0)));
+        }
+        self.change(&pages)?;
+        self.dirty.merge(&pages);
+        Ok(())
     }
 
     fn change(&self, pages: &PageSet) -> Result<(), RamError> {
@@ -84,6 +156,15 @@ impl ImageSource {
         }
         Ok(())
     }
+}
+
+fn memory(pages: u64, name: &str) -> Result<GuestRam, HypervisorError> {
+    let layout = MemoryLayout::flat(pages).map_err(|error| HypervisorError::Local {
+        vm: name.to_owned(),
+        what: "no such memory",
+        source: io::Error::new(io::ErrorKind::InvalidInput, error.to_string()),
+    })?;
+    GuestRam::anonymous(layout).map_err(|source| HypervisorError::Ram { vm: name.to_owned(), source })
 }
 
 /// Buffers of the length of each piece of RAM, with its first page.
@@ -122,13 +203,19 @@ impl PagedSource for ImageSource {
     fn start_tracking(&mut self) -> Result<(), HypervisorError> {
         self.tracking = true;
         self.dirty = PageSet::empty(self.ram.pages());
+        if let Some(writer) = &mut self.writer {
+            (writer.since, writer.written) = (Some(Instant::now()), 0);
+        }
         Ok(())
     }
     fn harvest(&mut self) -> Result<PageSet, HypervisorError> {
         if !self.tracking {
             return Err(refused(&self.name, "harvest", "dirty pages are not tracked"));
         }
-        let Some(round) = self.rounds.pop_front() else { return Ok(self.dirty.take()) };
+        let Some(round) = self.rounds.pop_front() else {
+            self.write_on().map_err(|source| HypervisorError::Ram { vm: self.name.clone(), source })?;
+            return Ok(self.dirty.take());
+        };
         let mut within = PageSet::empty(self.ram.pages());
         within.merge(&round);
         self.change(&within).map_err(|source| HypervisorError::Ram { vm: self.name.clone(), source })?;
@@ -145,7 +232,9 @@ impl PagedSource for ImageSource {
         // A paused guest writes nothing: rounds that were not reached are never dirty.
         self.state = RunState::Paused;
         self.rounds.clear();
-        Ok(())
+        let written = self.write_on().map_err(|source| HypervisorError::Ram { vm: self.name.clone(), source });
+        self.writer = None;
+        written
     }
     fn resume(&mut self) -> Result<(), HypervisorError> {
         self.state = RunState::Running;
@@ -360,6 +449,31 @@ mod tests {
         source.pause().unwrap();
         assert!(source.harvest().unwrap().is_empty());
         assert_eq!(std::fs::read(&path).unwrap()[PAGE_BYTES..2 * PAGE_BYTES], was, "the image itself is not written to");
+    }
+
+    #[test]
+    fn a_writer_writes_between_the_harvests_and_not_when_paused() {
+        let mut source = ImageSource::generated(Content::Realistic, 300, 1, "vm-1", UUID).unwrap();
+        let destination = ImageDestination::prepare("vm-1", source.machine()).unwrap();
+        source.write_at(1_000_000, 40);
+        source.start_tracking().unwrap();
+        copy(&PageSet::full(300), source.ram(), destination.ram());
+        std::thread::sleep(std::time::Duration::from_millis(2));
+        let dirty = source.harvest().unwrap();
+        assert_eq!((dirty.len(), dirty.iter().all(|page| page.0 < 40)), (40, true));
+        copy(&dirty, source.ram(), destination.ram());
+        std::thread::sleep(std::time::Duration::from_millis(2));
+        source.pause().unwrap();
+        let last = source.harvest().unwrap();
+        assert!(!last.is_empty(), "what was written before the pause");
+        copy(&last, source.ram(), destination.ram());
+        std::thread::sleep(std::time::Duration::from_millis(2));
+        assert!(source.harvest().unwrap().is_empty());
+        let digest = |ram: &GuestRam| crate::memory::digest_ram(ram).unwrap();
+        assert_eq!(digest(source.ram()), digest(destination.ram()));
+        let again = source.again().unwrap();
+        assert_eq!(digest(again.ram()), digest(source.ram()));
+        assert!(ImageSource::generated(Content::Zero, 0, 1, "vm-1", UUID).is_err());
     }
 
     #[test]

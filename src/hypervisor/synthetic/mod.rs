@@ -4,8 +4,9 @@
 //! own process). *Never:* KVM, timing promises. *Invariants:* `no-write-missed` (a page is marked dirty
 //! after it was written), `exact-continuation` (memory and state determine every later write; a page that
 //! does not hold what was last written ends the guest with exit code 1).
-//! *Read first:* `pattern.rs`, `writers.rs`.
+//! *Read first:* `pattern.rs`, `writers.rs`; `content.rs` is RAM content for measurements.
 
+mod content;
 mod pattern;
 mod vmm;
 mod writers;
@@ -16,6 +17,7 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
+pub use content::{Content, generate};
 pub use vmm::SyntheticVmm;
 use writers::{Plan, Progress, Writers};
 
