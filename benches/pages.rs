@@ -79,7 +79,7 @@ fn timed(repeat: usize, mut work: impl FnMut() -> Done) -> Result<Vec<f64>, Box<
 /// Hands every frame of one pass over all pages to `sink`.
 fn encode(ram: &GuestRam, compression: Compression, mut sink: impl FnMut(&[u8])) -> Done {
     let pages = PageSet::full(ram.pages());
-    let mut encoder = Encoder::new(LaneIndex(0), 1, &terms(compression));
+    let mut encoder = Encoder::new(LaneIndex(0), 1, &terms(compression), ram.pages());
     let mut frame = Vec::new();
     let mut from = Some(PageNumber(0));
     while let Some(first) = from {

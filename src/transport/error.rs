@@ -332,7 +332,9 @@ const AGREEMENT_ALERTS: [u64; 5] = [40, 70, 71, 109, 120];
 /// An error that our own QUIC or TLS found in what the peer sent.
 fn from_tls(code: u64, reason: &str, address: SocketAddr) -> TransportError {
     let alert = code.wrapping_sub(CRYPTO_ERRORS);
-    if IDENTITY_ALERTS.contains(&alert) {
+    if code == INTERNAL_ERROR {
+        TransportError::Unreachable { address, reason: OVERWHELMED }
+    } else if IDENTITY_ALERTS.contains(&alert) {
         TransportError::Unauthenticated { address, reason: verifiers_words(reason).to_owned() }
     } else if AGREEMENT_ALERTS.contains(&alert) {
         TransportError::Incompatible { address, reason: reason.to_owned() }
@@ -340,6 +342,11 @@ fn from_tls(code: u64, reason: &str, address: SocketAddr) -> TransportError {
         TransportError::Misbehaved { address, reason: reason.to_owned() }
     }
 }
+
+/// RFC 9000, section 20.1. quinn says it of itself, for example when so much of a stream was lost that it keeps no track of the
+/// gaps: a thing of the path, and another connection has another chance.
+const INTERNAL_ERROR: u64 = 1;
+const OVERWHELMED: &str = "QUIC could not follow what was lost on the path";
 
 /// The verifier's own words, without what rustls wraps around them.
 fn verifiers_words(reason: &str) -> &str {
@@ -354,6 +361,8 @@ fn from_peer_close(code: u64, reason: &[u8], address: SocketAddr) -> TransportEr
     let said = verifiers_words(&peer_text(reason)).to_owned();
     if code == CONNECTION_REFUSED {
         TransportError::Unreachable { address, reason: "it takes no more connections now" }
+    } else if code == INTERNAL_ERROR {
+        TransportError::Unreachable { address, reason: OVERWHELMED }
     } else if IDENTITY_ALERTS.contains(&alert) {
         TransportError::RefusedByPeer { address, reason: said }
     } else if AGREEMENT_ALERTS.contains(&alert) {
