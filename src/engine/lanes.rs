@@ -8,6 +8,7 @@ use tokio::sync::{Mutex, mpsc, watch};
 
 use crate::engine::EngineError;
 use crate::engine::destination::Progress;
+use crate::engine::frames::Frames;
 use crate::engine::limiter::Limiter;
 use crate::engine::meter::Meter;
 use crate::engine::source::{LaneLedger, Reached};
@@ -45,6 +46,7 @@ pub(super) struct SendShared {
     pub(super) ram: Arc<GuestRam>,
     pub(super) limiter: Arc<Limiter>,
     pub(super) meter: Arc<Meter>,
+    pub(super) frames: Frames,
     pub(super) reports: mpsc::Sender<Result<LaneReport, EngineError>>,
 }
 
@@ -211,20 +213,23 @@ async fn send_round(io: &mut LaneIo, shared: &SendShared, lane: &mut SourceLane,
     let mut from = Some(PageNumber(0));
     let mut frames = 0_u64;
     while let Some(first) = from {
-        let (started, before) = (Instant::now(), (lane.encoder.totals().pages, coded(&lane.encoder.counts())));
-        let mut frame = Vec::with_capacity(FRAME_HEADER_BYTES + limits::FRAME_BODY_BYTES_MAX);
+        let (started, before) = (Instant::now(), (lane.encoder.totals().pages, lane.encoder.counts().packed()));
+        let mut frame = shared.frames.take();
         from = lane.encoder.encode_frame(&shared.ram, order.round, &order.pages, first, &mut frame)?;
         if frame.is_empty() {
+            shared.frames.give_back(frame);
             continue;
         }
         lane.frame_made(from);
         let (made, bytes) = (Instant::now(), frame.len() as u64);
         shared.limiter.acquire(frame.len()).await;
         shared.meter.frame(lane.encoder.totals().pages - before.0, bytes);
-        io.sender.write(Bytes::from(frame)).await.map_err(transport)?;
+        io.sender.write(shared.frames.lend(frame)).await.map_err(transport)?;
+        // Where there is room for the next frame at once, QUIC would not get to send this one.
+        tokio::task::yield_now().await;
         if let Some(adaptation) = &mut lane.adaptation {
             frames += 1;
-            let content = (coded(&lane.encoder.counts()) - before.1) * PAGE_BYTES as u64;
+            let content = (lane.encoder.counts().packed() - before.1) * PAGE_BYTES as u64;
             adaptation.sent(made - started, made.elapsed(), content, bytes);
             if lane.encoder.effort() == Effort::None && frames % PROBE_EVERY == 1 {
                 let started = Instant::now();
@@ -245,11 +250,6 @@ async fn send_round(io: &mut LaneIo, shared: &SendShared, lane: &mut SourceLane,
         counts: lane.encoder.counts(),
         wire_bytes: io.sender.stats().sent_bytes,
     })
-}
-
-/// Pages that went through the codec.
-fn coded(counts: &PageCounts) -> u64 {
-    counts.compressed + counts.raw + counts.delta
 }
 
 /// WHY: a trial takes less time than a frame, and has to be rare where nothing comes of it.

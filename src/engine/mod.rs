@@ -13,6 +13,7 @@ mod arbiter;
 mod destination;
 mod digest;
 mod error;
+mod frames;
 mod handoff;
 mod lanes;
 mod limiter;

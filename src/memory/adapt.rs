@@ -1,9 +1,9 @@
 //! How hard to try: from what packing and sending take, one lane at a time.
 //!
 //! A byte of page content takes `1 / packing rate + ratio / sending rate` on the lane's own thread, and at least `ratio / link
-//! rate` on the link. The effort with which that is least is the best. The rates are measured; what was
-//! not tried is taken from how much faster or slower, and how much smaller or larger, what was tried came out than on the machine
-//! and the memory of the table below.
+//! rate` on the link. The effort with which that is least looks best, and is tried. What was tried within the last second is judged
+//! by what came of it and not by the formula, which knows nothing of processors that are busy at either end. What was not tried
+//! is taken from how much faster or slower, and how much smaller or larger, what was tried came out than in the table below.
 
 use std::time::Duration;
 
@@ -12,19 +12,24 @@ use crate::memory::Effort;
 /// Efforts with what they do to a real guest's memory on one core: bytes packed a second, and what is left of a byte.
 const LADDER: [(Effort, f64, f64); 6] = [
     (Effort::None, 6e9, 1.0),
-    (Effort::Lz4, 1.2e9, 0.36),
-    (Effort::Zstd(1), 0.7e9, 0.29),
-    (Effort::Zstd(3), 0.45e9, 0.265),
-    (Effort::Zstd(6), 0.15e9, 0.25),
-    (Effort::Zstd(9), 0.08e9, 0.24),
+    (Effort::Lz4, 1.2e9, 0.46),
+    (Effort::Zstd(1), 0.6e9, 0.325),
+    (Effort::Zstd(3), 0.3e9, 0.305),
+    (Effort::Zstd(6), 0.15e9, 0.29),
+    (Effort::Zstd(9), 0.07e9, 0.282),
 ];
 
 /// Bytes that a lane's thread encrypts and hands to the kernel in a second.
 const SENDING: f64 = 3e9;
-/// WHY: frames differ too much for less to mean something, and a change is to be answered within a second.
-const PERIOD: Duration = Duration::from_millis(60);
+/// WHY: frames differ too much for less to mean something, and another effort costs the codec what it has seen; a change is to be
+/// answered within a second.
+const PERIOD: Duration = Duration::from_millis(100);
+/// WHY: a second; the link or the guest may be another by then.
+const PERIODS_TRUSTED: u32 = 8;
 /// WHY: another effort loses what the codec has seen, so it has to be better by this.
 const GAIN: f64 = 0.93;
+/// WHY: from here on packing is work for nothing; trials tell when that changes.
+const INCOMPRESSIBLE: f64 = 0.95;
 /// Round trips of at least this are a link that is worth packing for before it is known.
 const LONG: Duration = Duration::from_millis(4);
 
@@ -38,6 +43,8 @@ pub struct Adaptation {
     left: f64,
     /// Bytes a second that the link takes; nothing before that is known.
     link: Option<f64>,
+    /// Bytes of content a second that each effort has brought, and how many periods ago.
+    brought: [(f64, u32); LADDER.len()],
     /// Since the last decision.
     packing: Duration,
     waiting: Duration,
@@ -49,8 +56,18 @@ impl Adaptation {
     /// On a path with this round trip.
     #[must_use]
     pub fn new(round_trip: Duration) -> Self {
-        let at = if round_trip >= LONG { 3 } else { 0 };
-        Self { at, speed: 1.0, left: 1.0, link: None, packing: Duration::ZERO, waiting: Duration::ZERO, content: 0, wire: 0 }
+        let at = if round_trip >= LONG { 2 } else { 0 };
+        Self {
+            at,
+            speed: 1.0,
+            left: 1.0,
+            link: None,
+            brought: [(0.0, u32::MAX); LADDER.len()],
+            packing: Duration::ZERO,
+            waiting: Duration::ZERO,
+            content: 0,
+            wire: 0,
+        }
     }
 
     /// How hard to try now.
@@ -85,6 +102,12 @@ impl Adaptation {
     fn learn(&mut self) {
         let Some((_, rate, left)) = LADDER.get(self.at) else { return };
         let (packing, waiting) = (self.packing.as_secs_f64(), self.waiting.as_secs_f64());
+        for (at, (brought, age)) in self.brought.iter_mut().enumerate() {
+            *age = age.saturating_add(1);
+            if at == self.at {
+                (*brought, *age) = (self.content as f64 / (packing + waiting), 0);
+            }
+        }
         if self.at > 0 {
             blend(&mut self.speed, self.content as f64 / packing.max(1e-6) / rate);
             blend(&mut self.left, self.wire as f64 / self.content as f64 / left);
@@ -95,7 +118,7 @@ impl Adaptation {
             // It waits: this is what the link takes.
             _ if waited > 0.5 => throughput,
             // It hardly waits: the link would take more, nobody knows how much.
-            Some(link) if waited < 0.2 => throughput.max(link * 1.3),
+            Some(link) if waited < 0.2 => throughput.max(link * 2.0),
             Some(link) => throughput.max(link),
             None => throughput * 2.0,
         });
@@ -104,20 +127,29 @@ impl Adaptation {
     fn choose(&mut self) {
         let Some(link) = self.link else { return };
         let takes = |at: usize| {
+            if let Some((brought, 0..=PERIODS_TRUSTED)) = self.brought.get(at) {
+                return 1.0 / brought.max(1.0);
+            }
             let (_, rate, left) = LADDER.get(at).copied().unwrap_or((Effort::None, 1.0, 1.0));
             let (rate, left) = if at == 0 { (rate, 1.0) } else { (rate * self.speed, (left * self.left).min(1.0)) };
             (1.0 / rate + left / SENDING).max(left / link)
         };
-        let best = (0..LADDER.len()).min_by(|one, other| takes(*one).total_cmp(&takes(*other))).unwrap_or(0);
+        if LADDER.get(self.at).is_some_and(|(_, _, left)| self.at > 0 && left * self.left > INCOMPRESSIBLE) {
+            self.at = 0;
+            return;
+        }
+        // A lane that packs most of the time has none for more of it.
+        let most = if self.packing > self.waiting { self.at + 1 } else { LADDER.len() };
+        let best = (0..most).min_by(|one, other| takes(*one).total_cmp(&takes(*other))).unwrap_or(0);
         if takes(best) < takes(self.at) * GAIN {
             self.at = best;
         }
     }
 }
 
-/// What was measured last counts half.
+/// What was measured last counts most.
 fn blend(known: &mut f64, measured: f64) {
-    *known = f64::midpoint(*known, measured.clamp(1e-3, 1e3));
+    *known = known.mul_add(0.25, measured.clamp(1e-3, 1e3) * 0.75);
 }
 
 #[cfg(test)]

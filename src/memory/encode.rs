@@ -136,8 +136,10 @@ impl Encoder {
             known.afters.iter_mut().for_each(|after| after.frames = 0);
         }
         let mut next = Some(from);
+        let packed_max = self.packer.counts.packed().saturating_add(self.packer.effort().frame_pages());
         while let Some(at) = next
             && frame.fits(BATCH_PAGES_MAX)
+            && self.packer.counts.packed() < packed_max
         {
             match self.gather(ram, pages, at, &mut frame) {
                 Ok(after) => next = after,

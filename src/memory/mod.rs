@@ -63,6 +63,19 @@ impl Effort {
     }
 }
 
+impl Effort {
+    /// Pages that went through the codec after which a frame is closed. WHY: the thread that packs is the one that sends, and a
+    /// path that hears nothing for many milliseconds slows down.
+    fn frame_pages(self) -> u64 {
+        match self {
+            Self::None | Self::Lz4 => u64::MAX,
+            Self::Zstd(..=1) => 256,
+            Self::Zstd(..=3) => 128,
+            Self::Zstd(_) => 1,
+        }
+    }
+}
+
 /// WHY: level 3 is Zstandard's own default, and the last one that two cores keep up a gigabit link with.
 pub const ZSTD_LEVEL: i32 = 3;
 
@@ -87,6 +100,12 @@ impl PageCounts {
     #[must_use]
     pub fn total(&self) -> u64 {
         self.zero + self.duplicate + self.delta + self.compressed + self.raw
+    }
+
+    /// Pages that went through a codec, whatever came of it.
+    #[must_use]
+    pub fn packed(&self) -> u64 {
+        self.delta + self.compressed + self.raw
     }
 
     /// Adds the counts of another lane.

@@ -9,6 +9,7 @@ use super::ledger::{LaneLedger, Ledger};
 use super::{Run, blocking, lock};
 use crate::engine::EngineError;
 use crate::engine::digest::{digest_memory, digest_totals, sha256, totals_differ};
+use crate::engine::frames::Frames;
 use crate::engine::lanes::{LaneReport, LaneRound, SendShared, SourceLane, send_lane};
 use crate::limits;
 use crate::memory::{PageCounts, PageSet, Tracker};
@@ -66,6 +67,7 @@ impl Run {
             ram: Arc::clone(&self.ram),
             limiter: Arc::clone(&self.limiter),
             meter: Arc::clone(&self.meter),
+            frames: Frames::default(),
             reports: self.reports_in.clone(),
         };
         for (lane, encoder) in (0..).map(LaneIndex).zip(&self.encoders) {
