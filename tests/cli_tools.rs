@@ -387,7 +387,7 @@ fn image(dir: &Path, pages: usize) {
 fn bench_moves_an_image_and_reports_the_median() {
     let dir = here();
     image(dir.path(), 4096);
-    let bench = sealane(dir.path(), "bench --image ram.img --rounds 2 --json");
+    let bench = sealane(dir.path(), "bench --image ram.img --rounds 2 --compress lz4 --json");
     let bench = bench.says(0, &["warm-up", "compared: equal", "run 2 of 2", "GiB/s"]);
     let object = bench.json();
     assert_eq!((object["schema"].as_str(), object["link"].as_str()), (Some("sealane.bench/1"), Some("loopback")));
@@ -398,7 +398,7 @@ fn bench_moves_an_image_and_reports_the_median() {
     assert_eq!((report["schema"].as_str(), report["state"].as_str()), (Some("sealane.report/1"), Some("completed")));
     assert_eq!((report["running_on"].as_str(), report["verified"].as_bool()), (Some("destination"), Some(false)));
     let pages = |kind: &str| report["pages"][kind].as_u64().unwrap();
-    assert_eq!(pages("zero") + pages("raw") + pages("compressed"), 4096, "{report}");
+    assert_eq!(pages("zero") + pages("raw") + pages("compressed") + pages("duplicate"), 4096, "{report}");
     assert!(pages("zero") > 1300 && pages("compressed") > 1000 && pages("raw") > 100, "{report}");
     assert!((5 << 20..12 << 20).contains(&report["wire_bytes"].as_u64().unwrap()), "{report}");
     assert!(report["audit"]["source_head"].as_str().unwrap().contains("spiffe://bench.sealane/gateway/source"));

@@ -3,12 +3,14 @@
 //! `INVARIANT(origin-holds)`: a page is only named as an origin while the destination's copy cannot change: it went out in
 //! the round under way, where no page goes out twice, or in an earlier one and in none since.
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError, RwLock};
 
 use xxhash_rust::xxh3::xxh3_128_with_secret;
 
-use crate::memory::PageSet;
-use crate::types::{PageNumber, Round};
+use crate::limits::LANES_MAX;
+use crate::memory::{PageSet, lane_of};
+use crate::types::{LaneIndex, PageNumber, Round};
 
 /// Bytes of the key: XXH3's default secret size.
 pub const DUPLICATES_KEY_BYTES: usize = 192;
@@ -29,6 +31,9 @@ pub struct Duplicates {
     shard_entries_max: usize,
     /// Pages that went out in a round after the first: what an earlier round brought of them is gone.
     resent: RwLock<(Round, PageSet)>,
+    /// Frames that each lane has finished since its join. `INVARIANT(no-circle)`: a frame waits for finished ones only, so no two
+    /// wait for each other.
+    made: Vec<AtomicU64>,
 }
 
 impl std::fmt::Debug for Duplicates {
@@ -86,7 +91,13 @@ impl Duplicates {
         let wanted = usize::try_from(pages.div_ceil(SHARDS as u64)).unwrap_or(usize::MAX).saturating_mul(2).next_power_of_two();
         let shard_entries_max = if most == 0 { 0 } else { (1_usize << most.ilog2()).min(wanted).max(WAYS) };
         let shards = (0..SHARDS).map(|_| Mutex::default()).collect();
-        Self { key, shards, shard_entries_max, resent: RwLock::new((Round(0), PageSet::empty(pages))) }
+        Self {
+            key,
+            shards,
+            shard_entries_max,
+            resent: RwLock::new((Round(0), PageSet::empty(pages))),
+            made: (0..LANES_MAX).map(|_| AtomicU64::new(0)).collect(),
+        }
     }
 
     /// A round begins, with these pages. The one before has ended on every lane, and is applied.
@@ -103,6 +114,14 @@ impl Duplicates {
         for shard in &self.shards {
             *shard.lock().unwrap_or_else(PoisonError::into_inner) = Shard::default();
         }
+        self.made.iter().for_each(|made| made.store(0, Ordering::Release));
+    }
+
+    /// A lane has finished so many frames since its join.
+    pub(super) fn made(&self, lane: LaneIndex, frames: u64) {
+        if let Some(made) = self.made.get(usize::from(lane.0)) {
+            made.store(frames, Ordering::Release);
+        }
     }
 
     /// What the tables take, bytes.
@@ -113,8 +132,8 @@ impl Duplicates {
     }
 
     /// A page that holds `content` at the destination, other than `page` itself; without one, `page` is entered as such, to
-    /// be brought by `frame` of its lane in the round under way.
-    pub(super) fn find_or_enter(&self, content: &[u8], page: PageNumber, frame: u64) -> Option<Origin> {
+    /// be brought by `frame` of its lane, one of `lanes`, in the round under way.
+    pub(super) fn find_or_enter(&self, content: &[u8], page: PageNumber, frame: u64, lanes: u16) -> Option<Origin> {
         if self.shard_entries_max == 0 {
             return None;
         }
@@ -131,10 +150,13 @@ impl Duplicates {
         // A number that does not fit is not entered; nothing is lost but a chance.
         let entry =
             u32::try_from(frame).ok().filter(|_| round < (1 << ROUND_BITS) - 1).map(|frame| Entry { hash: low, hash_more, frame, place });
-        shard
-            .find_or_enter(low, hash_more, entry, self.shard_entries_max, holds)
-            .filter(|found| found.page() != page)
-            .map(|found| Origin { page: found.page(), frame: (found.round() == round).then_some(found.frame) })
+        let found = shard.find_or_enter(low, hash_more, entry, self.shard_entries_max, holds).filter(|found| found.page() != page)?;
+        drop(shard);
+        let frame = (found.round() == round).then_some(found.frame);
+        let lane = lane_of(found.page(), lanes);
+        let made = self.made.get(usize::from(lane.0))?.load(Ordering::Acquire);
+        let finished = frame.is_none_or(|frame| u64::from(frame) < made) || lane == lane_of(page, lanes);
+        finished.then_some(Origin { page: found.page(), frame })
     }
 }
 
@@ -216,42 +238,58 @@ mod tests {
     #[test]
     fn a_page_that_went_out_in_this_round_is_an_origin_behind_its_frame() {
         let table = table(100, 1 << 20);
-        assert_eq!(table.find_or_enter(&content(1), PageNumber(3), 5), None);
-        assert_eq!(table.find_or_enter(&content(1), PageNumber(9), 6), Some(Origin { page: PageNumber(3), frame: Some(5) }));
-        assert_eq!(table.find_or_enter(&content(2), PageNumber(9), 6), None);
+        assert_eq!(table.find_or_enter(&content(1), PageNumber(3), 5, 1), None);
+        assert_eq!(table.find_or_enter(&content(1), PageNumber(9), 6, 1), Some(Origin { page: PageNumber(3), frame: Some(5) }));
+        assert_eq!(table.find_or_enter(&content(2), PageNumber(9), 6, 1), None);
     }
 
     #[test]
     fn what_went_out_again_since_is_no_origin_and_what_did_not_is() {
         let table = table(100, 1 << 20);
         for page in 1..=3 {
-            assert_eq!(table.find_or_enter(&content(page), PageNumber(page), 0), None);
+            assert_eq!(table.find_or_enter(&content(page), PageNumber(page), 0, 1), None);
         }
         table.begin_round(Round(2), &set(&[2, 50, 51]));
         // Page 2 will change in this round, whether or not it has gone out yet.
-        assert_eq!(table.find_or_enter(&content(2), PageNumber(50), 0), None);
-        assert_eq!(table.find_or_enter(&content(1), PageNumber(51), 1), Some(Origin { page: PageNumber(1), frame: None }));
+        assert_eq!(table.find_or_enter(&content(2), PageNumber(50), 0, 1), None);
+        assert_eq!(table.find_or_enter(&content(1), PageNumber(51), 1, 1), Some(Origin { page: PageNumber(1), frame: None }));
         // Page 50 has it now.
-        assert_eq!(table.find_or_enter(&content(2), PageNumber(2), 2), Some(Origin { page: PageNumber(50), frame: Some(0) }));
+        assert_eq!(table.find_or_enter(&content(2), PageNumber(2), 2, 1), Some(Origin { page: PageNumber(50), frame: Some(0) }));
         table.begin_round(Round(3), &set(&[60]));
-        assert_eq!(table.find_or_enter(&content(2), PageNumber(60), 0), None, "page 50 went out again in round 2");
-        assert_eq!(table.find_or_enter(&content(3), PageNumber(60), 0), Some(Origin { page: PageNumber(3), frame: None }));
+        assert_eq!(table.find_or_enter(&content(2), PageNumber(60), 0, 1), None, "page 50 went out again in round 2");
+        assert_eq!(table.find_or_enter(&content(3), PageNumber(60), 0, 1), Some(Origin { page: PageNumber(3), frame: None }));
+    }
+
+    #[test]
+    fn a_frame_that_is_not_finished_is_waited_for_on_its_own_lane_only() {
+        let table = Duplicates::new(2048, 1 << 20, [7; DUPLICATES_KEY_BYTES]);
+        table.begin_round(Round(1), &PageSet::full(2048));
+        table.find_or_enter(&content(1), PageNumber(3), 5, 2);
+        // The lane of page 600 may be building what that frame will wait for.
+        assert_eq!(table.find_or_enter(&content(1), PageNumber(600), 0, 2), None);
+        let origin = Some(Origin { page: PageNumber(3), frame: Some(5) });
+        assert_eq!(table.find_or_enter(&content(1), PageNumber(4), 5, 2), origin);
+        table.made(LaneIndex(0), 6);
+        assert_eq!(table.find_or_enter(&content(1), PageNumber(600), 0, 2), origin);
+        table.clear();
+        table.find_or_enter(&content(1), PageNumber(3), 5, 2);
+        assert_eq!(table.find_or_enter(&content(1), PageNumber(600), 0, 2), None, "frames count from 0 behind a join");
     }
 
     #[test]
     fn a_page_is_not_its_own_origin() {
         let table = table(100, 1 << 20);
-        table.find_or_enter(&content(1), PageNumber(3), 0);
-        assert_eq!(table.find_or_enter(&content(1), PageNumber(3), 1), None);
+        table.find_or_enter(&content(1), PageNumber(3), 0, 1);
+        assert_eq!(table.find_or_enter(&content(1), PageNumber(3), 1, 1), None);
     }
 
     #[test]
     fn nothing_is_known_of_a_round_that_was_cut_off() {
         let table = table(100, 1 << 20);
-        table.find_or_enter(&content(1), PageNumber(3), 0);
+        table.find_or_enter(&content(1), PageNumber(3), 0, 1);
         table.clear();
         assert_eq!(table.bytes(), 0);
-        assert_eq!(table.find_or_enter(&content(1), PageNumber(4), 0), None);
+        assert_eq!(table.find_or_enter(&content(1), PageNumber(4), 0, 1), None);
     }
 
     #[test]
@@ -259,19 +297,19 @@ mod tests {
         let (pages, bytes) = (100_000, 1 << 20);
         let table = table(pages, bytes);
         for page in 0..pages {
-            assert_eq!(table.find_or_enter(&content(page), PageNumber(page), 0), None);
+            assert_eq!(table.find_or_enter(&content(page), PageNumber(page), 0, 1), None);
         }
         assert!(table.bytes() <= bytes && table.bytes() > bytes / 4, "{}", table.bytes());
         let again = |table: &Duplicates, pages: std::ops::Range<u64>| {
-            pages.filter(|page| table.find_or_enter(&content(*page), PageNumber(page + 1_000_000), 0).is_some()).count()
+            pages.filter(|page| table.find_or_enter(&content(*page), PageNumber(page + 1_000_000), 0, 1).is_some()).count()
         };
         assert!(again(&table, pages - 10_000..pages) > 5_000, "what came last is mostly there");
         let roomy = Duplicates::new(pages, 64 << 20, [7; DUPLICATES_KEY_BYTES]);
         roomy.begin_round(Round(1), &PageSet::full(pages));
         for page in 0..pages {
-            roomy.find_or_enter(&content(page), PageNumber(page), 0);
+            roomy.find_or_enter(&content(page), PageNumber(page), 0, 1);
         }
         assert!(again(&roomy, 0..pages) > 97_000, "with room for all nearly all are there");
-        assert_eq!(Duplicates::new(pages, 0, [7; DUPLICATES_KEY_BYTES]).find_or_enter(&content(1), PageNumber(1), 0), None);
+        assert_eq!(Duplicates::new(pages, 0, [7; DUPLICATES_KEY_BYTES]).find_or_enter(&content(1), PageNumber(1), 0, 1), None);
     }
 }

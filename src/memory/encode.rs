@@ -163,6 +163,9 @@ impl Encoder {
         let afters = self.known.as_ref().map_or(&[][..], |known| &known.afters);
         if frame.finish_after(self.lane, round, self.ledger.next_sequence(), afters).is_some() {
             self.ledger.count(&[out.get(start..).unwrap_or_default()], frame_pages);
+            if let Some(known) = &self.known {
+                known.duplicates.made(self.lane, self.ledger.next_sequence());
+            }
         }
         Ok(next.filter(|at| pages.next_run_of_lane(self.lane, self.lanes, *at, 1).is_some()))
     }
@@ -283,8 +286,9 @@ impl Known {
         if !compressing {
             self.versions.forget(page);
         }
-        if let Some(Origin { page: origin, frame }) = self.duplicates.find_or_enter(content, page, frame) {
-            let lane = lane_of(origin, u16::try_from(self.afters.len() + 1).unwrap_or(1));
+        let lanes = u16::try_from(self.afters.len() + 1).unwrap_or(1);
+        if let Some(Origin { page: origin, frame }) = self.duplicates.find_or_enter(content, page, frame, lanes) {
+            let lane = lane_of(origin, lanes);
             if let (Some(frame), Some(after)) = (frame, self.afters.iter_mut().find(|after| after.lane == lane)) {
                 after.frames = after.frames.max(u64::from(frame) + 1);
             }
