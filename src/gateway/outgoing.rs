@@ -367,7 +367,7 @@ impl Gateway {
         Ok(permit)
     }
 
-    pub(super) async fn ask_release(self: &Arc<Self>, case: &Case, link: &Link) -> Result<Permit<Release>, Problem> {
+    async fn ask_release(self: &Arc<Self>, case: &Case, link: &Link) -> Result<Permit<Release>, Problem> {
         let (judge, case, session) = (Arc::clone(&self.judge), case.clone(), Arc::clone(&link.session));
         let answer = tokio::task::spawn_blocking(move || judge.release(&case, &session)).await.map_err(bug)?;
         answer.map_err(|no| {
@@ -390,14 +390,17 @@ impl Gateway {
             let (gateway, peer, case) = (Arc::clone(&gateway), peer.clone(), case.clone());
             let migration = case.migration;
             let not_back = move |problem: Problem| EngineError::NotBack { migration, class: problem.class, why: problem.message };
-            Box::pin(async move {
-                let link = gateway.dial(&peer).await.map_err(not_back)?;
-                // The permit of the offer is the one that the migration has; this one says that it still would be given.
-                let _still = gateway.ask_release(&case, &link).await.map_err(not_back)?;
-                Ok(link)
-            })
+            Box::pin(async move { gateway.dial_again(&peer, &case).await.map_err(not_back) })
         });
         SourcePorts { evidence: self.evidence(), link, guest, ask_commit, redial, progress, commands }
+    }
+
+    /// A new session for a migration under way, with a peer that may still have the VM.
+    pub(super) async fn dial_again(self: &Arc<Self>, peer: &config::Peer, case: &Case) -> Result<Link, Problem> {
+        let link = self.dial(peer).await?;
+        // The permit of the offer is the one that the migration has; this one says that it still would be given.
+        let _still = self.ask_release(case, &link).await?;
+        Ok(link)
     }
 
     pub(super) fn commit_question(self: &Arc<Self>, case: &Case) -> engine::AskCommit {

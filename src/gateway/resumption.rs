@@ -136,7 +136,7 @@ impl Gateway {
         loop {
             let found = async {
                 tokio::time::sleep(pause).await;
-                self.dial_and_ask(departure).await
+                self.dial_again(&departure.peer, &departure.case).await
             };
             tokio::select! {
                 link = found => match link {
@@ -156,13 +156,6 @@ impl Gateway {
             }
             pause = (pause * 2).clamp(FIRST_PAUSE, LONGEST_PAUSE);
         }
-    }
-
-    /// The permit of the offer is the one that the migration has; this one says that it still would be given.
-    async fn dial_and_ask(self: &Arc<Self>, departure: &Departure) -> Result<Link, Problem> {
-        let link = self.dial(&departure.peer).await?;
-        let _still = self.ask_release(&departure.case, &link).await?;
-        Ok(link)
     }
 }
 
