@@ -412,6 +412,8 @@ impl World {
 
     /// The session is gone, or the peer says nothing for too long.
     pub fn conversation_ends(&mut self, h: usize, migration: MigrationId, lost: Option<SessionId>) -> Result<(), Stop> {
+        // Nobody answers in a session that is gone.
+        self.hosts[h].waiting.retain(|(_, session, _)| Some(*session) != lost);
         let over = |talk: &Conversation| lost.map_or(talk.until <= self.now, |session| session == talk.session);
         if self.hosts[h].conversations.get(&migration).is_none_or(|talk| !over(talk)) {
             return Ok(());

@@ -283,7 +283,10 @@ impl World {
             (Due::Source(one), Due::Source(other)) | (Due::Destination(one), Due::Destination(other)) => *one == other,
             _ => false,
         };
-        let ahead = self.queue.values().any(|event| matches!(event, Event::Due { host, what, .. } if *host == h && same(what)));
+        // Those of a gateway that was killed count for nothing: a restarted one may go on with the same migration.
+        let now = self.hosts[h].boot;
+        let ahead =
+            self.queue.values().any(|event| matches!(event, Event::Due { host, boot, what } if (*host, *boot) == (h, now) && same(what)));
         if !ahead {
             self.due(h, TICK, what);
         }
