@@ -91,7 +91,7 @@ fn encode(ram: &GuestRam, compression: Compression, mut sink: impl FnMut(&[u8]))
 }
 
 fn decode(frames: &[Vec<u8>], into: &GuestRam) -> Done {
-    let mut decoder = Decoder::new(LaneIndex(0), 1, into.pages());
+    let mut decoder = Decoder::new(LaneIndex(0), 1, &terms(Compression::Auto), into.pages());
     for frame in frames {
         let (header, body) = frame.split_first_chunk::<FRAME_HEADER_BYTES>().ok_or("a frame without a header")?;
         decoder.apply(&FrameHeader::decode(header)?, body, into)?;

@@ -156,7 +156,7 @@ pub async fn run_destination(order: DestinationOrder) -> DestinationEnd {
         evidence,
         link,
         twin: Arc::new(Mutex::new(twin)),
-        decoders: decoders(lanes, ram.pages()),
+        decoders: decoders(lanes, &offer.stream, ram.pages()),
         ram,
         ask_commit,
         binding,
@@ -239,7 +239,7 @@ impl Run {
         let noted = |lane| self.progress.as_ref().map_or_else(LaneStanding::default, |progress| progress.of(lane));
         let lanes: Vec<LaneStanding> = (0..self.lanes).map(LaneIndex).map(noted).collect();
         if comes_back {
-            self.decoders = decoders_after_restart(self.ram.pages(), &lanes);
+            self.decoders = decoders_after_restart(&self.order.stream, self.ram.pages(), &lanes);
         }
         self.expect_lanes()?;
         if !comes_back {

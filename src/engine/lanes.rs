@@ -233,7 +233,7 @@ async fn send_round(io: &mut LaneIo, shared: &SendShared, lane: &mut SourceLane,
             adaptation.sent(made - started, made.elapsed(), content, bytes);
             if lane.encoder.effort() == Effort::None && frames % PROBE_EVERY == 1 {
                 let started = Instant::now();
-                let (content, packed) = lane.encoder.probe();
+                let (content, packed) = lane.encoder.probe(&shared.ram);
                 adaptation.probed(content, packed, started.elapsed());
             }
             lane.encoder.set_effort(adaptation.effort());
@@ -258,15 +258,15 @@ const PROBE_EVERY: u64 = 32;
 /// The decoders of a migration, by lane. Whoever receives on a lane holds its decoder.
 pub(super) type Decoders = Arc<[Mutex<Decoder>]>;
 
-pub(super) fn decoders(lanes: u16, pages: u64) -> Decoders {
-    (0..lanes).map(|lane| Mutex::new(Decoder::new(LaneIndex(lane), lanes, pages))).collect()
+pub(super) fn decoders(lanes: u16, terms: &StreamTerms, pages: u64) -> Decoders {
+    (0..lanes).map(|lane| Mutex::new(Decoder::new(LaneIndex(lane), lanes, terms, pages))).collect()
 }
 
 /// The same for a twin that an earlier gateway has filled, up to these.
-pub(super) fn decoders_after_restart(pages: u64, standings: &[LaneStanding]) -> Decoders {
+pub(super) fn decoders_after_restart(terms: &StreamTerms, pages: u64, standings: &[LaneStanding]) -> Decoders {
     let lanes = u16::try_from(standings.len()).unwrap_or(limits::LANES_MAX);
     let standings = (0..lanes).map(LaneIndex).zip(standings);
-    standings.map(|(lane, standing)| Mutex::new(Decoder::after_restart(lane, lanes, pages, standing.round))).collect()
+    standings.map(|(lane, standing)| Mutex::new(Decoder::after_restart(lane, lanes, terms, pages, standing.round))).collect()
 }
 
 /// What every destination lane of a migration shares while one session lasts.

@@ -7,7 +7,8 @@ use crate::memory::versions::exclusive_or;
 use crate::memory::{GuestRam, PageCounts, PageSet, RamError, lane_of};
 use crate::types::{LaneIndex, PAGE_BYTES, PageNumber, Round};
 use crate::wire::{
-    Batch, ErrorClass, FrameHeader, FrameKind, LaneStanding, LaneTotals, Record, Records, Run, WireError, decode_round_mark,
+    Batch, Codec, Compression, CompressionScope, ErrorClass, FrameHeader, FrameKind, LaneStanding, LaneTotals, Record, Records, Run,
+    StreamTerms, WireError, decode_round_mark,
 };
 
 /// A frame that does not belong where it came, or whose pages cannot be expanded.
@@ -61,6 +62,16 @@ pub enum DecodeError {
         current: Round,
         /// The round that came.
         got: Round,
+    },
+    /// A record that the terms of the stream exclude.
+    #[error("frame of lane {lane} has a record of kind `{got}`: expected what was agreed, {expected}")]
+    NotAgreed {
+        /// The lane.
+        lane: LaneIndex,
+        /// What was agreed.
+        expected: Box<str>,
+        /// What came.
+        got: &'static str,
     },
     /// A page that the VM does not have.
     #[error("page {page} is outside guest RAM of {pages} pages")]
@@ -135,6 +146,8 @@ impl DecodeError {
 pub struct Decoder {
     lane: LaneIndex,
     pages: u64,
+    compression: Compression,
+    scope: CompressionScope,
     /// Last round that has frames.
     round: Round,
     /// Whether its mark is still to come.
@@ -162,12 +175,14 @@ impl std::fmt::Debug for Decoder {
 }
 
 impl Decoder {
-    /// The decoder of `lane` of `lanes`, for fresh RAM of `pages` pages, all of them zero.
+    /// The decoder of `lane` of `lanes` on the terms that both sides accepted, for fresh RAM of `pages` pages, all of them zero.
     #[must_use]
-    pub fn new(lane: LaneIndex, lanes: u16, pages: u64) -> Self {
+    pub fn new(lane: LaneIndex, lanes: u16, terms: &StreamTerms, pages: u64) -> Self {
         Self {
             lane,
             pages,
+            compression: terms.compression,
+            scope: terms.compression_scope,
             round: Round(0),
             open: false,
             written: LanePages::empty(lanes, pages),
@@ -182,9 +197,9 @@ impl Decoder {
 
     /// The decoder of a lane whose RAM an earlier decoder has written, nobody knows where; its last round was `round`.
     #[must_use]
-    pub fn after_restart(lane: LaneIndex, lanes: u16, pages: u64, round: Round) -> Self {
+    pub fn after_restart(lane: LaneIndex, lanes: u16, terms: &StreamTerms, pages: u64, round: Round) -> Self {
         let written = LanePages { set: PageSet::full(LanePages::empty(lanes, pages).set.pages()), lanes: lanes.max(1) };
-        Self { round, written, ..Self::new(lane, lanes, pages) }
+        Self { round, written, ..Self::new(lane, lanes, terms, pages) }
     }
 
     /// Applies one frame. Returns the round that it ended, if it did.
@@ -208,7 +223,9 @@ impl Decoder {
         (self.round, self.open) = (header.round, true);
         let pages_before = self.counts.total();
         for record in Records::new(header, body) {
-            match record.map_err(malformed)? {
+            let record = record.map_err(malformed)?;
+            self.check_agreed(&record)?;
+            match record {
                 Record::Zero(run) => self.zero(run, ram)?,
                 Record::Raw { run, bytes } => {
                     self.accept(run)?;
@@ -245,6 +262,34 @@ impl Decoder {
             return Err(DecodeError::BodyLength { expected: header.body_bytes, got: body.len() });
         }
         Ok(())
+    }
+
+    // SPEC: PROTOCOL.md#must-agreed
+    /// What a policy forbade at the offer does not come in later, record by record.
+    fn check_agreed(&self, record: &Record<'_>) -> Result<(), DecodeError> {
+        let stream = self.scope == CompressionScope::Stream;
+        let codec = |codec| match codec {
+            Codec::Lz4 => matches!(self.compression, Compression::Lz4 | Compression::Auto),
+            Codec::Zstd => matches!(self.compression, Compression::Zstd | Compression::Auto),
+            Codec::ZstdStream | Codec::ZstdStart => stream && matches!(self.compression, Compression::Zstd | Compression::Auto),
+        };
+        let pages = match record {
+            Record::Zero(run) | Record::Raw { run, .. } | Record::Duplicate { run, .. } => run.count(),
+            Record::Batch(batch) | Record::Delta(batch) => batch.pages as u64,
+            Record::After(_) | Record::Padding(_) => 0,
+        };
+        let (agreed, got) = match record {
+            _ if self.scope == CompressionScope::Page && pages > 1 => (false, "several pages"),
+            Record::Batch(batch) => (codec(batch.codec), batch.codec.name()),
+            Record::Delta(batch) => (stream && codec(batch.codec), "delta"),
+            Record::Duplicate { .. } => (stream && self.compression != Compression::None, "duplicate"),
+            Record::Zero(_) | Record::Raw { .. } | Record::After(_) | Record::Padding(_) => (true, ""),
+        };
+        if agreed {
+            return Ok(());
+        }
+        let expected = format!("compression {:?} in scope {:?}", self.compression, self.scope).to_lowercase().into();
+        Err(DecodeError::NotAgreed { lane: self.lane, expected, got })
     }
 
     fn end_round(&mut self, round: Round) {

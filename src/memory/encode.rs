@@ -26,8 +26,8 @@ pub struct Encoder {
     /// sent comes from this copy, whatever the guest writes meanwhile.
     scratch: Box<[u8]>,
     runs: Vec<Run>,
-    /// How much of the scratch the last batch filled.
-    filled: usize,
+    /// Some of the pages that went out last as they are.
+    sample: Vec<PageNumber>,
     packer: Packer,
     ledger: Ledger,
     /// What the destination has of equal pages, and of earlier versions.
@@ -67,7 +67,7 @@ impl Encoder {
             padded: terms.length_padding,
             scratch: vec![0; BATCH_PAGES_MAX * PAGE_BYTES].into(),
             runs: Vec::with_capacity(BATCH_PAGES_MAX),
-            filled: 0,
+            sample: Vec::with_capacity(BATCH_PAGES_MAX),
             packer: Packer::new(terms.compression_scope, Effort::of(terms.compression), lane_bytes),
             ledger: Ledger::default(),
             known: None,
@@ -103,10 +103,14 @@ impl Encoder {
         self.packer.effort()
     }
 
-    /// Packs the batch that went out last once more, fast, and says how long it was and how long it would have been.
-    pub fn probe(&mut self) -> (usize, usize) {
-        let batch = self.scratch.get(..self.filled).unwrap_or_default();
-        (batch.len(), self.packer.probe(batch))
+    /// Packs some of the pages that the last frame brought as they are, fast, and says how many bytes they have and would have had.
+    pub fn probe(&mut self, ram: &GuestRam) -> (usize, usize) {
+        let mut bytes = 0;
+        for (page, to) in self.sample.iter().zip(self.scratch.chunks_exact_mut(PAGE_BYTES)) {
+            bytes += if ram.read(*page, to).is_ok() { PAGE_BYTES } else { 0 };
+        }
+        let batch = self.scratch.get(..bytes).unwrap_or_default();
+        (bytes, self.packer.probe(batch))
     }
 
     /// What this lane keeps besides fixed buffers, bytes.
@@ -135,22 +139,23 @@ impl Encoder {
             known.versions.begin(round);
             known.afters.iter_mut().for_each(|after| after.frames = 0);
         }
+        self.sample.clear();
+        let as_they_are = self.packer.effort() == Effort::None && !self.packer.page_by_page();
         let mut next = Some(from);
         let packed_max = self.packer.counts.packed().saturating_add(self.packer.effort().frame_pages());
         while let Some(at) = next
             && frame.fits(BATCH_PAGES_MAX)
             && self.packer.counts.packed() < packed_max
         {
-            match self.gather(ram, pages, at, &mut frame) {
+            let gathered =
+                if as_they_are { self.copy(ram, pages, at, &mut frame) } else { self.gather_and_pack(ram, pages, at, &mut frame) };
+            match gathered {
                 Ok(after) => next = after,
                 Err(error) => {
                     out.truncate(start);
                     return Err(error);
                 }
             }
-            // INVARIANT(scratch-bound): `gather` fills at most the scratch.
-            self.filled = self.runs.iter().map(|run| run.bytes()).sum();
-            self.packer.pack(&mut frame, &self.runs, &self.scratch[..self.filled]);
             if let Some(known) = &mut self.known {
                 // Behind the batch: an origin may be in it.
                 known.write(&mut self.packer, &mut frame);
@@ -168,6 +173,75 @@ impl Encoder {
             }
         }
         Ok(next.filter(|at| pages.next_run_of_lane(self.lane, self.lanes, *at, 1).is_some()))
+    }
+
+    fn gather_and_pack(
+        &mut self,
+        ram: &GuestRam,
+        pages: &PageSet,
+        from: PageNumber,
+        frame: &mut PagesFrame<'_>,
+    ) -> Result<Option<PageNumber>, RamError> {
+        let next = self.gather(ram, pages, from, frame)?;
+        // INVARIANT(scratch-bound): `gather` fills at most the scratch.
+        let filled = self.runs.iter().map(|run| run.bytes()).sum();
+        self.packer.pack(frame, &self.runs, &self.scratch[..filled]);
+        Ok(next)
+    }
+
+    /// Copies the next pages into the frame, one after the other, where those stay that are nothing else. A page that is looked at
+    /// is still in the processor's nearest cache.
+    fn copy(
+        &mut self,
+        ram: &GuestRam,
+        pages: &PageSet,
+        from: PageNumber,
+        frame: &mut PagesFrame<'_>,
+    ) -> Result<Option<PageNumber>, RamError> {
+        let frame_number = self.ledger.next_sequence();
+        let mut at = from;
+        let mut written = ram.next_written(from);
+        let mut room = BATCH_PAGES_MAX;
+        while room > 0 && frame.fits(room + self.known.as_ref().map_or(0, Known::pages)) {
+            let Some((first, count)) = pages.next_run_of_lane(self.lane, self.lanes, at, room as u64) else { return Ok(None) };
+            if written.is_some_and(|written| written < first) {
+                written = ram.next_written(first);
+            }
+            if written.is_none_or(|written| written.0 >= first.0 + count) {
+                self.zero(frame, Run::new(first, count));
+                at = PageNumber(first.0 + count);
+                continue;
+            }
+            let mut zeroes = RunBuilder::default();
+            for page in (first.0..first.0 + count).map(PageNumber) {
+                let mut is_zero = false;
+                let raw = frame.raw_page(page, |to| {
+                    ram.read(page, to)?;
+                    is_zero = *to == ZERO_PAGE;
+                    let known = self.known.as_mut().filter(|_| !is_zero);
+                    Ok(!is_zero && !known.is_some_and(|known| known.takes(page, to, frame_number, false)))
+                })?;
+                if is_zero && let run @ Some(_) = zeroes.add(page) {
+                    self.zero(frame, run);
+                } else if raw {
+                    self.packer.counts.raw += 1;
+                    if self.sample.len() < BATCH_PAGES_MAX {
+                        self.sample.push(page);
+                    }
+                }
+            }
+            self.zero(frame, zeroes.end());
+            room -= usize::try_from(count).unwrap_or(room).min(room);
+            at = PageNumber(first.0 + count);
+        }
+        Ok(Some(at))
+    }
+
+    fn zero(&mut self, frame: &mut PagesFrame<'_>, run: Option<Run>) {
+        if let Some(run) = run {
+            self.packer.zero(frame, run);
+            self.known.iter_mut().for_each(|known| known.emptied(run.first(), run.count()));
+        }
     }
 
     /// Copies the next pages into the scratch and their runs into `runs`, until the batch is full

@@ -294,6 +294,8 @@ pub struct PagesFrame<'a> {
     afters: usize,
     records: u32,
     pages: u64,
+    /// The record that the next page can join: where it begins, and its pages.
+    open: Option<(usize, Run)>,
 }
 
 impl<'a> PagesFrame<'a> {
@@ -315,7 +317,7 @@ impl<'a> PagesFrame<'a> {
         let start = out.len();
         out.resize(start + FRAME_HEADER_BYTES + afters * AFTER_BYTES, 0);
         let records = u32::try_from(afters).unwrap_or(u32::MAX);
-        Self { out, start, afters, records, pages: 0 }
+        Self { out, start, afters, records, pages: 0, open: None }
     }
 
     fn body_bytes(&self) -> usize {
@@ -338,6 +340,7 @@ impl<'a> PagesFrame<'a> {
     fn record(&mut self, kind: u8, pages: u64) {
         self.records = self.records.saturating_add(1);
         self.pages += pages;
+        self.open = None;
         self.out.put_u8(kind);
     }
 
@@ -353,6 +356,32 @@ impl<'a> PagesFrame<'a> {
         self.record(RAW, run.count);
         self.out.put_u64(run.number());
         self.out.put(bytes);
+    }
+
+    /// Adds one page as it is, if `fill` says so: it writes the page's bytes where they stay, and nothing is left of them when
+    /// it says no or fails.
+    ///
+    /// # Errors
+    /// Those of `fill`.
+    pub fn raw_page<E>(&mut self, page: PageNumber, fill: impl FnOnce(&mut [u8]) -> Result<bool, E>) -> Result<bool, E> {
+        let before = self.out.len();
+        let joined = self.open.filter(|(_, run)| run.end() == page).and_then(|(at, run)| Some((at, Run::new(run.first, run.count + 1)?)));
+        let (at, run) = joined.unwrap_or((before, Run { first: page, count: 1 }));
+        let content = if joined.is_some() { before } else { before + 1 + RUN_BYTES };
+        self.out.resize(content + PAGE_BYTES, 0);
+        let filled = self.out.get_mut(content..).map_or(Ok(false), fill);
+        if !matches!(filled, Ok(true)) {
+            self.out.truncate(before);
+            return filled;
+        }
+        self.records = self.records.saturating_add(u32::from(joined.is_none()));
+        self.pages += 1;
+        self.open = Some((at, run));
+        let header = std::iter::once(RAW).chain(run.number().to_le_bytes());
+        for (to, from) in self.out.iter_mut().skip(at).zip(header) {
+            *to = from;
+        }
+        Ok(true)
     }
 
     /// Adds pages that equal as many from `origin` on.

@@ -83,13 +83,22 @@ fn mark(totals: LaneTotals) -> Raw {
 
 /// What a lane without frames has carried.
 fn nothing() -> LaneTotals {
-    Decoder::new(LaneIndex(0), 2, PAGES).totals()
+    Decoder::new(LaneIndex(0), 2, &anything(), PAGES).totals()
 }
 
 /// What a destination says to some frames: the text of the refusal with its cause, or nothing.
 fn verdict(frames: &[Raw]) -> Option<String> {
+    verdict_on(&anything(), frames)
+}
+
+/// The terms that exclude nothing.
+fn anything() -> StreamTerms {
+    terms(2, Compression::Auto, CompressionScope::Stream, false)
+}
+
+fn verdict_on(terms: &StreamTerms, frames: &[Raw]) -> Option<String> {
     let ram = flat(PAGES);
-    let mut decoder = Decoder::new(LaneIndex(0), 2, PAGES);
+    let mut decoder = Decoder::new(LaneIndex(0), 2, terms, PAGES);
     for frame in frames {
         let bytes = frame.bytes();
         let (header, body) = bytes.split_first_chunk::<FRAME_HEADER_BYTES>().unwrap();
@@ -480,5 +489,48 @@ proptest! {
     #[test]
     fn random_blocks_never_panic(block in prop::collection::vec(any::<u8>(), 1..4000), count in 1u64..=64) {
         let _ = verdict(&[pages(&[batch(1, &[(0, count)], &block)])]);
+    }
+}
+
+// SPEC: PROTOCOL.md#must-agreed
+#[test]
+fn refuses_what_the_terms_exclude() {
+    use Compression as C;
+    use CompressionScope as S;
+    let block = packed(2);
+    let lz4 = || batch(1, &[(0, 2)], &block);
+    let lone = || batch(1, &[(0, 1)], &compress(&[7; PAGE_BYTES]));
+    let delta = || [vec![6], lz4().split_off(1)].concat();
+    let duplicate = || [vec![5], run(1, 1), 0_u64.to_le_bytes().to_vec()].concat();
+    let zstd = |codec| batch(codec, &[(0, 2)], &[0; 8]);
+    let refused = |terms: &str, got: &str| format!("frame of lane 0 has a record of kind `{got}`: expected what was agreed, {terms}");
+    let none = "compression none in scope stream";
+    for (compression, scope, record, expected) in [
+        (C::None, S::Stream, lz4(), refused(none, "lz4")),
+        (C::None, S::Stream, zstd(2), refused(none, "zstd")),
+        (C::None, S::Stream, zstd(4), refused(none, "zstd stream start")),
+        (C::None, S::Stream, delta(), refused(none, "delta")),
+        (C::None, S::Stream, duplicate(), refused(none, "duplicate")),
+        (C::Lz4, S::Stream, zstd(2), refused("compression lz4 in scope stream", "zstd")),
+        (C::Zstd, S::Stream, lz4(), refused("compression zstd in scope stream", "lz4")),
+        (C::Zstd, S::Batch, zstd(4), refused("compression zstd in scope batch", "zstd stream start")),
+        (C::Auto, S::Batch, zstd(3), refused("compression auto in scope batch", "zstd stream")),
+        (C::Auto, S::Batch, delta(), refused("compression auto in scope batch", "delta")),
+        (C::Auto, S::Batch, duplicate(), refused("compression auto in scope batch", "duplicate")),
+        (C::Auto, S::Page, zero(0, 2), refused("compression auto in scope page", "several pages")),
+        (C::Auto, S::Page, raw(0, 2, 2 * PAGE_BYTES), refused("compression auto in scope page", "several pages")),
+        (C::Lz4, S::Page, lz4(), refused("compression lz4 in scope page", "several pages")),
+    ] {
+        assert_eq!(verdict_on(&terms(2, compression, scope, false), &[pages(&[record])]), Some(expected));
+    }
+    for (compression, scope, record) in [
+        (C::Lz4, S::Stream, lz4()),
+        (C::Auto, S::Batch, lz4()),
+        (C::Lz4, S::Page, lone()),
+        (C::Auto, S::Page, zero(0, 1)),
+        (C::Lz4, S::Stream, duplicate()),
+        (C::None, S::Batch, zero(0, 2)),
+    ] {
+        assert_eq!(verdict_on(&terms(2, compression, scope, false), &[pages(&[record])]), None, "{compression:?}, {scope:?}");
     }
 }

@@ -104,7 +104,7 @@ impl Pair {
             destination,
             tracker: Tracker::new(pages),
             encoders: lanes().map(|lane| Encoder::new(lane, terms.lanes, terms, pages)).collect(),
-            decoders: lanes().map(|lane| Decoder::new(lane, terms.lanes, pages)).collect(),
+            decoders: lanes().map(|lane| Decoder::new(lane, terms.lanes, terms, pages)).collect(),
             fault: Fault::None,
             dirty: PageSet::full(pages),
             work: lanes().map(|_| VecDeque::new()).collect(),

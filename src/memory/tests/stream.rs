@@ -196,7 +196,7 @@ fn zero_pages_do_not_allocate_fresh_memory() {
     let destination = GuestRam::map(file.try_clone().unwrap(), MemoryLayout::flat(pages).unwrap()).unwrap();
     let source = flat(pages);
     let mut encoder = Encoder::new(LaneIndex(0), 1, &terms(1, Compression::None, CompressionScope::Stream, false), 1 << 12);
-    let mut decoder = Decoder::new(LaneIndex(0), 1, pages);
+    let mut decoder = Decoder::new(LaneIndex(0), 1, &terms(1, Compression::None, CompressionScope::Stream, false), pages);
     let mut round = Round(0);
     let mut move_all = |source: &GuestRam| {
         let mut frame = Vec::new();
