@@ -350,6 +350,36 @@ impl fmt::Display for SpiffeId {
     }
 }
 
+/// What is compared at both ends before the switch. Device state always is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Verify {
+    /// No memory.
+    No,
+    /// All memory, read while the guest runs; in the pause only what it has written since, by its dirty log.
+    Yes,
+    /// All memory, read in the pause: also finds what the dirty log has missed.
+    Full,
+}
+
+impl Verify {
+    /// What may be written, for messages.
+    pub const EXPECTED: &'static str = "`yes`, `no` or `full`";
+}
+
+impl std::str::FromStr for Verify {
+    type Err = &'static str;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        match text {
+            "yes" => Ok(Self::Yes),
+            "no" => Ok(Self::No),
+            "full" => Ok(Self::Full),
+            _ => Err(Self::EXPECTED),
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

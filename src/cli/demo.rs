@@ -15,7 +15,7 @@ use super::tools::{DemoFlags, DemoHypervisor};
 use crate::audit::{self, VerifyOptions};
 use crate::control::{Client, Event, Exit, MigrateRequest, exit_of_report};
 use crate::telemetry::{ErrorClass, Outcome, Phase, Problem, Report, schema_tag};
-use crate::types::{MigrationId, Side};
+use crate::types::{MigrationId, Side, Verify};
 use lab::{Heartbeats, Lab, VM};
 
 schema_tag!(
@@ -96,7 +96,7 @@ async fn show(lab: &Lab, flags: &DemoFlags, out: Out) -> Ending {
     out.talk(&format!("two gateways are up; the guest beats on the source (beat {before})"));
 
     let mut request = MigrateRequest::new(VM.parse().map_err(bug)?, "gw-b".parse().map_err(bug)?);
-    request.verify = Some(true);
+    request.verify = Some(Verify::Yes);
     request.lanes = flags.lanes;
     request.bandwidth_bytes_per_second = flags.bandwidth.map(|limit| limit.bytes_per_second);
     let cpu = lab.cpu_seconds();

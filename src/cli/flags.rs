@@ -8,7 +8,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use super::tools::{AuditCommand, BenchFlags, DemoFlags, PkiCommand, PolicyCommand, VmmCommand};
 use crate::config::{Bandwidth, InvalidQuantity, TimeSpan};
 use crate::control::Compress;
-use crate::types::{PeerName, VmName};
+use crate::types::{PeerName, Verify, VmName};
 
 /// Live-migrates virtual machines between hosts and sites through authenticated, policy-checked tunnels.
 ///
@@ -184,8 +184,11 @@ pub struct MigrationFlags {
     #[arg(long, value_enum, default_value_t = StorageFlag::None)]
     pub storage: StorageFlag,
     /// Compare all memory and state on both sides before the switch.
-    #[arg(long, value_name = "YES|NO", value_parser = yes_or_no, num_args = 0..=1, default_missing_value = "yes", require_equals = true)]
-    pub verify: Option<bool>,
+    ///
+    /// Memory is read ahead, and again where the guest's dirty log says that it changed. `full` reads all of it in the pause, which
+    /// finds what the dirty log has missed and takes about 0.15 s for each GiB.
+    #[arg(long, value_name = "yes|no|full", value_parser = verify, num_args = 0..=1, default_missing_value = "yes", require_equals = true)]
+    pub verify: Option<Verify>,
     /// Slow the guest down if it dirties memory faster than it can be sent.
     #[arg(long)]
     pub throttle: bool,
@@ -377,12 +380,8 @@ pub(super) fn quantity<T: FromStr<Err = InvalidQuantity>>(text: &str) -> Result<
     })
 }
 
-fn yes_or_no(text: &str) -> Result<bool, String> {
-    match text {
-        "yes" | "true" => Ok(true),
-        "no" | "false" => Ok(false),
-        _ => Err("expected `yes` or `no`".to_owned()),
-    }
+fn verify(text: &str) -> Result<Verify, String> {
+    text.parse().map_err(|expected| format!("expected {expected}"))
 }
 
 fn change(text: &str) -> Result<Change, String> {

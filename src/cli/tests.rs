@@ -67,7 +67,7 @@ fn usage_errors_exit_2_and_say_what_was_expected() {
         ("sealane migrate web --to b --lanes 0", "1..=16"),
         ("sealane migrate web --to b --mode warp", "possible values: precopy"),
         ("sealane migrate web --to b --socket a --config b", "cannot be used with"),
-        ("sealane migrate web --to b --verify=perhaps", "expected `yes` or `no`"),
+        ("sealane migrate web --to b --verify=perhaps", "expected `yes`, `no` or `full`"),
         ("sealane cancel xyz", "first 4 hexadecimal digits"),
         ("sealane set abcd", "required"),
         ("sealane set abcd speed=1", "expected bandwidth=BANDWIDTH or max-downtime=DURATION"),

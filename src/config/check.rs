@@ -11,7 +11,7 @@ use super::settings::{Config, Gateway, Identity, Incoming, Limits, Migration, Op
 use super::typed::TrustDomain;
 use super::{ByteSize, Classification, Compression, Durability, Label, Role, TimeSpan};
 use crate::limits::{HISTORY_COUNT_MAX, LANES_MAX, MIGRATIONS_MAX, RAM_BYTES_MAX, SOCKET_PATH_BYTES_MAX};
-use crate::types::{PeerName, SpiffeId, VmName, VmUuid};
+use crate::types::{PeerName, SpiffeId, Verify, VmName, VmUuid};
 
 /// A configuration that is complete in itself; files that it names are still to be looked at.
 pub(super) struct Draft {
@@ -187,7 +187,7 @@ fn migration(r: &mut Reader, top: &mut Section<'_, '_>) -> Migration {
             r.problem(span.at, &s.key(key), "expected more than zero".to_owned(), None);
         }
     }
-    let verify = r.or(&mut s, "verify", true).value;
+    let verify = r.or(&mut s, "verify", Verify::Yes).value;
     let bandwidth = r.optional(&mut s, "bandwidth").map(|bandwidth| bandwidth.value);
     let durability = r.or(&mut s, "durability", Durability::None).value;
     r.finish(s);

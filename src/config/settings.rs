@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use super::raw::Setting;
 use super::{Address, Bandwidth, ByteSize, Classification, Compression, Durability, Label, Role, TimeSpan};
-use crate::types::{PeerName, SpiffeId, VmName, VmUuid};
+use crate::types::{PeerName, SpiffeId, Verify, VmName, VmUuid};
 
 /// A configuration without problems; made by [`load`](super::load) and [`parse`](super::parse) only.
 #[derive(Debug, Clone, PartialEq)]
@@ -121,8 +121,8 @@ pub struct Migration {
     pub timeout: TimeSpan,
     /// Longest outage of the link that is waited out.
     pub max_outage: TimeSpan,
-    /// Whether memory and state are compared before the switch.
-    pub verify: bool,
+    /// What is compared before the switch.
+    pub verify: Verify,
     /// Most that goes over the wire; unlimited when absent.
     pub bandwidth: Option<Bandwidth>,
     /// Where the final image is on disk before the switch.

@@ -8,7 +8,7 @@ use toml::de::DeValue;
 
 use super::raw::{Reader, Typed};
 use super::{Address, Bandwidth, ByteSize, Classification, Compression, Durability, InvalidQuantity, Label, Role, TimeSpan};
-use crate::types::{PeerName, SpiffeId, VmName, VmUuid, is_trust_domain};
+use crate::types::{PeerName, SpiffeId, Verify, VmName, VmUuid, is_trust_domain};
 
 const NAME_RULE: &str = "a name of 1–63 letters, digits, `.`, `_` or `-`, starting with a letter, digit or `_`";
 
@@ -107,6 +107,29 @@ impl Typed for bool {
 
     fn show(&self) -> String {
         self.to_string()
+    }
+}
+
+impl Typed for Verify {
+    const EXPECTED: &'static str = "`true`, `false` or `\"full\"`";
+
+    fn read(_: &mut Reader, _: &str, value: &Spanned<DeValue<'_>>) -> Result<Self, Option<String>> {
+        let quoted = || matches!(value.get_ref().as_str(), Some("true" | "false")).then(|| "write it without quotes".to_owned());
+        match (value.get_ref().as_bool(), value.get_ref().as_str()) {
+            (Some(true), _) => Ok(Self::Yes),
+            (Some(false), _) => Ok(Self::No),
+            (_, Some("full")) => Ok(Self::Full),
+            _ => Err(quoted()),
+        }
+    }
+
+    fn show(&self) -> String {
+        match self {
+            Self::Yes => "true",
+            Self::No => "false",
+            Self::Full => "full",
+        }
+        .to_owned()
     }
 }
 

@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use super::RecordView;
 use crate::telemetry::{Mode, Problem, Progress, ProgressSchema, Report, ReportSchema, schema_tag};
-use crate::types::{Epoch, Incarnation, MigrationId, PeerName, Side, SpiffeId, VmName, VmUuid};
+use crate::types::{Epoch, Incarnation, MigrationId, PeerName, Side, SpiffeId, Verify, VmName, VmUuid};
 
 schema_tag!(
     /// Schema of [`GatewayView`].
@@ -61,9 +61,9 @@ pub struct MigrateRequest {
     /// Whether disks move too.
     #[serde(default)]
     pub storage: Storage,
-    /// Whether memory and state are compared before the switch.
+    /// What is compared before the switch.
     #[serde(default)]
-    pub verify: Option<bool>,
+    pub verify: Option<Verify>,
     /// Whether the guest may be slowed down so that it converges.
     #[serde(default)]
     pub throttle: bool,

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::mpsc;
 
-use crate::engine::digest::{digest_memory, digest_totals, sha256, totals_differ};
+use crate::engine::digest::{KeptUp, digest_kept, digest_totals, sha256, totals_differ};
 use crate::engine::handoff::{Binding, Evidence, blocking, joined};
 use crate::engine::lanes::{Applied, Decoders, LaneReport, ReceiveShared, Seal, decoders, decoders_after_restart, receive_lane};
 use crate::engine::link::send_within;
@@ -103,6 +103,8 @@ struct Run {
     machine: Destination,
     gate: Option<LaneGate>,
     decoders: Decoders,
+    /// Digests of what was received, read as it comes.
+    kept_up: Option<KeptUp>,
     progress: Option<Arc<Progress>>,
     reports: mpsc::Receiver<Result<LaneReport, EngineError>>,
     seal: Arc<Seal>,
@@ -141,6 +143,8 @@ pub async fn run_destination(order: DestinationOrder) -> DestinationEnd {
     let DestinationOrder { offer, lanes, evidence, link, twin, ask_commit, policy_digest, commands, .. } = order;
     let DestinationOrder { returns, outage_max, progress, comes_back_in, .. } = order;
     let ram = Arc::clone(twin.ram());
+    // Nobody but the lanes writes it before the state is restored, so all of it need not be read in the pause.
+    let kept_up = offer.stream.verify.then(|| KeptUp::start(&ram));
     let binding = Binding {
         migration: offer.migration,
         vm: offer.vm.clone(),
@@ -156,7 +160,8 @@ pub async fn run_destination(order: DestinationOrder) -> DestinationEnd {
         evidence,
         link,
         twin: Arc::new(Mutex::new(twin)),
-        decoders: decoders(lanes, &offer.stream, ram.pages()),
+        decoders: decoders(lanes, &offer.stream, ram.pages(), kept_up.as_ref()),
+        kept_up,
         ram,
         ask_commit,
         binding,
@@ -239,7 +244,7 @@ impl Run {
         let noted = |lane| self.progress.as_ref().map_or_else(LaneStanding::default, |progress| progress.of(lane));
         let lanes: Vec<LaneStanding> = (0..self.lanes).map(LaneIndex).map(noted).collect();
         if comes_back {
-            self.decoders = decoders_after_restart(&self.order.stream, self.ram.pages(), &lanes);
+            self.decoders = decoders_after_restart(&self.order.stream, self.ram.pages(), &lanes, self.kept_up.as_ref());
         }
         self.expect_lanes()?;
         if !comes_back {
@@ -440,15 +445,15 @@ impl Run {
         crate::failpoint::hit!("destination.compare");
         let totals: Vec<LaneTotals> = self.rounds.applied.iter().map(|(_, totals)| *totals).collect();
         let (twin, ram, vm) = (Arc::clone(&self.twin), Arc::clone(&self.ram), self.order.vm.clone());
-        let (state, verify) = (std::mem::take(&mut self.state.bytes), self.order.stream.verify);
+        let (state, kept) = (std::mem::take(&mut self.state.bytes), self.kept_up.as_ref().map(KeptUp::digests));
         let image = (self.order.stream.durability != Durability::None).then(|| {
             let head = Evidence::image_head(&self.binding, &said, self.order.machine.clone());
             (self.evidence.image_path(self.binding.migration), head)
         });
         let held = blocking(move || {
             let differs = |what| EngineError::Digest { vm: vm.clone(), what };
-            let held =
-                FinalDigest { state: sha256(&state), lanes: digest_totals(&totals), memory: if verify { digest_memory(&ram)? } else { 0 } };
+            let memory = kept.map_or(Ok(0), |kept| digest_kept(&kept, &ram))?;
+            let held = FinalDigest { state: sha256(&state), lanes: digest_totals(&totals), memory };
             // Nothing that was not signed for reaches the hypervisor.
             for (same, what) in [
                 (held.state == said.state, "device state"),

@@ -1,7 +1,13 @@
 //! What both ends compute over a finished migration, to find that they agree.
 
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::task::JoinSet;
+
 use crate::engine::EngineError;
-use crate::memory::{GuestRam, combine_digests, digest_stripes, stripe_count};
+use crate::engine::handoff::joined;
+use crate::memory::{GuestRam, KeptDigests, PageSet, combine_digests, digest_stripes, stripe_count};
 use crate::types::LaneIndex;
 use crate::wire::LaneTotals;
 
@@ -24,6 +30,72 @@ pub(super) fn totals_differ(source: &[LaneTotals], destination: &[LaneTotals]) -
     let index = LaneIndex(u16::try_from(lane).unwrap_or(u16::MAX));
     Some(EngineError::Totals { lane: index, sent: at(source, lane).frames, applied: at(destination, lane).frames })
 }
+
+/// The digest of guest RAM that is kept up to date while memory moves, so that little is left to be read in the pause.
+#[derive(Debug)]
+pub(super) struct KeptUp {
+    digests: Arc<KeptDigests>,
+    ram: Arc<GuestRam>,
+    /// Ends with this.
+    _follows: JoinSet<()>,
+}
+
+impl KeptUp {
+    pub(super) fn start(ram: &Arc<GuestRam>) -> Self {
+        let digests = Arc::new(KeptDigests::new(ram.pages()));
+        let mut follows = JoinSet::new();
+        let (ram, weak) = (Arc::clone(ram), Arc::downgrade(&digests));
+        let followed = Arc::clone(&ram);
+        follows.spawn(async move {
+            loop {
+                tokio::time::sleep(FOLLOW).await;
+                let (Some(digests), ram) = (weak.upgrade(), Arc::clone(&followed)) else { return };
+                let read = tokio::task::spawn_blocking(move || digests.refresh(&ram, 0..digests.groups())).await;
+                if let Ok(Err(error)) = read {
+                    // Whoever asks for the digest has the same error.
+                    tracing::warn!(%error, "guest memory is not read ahead of the switch");
+                    return;
+                }
+            }
+        });
+        Self { digests, ram, _follows: follows }
+    }
+
+    pub(super) fn digests(&self) -> Arc<KeptDigests> {
+        Arc::clone(&self.digests)
+    }
+
+    pub(super) fn touched(&self, pages: &PageSet) {
+        self.digests.touched_all(pages);
+    }
+
+    /// Catches up.
+    pub(super) fn refresh(&self) -> impl Future<Output = Result<(), EngineError>> + use<> {
+        let (digests, ram) = (self.digests(), Arc::clone(&self.ram));
+        async move { Ok(joined(tokio::task::spawn_blocking(move || digests.refresh(&ram, 0..digests.groups())).await)??) }
+    }
+}
+
+/// WHY: what is read again because it changed meanwhile is work for nothing, and what was not read yet is to be read in the pause.
+const FOLLOW: Duration = Duration::from_millis(50);
+
+/// What is kept of guest RAM that does not change any more, brought up to date: on two threads, if much is to be read.
+pub(super) fn digest_kept(kept: &KeptDigests, ram: &GuestRam) -> Result<u128, EngineError> {
+    let (groups, half) = (kept.groups(), kept.groups() / 2);
+    if kept.stale_blocks() < BLOCKS_FOR_A_THREAD {
+        kept.refresh(ram, 0..groups)?;
+    } else {
+        std::thread::scope(|scope| {
+            let high = scope.spawn(|| kept.refresh(ram, half..groups));
+            kept.refresh(ram, 0..half)?;
+            high.join().map_err(|_| EngineError::Bug("digest thread ended".into()))?.map_err(EngineError::from)
+        })?;
+    }
+    Ok(kept.digest())
+}
+
+/// WHY: 16 MiB take about as long to read as a thread takes to start.
+const BLOCKS_FOR_A_THREAD: usize = 256;
 
 /// Digest of all guest RAM, on two threads.
 pub(super) fn digest_memory(ram: &GuestRam) -> Result<u128, EngineError> {

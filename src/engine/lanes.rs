@@ -8,6 +8,7 @@ use tokio::sync::{Mutex, mpsc, watch};
 
 use crate::engine::EngineError;
 use crate::engine::destination::Progress;
+use crate::engine::digest::KeptUp;
 use crate::engine::frames::Frames;
 use crate::engine::limiter::Limiter;
 use crate::engine::meter::Meter;
@@ -258,15 +259,17 @@ const PROBE_EVERY: u64 = 32;
 /// The decoders of a migration, by lane. Whoever receives on a lane holds its decoder.
 pub(super) type Decoders = Arc<[Mutex<Decoder>]>;
 
-pub(super) fn decoders(lanes: u16, terms: &StreamTerms, pages: u64) -> Decoders {
-    (0..lanes).map(|lane| Mutex::new(Decoder::new(LaneIndex(lane), lanes, terms, pages))).collect()
+pub(super) fn decoders(lanes: u16, terms: &StreamTerms, pages: u64, kept_up: Option<&KeptUp>) -> Decoders {
+    let decoder = |lane| Decoder::new(LaneIndex(lane), lanes, terms, pages).telling(kept_up.map(KeptUp::digests));
+    (0..lanes).map(|lane| Mutex::new(decoder(lane))).collect()
 }
 
 /// The same for a twin that an earlier gateway has filled, up to these.
-pub(super) fn decoders_after_restart(terms: &StreamTerms, pages: u64, standings: &[LaneStanding]) -> Decoders {
+pub(super) fn decoders_after_restart(terms: &StreamTerms, pages: u64, standings: &[LaneStanding], kept_up: Option<&KeptUp>) -> Decoders {
     let lanes = u16::try_from(standings.len()).unwrap_or(limits::LANES_MAX);
     let standings = (0..lanes).map(LaneIndex).zip(standings);
-    standings.map(|(lane, standing)| Mutex::new(Decoder::after_restart(lane, lanes, terms, pages, standing.round))).collect()
+    let decoder = |lane, round| Decoder::after_restart(lane, lanes, terms, pages, round).telling(kept_up.map(KeptUp::digests));
+    standings.map(|(lane, standing)| Mutex::new(decoder(lane, standing.round))).collect()
 }
 
 /// What every destination lane of a migration shares while one session lasts.

@@ -18,6 +18,7 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 
+use crate::engine::digest::KeptUp;
 use crate::engine::handoff::{Binding, Evidence, blocking, joined};
 use crate::engine::lanes::{LaneReport, LaneRound, Packing, SourceLane};
 use crate::engine::limiter::Limiter;
@@ -57,6 +58,8 @@ pub struct SourceOrder {
     pub bandwidth: Option<u64>,
     /// What is asked of the stream.
     pub stream: StreamTerms,
+    /// Whether all memory is read in the pause to be compared, which also finds what the guest's dirty log has missed.
+    pub verify_in_pause: bool,
     /// The level of Zstandard, where that packs and it is not the default.
     pub zstd_level: Option<u8>,
     /// When to give up, from the start.
@@ -160,6 +163,8 @@ struct Run {
     limiter: Arc<Limiter>,
     meter: Arc<Meter>,
     round: RoundUnderWay,
+    /// Digests of the guest's memory, read ahead.
+    kept_up: Option<KeptUp>,
     finals: Option<JoinHandle<Result<Finals, EngineError>>>,
     /// State and digests of the paused guest, until the destination has them.
     paused: Option<Arc<Finals>>,
@@ -218,6 +223,7 @@ impl Run {
             carried_before: 0,
             left: Vec::new(),
             meter: Arc::default(),
+            kept_up: None,
             finals: None,
             paused: None,
             digest: None,
@@ -499,6 +505,9 @@ impl Run {
                 // failed only a restart can tell who owns the guest, and until then it stands still.
                 let journal = Arc::clone(&self.evidence.journal);
                 joined(tokio::task::spawn_blocking(move || journal.reserve()).await)??;
+                if let Some(refreshed) = self.kept_up.as_ref().map(KeptUp::refresh) {
+                    self.alive_through(refreshed).await?;
+                }
                 self.phase = Phase::Switchover;
                 self.pause = Some(Stopwatch::start());
                 self.pause_ends = Some(Instant::now() + self.pause_max());

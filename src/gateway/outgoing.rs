@@ -22,7 +22,7 @@ use crate::limits;
 use crate::migration::{Goal, OfferRecord, Outcome as Place};
 use crate::policy::{Permit, Release, Route};
 use crate::telemetry::{self, Mode, Monotone, Problem, Progress, Report, RunningOn};
-use crate::types::{Epoch, MigrationId, Side};
+use crate::types::{Epoch, MigrationId, Side, Verify};
 use crate::wire::ErrorClass;
 
 /// A request that was found sensible: the VM is claimed, the peer is known.
@@ -35,6 +35,7 @@ pub(super) struct Departure {
     pub(super) epoch: Epoch,
     pub(super) goal: Goal,
     pub(super) bandwidth: Option<u64>,
+    pub(super) verify_in_pause: bool,
     pub(super) zstd_level: Option<u8>,
     pub(super) timeout: Duration,
     pub(super) outage_max: Duration,
@@ -95,7 +96,8 @@ impl Gateway {
             terms.compression = compression(compress);
         }
         let zstd_level = request.compress.and_then(zstd_level);
-        terms.verify = request.verify.unwrap_or(terms.verify);
+        let verify = request.verify.unwrap_or(defaults.verify);
+        terms.verify = verify != Verify::No;
         let positive = |seconds: f64, what: &str| {
             Duration::try_from_secs_f64(seconds)
                 .ok()
@@ -109,7 +111,23 @@ impl Gateway {
         let bandwidth = request.bandwidth_bytes_per_second.or(defaults.bandwidth.map(|limit| limit.bytes_per_second));
         let case = Case { migration, vm: vm.name.clone(), uuid: vm.uuid, terms, memory_bytes: 0, side: Side::Source };
         let goal = Goal { downtime_max, throttle: request.throttle, fixed_cost: PAUSE_FIXED };
-        Ok(Departure { migration, case, vm, peer, address, epoch, goal, bandwidth, zstd_level, timeout, outage_max, operator, claim })
+        let verify_in_pause = verify == Verify::Full;
+        Ok(Departure {
+            migration,
+            case,
+            vm,
+            peer,
+            address,
+            epoch,
+            goal,
+            bandwidth,
+            verify_in_pause,
+            zstd_level,
+            timeout,
+            outage_max,
+            operator,
+            claim,
+        })
     }
 
     /// Where the VM is attached, and the epoch at which this gateway owns it.
@@ -278,6 +296,7 @@ impl Gateway {
             goal: departure.goal,
             bandwidth: departure.bandwidth,
             stream: departure.case.terms.clone(),
+            verify_in_pause: departure.verify_in_pause,
             zstd_level: departure.zstd_level,
             timeout: Some(departure.timeout),
             resolve_timeout: RESOLVE_FOR,
@@ -347,7 +366,7 @@ impl Gateway {
             return Err(Problem::new(ErrorClass::Denied, message));
         }
         departure.case.memory_bytes = guest.ram().layout().bytes();
-        if departure.case.terms.verify {
+        if departure.verify_in_pause {
             departure.goal.fixed_cost += Duration::from_secs_f64(departure.case.memory_bytes as f64 / VERIFY_BYTES_PER_SECOND);
         }
         Ok(guest)

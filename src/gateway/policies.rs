@@ -10,6 +10,7 @@ use crate::gateway::peers;
 use crate::identity::provider;
 use crate::limits;
 use crate::policy::{self, Channel, Entities, PolicyFile, Stream};
+use crate::types::Verify;
 use crate::wire::{Compression, CompressionScope, Durability, StreamTerms};
 
 /// Every `*.cedar` of a directory, in order of name; or the path that cannot be read, and why.
@@ -100,7 +101,7 @@ pub(super) fn default_terms(defaults: &config::Migration, classification: Classi
             config::Durability::Destination => Durability::Destination,
             config::Durability::Both => Durability::Both,
         },
-        verify: defaults.verify,
+        verify: defaults.verify != Verify::No,
     }
 }
 

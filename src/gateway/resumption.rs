@@ -82,6 +82,7 @@ impl Gateway {
             epoch: order.epoch,
             goal: order.goal,
             bandwidth: order.bandwidth,
+            verify_in_pause: order.verify_in_pause,
             zstd_level: order.zstd_level,
             timeout: order.timeout.unwrap_or(Duration::MAX),
             outage_max: order.outage_max,

@@ -1,10 +1,12 @@
 //! From frames of one lane, which a peer sent, to guest RAM.
 
+use std::sync::Arc;
+
 use crate::limits::{BATCH_PAGES_MAX, STRIPE_PAGES};
 use crate::memory::ledger::Ledger;
 use crate::memory::unpack::{Unpacked, Unpacker};
 use crate::memory::versions::exclusive_or;
-use crate::memory::{GuestRam, PageCounts, PageSet, RamError, lane_of};
+use crate::memory::{GuestRam, KeptDigests, PageCounts, PageSet, RamError, lane_of};
 use crate::types::{LaneIndex, PAGE_BYTES, PageNumber, Round};
 use crate::wire::{
     Batch, Codec, Compression, CompressionScope, ErrorClass, FrameHeader, FrameKind, LaneStanding, LaneTotals, Record, Records, Run,
@@ -162,6 +164,8 @@ pub struct Decoder {
     unpacker: Unpacker,
     ledger: Ledger,
     counts: PageCounts,
+    /// Hears of what is written.
+    digests: Option<Arc<KeptDigests>>,
 }
 
 impl std::fmt::Debug for Decoder {
@@ -192,7 +196,14 @@ impl Decoder {
             unpacker: Unpacker::default(),
             ledger: Ledger::default(),
             counts: PageCounts::default(),
+            digests: None,
         }
+    }
+
+    /// Tells `digests` what it writes.
+    #[must_use]
+    pub fn telling(self, digests: Option<Arc<KeptDigests>>) -> Self {
+        Self { digests, ..self }
     }
 
     /// The decoder of a lane whose RAM an earlier decoder has written, nobody knows where; its last round was `round`.
@@ -230,7 +241,7 @@ impl Decoder {
                 Record::Raw { run, bytes } => {
                     self.accept(run)?;
                     ram.write(run.first(), bytes)?;
-                    self.written.insert(run);
+                    self.wrote(run);
                     self.counts.raw += run.count();
                 }
                 Record::Batch(batch) => self.batch(&batch, ram)?,
@@ -310,11 +321,17 @@ impl Decoder {
         self.seen.insert_new(run).map_err(|page| DecodeError::PageTwice { page, round: self.round })
     }
 
+    fn wrote(&mut self, run: Run) {
+        self.written.insert(run);
+        self.digests.iter().for_each(|digests| digests.touched(run.first(), run.count()));
+    }
+
     /// Clears pages that we wrote before; the others are zero and stay unallocated.
     fn zero(&mut self, run: Run, ram: &GuestRam) -> Result<(), DecodeError> {
         self.accept(run)?;
         while let Some((first, count)) = self.written.take_run(run) {
             ram.clear(first, count)?;
+            self.digests.iter().for_each(|digests| digests.touched(first, count));
         }
         self.counts.zero += run.count();
         Ok(())
@@ -326,7 +343,7 @@ impl Decoder {
         for run in batch.runs() {
             // INVARIANT(scratch-bound): the runs of a batch have `batch.pages` pages.
             ram.write(run.first(), &self.scratch[at..at + run.bytes()])?;
-            self.written.insert(run);
+            self.wrote(run);
             at += run.bytes();
         }
         self.counts.compressed += batch.pages as u64;
@@ -359,7 +376,7 @@ impl Decoder {
                 exclusive_or(&before, difference, page);
             }
             ram.write(run.first(), own)?;
-            self.written.insert(run);
+            self.wrote(run);
             at += run.bytes();
         }
         self.counts.delta += batch.pages as u64;
@@ -381,7 +398,7 @@ impl Decoder {
             ram.write(to, own)?;
             done += pages;
         }
-        self.written.insert(run);
+        self.wrote(run);
         self.counts.duplicate += run.count();
         Ok(())
     }

@@ -32,7 +32,7 @@ use crate::wire::Compression;
 
 pub use adapt::Adaptation;
 pub use decode::{DecodeError, Decoder};
-pub use digest::{StripeDigest, combine_digests, differing_stripes, digest_ram, digest_stripe, digest_stripes, stripe_count};
+pub use digest::{KeptDigests, StripeDigest, combine_digests, differing_stripes, digest_ram, digest_stripe, digest_stripes, stripe_count};
 pub use duplicates::{DUPLICATES_KEY_BYTES, Duplicates};
 pub use encode::Encoder;
 pub use layout::{LayoutError, MemoryLayout, lane_of};

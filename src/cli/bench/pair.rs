@@ -186,6 +186,7 @@ impl Pair {
             outage_max: Duration::ZERO,
             // No policy is asked: what is measured is the way of the pages.
             policy_digest: [0; 32],
+            verify_in_pause: false,
             zstd_level: gateway::zstd_level(terms.compress),
             ledger: None,
         })

@@ -243,9 +243,8 @@ impl Run {
         let dirty = blocking(move || Ok(lock(&guest).harvest()?)).await?;
         if let Some(tracker) = &mut self.tracker {
             tracker.resumed(&missing);
-            tracker.owe(&dirty);
         }
-        self.write_owed()
+        self.owe(&dirty)
     }
 
     /// The guest was paused and the switch did not begin: it goes on, still watched.

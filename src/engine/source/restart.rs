@@ -80,6 +80,7 @@ impl Run {
         self.left = vec![u64::MAX; usize::from(left.lanes)];
         self.round = RoundUnderWay::new(left.round, false, self.encoders.len(), 0);
         self.tracker = Some(Tracker::after_restart(left.round, left.in_flight, left.pages));
+        self.keep_digests();
         self.count_first_round();
         self.machine = Source::after_restart(self.order.goal, offer.durability, left.lanes, self.round.round);
         self.figures.rounds = self.round.round.0;

@@ -8,7 +8,7 @@ use tokio::sync::mpsc;
 use super::ledger::{LaneLedger, Ledger};
 use super::{Run, blocking, lock};
 use crate::engine::EngineError;
-use crate::engine::digest::{digest_memory, digest_totals, sha256, totals_differ};
+use crate::engine::digest::{KeptUp, digest_kept, digest_memory, digest_totals, sha256, totals_differ};
 use crate::engine::frames::Frames;
 use crate::engine::lanes::{LaneReport, LaneRound, SendShared, SourceLane, send_lane};
 use crate::limits;
@@ -47,6 +47,7 @@ impl Run {
         let mut tracker = Tracker::new(self.ram.pages());
         tracker.owe(&PageSet::full(self.ram.pages()));
         self.tracker = Some(tracker);
+        self.keep_digests();
         let directory = self.order.ledger.as_deref();
         self.ledger = directory.map(|directory| self.written(Ledger::create(directory))).transpose()?.flatten();
         let encoder = |lane| {
@@ -116,13 +117,14 @@ impl Run {
         let (state, dirty) = self.alive_through(saved).await?;
         crate::failpoint::hit!("source.last-harvest");
         self.lap("state");
-        if let Some(tracker) = &mut self.tracker {
-            tracker.owe(&dirty);
-        }
-        self.write_owed()?;
-        let (ram, verify) = (Arc::clone(&self.ram), self.order.stream.verify);
+        self.owe(&dirty)?;
+        let (ram, verify, kept) = (Arc::clone(&self.ram), self.order.stream.verify, self.kept_up.as_ref().map(KeptUp::digests));
         self.finals = Some(tokio::task::spawn_blocking(move || {
-            let memory = if verify { digest_memory(&ram)? } else { 0 };
+            let memory = match kept {
+                Some(kept) => digest_kept(&kept, &ram)?,
+                None if verify => digest_memory(&ram)?,
+                None => 0,
+            };
             Ok(Finals { state_digest: sha256(&state), state, memory })
         }));
         self.send_round(round, true).await
@@ -134,6 +136,22 @@ impl Run {
         self.send_round(round, true).await?;
         let finals = self.paused.clone().ok_or_else(|| EngineError::Bug("FINAL was said of a guest that was not saved".into()))?;
         Ok(self.send_state(&finals).await)
+    }
+
+    /// From here on the guest's memory is read ahead, unless all of it is to be read in the pause.
+    pub(super) fn keep_digests(&mut self) {
+        self.kept_up = (self.order.stream.verify && !self.order.verify_in_pause).then(|| KeptUp::start(&self.ram));
+    }
+
+    /// Pages that the guest has written: owed to the destination, and to be read again for the digest.
+    pub(super) fn owe(&mut self, dirty: &PageSet) -> Result<(), EngineError> {
+        if let Some(kept_up) = &self.kept_up {
+            kept_up.touched(dirty);
+        }
+        if let Some(tracker) = &mut self.tracker {
+            tracker.owe(dirty);
+        }
+        self.write_owed()
     }
 
     pub(super) async fn saved(&mut self, finals: Finals) -> Option<SourceEvent> {
@@ -217,10 +235,7 @@ impl Run {
         };
         crate::failpoint::hit!("source.harvested");
         let dirty_pages = dirty.len();
-        if let Some(tracker) = &mut self.tracker {
-            tracker.owe(&dirty);
-        }
-        if let Err(error) = self.write_owed() {
+        if let Err(error) = self.owe(&dirty) {
             return Some(self.give_up(error));
         }
         let content_pages = content(&self.counts()) - self.round.content_before;
