@@ -202,6 +202,12 @@ impl RateControl {
         self.delivers(ALLOWANCE).max(acknowledgements)
     }
 
+    /// Whether so little was in flight that the path may carry more: the thread that sends was at something else, or had no
+    /// processor. `Startup` looks whether the rate grows, and its window is ahead of what is in flight.
+    fn is_unused(&self, in_flight: u64) -> bool {
+        self.phase != Phase::Startup && in_flight < self.window / 4 * 3
+    }
+
     /// A packet sent at `sent` has arrived.
     fn arrived(&mut self, now: Instant, sent: Instant, bytes: u64) {
         self.delivery.delivered(now, bytes);
@@ -241,7 +247,8 @@ impl Controller for RateControl {
         self.min_rtt.sample(now, rtt);
         self.round.delivered = self.round.delivered.saturating_add(acked);
         self.round.shortest = Some(self.round.shortest.map_or(rtt, |shortest| shortest.min(rtt)));
-        self.round.app_limited |= app_limited;
+        let limited = app_limited || self.is_unused(in_flight.saturating_add(acked));
+        self.round.app_limited |= limited;
         let ended = match self.delivery.sample(now, sent, self.min_rtt.get()) {
             Some(sample) => {
                 if !sample.app_limited || sample.rate > self.rate.best() {
@@ -252,7 +259,7 @@ impl Controller for RateControl {
             }
             None => false,
         };
-        self.delivery.note(in_flight, app_limited);
+        self.delivery.note(in_flight, limited);
         // WHY: in quinn 0.11 a receiver with more than 1024 gaps in a stream closes the connection. So when a growing window
         // makes a queue overflow, not a round of it is let pass.
         if ended || self.phase == Phase::Startup && self.round.is_lossy(self.mtu) {

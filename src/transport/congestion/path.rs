@@ -23,6 +23,7 @@ pub(super) struct Path {
 pub(super) const PACKET: u64 = 1452;
 /// Packets that a receiver collects before it acknowledges.
 const ACK_EVERY: usize = 10;
+const BUSY_EVERY: Duration = Duration::from_millis(10);
 const ACK_DELAY: Duration = Duration::from_millis(25);
 
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
@@ -56,6 +57,8 @@ pub(super) struct Flow {
     /// Bytes in a burst, and the silence after it; none for a sender that always has more.
     pub(super) bursts: Option<(u64, Duration)>,
     burst_left: u64,
+    /// The part of every 10 ms in which the sender does not get to send.
+    pub(super) busy: Duration,
     outstanding: BTreeMap<u64, Instant>,
     next_packet: u64,
     received: Vec<u64>,
@@ -97,6 +100,7 @@ impl Simulation {
             control: RateControl::new(factory, starts, 1452),
             bursts: None,
             burst_left: 0,
+            busy: Duration::ZERO,
             outstanding: BTreeMap::new(),
             next_packet: 0,
             received: vec![],
@@ -147,6 +151,15 @@ impl Simulation {
             let flow = &mut self.flows[index];
             flow.wakes_at = flow.wakes_at.filter(|at| *at > now);
             if flow.bursts.is_some() && flow.burst_left < PACKET {
+                return;
+            }
+            let into = Duration::from_nanos(u64::try_from((now - self.start).as_nanos() % BUSY_EVERY.as_nanos()).unwrap_or(0));
+            if into < flow.busy {
+                let free = now + (flow.busy - into);
+                if flow.wakes_at.is_none_or(|at| at < free) {
+                    flow.wakes_at = Some(free);
+                    self.events.push(Reverse((free, Event::Wake { flow: index })));
+                }
                 return;
             }
             let window = flow.control.window();

@@ -145,6 +145,24 @@ fn a_pause_of_the_application_does_not_lower_the_rate() {
 }
 
 #[test]
+fn a_sender_without_a_processor_does_not_lower_the_rate() {
+    let mut simulation = Simulation::new(Path { mbit: 500, ..LONG });
+    let flow = simulation.add(Duration::ZERO);
+    simulation.run(ms(2000));
+    let before = simulation.flows[flow].control.rate.best();
+    simulation.flows[flow].busy = ms(9);
+    simulation.run(ms(2000));
+    let starved = simulation.run(ms(8000))[0];
+    assert!(starved < 250.0, "{starved:.0} Mbit/s: it is not starved");
+    let after = simulation.flows[flow].control.rate.best();
+    assert!(after >= before / 10 * 8, "{before} and then {after} bytes/s");
+    simulation.flows[flow].busy = Duration::ZERO;
+    simulation.run(ms(200));
+    let again = simulation.run(ms(500))[0];
+    assert!(again > 450.0, "{again:.0} of 500 Mbit/s at once");
+}
+
+#[test]
 fn persistent_congestion_starts_again() {
     let mut simulation = Simulation::new(LONG);
     simulation.add(Duration::ZERO);
