@@ -1,15 +1,16 @@
 //! The page pumps: one task a lane on the lane's own thread, at each end. What a lane knows outlives its connection.
 
 use std::sync::{Arc, PoisonError, RwLock};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
-use tokio::sync::{Mutex, mpsc, watch};
+use tokio::sync::{Mutex, OwnedMutexGuard, mpsc, watch};
 
 use crate::engine::EngineError;
 use crate::engine::destination::Progress;
 use crate::engine::digest::KeptUp;
 use crate::engine::frames::Frames;
+use crate::engine::handoff::joined;
 use crate::engine::limiter::Limiter;
 use crate::engine::meter::Meter;
 use crate::engine::source::{LaneLedger, Reached};
@@ -20,7 +21,7 @@ use crate::types::{LaneIndex, MigrationId, PAGE_BYTES, PageNumber, Round};
 use crate::wire::{After, Compression, FRAME_HEADER_BYTES, FrameHeader, LaneStanding, LaneTotals, StreamTerms, afters};
 
 /// What a source lane is told.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) struct LaneRound {
     pub(super) round: Round,
     /// Pages of every lane; each takes those of its stripes.
@@ -71,6 +72,8 @@ pub(super) struct SourceLane {
     /// Whether it finds out by itself how hard to try.
     adapts: bool,
     adaptation: Option<Adaptation>,
+    /// Frames that it learned from.
+    frames: u64,
     round: Round,
     /// Frame bytes since the join when the round began.
     before: u64,
@@ -101,7 +104,7 @@ impl SourceLane {
             encoder.set_effort(Effort::Zstd(i32::from(*level)));
         }
         let adapts = terms.compression == Compression::Auto;
-        Self { lane, lanes, encoder, adapts, adaptation: None, round: Round(0), before: 0, reached: Vec::new(), ledger }
+        Self { lane, lanes, encoder, adapts, adaptation: None, frames: 0, round: Round(0), before: 0, reached: Vec::new(), ledger }
     }
 
     /// As an earlier process left it.
@@ -154,6 +157,30 @@ impl SourceLane {
         self.write(|ledger| ledger.begin(round, totals.frames, totals.bytes));
     }
 
+    fn make(&mut self, shared: &SendShared, order: &LaneRound, first: PageNumber) -> Result<Made, EngineError> {
+        let (started, before) = (Instant::now(), (self.encoder.totals().pages, self.encoder.counts().packed()));
+        let mut frame = shared.frames.take();
+        let next = self.encoder.encode_frame(&shared.ram, order.round, &order.pages, first, &mut frame)?;
+        if !frame.is_empty() {
+            self.frame_made(next);
+        }
+        let (pages, packed) = (self.encoder.totals().pages - before.0, self.encoder.counts().packed() - before.1);
+        Ok(Made { frame, next, pages, content: packed * PAGE_BYTES as u64, took: started.elapsed() })
+    }
+
+    /// Learns from a frame that took so long, with the one before it to be sent beside; `path` is what the path takes in a second.
+    fn adapt(&mut self, made: &Made, took: Duration, path: u64, ram: &GuestRam) {
+        let Some(adaptation) = self.adaptation.as_mut().filter(|_| !made.frame.is_empty()) else { return };
+        self.frames += 1;
+        adaptation.sent(made.took, took.saturating_sub(made.took), made.content, made.frame.len() as u64, path);
+        if self.encoder.effort() == Effort::None && self.frames % PROBE_EVERY == 1 {
+            let started = Instant::now();
+            let (content, packed) = self.encoder.probe(ram);
+            adaptation.probed(content, packed, started.elapsed());
+        }
+        self.encoder.set_effort(adaptation.effort());
+    }
+
     fn frame_made(&mut self, next: Option<PageNumber>) {
         let (round, totals) = (self.round, self.encoder.totals());
         let reached = Reached { frames: totals.frames, bytes: totals.bytes, next };
@@ -173,18 +200,22 @@ impl SourceLane {
 
 /// Sends rounds until there are no more orders or something fails.
 pub(super) async fn send_lane(mut io: LaneIo, shared: SendShared, lane: Arc<Mutex<SourceLane>>, mut rounds: mpsc::Receiver<LaneRound>) {
-    let mut lane = lane.lock().await;
+    let mut held = Some(lane.lock_owned().await);
     while let Some(order) = next_order(&io, &shared, &mut rounds).await {
-        let result = match order {
-            Ok(order) => send_round(&mut io, &shared, &mut lane, &order).await,
-            Err(error) => Err(error),
+        let result = match (order, held.take()) {
+            (Ok(order), Some(lane)) => send_round(&mut io, &shared, lane, &order).await,
+            (Err(error), _) => Err(error),
+            (Ok(_), None) => Err(EngineError::Bug("a lane goes on behind an error".into())),
         };
-        let failed = result.is_err();
-        if shared.reports.send(result).await.is_err() || failed {
+        let report = result.map(|(lane, report)| {
+            held = Some(lane);
+            report
+        });
+        if shared.reports.send(report).await.is_err() || held.is_none() {
             break;
         }
     }
-    drop(lane);
+    drop(held);
     // Of a link that was given up nobody hears; what its lanes carried is not complete. The peer may be gone already.
     if !shared.reports.is_closed() {
         let _ = io.sender.finish().await;
@@ -203,54 +234,83 @@ async fn next_order(io: &LaneIo, shared: &SendShared, rounds: &mut mpsc::Receive
     }
 }
 
-async fn send_round(io: &mut LaneIo, shared: &SendShared, lane: &mut SourceLane, order: &LaneRound) -> Result<LaneReport, EngineError> {
-    let transport = |source| EngineError::Transport { migration: shared.migration, source };
+/// A frame that was made and is to be sent.
+struct Made {
+    frame: Vec<u8>,
+    /// Where the next one begins.
+    next: Option<PageNumber>,
+    pages: u64,
+    /// Bytes of pages that went through the codec.
+    content: u64,
+    took: Duration,
+}
+
+type HeldLane = OwnedMutexGuard<SourceLane>;
+
+async fn send_round(
+    io: &mut LaneIo,
+    shared: &SendShared,
+    mut lane: HeldLane,
+    order: &LaneRound,
+) -> Result<(HeldLane, LaneReport), EngineError> {
     lane.begin(order.round);
     if lane.adapts {
         // What was learned of a link is good for the next round on it.
-        let adaptation = lane.adaptation.get_or_insert_with(|| Adaptation::new(io.sender.stats().rtt));
-        lane.encoder.set_effort(adaptation.effort());
+        let effort = lane.adaptation.get_or_insert_with(|| Adaptation::new(io.sender.stats().rtt)).effort();
+        lane.encoder.set_effort(effort);
     }
     let mut from = Some(PageNumber(0));
-    let mut frames = 0_u64;
-    while let Some(first) = from {
-        let (started, before) = (Instant::now(), (lane.encoder.totals().pages, lane.encoder.counts().packed()));
-        let mut frame = shared.frames.take();
-        from = lane.encoder.encode_frame(&shared.ram, order.round, &order.pages, first, &mut frame)?;
-        if frame.is_empty() {
-            shared.frames.give_back(frame);
-            continue;
-        }
-        lane.frame_made(from);
-        let (made, bytes) = (Instant::now(), frame.len() as u64);
-        shared.limiter.acquire(frame.len()).await;
-        shared.meter.frame(lane.encoder.totals().pages - before.0, bytes);
-        io.sender.write(shared.frames.lend(frame)).await.map_err(transport)?;
-        // Where there is room for the next frame at once, QUIC would not get to send this one.
-        tokio::task::yield_now().await;
-        if let Some(adaptation) = &mut lane.adaptation {
-            frames += 1;
-            let content = (lane.encoder.counts().packed() - before.1) * PAGE_BYTES as u64;
-            adaptation.sent(made - started, made.elapsed(), content, bytes);
-            if lane.encoder.effort() == Effort::None && frames % PROBE_EVERY == 1 {
-                let started = Instant::now();
-                let (content, packed) = lane.encoder.probe(&shared.ram);
-                adaptation.probed(content, packed, started.elapsed());
+    let mut ready = None;
+    while from.is_some() || ready.is_some() {
+        let since = Instant::now();
+        let making = match from {
+            // WHY: a codec takes milliseconds, and a path that hears nothing for so long slows down. What only copies is done
+            // sooner than another thread begins.
+            Some(first) if lane.encoder.effort() != Effort::None => {
+                let (shared_too, order) = (shared.clone(), order.clone());
+                let making = tokio::task::spawn_blocking(move || (lane.make(&shared_too, &order, first), lane));
+                let (made, sent) = tokio::join!(making, send_frame(io, shared, ready.take()));
+                let (made, held) = joined(made)?;
+                lane = held;
+                sent.and(made.map(Some))
             }
-            lane.encoder.set_effort(adaptation.effort());
+            Some(first) => send_frame(io, shared, ready.take()).await.and_then(|()| lane.make(shared, order, first).map(Some)),
+            None => send_frame(io, shared, ready.take()).await.map(|()| None),
+        };
+        from = None;
+        if let Some(made) = making? {
+            from = made.next;
+            lane.adapt(&made, since.elapsed(), io.sender.path_rate(), &shared.ram);
+            ready = Some(made);
         }
     }
     let mut mark = Vec::new();
     lane.encoder.round_mark(order.round, &mut mark);
     lane.frame_made(None);
-    io.sender.write(Bytes::from(mark)).await.map_err(transport)?;
-    Ok(LaneReport {
+    io.sender.write(Bytes::from(mark)).await.map_err(|source| EngineError::Transport { migration: shared.migration, source })?;
+    let report = LaneReport {
         lane: io.lane,
         round: order.round,
         totals: lane.encoder.totals(),
         counts: lane.encoder.counts(),
         wire_bytes: io.sender.stats().sent_bytes,
-    })
+    };
+    Ok((lane, report))
+}
+
+async fn send_frame(io: &mut LaneIo, shared: &SendShared, made: Option<Made>) -> Result<(), EngineError> {
+    let Some(Made { frame, pages, .. }) = made else { return Ok(()) };
+    if frame.is_empty() {
+        shared.frames.give_back(frame);
+        return Ok(());
+    }
+    shared.limiter.acquire(frame.len()).await;
+    shared.meter.frame(pages, frame.len() as u64);
+    let written = io.sender.write(shared.frames.lend(frame)).await;
+    written.map_err(|source| EngineError::Transport { migration: shared.migration, source })?;
+    // Where there is room for the next frame at once, QUIC would not get to send this one.
+    tokio::task::yield_now().await;
+    Ok(())
 }
 
 /// WHY: a trial takes less time than a frame, and has to be rare where nothing comes of it.

@@ -1,7 +1,7 @@
 //! How hard to try: from what packing and sending take, one lane at a time.
 //!
-//! A byte of page content takes `1 / packing rate + ratio / sending rate` on the lane's own thread, and at least `ratio / link
-//! rate` on the link. The effort with which that is least looks best, and is tried. What was tried within the last second is judged
+//! A byte of page content takes `1 / packing rate` on the thread that packs, `ratio / sending rate` on the one that sends (the same
+//! without a codec), and `ratio / link rate` on the link. The effort with which the longest of these is least looks best, and is tried. What was tried within the last second is judged
 //! by what came of it and not by the formula, which knows nothing of processors that are busy at either end. What was not tried
 //! is taken from how much faster or slower, and how much smaller or larger, what was tried came out than in the table below.
 
@@ -30,6 +30,8 @@ const PERIODS_TRUSTED: u32 = 8;
 const GAIN: f64 = 0.93;
 /// WHY: from here on packing is work for nothing; trials tell when that changes.
 const INCOMPRESSIBLE: f64 = 0.95;
+/// WHY: a window doubles in each round trip until it has found the path, and what is sent until then says nothing of it.
+const FINDING_ROUND_TRIPS: u32 = 12;
 /// Round trips of at least this are a link that is worth packing for before it is known.
 const LONG: Duration = Duration::from_millis(4);
 
@@ -41,8 +43,10 @@ pub struct Adaptation {
     speed: f64,
     /// What is left here over what is left in the table.
     left: f64,
-    /// Bytes a second that the link takes; nothing before that is known.
-    link: Option<f64>,
+    /// Bytes a second that the link takes.
+    link: f64,
+    /// Until the path has been found nothing is learned.
+    finding: Duration,
     /// Bytes of content a second that each effort has brought, and how many periods ago.
     brought: [(f64, u32); LADDER.len()],
     /// Since the last decision.
@@ -61,7 +65,8 @@ impl Adaptation {
             at,
             speed: 1.0,
             left: 1.0,
-            link: None,
+            link: 0.0,
+            finding: if round_trip >= LONG { round_trip * FINDING_ROUND_TRIPS } else { Duration::ZERO },
             brought: [(0.0, u32::MAX); LADDER.len()],
             packing: Duration::ZERO,
             waiting: Duration::ZERO,
@@ -77,14 +82,18 @@ impl Adaptation {
     }
 
     /// A frame went out: `packing` was spent to make it, `waiting` until there was room for it. It has `wire` bytes, for `content`
-    /// bytes of pages that went through the codec.
-    pub fn sent(&mut self, packing: Duration, waiting: Duration, content: u64, wire: u64) {
+    /// bytes of pages that went through the codec; congestion control holds the path for one of `path` bytes a second.
+    pub fn sent(&mut self, packing: Duration, waiting: Duration, content: u64, wire: u64, path: u64) {
+        self.finding = self.finding.saturating_sub(packing + waiting);
+        if !self.finding.is_zero() {
+            return;
+        }
         self.packing += packing;
         self.waiting += waiting;
         self.content += content;
         self.wire += wire;
         if self.packing + self.waiting >= PERIOD && self.content > 0 {
-            self.learn();
+            self.learn(path as f64);
             self.choose();
             (self.packing, self.waiting, self.content, self.wire) = (Duration::ZERO, Duration::ZERO, 0, 0);
         }
@@ -99,7 +108,7 @@ impl Adaptation {
         }
     }
 
-    fn learn(&mut self) {
+    fn learn(&mut self, path: f64) {
         let Some((_, rate, left)) = LADDER.get(self.at) else { return };
         let (packing, waiting) = (self.packing.as_secs_f64(), self.waiting.as_secs_f64());
         for (at, (brought, age)) in self.brought.iter_mut().enumerate() {
@@ -113,28 +122,27 @@ impl Adaptation {
             blend(&mut self.left, self.wire as f64 / self.content as f64 / left);
         }
         let throughput = self.wire as f64 / (packing + waiting);
-        let waited = waiting / (packing + waiting);
-        self.link = Some(match self.link {
-            // It waits: this is what the link takes.
-            _ if waited > 0.5 => throughput,
-            // It hardly waits: the link would take more, nobody knows how much.
-            Some(link) if waited < 0.2 => throughput.max(link * 2.0),
-            Some(link) => throughput.max(link),
-            None => throughput * 2.0,
-        });
+        // A lane that waits most of the time waits for the link, and this is what it takes. Any other knows from congestion control
+        // what it would take.
+        self.link = if waiting > packing { throughput } else { throughput.max(path) };
     }
 
     fn choose(&mut self) {
-        let Some(link) = self.link else { return };
         let takes = |at: usize| {
             if let Some((brought, 0..=PERIODS_TRUSTED)) = self.brought.get(at) {
                 return 1.0 / brought.max(1.0);
             }
             let (_, rate, left) = LADDER.get(at).copied().unwrap_or((Effort::None, 1.0, 1.0));
-            let (rate, left) = if at == 0 { (rate, 1.0) } else { (rate * self.speed, (left * self.left).min(1.0)) };
-            (1.0 / rate + left / SENDING).max(left / link)
+            if at == 0 {
+                return (1.0 / rate + 1.0 / SENDING).max(1.0 / self.link);
+            }
+            let (rate, left) = (rate * self.speed, (left * self.left).min(1.0));
+            (1.0 / rate).max(left / SENDING).max(left / self.link)
         };
-        if LADDER.get(self.at).is_some_and(|(_, _, left)| self.at > 0 && left * self.left > INCOMPRESSIBLE) {
+        // Whatever is tried: without a codec LZ4 is, now and then.
+        let [_, lz4, ..] = LADDER;
+        let (_, _, left) = LADDER.get(self.at).copied().filter(|_| self.at > 0).unwrap_or(lz4);
+        if left * self.left > INCOMPRESSIBLE {
             self.at = 0;
             return;
         }
@@ -165,12 +173,13 @@ mod tests {
             let (_, rate, ratio) = LADDER[adaptation.at];
             let ratio = if adaptation.at == 0 { 1.0 } else { (ratio * left).min(1.0) };
             let content = 512.0 * 1024.0 / ratio;
-            let packing = content / (rate * speed) + content * ratio / SENDING;
+            let alone = if adaptation.at == 0 { content / SENDING } else { 0.0 };
+            let packing = content / (rate * speed) + alone;
             // What is sent meanwhile need not be waited for.
             let waiting = (content * ratio / link - packing).max(0.0);
             time += packing + waiting;
             #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a test's figures")]
-            adaptation.sent(Duration::from_secs_f64(packing), Duration::from_secs_f64(waiting), content as u64, 512 * 1024);
+            adaptation.sent(Duration::from_secs_f64(packing), Duration::from_secs_f64(waiting), content as u64, 512 * 1024, link as u64);
             frames += 1;
             if adaptation.at == 0 && frames % 16 == 0 {
                 let took = 262_144.0 / (LADDER[1].1 * speed);
