@@ -51,10 +51,11 @@ pub const BATCH_PAGES_MAX: usize = 64;
 pub const ZSTD_WINDOW_LOG_MAX: u32 = 27;
 /// LIMIT: what a part of a Zstandard stream may have more than its pages: headers of the frame and of its blocks.
 pub const STREAM_OVERHEAD_BYTES_MAX: usize = 64;
-/// LIMIT: the table of a migration that finds equal pages, 24 bytes a page that is not zero.
-pub const DUPLICATES_BYTES_MAX: usize = 64 << 20;
-/// LIMIT: pages that are kept to send differences of, all lanes of a migration together.
-pub const VERSIONS_BYTES_MAX: usize = 256 << 20;
+/// LIMIT: tables of a migration where nothing else is set: 64 MiB to find equal pages, 24 bytes a page that is not zero, and 256 MiB of
+/// pages that are kept to send differences of.
+pub const TABLE_BYTES: usize = 320 << 20;
+/// LIMIT: what may be set for them; more than a guest's memory is of no use.
+pub const TABLE_BYTES_MAX: u64 = 64 << 30;
 
 // --- policy and audit ---------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ use super::raw::{FileKind, FileMention, Located, Reader, Section};
 use super::settings::{Config, Gateway, Identity, Incoming, Limits, Migration, Operator, PLACEHOLDERS, Peer, Trust, Vm};
 use super::typed::TrustDomain;
 use super::{ByteSize, Classification, Compression, Durability, Label, Role, TimeSpan};
-use crate::limits::{HISTORY_COUNT_MAX, LANES_MAX, MIGRATIONS_MAX, RAM_BYTES_MAX, SOCKET_PATH_BYTES_MAX};
+use crate::limits::{HISTORY_COUNT_MAX, LANES_MAX, MIGRATIONS_MAX, RAM_BYTES_MAX, SOCKET_PATH_BYTES_MAX, TABLE_BYTES, TABLE_BYTES_MAX};
 use crate::types::{PeerName, SpiffeId, Verify, VmName, VmUuid};
 
 /// A configuration that is complete in itself; files that it names are still to be looked at.
@@ -188,11 +188,16 @@ fn migration(r: &mut Reader, top: &mut Section<'_, '_>) -> Migration {
         }
     }
     let verify = r.or(&mut s, "verify", Verify::Yes).value;
+    let tables = r.or(&mut s, "tables", ByteSize { bytes: TABLE_BYTES as u64 });
+    if tables.value.bytes > TABLE_BYTES_MAX {
+        let most = ByteSize { bytes: TABLE_BYTES_MAX };
+        r.problem(tables.at, &s.key("tables"), format!("expected at most {most}, got {}", tables.value), None);
+    }
     let bandwidth = r.optional(&mut s, "bandwidth").map(|bandwidth| bandwidth.value);
     let durability = r.or(&mut s, "durability", Durability::None).value;
     r.finish(s);
     let (max_downtime, timeout, max_outage) = (max_downtime.value, timeout.value, max_outage.value);
-    Migration { lanes: lanes.value, compression, max_downtime, timeout, max_outage, verify, bandwidth, durability }
+    Migration { lanes: lanes.value, compression, max_downtime, timeout, max_outage, verify, tables: tables.value, bandwidth, durability }
 }
 
 fn between<N: PartialOrd + std::fmt::Display + Copy>(

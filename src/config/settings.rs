@@ -123,6 +123,8 @@ pub struct Migration {
     pub max_outage: TimeSpan,
     /// What is compared before the switch.
     pub verify: Verify,
+    /// Most memory that each migration takes at the source to find equal pages and differences.
+    pub tables: ByteSize,
     /// Most that goes over the wire; unlimited when absent.
     pub bandwidth: Option<Bandwidth>,
     /// Where the final image is on disk before the switch.

@@ -198,6 +198,12 @@ fn every_kind_of_mistake_is_named_with_line_column_key_and_expectation() {
             ],
         ),
         ("[incoming]", "[migration]\nlanes = 99\n[incoming]", &["24:9: migration.lanes: expected 1 to 16, got 99"]),
+        ("[incoming]", "[migration]\ntables = \"65GiB\"\n[incoming]", &["24:10: migration.tables: expected at most 64GiB, got 65GiB"]),
+        (
+            "[incoming]",
+            "[migration]\nverify = \"maybe\"\n[incoming]",
+            &["24:10: migration.verify: expected `true`, `false` or `\"full\"`, got `maybe`"],
+        ),
         (
             "[incoming]",
             "[migration]\nlanes = 2.5\n[incoming]",

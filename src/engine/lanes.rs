@@ -39,6 +39,8 @@ pub(super) struct LaneReport {
     pub(super) counts: PageCounts,
     /// UDP payload that the lane's connection has sent so far.
     pub(super) wire_bytes: u64,
+    /// What the lane keeps at the source besides buffers, bytes.
+    pub(super) table_bytes: usize,
 }
 
 /// What every source lane of a migration shares.
@@ -60,6 +62,8 @@ pub(super) struct Packing {
     /// Pages of the VM.
     pub(super) pages: u64,
     pub(super) duplicates: Arc<Duplicates>,
+    /// Of all lanes.
+    pub(super) versions_bytes_max: usize,
 }
 
 /// A lane at the source: its encoder, and how far each frame of the round in flight reached, also for whoever comes after this
@@ -94,11 +98,11 @@ pub(super) struct Outstanding {
 
 impl SourceLane {
     pub(super) fn new(lane: LaneIndex, lanes: u16, packing: &Packing, ledger: Option<LaneLedger>) -> Self {
-        let Packing { terms, level, pages, duplicates } = packing;
+        let Packing { terms, level, pages, duplicates, versions_bytes_max } = packing;
         let mut encoder = Encoder::new(lane, lanes, terms, *pages);
         // Who wants pages as they are wants no work done on them either.
         if terms.compression != Compression::None {
-            encoder = encoder.knowing(Arc::clone(duplicates), limits::VERSIONS_BYTES_MAX / usize::from(lanes.max(1)), terms);
+            encoder = encoder.knowing(Arc::clone(duplicates), versions_bytes_max / usize::from(lanes.max(1)), terms);
         }
         if let (Compression::Zstd, Some(level)) = (terms.compression, level) {
             encoder.set_effort(Effort::Zstd(i32::from(*level)));
@@ -294,6 +298,7 @@ async fn send_round(
         totals: lane.encoder.totals(),
         counts: lane.encoder.counts(),
         wire_bytes: io.sender.stats().sent_bytes,
+        table_bytes: lane.encoder.bytes(),
     };
     Ok((lane, report))
 }
@@ -448,7 +453,7 @@ async fn receive_frame(
     }
     shared.meter.frame(0, header.body_bytes as u64);
     crate::failpoint::hit!("destination.frame-applied");
-    Ok(ended.map(|round| LaneReport { lane, round, totals: decoder.totals(), counts: decoder.counts(), wire_bytes: 0 }))
+    Ok(ended.map(|round| LaneReport { lane, round, totals: decoder.totals(), counts: decoder.counts(), wire_bytes: 0, table_bytes: 0 }))
 }
 
 fn ended_early(expected: &'static str) -> EngineError {

@@ -40,6 +40,8 @@ pub struct Figures {
     pub pages: PageCounts,
     /// Bytes that the source sent on all lanes, UDP payload.
     pub wire_bytes: u64,
+    /// Most that tables of equal pages, of earlier versions and of codecs took at the source, bytes.
+    pub table_bytes: u64,
     /// From before the pause to the destination's RUNNING.
     pub downtime: Option<Duration>,
     /// Where the downtime went, in order.

@@ -33,5 +33,5 @@ pub use recovery::{
     Attach, Decision, Host, Interruption, Look, Rebuild, Resolved, Withdrawal, answer, decide, interruption, may_own_twin, repeat_effect,
     resolve, sweep_images, tell, unfinished, withdraw,
 };
-pub use source::{AskCommit, Command, Redial, SourceEnd, SourceOrder, SourcePorts, continue_guest, continue_source, run_source};
+pub use source::{AskCommit, Command, Manner, Redial, SourceEnd, SourceOrder, SourcePorts, continue_guest, continue_source, run_source};
 pub use standing::{RecordNote, Standing, decisions, doubts, notes, owners, standing};

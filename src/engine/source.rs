@@ -58,10 +58,8 @@ pub struct SourceOrder {
     pub bandwidth: Option<u64>,
     /// What is asked of the stream.
     pub stream: StreamTerms,
-    /// Whether all memory is read in the pause to be compared, which also finds what the guest's dirty log has missed.
-    pub verify_in_pause: bool,
-    /// The level of Zstandard, where that packs and it is not the default.
-    pub zstd_level: Option<u8>,
+    /// What the other end need not know of how that is done.
+    pub manner: Manner,
     /// When to give up, from the start.
     pub timeout: Option<Duration>,
     /// How long to wait for a destination that was given the VM, lives and does not answer.
@@ -72,6 +70,23 @@ pub struct SourceOrder {
     pub policy_digest: [u8; 32],
     /// The directory where it is written what the destination does not have yet, for a gateway that is started anew.
     pub ledger: Option<PathBuf>,
+}
+
+/// How a source does what is asked of the stream.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Manner {
+    /// Whether all memory is read in the pause to be compared, which also finds what the guest's dirty log has missed.
+    pub verify_in_pause: bool,
+    /// The level of Zstandard, where that packs and it is not the default.
+    pub zstd_level: Option<u8>,
+    /// Most bytes of tables that find equal pages and differences: a fifth for the first, the rest for the second.
+    pub table_bytes: usize,
+}
+
+impl Default for Manner {
+    fn default() -> Self {
+        Self { verify_in_pause: false, zstd_level: None, table_bytes: limits::TABLE_BYTES }
+    }
 }
 
 /// Asks policy and identity again, at commit. The error says who denies it, or why the answer cannot be had.
@@ -154,6 +169,8 @@ struct Run {
     threads: Vec<LaneHandle<()>>,
     /// Pages by how they were sent and UDP payload, by lane.
     carried: Vec<(PageCounts, u64)>,
+    /// What each lane keeps to find differences and to look back to, bytes.
+    tables: Vec<usize>,
     /// UDP payload of connections that are gone.
     carried_before: u64,
     /// UDP payload of each lane's connection that was lost.
@@ -220,6 +237,7 @@ impl Run {
             encoders: Vec::new(),
             threads: Vec::new(),
             carried: Vec::new(),
+            tables: Vec::new(),
             carried_before: 0,
             left: Vec::new(),
             meter: Arc::default(),
@@ -567,9 +585,11 @@ impl Run {
 fn packing(order: &SourceOrder, pages: u64) -> Packing {
     let mut key = [0; DUPLICATES_KEY_BYTES];
     // A guest that knew the key could make pages that are taken for equal.
-    let bytes_max = SystemRandom::new().fill(&mut key).map_or(0, |()| limits::DUPLICATES_BYTES_MAX);
+    let for_duplicates = order.manner.table_bytes / 5;
+    let bytes_max = SystemRandom::new().fill(&mut key).map_or(0, |()| for_duplicates);
     let duplicates = Arc::new(Duplicates::new(pages, bytes_max, key));
-    Packing { terms: order.stream.clone(), level: order.zstd_level, pages, duplicates }
+    let versions_bytes_max = order.manner.table_bytes - for_duplicates;
+    Packing { terms: order.stream.clone(), level: order.manner.zstd_level, pages, duplicates, versions_bytes_max }
 }
 
 fn per_second(bytes: u64, seconds: f64) -> u64 {

@@ -10,7 +10,7 @@ use tokio::sync::{mpsc, watch};
 use crate::audit::{Entry, Event, Outcome};
 use crate::config;
 use crate::control::{MigrateRequest, Storage};
-use crate::engine::{self, EngineError, Link, Placement, SourceOrder, SourcePorts};
+use crate::engine::{self, EngineError, Link, Manner, Placement, SourceOrder, SourcePorts};
 use crate::gateway::departures::Note;
 use crate::gateway::judge::Case;
 use crate::gateway::policies::{compression, default_terms, operator_id, zstd_level};
@@ -35,8 +35,7 @@ pub(super) struct Departure {
     pub(super) epoch: Epoch,
     pub(super) goal: Goal,
     pub(super) bandwidth: Option<u64>,
-    pub(super) verify_in_pause: bool,
-    pub(super) zstd_level: Option<u8>,
+    pub(super) manner: Manner,
     pub(super) timeout: Duration,
     pub(super) outage_max: Duration,
     pub(super) operator: u32,
@@ -111,23 +110,9 @@ impl Gateway {
         let bandwidth = request.bandwidth_bytes_per_second.or(defaults.bandwidth.map(|limit| limit.bytes_per_second));
         let case = Case { migration, vm: vm.name.clone(), uuid: vm.uuid, terms, memory_bytes: 0, side: Side::Source };
         let goal = Goal { downtime_max, throttle: request.throttle, fixed_cost: PAUSE_FIXED };
-        let verify_in_pause = verify == Verify::Full;
-        Ok(Departure {
-            migration,
-            case,
-            vm,
-            peer,
-            address,
-            epoch,
-            goal,
-            bandwidth,
-            verify_in_pause,
-            zstd_level,
-            timeout,
-            outage_max,
-            operator,
-            claim,
-        })
+        let table_bytes = usize::try_from(defaults.tables.bytes).unwrap_or(usize::MAX);
+        let manner = Manner { verify_in_pause: verify == Verify::Full, zstd_level, table_bytes };
+        Ok(Departure { migration, case, vm, peer, address, epoch, goal, bandwidth, manner, timeout, outage_max, operator, claim })
     }
 
     /// Where the VM is attached, and the epoch at which this gateway owns it.
@@ -296,8 +281,7 @@ impl Gateway {
             goal: departure.goal,
             bandwidth: departure.bandwidth,
             stream: departure.case.terms.clone(),
-            verify_in_pause: departure.verify_in_pause,
-            zstd_level: departure.zstd_level,
+            manner: departure.manner,
             timeout: Some(departure.timeout),
             resolve_timeout: RESOLVE_FOR,
             outage_max: departure.outage_max,
@@ -366,7 +350,7 @@ impl Gateway {
             return Err(Problem::new(ErrorClass::Denied, message));
         }
         departure.case.memory_bytes = guest.ram().layout().bytes();
-        if departure.verify_in_pause {
+        if departure.manner.verify_in_pause {
             departure.goal.fixed_cost += Duration::from_secs_f64(departure.case.memory_bytes as f64 / VERIFY_BYTES_PER_SECOND);
         }
         Ok(guest)

@@ -46,6 +46,9 @@ pub struct Report {
     /// Bytes of page frames that were sent again because an outage took them.
     #[serde(default)]
     pub resent_bytes: u64,
+    /// Most that the source's tables of equal pages, of earlier versions and of codecs took, bytes.
+    #[serde(default)]
+    pub table_bytes: u64,
     /// Pages by how they were sent.
     pub pages: PageCounts,
     /// True only when destination memory and device state were compared with the source's.
@@ -82,6 +85,7 @@ impl Report {
             reconnects: 0,
             stalled_seconds: 0.0,
             resent_bytes: 0,
+            table_bytes: 0,
             pages: PageCounts::default(),
             verified: false,
             authenticated: Authenticated::default(),
@@ -210,7 +214,7 @@ mod tests {
             downtime_breakdown.pause_seconds downtime_breakdown.resume_seconds downtime_breakdown.state_seconds \
             downtime_breakdown.verify_seconds downtime_seconds duration_seconds error.class error.code error.hint error.message \
             error.running_on guest_memory_bytes hypervisor migration_id mode pages.compressed pages.delta pages.duplicate pages.raw \
-            pages.zero policy.decision policy.policy_ids reconnects resent_bytes rounds running_on schema stalled_seconds state verified vm wire_bytes";
+            pages.zero policy.decision policy.policy_ids reconnects resent_bytes rounds running_on schema stalled_seconds state table_bytes verified vm wire_bytes";
         assert_eq!(found.join(" "), expected.split_whitespace().collect::<Vec<_>>().join(" "));
     }
 

@@ -11,7 +11,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use super::arrival::prepare;
 use super::side::{DESTINATION, SOURCE, Scratch, Side, cpu_seconds, identity_in, local, lost, make_authority, peer_of, random, told};
 use crate::control::Compress;
-use crate::engine::{Command, EngineError, Link, SourceEnd, SourceOrder, SourcePorts, greet, run_source};
+use crate::engine::{Command, EngineError, Link, Manner, SourceEnd, SourceOrder, SourcePorts, greet, run_source};
 use crate::gateway;
 use crate::hypervisor::image::{IMAGE_KIND, ImageDestination, ImageSource};
 use crate::hypervisor::{HypervisorError, PagedSource};
@@ -186,8 +186,7 @@ impl Pair {
             outage_max: Duration::ZERO,
             // No policy is asked: what is measured is the way of the pages.
             policy_digest: [0; 32],
-            verify_in_pause: false,
-            zstd_level: gateway::zstd_level(terms.compress),
+            manner: Manner { zstd_level: gateway::zstd_level(terms.compress), ..Manner::default() },
             ledger: None,
         })
     }

@@ -140,7 +140,7 @@ impl Run {
 
     /// From here on the guest's memory is read ahead, unless all of it is to be read in the pause.
     pub(super) fn keep_digests(&mut self) {
-        self.kept_up = (self.order.stream.verify && !self.order.verify_in_pause).then(|| KeptUp::start(&self.ram));
+        self.kept_up = (self.order.stream.verify && !self.order.manner.verify_in_pause).then(|| KeptUp::start(&self.ram));
     }
 
     /// Pages that the guest has written: owed to the destination, and to be read again for the digest.
@@ -183,6 +183,10 @@ impl Run {
         }
         self.round.totals[lane] = Some(report.totals);
         self.carried[lane] = (report.counts, report.wire_bytes);
+        self.tables.resize(self.carried.len(), 0);
+        self.tables[lane] = report.table_bytes;
+        let table_bytes = self.packing.duplicates.bytes() + self.tables.iter().sum::<usize>();
+        self.figures.table_bytes = self.figures.table_bytes.max(table_bytes as u64);
         let lanes: Vec<LaneTotals> = self.round.totals.iter().copied().collect::<Option<_>>()?;
         self.figures.wire_bytes = self.carried_before + self.carried.iter().map(|(_, bytes)| bytes).sum::<u64>();
         let end = RoundEnd { migration: self.order.migration, round: self.round.round, last: self.round.last, lanes };
