@@ -396,7 +396,7 @@ impl<'a> Reader<'a> {
 /// IA32_TIME_STAMP_COUNTER and Hyper-V's reference counter: they go on while the guest is paused.
 const MSRS_THAT_TICK: [u32; 2] = [0x10, 0x4000_0020];
 /// The LAPIC timer's current count.
-const LAPIC_CURRENT_COUNT: std::ops::Range<usize> = 0x390..0x394;
+const LAPIC_CURRENT_COUNT: usize = 0x390;
 
 /// What differs between two saved states, one line each, apart from clocks that go on while the guest
 /// is paused (TSC, LAPIC count, kvmclock, the PIT's load time).
@@ -428,7 +428,9 @@ pub fn state_differences(one: &[u8], other: &[u8]) -> Result<Vec<String>, StateE
         note(a.xsave == b.xsave, format!("FPU state of vCPU {index}"));
         note(bytes_of(&a.xcrs) == bytes_of(&b.xcrs), format!("XCRs of vCPU {index}"));
         note(bytes_of(&a.debugregs) == bytes_of(&b.debugregs), format!("debug registers of vCPU {index}"));
-        note(lapic_at_rest(&a.lapic) == lapic_at_rest(&b.lapic), format!("LAPIC of vCPU {index}"));
+        for (register, (a, b)) in lapic_differences(&a.lapic, &b.lapic) {
+            note(false, format!("LAPIC register {register:#x} of vCPU {index}, {a:#x} and {b:#x}"));
+        }
         note(bytes_of(&a.events) == bytes_of(&b.events), format!("pending events of vCPU {index}"));
         for msr in a.msrs.iter().filter(|msr| !MSRS_THAT_TICK.contains(&msr.index)) {
             let same = b.msrs.iter().any(|theirs| theirs.index == msr.index && theirs.data == msr.data);
@@ -446,10 +448,13 @@ fn without_load_times(mut pit: kvm_pit_state2) -> kvm_pit_state2 {
     pit
 }
 
-fn lapic_at_rest(lapic: &kvm_lapic_state) -> Vec<u8> {
-    let mut bytes = bytes_of(lapic).to_vec();
-    if let Some(count) = bytes.get_mut(LAPIC_CURRENT_COUNT) {
-        count.fill(0);
-    }
-    bytes
+/// Registers that differ, by their offset, with both values. The timer's current count goes on.
+fn lapic_differences(one: &kvm_lapic_state, other: &kvm_lapic_state) -> impl Iterator<Item = (usize, (u32, u32))> {
+    // A register has the first 4 of 16 bytes.
+    let registers = |lapic: &kvm_lapic_state| -> Vec<u32> {
+        let (registers, _) = bytes_of(lapic).as_chunks::<16>();
+        registers.iter().map(|[a, b, c, d, ..]| u32::from_le_bytes([*a, *b, *c, *d])).collect()
+    };
+    let both = registers(one).into_iter().zip(registers(other)).enumerate().map(|(index, both)| (index * 16, both));
+    both.filter(|(register, (one, other))| *register != LAPIC_CURRENT_COUNT && one != other)
 }

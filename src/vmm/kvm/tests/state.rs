@@ -105,7 +105,7 @@ fn differences_are_named_and_running_clocks_are_none() {
     other.irqchips[2].pad = 0;
     other.generation.count += 1;
     let found = state_differences(&one.encode(), &other.encode()).unwrap();
-    assert_eq!(found, ["generation", "registers of vCPU 0", "LAPIC of vCPU 1"]);
+    assert_eq!(found, ["generation", "registers of vCPU 0", "LAPIC register 0x310 of vCPU 1, 0x0 and 0x1"]);
 }
 
 proptest! {
