@@ -189,8 +189,8 @@ impl Encoder {
         Ok(next)
     }
 
-    /// Copies the next pages into the frame, one after the other, where those stay that are nothing else. A page that is looked at
-    /// is still in the processor's nearest cache.
+    /// Copies the next pages one by one, and those that are nothing else on into the frame. A page that is looked at and copied on is
+    /// still in the processor's nearest cache.
     fn copy(
         &mut self,
         ram: &GuestRam,
@@ -214,16 +214,15 @@ impl Encoder {
             }
             let mut zeroes = RunBuilder::default();
             for page in (first.0..first.0 + count).map(PageNumber) {
-                let mut is_zero = false;
-                let raw = frame.raw_page(page, |to| {
-                    ram.read(page, to)?;
-                    is_zero = *to == ZERO_PAGE;
-                    let known = self.known.as_mut().filter(|_| !is_zero);
-                    Ok(!is_zero && !known.is_some_and(|known| known.takes(page, to, frame_number, false)))
-                })?;
-                if is_zero && let run @ Some(_) = zeroes.add(page) {
-                    self.zero(frame, run);
-                } else if raw {
+                // INVARIANT(one-copy): also here, one page at a time.
+                let Some(content) = self.scratch.first_chunk_mut::<PAGE_BYTES>() else { return Ok(None) };
+                ram.read(page, content)?;
+                if *content == ZERO_PAGE {
+                    if let run @ Some(_) = zeroes.add(page) {
+                        self.zero(frame, run);
+                    }
+                } else if !self.known.as_mut().is_some_and(|known| known.takes(page, content, frame_number, false)) {
+                    frame.raw_page(page, content);
                     self.packer.counts.raw += 1;
                     if self.sample.len() < BATCH_PAGES_MAX {
                         self.sample.push(page);

@@ -89,10 +89,10 @@ impl TransportConfig {
             return refuse("lane_workers", "1 to 16", self.lane_workers.to_string());
         }
         if !(1200..=limits::DATAGRAM_BYTES_MAX).contains(&self.initial_mtu) {
-            return refuse("initial_mtu", "1200 to 6500", self.initial_mtu.to_string());
+            return refuse("initial_mtu", "1200 to 65000", self.initial_mtu.to_string());
         }
         if !(self.initial_mtu..=limits::DATAGRAM_BYTES_MAX).contains(&self.mtu_upper_bound) {
-            return refuse("mtu_upper_bound", "initial_mtu to 6500", self.mtu_upper_bound.to_string());
+            return refuse("mtu_upper_bound", "initial_mtu to 65000", self.mtu_upper_bound.to_string());
         }
         if self.idle_timeout.is_zero() || self.idle_timeout > limits::IDLE_TIMEOUT_MAX {
             return refuse("idle_timeout", "above 0 and at most 10 minutes", format!("{:?}", self.idle_timeout));
@@ -122,16 +122,18 @@ pub(super) enum Purpose {
 }
 
 impl TransportConfig {
-    /// The endpoint of one of our sockets; `socket` is its index in the group.
-    pub(super) fn endpoint(&self, purpose: Purpose, socket: u8) -> EndpointConfig {
+    /// The endpoint of one of our sockets, whose peers may send `payload` bytes in a datagram; `socket` is its index in the group.
+    pub(super) fn endpoint(&self, payload: u16, socket: u8) -> EndpointConfig {
         let mut config = EndpointConfig::default();
         config.cid_generator(SteeredIds::factory(socket));
         // Only fails below 1200, which `check` excludes.
-        let _ = config.max_udp_payload_size(match purpose {
-            Purpose::Session => SESSION_DATAGRAM_BYTES,
-            Purpose::Lane => self.mtu_upper_bound.max(SESSION_DATAGRAM_BYTES),
-        });
+        let _ = config.max_udp_payload_size(payload);
         config
+    }
+
+    /// The largest datagram of lanes, whatever the route.
+    pub(super) fn lane_payload(&self) -> u16 {
+        self.mtu_upper_bound.max(SESSION_DATAGRAM_BYTES)
     }
 
     /// The listening side. Nothing may be opened or sent much before the peer is authorised.
@@ -162,9 +164,11 @@ impl TransportConfig {
         self.client(self.transport(Purpose::Session), tls, steer::SESSION_BYTE)
     }
 
-    /// The connecting side of a lane, which shares its path with others; `first_byte` picks the socket of the listener's group.
-    pub(super) fn lane_client(&self, tls: &QuicTls, first_byte: u8, member: Arc<Member>) -> quinn::ClientConfig {
+    /// The connecting side of a lane, which shares its path with others; `first_byte` picks the socket of the listener's group,
+    /// and datagrams have at most `payload` bytes.
+    pub(super) fn lane_client(&self, tls: &QuicTls, first_byte: u8, payload: u16, member: Arc<Member>) -> quinn::ClientConfig {
         let mut transport = self.transport(Purpose::Lane);
+        transport.mtu_discovery_config(Some(discovery(payload)));
         transport.congestion_controller_factory(self.congestion.factory(INITIAL_WINDOW_BYTES, 0, Some(member)));
         self.client(transport, tls, first_byte)
     }
@@ -197,16 +201,17 @@ impl TransportConfig {
             Purpose::Session => {
                 (limits::CONTROL_WINDOW_BYTES, limits::CONTROL_WINDOW_BYTES, self.mtu_upper_bound.min(SESSION_DATAGRAM_BYTES))
             }
-            Purpose::Lane => (self.lane_receive_window_bytes, self.lane_send_window_bytes, self.mtu_upper_bound),
+            // The end that connects says more of a lane's path. The other sends little.
+            Purpose::Lane => {
+                (self.lane_receive_window_bytes, self.lane_send_window_bytes, self.mtu_upper_bound.min(SESSION_DATAGRAM_BYTES))
+            }
         };
-        let mut discovery = MtuDiscoveryConfig::default();
-        discovery.upper_bound(mtu);
         config
             .stream_receive_window(VarInt::from_u32(receive))
             .receive_window(VarInt::from_u32(receive))
             .send_window(send.into())
             .initial_mtu(self.initial_mtu.min(mtu))
-            .mtu_discovery_config(Some(discovery));
+            .mtu_discovery_config(Some(discovery(mtu)));
         if purpose == Purpose::Lane {
             let mut acks = AckFrequencyConfig::default();
             acks.ack_eliciting_threshold(VarInt::from_u32(self.ack_threshold));
@@ -214,6 +219,12 @@ impl TransportConfig {
         }
         config
     }
+}
+
+fn discovery(payload: u16) -> MtuDiscoveryConfig {
+    let mut discovery = MtuDiscoveryConfig::default();
+    discovery.upper_bound(payload);
+    discovery
 }
 
 impl Congestion {
@@ -241,4 +252,4 @@ const INITIAL_WINDOW_BYTES: u64 = 64 * 1024;
 const RECEIVERS_WINDOW_BYTES: u64 = 1 << 20;
 
 /// Payload of control datagrams: an Ethernet frame without IPv6 and UDP headers. Control messages gain nothing from more.
-const SESSION_DATAGRAM_BYTES: u16 = 1452;
+pub(super) const SESSION_DATAGRAM_BYTES: u16 = 1452;

@@ -4,14 +4,14 @@ use std::net::SocketAddr;
 use std::sync::{Arc, Mutex as StdMutex, PoisonError};
 use std::thread::JoinHandle;
 
-use quinn::{Connecting, TokioRuntime};
+use quinn::Connecting;
 use tokio::runtime::Handle;
 use tokio::sync::{Mutex, Semaphore, mpsc, watch};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 
 use super::buffers::Buffers;
-use super::config::{Purpose, TransportConfig};
+use super::config::{Purpose, SESSION_DATAGRAM_BYTES, TransportConfig};
 use super::door::{Door, Pass};
 use super::error::{Refused, TransportError, close_code, close_reason};
 use super::join::LaneTable;
@@ -19,7 +19,7 @@ use super::lane::GOODBYE;
 use super::session::Session;
 use super::steer::{self, SocketGroup};
 use super::tls::{self, QuicTls};
-use super::worker;
+use super::{socket, worker};
 use crate::identity::Credentials;
 use crate::limits;
 use crate::types::SpiffeId;
@@ -108,9 +108,8 @@ impl Endpoint {
             admitted: admitted_sender,
         });
         let server = shared.config.server(Purpose::Session, &shared.tls);
-        let listener =
-            quinn::Endpoint::new(shared.config.endpoint(Purpose::Session, 0), Some(server), group.session, Arc::new(TokioRuntime))
-                .map_err(TransportError::socket("drive", address))?;
+        let listener = socket::endpoint(shared.config.endpoint(SESSION_DATAGRAM_BYTES, 0), Some(server), group.session)
+            .map_err(TransportError::socket("drive", address))?;
         let local_address = listener.local_addr().map_err(TransportError::socket("read address of", address))?;
         let endpoint = Self {
             shared: Arc::clone(&shared),
@@ -219,9 +218,8 @@ impl Endpoint {
         let _runtime = self.runtime.enter();
         let socket =
             steer::client_socket(address, self.shared.config.socket_buffer_bytes).map_err(TransportError::socket("open", address))?;
-        let config = self.shared.config.endpoint(Purpose::Session, steer::SESSION_BYTE);
-        let endpoint =
-            quinn::Endpoint::new(config, None, socket, Arc::new(TokioRuntime)).map_err(TransportError::socket("drive", address))?;
+        let config = self.shared.config.endpoint(SESSION_DATAGRAM_BYTES, steer::SESSION_BYTE);
+        let endpoint = socket::endpoint(config, None, socket).map_err(TransportError::socket("drive", address))?;
         Ok(slot.insert(endpoint).clone())
     }
 

@@ -7,20 +7,19 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use quinn::{RecvStream, SendStream, TokioRuntime};
+use quinn::{RecvStream, SendStream};
 use tokio::runtime::Builder;
 use tokio::sync::oneshot;
 use tokio::task::LocalSet;
 use tokio::time::timeout;
 
 use super::buffers::{Place, send_window};
-use super::config::Purpose;
 use super::congestion::Member;
 use super::endpoint::Shared;
 use super::error::{TransportError, close_code, close_reason};
 use super::join::JoinKey;
 use super::session::LinkStats;
-use super::{steer, tls};
+use super::{socket, steer, tls};
 use crate::identity::PeerIdentity;
 use crate::types::{LaneIndex, MigrationId};
 use crate::wire::ErrorClass;
@@ -410,10 +409,11 @@ impl LanePlan {
         let config = &self.shared.config;
         let failed = |error| TransportError::from_connection(error, address);
         let socket = steer::client_socket(address, config.socket_buffer_bytes).map_err(TransportError::socket("open", address))?;
-        let endpoint = quinn::Endpoint::new(config.endpoint(Purpose::Lane, 0), None, socket, Arc::new(TokioRuntime))
-            .map_err(TransportError::socket("drive", address))?;
+        // What the route does not carry need not be tried.
+        let payload = socket::route_payload(address).map_or(config.lane_payload(), |route| route.clamp(1200, config.lane_payload()));
+        let endpoint = socket::endpoint(config.endpoint(payload, 0), None, socket).map_err(TransportError::socket("drive", address))?;
         let first_byte = steer::lane_byte(self.migration, self.lane);
-        let client = config.lane_client(&self.shared.tls, first_byte, Arc::clone(&self.member));
+        let client = config.lane_client(&self.shared.tls, first_byte, payload, Arc::clone(&self.member));
         let connecting = endpoint
             .connect_with(client, address, &tls::server_name(address))
             .map_err(|error| TransportError::from_connect(&error, address))?;

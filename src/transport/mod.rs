@@ -35,6 +35,7 @@ mod error;
 mod join;
 mod lane;
 mod session;
+mod socket;
 mod steer;
 mod tls;
 mod worker;

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::mpsc::sync_channel;
 use std::thread::JoinHandle;
 
-use quinn::{Connecting, TokioRuntime};
+use quinn::Connecting;
 use tokio::runtime::Builder;
 use tokio::task::{JoinSet, LocalSet};
 use tokio::time::timeout;
@@ -17,6 +17,7 @@ use super::endpoint::Shared;
 use super::error::{Refused, TransportError, close_code, close_reason};
 use super::join::LaneHandler;
 use super::lane::{GOODBYE, LaneIo};
+use super::socket;
 use crate::types::{LaneIndex, SpiffeId};
 use crate::wire::{JOIN_BYTES, Join};
 
@@ -52,7 +53,7 @@ pub(super) fn start(index: u8, socket: UdpSocket, shared: Arc<Shared>) -> Result
 
 fn listen(index: u8, socket: UdpSocket, shared: &Shared) -> io::Result<quinn::Endpoint> {
     let server = shared.config.server(Purpose::Lane, &shared.tls);
-    quinn::Endpoint::new(shared.config.endpoint(Purpose::Lane, index), Some(server), socket, Arc::new(TokioRuntime))
+    socket::endpoint(shared.config.endpoint(shared.config.lane_payload(), index), Some(server), socket)
 }
 
 async fn serve(endpoint: &quinn::Endpoint, shared: &Arc<Shared>) {

@@ -358,30 +358,22 @@ impl<'a> PagesFrame<'a> {
         self.out.put(bytes);
     }
 
-    /// Adds one page as it is, if `fill` says so: it writes the page's bytes where they stay, and nothing is left of them when
-    /// it says no or fails.
-    ///
-    /// # Errors
-    /// Those of `fill`.
-    pub fn raw_page<E>(&mut self, page: PageNumber, fill: impl FnOnce(&mut [u8]) -> Result<bool, E>) -> Result<bool, E> {
-        let before = self.out.len();
+    /// Adds one page as it is, to the record in front of it where that brings the page before.
+    pub fn raw_page(&mut self, page: PageNumber, bytes: &[u8; PAGE_BYTES]) {
         let joined = self.open.filter(|(_, run)| run.end() == page).and_then(|(at, run)| Some((at, Run::new(run.first, run.count + 1)?)));
-        let (at, run) = joined.unwrap_or((before, Run { first: page, count: 1 }));
-        let content = if joined.is_some() { before } else { before + 1 + RUN_BYTES };
-        self.out.resize(content + PAGE_BYTES, 0);
-        let filled = self.out.get_mut(content..).map_or(Ok(false), fill);
-        if !matches!(filled, Ok(true)) {
-            self.out.truncate(before);
-            return filled;
-        }
-        self.records = self.records.saturating_add(u32::from(joined.is_none()));
+        let Some((at, run)) = joined else {
+            let run = Run { first: page, count: 1 };
+            let at = self.out.len();
+            self.raw(run, bytes);
+            self.open = Some((at, run));
+            return;
+        };
+        self.out.put(bytes);
         self.pages += 1;
         self.open = Some((at, run));
-        let header = std::iter::once(RAW).chain(run.number().to_le_bytes());
-        for (to, from) in self.out.iter_mut().skip(at).zip(header) {
+        for (to, from) in self.out.iter_mut().skip(at + 1).zip(run.number().to_le_bytes()) {
             *to = from;
         }
-        Ok(true)
     }
 
     /// Adds pages that equal as many from `origin` on.

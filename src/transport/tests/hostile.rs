@@ -40,7 +40,7 @@ impl Raw {
         let tls = QuicTls::new(Arc::clone(credentials)).unwrap();
         let lane = LaneIndex(0);
         let member = Arc::new(Arc::<Group>::default().join(lane));
-        Self::connect(config().lane_client(&tls, steer::lane_byte(MIGRATION, lane), member), address).await.unwrap()
+        Self::connect(config().lane_client(&tls, steer::lane_byte(MIGRATION, lane), 1452, member), address).await.unwrap()
     }
 
     async fn open(&self) -> (SendStream, RecvStream) {
