@@ -194,10 +194,21 @@ fn migration(r: &mut Reader, top: &mut Section<'_, '_>) -> Migration {
         r.problem(tables.at, &s.key("tables"), format!("expected at most {most}, got {}", tables.value), None);
     }
     let bandwidth = r.optional(&mut s, "bandwidth").map(|bandwidth| bandwidth.value);
+    let bandwidth_total = r.optional(&mut s, "bandwidth_total").map(|bandwidth| bandwidth.value);
     let durability = r.or(&mut s, "durability", Durability::None).value;
     r.finish(s);
-    let (max_downtime, timeout, max_outage) = (max_downtime.value, timeout.value, max_outage.value);
-    Migration { lanes: lanes.value, compression, max_downtime, timeout, max_outage, verify, tables: tables.value, bandwidth, durability }
+    Migration {
+        lanes: lanes.value,
+        compression,
+        max_downtime: max_downtime.value,
+        timeout: timeout.value,
+        max_outage: max_outage.value,
+        verify,
+        tables: tables.value,
+        bandwidth,
+        bandwidth_total,
+        durability,
+    }
 }
 
 fn between<N: PartialOrd + std::fmt::Display + Copy>(

@@ -22,7 +22,7 @@ use tokio::task::JoinHandle;
 use crate::engine::digest::KeptUp;
 use crate::engine::handoff::{Binding, Evidence, blocking, joined};
 use crate::engine::lanes::{LaneReport, LaneRound, Packing, SourceLane};
-use crate::engine::limiter::Limiter;
+use crate::engine::limiter::{Limiter, Share};
 use crate::engine::link::send_within;
 use crate::engine::meter::{Figures, Meter, Stopwatch};
 use crate::engine::{EngineError, Link};
@@ -111,6 +111,8 @@ pub struct SourcePorts {
     pub progress: watch::Sender<Progress>,
     /// What operators say meanwhile.
     pub commands: mpsc::Receiver<Command>,
+    /// Its part of a bandwidth limit that is for several migrations.
+    pub share: Option<Share>,
 }
 
 /// What an operator may say to a running migration.
@@ -222,12 +224,12 @@ pub async fn run_source(order: SourceOrder, ports: SourcePorts) -> SourceEnd {
 
 impl Run {
     fn new(order: SourceOrder, ports: SourcePorts) -> (Self, mpsc::Receiver<Command>) {
-        let SourcePorts { evidence, link, guest, ask_commit, redial, progress, commands } = ports;
+        let SourcePorts { evidence, link, guest, ask_commit, redial, progress, commands, share } = ports;
         let (reports_in, reports) = mpsc::channel(usize::from(limits::LANES_MAX) * 2);
         let ram = Arc::clone(guest.ram());
         let run = Self {
             machine: Source::new(order.goal),
-            limiter: Arc::new(Limiter::new(order.bandwidth)),
+            limiter: Arc::new(Limiter::new(order.bandwidth, share)),
             guest: Arc::new(Mutex::new(guest)),
             round: RoundUnderWay::new(Round(0), false, 0, 0),
             binding: None,

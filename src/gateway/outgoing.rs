@@ -10,7 +10,7 @@ use tokio::sync::{mpsc, watch};
 use crate::audit::{Entry, Event, Outcome};
 use crate::config;
 use crate::control::{MigrateRequest, Storage};
-use crate::engine::{self, EngineError, Link, Manner, Placement, SourceOrder, SourcePorts};
+use crate::engine::{self, EngineError, Link, Manner, Placement, SourceOrder, SourcePorts, TotalBandwidth};
 use crate::gateway::departures::Note;
 use crate::gateway::judge::Case;
 use crate::gateway::policies::{compression, default_terms, operator_id, zstd_level};
@@ -395,7 +395,8 @@ impl Gateway {
             let not_back = move |problem: Problem| EngineError::NotBack { migration, class: problem.class, why: problem.message };
             Box::pin(async move { gateway.dial_again(&peer, &case).await.map_err(not_back) })
         });
-        SourcePorts { evidence: self.evidence(), link, guest, ask_commit, redial, progress, commands }
+        let share = self.bandwidth.as_ref().map(TotalBandwidth::share);
+        SourcePorts { evidence: self.evidence(), link, guest, ask_commit, redial, progress, commands, share }
     }
 
     /// A new session for a migration under way, with a peer that may still have the VM.

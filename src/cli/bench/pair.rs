@@ -269,6 +269,7 @@ impl Side {
             redial: Arc::new(|| Box::pin(async { Err(EngineError::Bug("the session ended".into())) })),
             progress,
             commands,
+            share: None,
         };
         let mut run = std::pin::pin!(run_source(order, ports));
         loop {
