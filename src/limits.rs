@@ -15,6 +15,9 @@ pub const SPIFFE_ID_BYTES_MAX: usize = 2048;
 pub const RAM_REGIONS_MAX: usize = 64;
 /// LIMIT: 64 TiB of guest RAM, four times the largest guests sold; keeps page numbers below 2^34.
 pub const RAM_BYTES_MAX: u64 = 1 << 46;
+/// LIMIT: guest RAM for each lane that is not asked for. At each end a lane costs a thread, a socket and a handshake of some
+/// milliseconds; one lane carries 256 MiB in a quarter of a second.
+pub const LANE_RAM_BYTES: u64 = 256 << 20;
 /// LIMIT: 2 MiB of consecutive pages stay on one lane: long runs for scanning and batching, short
 /// enough that a 64 MiB guest still fills eight lanes.
 pub const STRIPE_PAGES: u64 = 512;

@@ -196,6 +196,8 @@ pub struct MigrationFlags {
     #[arg(long, value_name = "auto|none|lz4|zstd[:N]")]
     pub compress: Option<Compress>,
     /// Parallel connections.
+    ///
+    /// Without it: one for every 256 MiB of the VM's memory, at most the number in the gateway's configuration.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=i64::from(crate::limits::LANES_MAX)))]
     pub lanes: Option<u16>,
     /// The gateway to ask.

@@ -39,7 +39,21 @@ pub(super) struct Departure {
     pub(super) timeout: Duration,
     pub(super) outage_max: Duration,
     pub(super) operator: u32,
+    /// Whether the request names a number of lanes.
+    pub(super) lanes_asked: bool,
     pub(super) claim: Claim,
+}
+
+impl Departure {
+    /// What is known of it once its guest was seen.
+    pub(super) fn has_memory(&mut self, bytes: u64) {
+        self.case.memory_bytes = bytes;
+        if !self.lanes_asked {
+            self.case.terms.lanes = lanes_for(self.case.terms.lanes, bytes);
+        }
+        let compared = if self.manner.verify_in_pause { bytes as f64 / VERIFY_BYTES_PER_SECOND } else { 0.0 };
+        self.goal.fixed_cost = PAUSE_FIXED + Duration::from_secs_f64(compared);
+    }
 }
 
 /// How an operator follows and steers a departure.
@@ -112,7 +126,22 @@ impl Gateway {
         let goal = Goal { downtime_max, throttle: request.throttle, fixed_cost: PAUSE_FIXED };
         let table_bytes = usize::try_from(defaults.tables.bytes).unwrap_or(usize::MAX);
         let manner = Manner { verify_in_pause: verify == Verify::Full, zstd_level, table_bytes };
-        Ok(Departure { migration, case, vm, peer, address, epoch, goal, bandwidth, manner, timeout, outage_max, operator, claim })
+        Ok(Departure {
+            migration,
+            case,
+            vm,
+            peer,
+            address,
+            epoch,
+            goal,
+            bandwidth,
+            manner,
+            timeout,
+            outage_max,
+            operator,
+            lanes_asked: request.lanes.is_some(),
+            claim,
+        })
     }
 
     /// Where the VM is attached, and the epoch at which this gateway owns it.
@@ -349,10 +378,7 @@ impl Gateway {
             let message = format!("the guest at `{}` is `{found}`, not VM `{}` with UUID `{}`", departure.address, vm.name, vm.uuid);
             return Err(Problem::new(ErrorClass::Denied, message));
         }
-        departure.case.memory_bytes = guest.ram().layout().bytes();
-        if departure.manner.verify_in_pause {
-            departure.goal.fixed_cost += Duration::from_secs_f64(departure.case.memory_bytes as f64 / VERIFY_BYTES_PER_SECOND);
-        }
+        departure.has_memory(guest.ram().layout().bytes());
         Ok(guest)
     }
 
@@ -422,6 +448,12 @@ pub(super) async fn show_monotone(mut raw: watch::Receiver<Progress>, shown: wat
     }
 }
 
+/// Lanes for a VM whose request names none: at most the configured ones, and none for memory that is not there.
+fn lanes_for(configured: u16, memory_bytes: u64) -> u16 {
+    let wanted = u16::try_from(memory_bytes / limits::LANE_RAM_BYTES).unwrap_or(u16::MAX);
+    wanted.clamp(1, configured.max(1))
+}
+
 #[expect(clippy::needless_pass_by_value, reason = "used as a function for map_err")]
 pub(super) fn bug(error: tokio::task::JoinError) -> Problem {
     Problem::new(ErrorClass::Bug, format!("a task of the gateway ended: {error}"))
@@ -431,4 +463,18 @@ fn new_migration() -> Result<MigrationId, Problem> {
     let mut id = [0; 16];
     SystemRandom::new().fill(&mut id).map_err(|_| Problem::new(ErrorClass::Local, "the system's random numbers cannot be read"))?;
     Ok(MigrationId(id))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_lane_is_for_256_mib() {
+        for (configured, mebibytes, lanes) in
+            [(4, 0, 1), (4, 64, 1), (4, 511, 1), (4, 512, 2), (4, 1024, 4), (4, 1 << 20, 4), (1, 1024, 1), (16, 64 << 20, 16)]
+        {
+            assert_eq!(lanes_for(configured, mebibytes << 20), lanes, "{mebibytes} MiB");
+        }
+    }
 }

@@ -86,6 +86,7 @@ impl Gateway {
             timeout: order.timeout.unwrap_or(Duration::MAX),
             outage_max: order.outage_max,
             operator: note.operator,
+            lanes_asked: true,
             claim,
         };
         Some(Interrupted { departure, note, offer, guest })
