@@ -195,6 +195,8 @@ fn migration(r: &mut Reader, top: &mut Section<'_, '_>) -> Migration {
     }
     let bandwidth = r.optional(&mut s, "bandwidth").map(|bandwidth| bandwidth.value);
     let bandwidth_total = r.optional(&mut s, "bandwidth_total").map(|bandwidth| bandwidth.value);
+    let parallel = r.or(&mut s, "parallel", 8);
+    between(r, &s, "parallel", &parallel, 1, MIGRATIONS_MAX);
     let durability = r.or(&mut s, "durability", Durability::None).value;
     r.finish(s);
     Migration {
@@ -207,6 +209,7 @@ fn migration(r: &mut Reader, top: &mut Section<'_, '_>) -> Migration {
         tables: tables.value,
         bandwidth,
         bandwidth_total,
+        parallel: parallel.value,
         durability,
     }
 }
@@ -417,7 +420,7 @@ fn operators(r: &mut Reader, top: &mut Section<'_, '_>) -> Option<Vec<Operator>>
 
 fn limits(r: &mut Reader, top: &mut Section<'_, '_>) -> Limits {
     let mut s = r.section(top, "limits");
-    let migrations_max = r.or(&mut s, "migrations_max", 4);
+    let migrations_max = r.or(&mut s, "migrations_max", 16);
     between(r, &s, "migrations_max", &migrations_max, 1, MIGRATIONS_MAX);
     let history_max = r.or(&mut s, "history_max", 1000);
     between(r, &s, "history_max", &history_max, 1, HISTORY_COUNT_MAX);

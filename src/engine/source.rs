@@ -141,6 +141,10 @@ pub struct SourceEnd {
     pub error: Option<EngineError>,
     /// The figures.
     pub figures: Figures,
+    /// Whether the destination had no room for it and nothing has begun: it can be offered again, as the same migration.
+    pub busy: bool,
+    /// What operators say, for whoever offers it again.
+    pub commands: mpsc::Receiver<Command>,
 }
 
 impl std::fmt::Debug for SourcePorts {
@@ -212,9 +216,10 @@ struct Run {
     ended: Option<Option<Outcome>>,
 }
 
-/// Runs the source end until the VM's place is decided or in doubt.
-pub async fn run_source(order: SourceOrder, ports: SourcePorts) -> SourceEnd {
+/// Runs the source end until the VM's place is decided or in doubt. The attempt has begun at `began`, from which its timeout counts.
+pub async fn run_source(order: SourceOrder, ports: SourcePorts, began: Instant) -> SourceEnd {
     let (mut run, commands) = Run::new(order, ports);
+    run.started = began;
     let mut events = VecDeque::new();
     if let Err(error) = run.offer().await {
         events.push_back(run.broken(error));
@@ -299,7 +304,7 @@ impl Run {
                 self.ended = Some(Some(Outcome::Stayed));
             }
         }
-        self.finish().await
+        self.finish(commands).await
     }
 
     async fn offer(&mut self) -> Result<(), EngineError> {

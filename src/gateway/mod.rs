@@ -17,6 +17,7 @@ mod outgoing;
 mod peers;
 mod plan;
 mod policies;
+mod queue;
 mod recovery;
 mod registry;
 mod report;
@@ -24,6 +25,7 @@ mod resolution;
 mod resumption;
 mod serve;
 mod start;
+mod turns;
 mod why;
 
 pub use start::run;

@@ -72,6 +72,7 @@ fn build(config: Arc<Config>) -> Result<Arc<Gateway>, Problem> {
         incoming.map_err(|error| Problem::new(ErrorClass::Misuse, format!("incoming.command: {error}")).with_code("configuration"))?;
     let endpoint = Endpoint::bind(TransportConfig::new(config.gateway.listen), Arc::clone(&credentials))
         .map_err(|error| local("listening port", &error))?;
+    let registry = Registry::new(config.limits.migrations_max, config.migration.parallel);
     let bandwidth = config.migration.bandwidth_total.map(|limit| TotalBandwidth::new(limit.bytes_per_second));
     Ok(Arc::new(Gateway {
         judge: Arc::new(Judge::new(Arc::clone(&config), policies, audit.clone())),
@@ -80,7 +81,7 @@ fn build(config: Arc<Config>) -> Result<Arc<Gateway>, Problem> {
         endpoint,
         journal: Arc::new(journal),
         audit,
-        registry: Arc::new(Registry::default()),
+        registry: Arc::new(registry),
         incoming,
         peers: peers::Reachability::default(),
         taken_up: tokio::sync::Notify::new(),

@@ -271,7 +271,7 @@ impl Side {
             commands,
             share: None,
         };
-        let mut run = std::pin::pin!(run_source(order, ports));
+        let mut run = std::pin::pin!(run_source(order, ports, Instant::now()));
         loop {
             tokio::select! {
                 end = &mut run => return Ok(end),
