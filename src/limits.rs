@@ -15,6 +15,9 @@ pub const SPIFFE_ID_BYTES_MAX: usize = 2048;
 pub const RAM_REGIONS_MAX: usize = 64;
 /// LIMIT: 64 TiB of guest RAM, four times the largest guests sold; keeps page numbers below 2^34.
 pub const RAM_BYTES_MAX: u64 = 1 << 46;
+/// LIMIT: guest RAM for each lane that is not asked for. At each end a lane costs a thread, a socket and a handshake of some
+/// milliseconds; one lane carries 256 MiB in a quarter of a second.
+pub const LANE_RAM_BYTES: u64 = 256 << 20;
 /// LIMIT: 2 MiB of consecutive pages stay on one lane: long runs for scanning and batching, short
 /// enough that a 64 MiB guest still fills eight lanes.
 pub const STRIPE_PAGES: u64 = 512;
@@ -213,6 +216,9 @@ pub const CONFIG_PROBLEMS_MAX: usize = 200;
 pub const SOCKET_PATH_BYTES_MAX: usize = 107;
 /// LIMIT: concurrent migrations of one gateway; each holds lanes, threads and a guest's mapping.
 pub const MIGRATIONS_MAX: u32 = 64;
+/// LIMIT: departures that wait for their turn: every VM of a large host. Each takes a task and a few KiB, and is looked at when
+/// another one ends.
+pub const DEPARTURES_QUEUED_MAX: usize = 1024;
 /// LIMIT: a request to the control API; all of them are a few short values.
 pub const CONTROL_REQUEST_BYTES_MAX: usize = 64 * 1024;
 /// LIMIT: an answer of the control API; the largest lists ten thousand VMs.
@@ -253,6 +259,9 @@ pub const ROUNDS_MAX: u32 = 1000;
 
 // --- gateway ------------------------------------------------------------------------------------
 
+/// LIMIT: how long an offer waits for a migration of this gateway to end before its source is sent away. The two ends of a
+/// migration learn of its end at slightly different times, and the source then sends the next VM at once.
+pub const ROOM_WITHIN: std::time::Duration = std::time::Duration::from_secs(2);
 /// LIMIT: sessions that one peer holds at once: one for each migration with it, probes, and room for others' sessions beside.
 pub const SESSIONS_PER_PEER_MAX: usize = 80;
 /// LIMIT: sessions that one peer opens in a row.

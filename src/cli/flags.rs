@@ -47,6 +47,10 @@ pub enum Command {
     ///
     /// Shows progress until the VM runs there, and prints a report. Ctrl-C cancels with the VM running on the source; a
     /// second Ctrl-C leaves the migration alone, and exits with 6 because its end was not seen. Values that are not given are the configuration's.
+    ///
+    /// A gateway has so many departures under way at once (`[migration] parallel`). More wait in its queue, first come, first
+    /// served; `status` and `watch` show them in the phase `queued`, and `cancel` takes one out. A destination that has no room is
+    /// waited for in the same queue.
     Migrate(MigrateFlags),
     /// Say what a migration would do, without doing it.
     ///
@@ -161,6 +165,8 @@ pub struct MigrationFlags {
     #[arg(long, value_name = "PEER")]
     pub to: PeerName,
     /// Most that goes over the wire, e.g. 1Gbit or 10MiB/s.
+    ///
+    /// A limit for all departures of the gateway together is in its configuration; both hold.
     #[arg(long, value_parser = quantity::<Bandwidth>)]
     pub bandwidth: Option<Bandwidth>,
     /// Longest pause wanted, e.g. 300ms.
@@ -169,6 +175,8 @@ pub struct MigrationFlags {
     #[arg(long, value_name = "DURATION", value_parser = quantity::<TimeSpan>)]
     pub max_downtime: Option<TimeSpan>,
     /// Longest migration, e.g. 1h; after it the VM stays on the source.
+    ///
+    /// It counts from when the migration leaves the gateway's queue; a destination that has no room yet is waited for within it.
     #[arg(long, value_name = "DURATION", value_parser = quantity::<TimeSpan>)]
     pub timeout: Option<TimeSpan>,
     /// Longest outage of the link that is waited out, e.g. 10m.
@@ -196,6 +204,8 @@ pub struct MigrationFlags {
     #[arg(long, value_name = "auto|none|lz4|zstd[:N]")]
     pub compress: Option<Compress>,
     /// Parallel connections.
+    ///
+    /// Without it: one for every 256 MiB of the VM's memory, at most the number in the gateway's configuration.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=i64::from(crate::limits::LANES_MAX)))]
     pub lanes: Option<u16>,
     /// The gateway to ask.

@@ -63,7 +63,10 @@ pub(super) fn short(id: crate::types::MigrationId) -> String {
 
 /// One line of progress.
 pub(super) fn progress_line(progress: &Progress) -> String {
-    let mut line = format!("{} {:.0} %", progress.phase, (progress.phase_fraction * 100.0).floor());
+    let mut line = progress.phase.to_string();
+    if progress.phase != crate::telemetry::Phase::Queued {
+        let _ = write!(line, " {:.0} %", (progress.phase_fraction * 100.0).floor());
+    }
     let mut add = |text: String| {
         line.push_str(", ");
         line.push_str(&text);
@@ -71,6 +74,9 @@ pub(super) fn progress_line(progress: &Progress) -> String {
     // First, because a narrow terminal cuts the line.
     if let Some(why) = &progress.stalled_because {
         add(format!("stalled: {}", printable(why)));
+    }
+    if let Some(position) = progress.queue_position {
+        add(format!("number {position} in the queue"));
     }
     if progress.phase == crate::telemetry::Phase::Memory {
         add(format!("round {}", progress.round));

@@ -194,10 +194,24 @@ fn migration(r: &mut Reader, top: &mut Section<'_, '_>) -> Migration {
         r.problem(tables.at, &s.key("tables"), format!("expected at most {most}, got {}", tables.value), None);
     }
     let bandwidth = r.optional(&mut s, "bandwidth").map(|bandwidth| bandwidth.value);
+    let bandwidth_total = r.optional(&mut s, "bandwidth_total").map(|bandwidth| bandwidth.value);
+    let parallel = r.or(&mut s, "parallel", 8);
+    between(r, &s, "parallel", &parallel, 1, MIGRATIONS_MAX);
     let durability = r.or(&mut s, "durability", Durability::None).value;
     r.finish(s);
-    let (max_downtime, timeout, max_outage) = (max_downtime.value, timeout.value, max_outage.value);
-    Migration { lanes: lanes.value, compression, max_downtime, timeout, max_outage, verify, tables: tables.value, bandwidth, durability }
+    Migration {
+        lanes: lanes.value,
+        compression,
+        max_downtime: max_downtime.value,
+        timeout: timeout.value,
+        max_outage: max_outage.value,
+        verify,
+        tables: tables.value,
+        bandwidth,
+        bandwidth_total,
+        parallel: parallel.value,
+        durability,
+    }
 }
 
 fn between<N: PartialOrd + std::fmt::Display + Copy>(
@@ -406,7 +420,7 @@ fn operators(r: &mut Reader, top: &mut Section<'_, '_>) -> Option<Vec<Operator>>
 
 fn limits(r: &mut Reader, top: &mut Section<'_, '_>) -> Limits {
     let mut s = r.section(top, "limits");
-    let migrations_max = r.or(&mut s, "migrations_max", 4);
+    let migrations_max = r.or(&mut s, "migrations_max", 16);
     between(r, &s, "migrations_max", &migrations_max, 1, MIGRATIONS_MAX);
     let history_max = r.or(&mut s, "history_max", 1000);
     between(r, &s, "history_max", &history_max, 1, HISTORY_COUNT_MAX);

@@ -127,6 +127,10 @@ pub struct Migration {
     pub tables: ByteSize,
     /// Most that goes over the wire; unlimited when absent.
     pub bandwidth: Option<Bandwidth>,
+    /// Most that goes over the wire for all departures together; unlimited when absent.
+    pub bandwidth_total: Option<Bandwidth>,
+    /// Departures at once; the others wait for their turn.
+    pub parallel: u32,
     /// Where the final image is on disk before the switch.
     pub durability: Durability,
 }

@@ -54,7 +54,7 @@ const fn line(class: ErrorClass, code: &'static str, status: u16, exit: Exit, au
 }
 
 #[rustfmt::skip]
-const TABLE: [Row; 12] = [
+const TABLE: [Row; 13] = [
     //   class                         code                status exit             audited retry
     line(ErrorClass::PeerIncompatible, "peer-incompatible", 422, Exit::Peer,      true,  false),
     line(ErrorClass::PeerMisbehaved,   "peer-misbehaved",   502, Exit::Failed,    true,  false),
@@ -68,6 +68,7 @@ const TABLE: [Row; 12] = [
     line(ErrorClass::Bug,              "bug",               500, Exit::Failed,    true,  false),
     line(ErrorClass::PeerUnreachable,  "peer-unreachable",  502, Exit::Peer,      true,  true),
     line(ErrorClass::InDoubt,          "in-doubt",          409, Exit::Unknown,   true,  false),
+    line(ErrorClass::PeerBusy,         "peer-busy",         503, Exit::Peer,      true,  true),
 ];
 
 /// The row of a class.
@@ -141,6 +142,7 @@ mod tests {
             ("bug", 1),
             ("peer-unreachable", 4),
             ("in-doubt", 6),
+            ("peer-busy", 4),
         ];
         assert_eq!(codes, expected);
     }

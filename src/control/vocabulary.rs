@@ -204,8 +204,11 @@ pub struct GatewayView {
     pub certificate_expires: Option<String>,
     /// SHA-256 of its policy set, hexadecimal.
     pub policy_digest: Option<String>,
-    /// Migrations under way.
+    /// Migrations under way, without those that wait for their turn.
     pub migrations_active: u32,
+    /// Departures that wait for their turn.
+    #[serde(default)]
+    pub migrations_queued: u32,
 }
 
 /// All VMs that the gateway knows.

@@ -20,6 +20,7 @@ mod limiter;
 mod link;
 mod meter;
 mod recovery;
+mod sharing;
 mod source;
 mod standing;
 
@@ -27,6 +28,7 @@ pub use arbiter::{Arbiter, NoArbiter, Owner, Ruling, Transfer};
 pub use destination::{DestinationEnd, DestinationOrder, Return, run_destination};
 pub use error::EngineError;
 pub use handoff::{Binding, Evidence, JournalRecord, Placement};
+pub use limiter::{Share, TotalBandwidth};
 pub use link::{Link, PeerFacts, greet};
 pub use meter::{Figures, Meter};
 pub use recovery::{

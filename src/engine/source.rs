@@ -5,6 +5,7 @@ mod messages;
 mod outage;
 mod restart;
 mod rounds;
+mod shown;
 mod switch;
 
 use std::collections::VecDeque;
@@ -21,7 +22,7 @@ use tokio::task::JoinHandle;
 use crate::engine::digest::KeptUp;
 use crate::engine::handoff::{Binding, Evidence, blocking, joined};
 use crate::engine::lanes::{LaneReport, LaneRound, Packing, SourceLane};
-use crate::engine::limiter::Limiter;
+use crate::engine::limiter::{Limiter, Share};
 use crate::engine::link::send_within;
 use crate::engine::meter::{Figures, Meter, Stopwatch};
 use crate::engine::{EngineError, Link};
@@ -110,6 +111,8 @@ pub struct SourcePorts {
     pub progress: watch::Sender<Progress>,
     /// What operators say meanwhile.
     pub commands: mpsc::Receiver<Command>,
+    /// Its part of a bandwidth limit that is for several migrations.
+    pub share: Option<Share>,
 }
 
 /// What an operator may say to a running migration.
@@ -138,6 +141,10 @@ pub struct SourceEnd {
     pub error: Option<EngineError>,
     /// The figures.
     pub figures: Figures,
+    /// Whether the destination had no room for it and nothing has begun: it can be offered again, as the same migration.
+    pub busy: bool,
+    /// What operators say, for whoever offers it again.
+    pub commands: mpsc::Receiver<Command>,
 }
 
 impl std::fmt::Debug for SourcePorts {
@@ -209,9 +216,10 @@ struct Run {
     ended: Option<Option<Outcome>>,
 }
 
-/// Runs the source end until the VM's place is decided or in doubt.
-pub async fn run_source(order: SourceOrder, ports: SourcePorts) -> SourceEnd {
+/// Runs the source end until the VM's place is decided or in doubt. The attempt has begun at `began`, from which its timeout counts.
+pub async fn run_source(order: SourceOrder, ports: SourcePorts, began: Instant) -> SourceEnd {
     let (mut run, commands) = Run::new(order, ports);
+    run.started = began;
     let mut events = VecDeque::new();
     if let Err(error) = run.offer().await {
         events.push_back(run.broken(error));
@@ -221,12 +229,12 @@ pub async fn run_source(order: SourceOrder, ports: SourcePorts) -> SourceEnd {
 
 impl Run {
     fn new(order: SourceOrder, ports: SourcePorts) -> (Self, mpsc::Receiver<Command>) {
-        let SourcePorts { evidence, link, guest, ask_commit, redial, progress, commands } = ports;
+        let SourcePorts { evidence, link, guest, ask_commit, redial, progress, commands, share } = ports;
         let (reports_in, reports) = mpsc::channel(usize::from(limits::LANES_MAX) * 2);
         let ram = Arc::clone(guest.ram());
         let run = Self {
             machine: Source::new(order.goal),
-            limiter: Arc::new(Limiter::new(order.bandwidth)),
+            limiter: Arc::new(Limiter::new(order.bandwidth, share)),
             guest: Arc::new(Mutex::new(guest)),
             round: RoundUnderWay::new(Round(0), false, 0, 0),
             binding: None,
@@ -296,7 +304,7 @@ impl Run {
                 self.ended = Some(Some(Outcome::Stayed));
             }
         }
-        self.finish().await
+        self.finish(commands).await
     }
 
     async fn offer(&mut self) -> Result<(), EngineError> {
@@ -551,35 +559,6 @@ impl Run {
             watch.lap(what);
         }
     }
-
-    fn show(&mut self, change: impl FnOnce(&mut Progress)) {
-        let convergence = self.machine.convergence();
-        let total = self.ram.layout().bytes();
-        let elapsed = self.started.elapsed().as_secs_f64();
-        let sent = self.meter.pages() * crate::types::PAGE_BYTES as u64;
-        let wire = self.meter.frame_bytes();
-        let owed = self
-            .tracker
-            .as_ref()
-            .map_or(total, |tracker| (tracker.owed_pages() + tracker.in_flight_pages()) * crate::types::PAGE_BYTES as u64);
-        let mut next = Progress::new(self.order.migration);
-        next.phase = self.phase;
-        next.round = self.round.round.0;
-        next.memory_total_bytes = total;
-        next.memory_sent_bytes = sent;
-        next.memory_remaining_bytes = owed;
-        next.wire_bytes = wire;
-        next.elapsed_seconds = elapsed;
-        next.dirty_bytes_per_second = convergence.dirty_bytes_per_second();
-        next.send_bytes_per_second = convergence.send_bytes_per_second().unwrap_or_default();
-        next.wire_bytes_per_second = per_second(wire, elapsed);
-        next.expected_downtime_seconds = convergence.downtime_expected().map(|d| d.as_secs_f64());
-        next.phase_fraction = if self.phase == Phase::Memory && total > 0 { (sent as f64 / total as f64).min(1.0) } else { 0.0 };
-        let rate = if next.send_bytes_per_second > 0 { next.send_bytes_per_second } else { per_second(sent, elapsed) };
-        next.eta_seconds = (rate > 0 && self.phase == Phase::Memory).then(|| owed as f64 / rate as f64);
-        change(&mut next);
-        self.progress.send_replace(next);
-    }
 }
 
 fn packing(order: &SourceOrder, pages: u64) -> Packing {
@@ -590,14 +569,6 @@ fn packing(order: &SourceOrder, pages: u64) -> Packing {
     let duplicates = Arc::new(Duplicates::new(pages, bytes_max, key));
     let versions_bytes_max = order.manner.table_bytes - for_duplicates;
     Packing { terms: order.stream.clone(), level: order.manner.zstd_level, pages, duplicates, versions_bytes_max }
-}
-
-fn per_second(bytes: u64, seconds: f64) -> u64 {
-    let micros = (seconds * 1e6).max(1.0);
-    // Both are far below 2^53; the quotient of two non-negative numbers fits.
-    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a display value; saturates")]
-    let rate = (bytes as f64 * 1e6 / micros) as u64;
-    rate
 }
 
 fn lock(guest: &Guest) -> std::sync::MutexGuard<'_, Box<dyn PagedSource>> {

@@ -115,7 +115,7 @@ impl Gateway {
             return;
         };
         let Some(_seat) = self.crowd.sit(&Some(spiffe.clone()), Instant::now()) else {
-            session.close(Some(ErrorClass::Local), "too many sessions at once or in a row");
+            session.close(Some(ErrorClass::PeerBusy), "too many sessions at once or in a row");
             return;
         };
         let mut entry = Entry::new(Event::SessionOpened).outcome(Outcome::Done);
@@ -293,8 +293,8 @@ impl Gateway {
 
     /// Takes the VM for an offer. An earlier attempt of the same source that lost its link is over when that offers anew.
     async fn claim_for(self: &Arc<Self>, link: &Link, offer: &Offer) -> Result<Claim, Refusal> {
-        let claim = || self.registry.claim(&offer.vm, offer.migration, self.config.limits.migrations_max as usize);
-        let mut claimed = claim();
+        let claim = || self.registry.claim(&offer.vm, offer.migration);
+        let mut claimed = self.claim_with_patience(offer).await;
         if let Err(Busy::Vm(other)) = &claimed
             && self.kept.has(*other)
         {
@@ -316,10 +316,26 @@ impl Gateway {
         }
         claimed.map_err(|busy| match busy {
             Busy::Vm(other) => Refusal::new(ErrorClass::Denied, format!("VM `{}` is moving already, in migration `{other}`", offer.vm)),
-            Busy::Full => Refusal::new(ErrorClass::Local, "too many migrations are under way"),
+            Busy::Full => Refusal::new(ErrorClass::PeerBusy, "as many migrations are under way as may be"),
             Busy::Closing => Refusal::new(ErrorClass::PeerUnreachable, "the gateway is shutting down"),
             Busy::Id => used_before(offer.migration),
         })
+    }
+
+    /// Where there is no room, the next end of a migration is waited for, for a while.
+    async fn claim_with_patience(&self, offer: &Offer) -> Result<Claim, Busy> {
+        let mut room = self.registry.room();
+        let claimed = async {
+            loop {
+                match self.registry.claim(&offer.vm, offer.migration) {
+                    Err(Busy::Full) => {}
+                    claimed => return claimed,
+                }
+                // It lives as long as the registry.
+                let _ = room.changed().await;
+            }
+        };
+        tokio::time::timeout(limits::ROOM_WITHIN, claimed).await.unwrap_or(Err(Busy::Full))
     }
 
     /// What the offer says it is, checked against itself and against what this gateway knows of the VM.

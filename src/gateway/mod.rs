@@ -17,6 +17,7 @@ mod outgoing;
 mod peers;
 mod plan;
 mod policies;
+mod queue;
 mod recovery;
 mod registry;
 mod report;
@@ -24,6 +25,7 @@ mod resolution;
 mod resumption;
 mod serve;
 mod start;
+mod turns;
 mod why;
 
 pub use start::run;
@@ -39,7 +41,7 @@ use std::sync::Arc;
 
 use crate::audit::{AuditLog, Entry, Event, Outcome};
 use crate::config::Config;
-use crate::engine::{Evidence, NoArbiter};
+use crate::engine::{Evidence, NoArbiter, TotalBandwidth};
 use crate::hypervisor::attach::LaunchTemplate;
 use crate::identity::Credentials;
 use crate::journal::Journal;
@@ -63,6 +65,8 @@ struct Gateway {
     taken_up: tokio::sync::Notify,
     /// Held by whoever reads and changes proposals about VMs in doubt.
     proposals: tokio::sync::Mutex<()>,
+    /// What all departures together may send, where that is limited.
+    bandwidth: Option<Arc<TotalBandwidth>>,
     crowd: Arc<crowd::Crowd>,
     kept: kept::KeptTwins,
 }

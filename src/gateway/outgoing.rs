@@ -2,7 +2,7 @@
 
 use std::path::Path;
 use std::sync::Arc;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, SystemTime};
 
 use ring::rand::{SecureRandom, SystemRandom};
 use tokio::sync::{mpsc, watch};
@@ -10,16 +10,18 @@ use tokio::sync::{mpsc, watch};
 use crate::audit::{Entry, Event, Outcome};
 use crate::config;
 use crate::control::{MigrateRequest, Storage};
-use crate::engine::{self, EngineError, Link, Manner, Placement, SourceOrder, SourcePorts};
+use crate::engine::{self, EngineError, Link, Manner, Placement, SourceEnd, SourceOrder, SourcePorts, TotalBandwidth};
 use crate::gateway::departures::Note;
 use crate::gateway::judge::Case;
 use crate::gateway::policies::{compression, default_terms, operator_id, zstd_level};
+use crate::gateway::queue::QueueFull;
 use crate::gateway::registry::{Busy, Claim, Migration};
+use crate::gateway::turns::{Turns, begun};
 use crate::gateway::{Gateway, put_class, report};
 use crate::hypervisor::PagedSource;
 use crate::hypervisor::attach::{AttachedSource, Timeouts};
 use crate::limits;
-use crate::migration::{Goal, OfferRecord, Outcome as Place};
+use crate::migration::{Goal, Outcome as Place};
 use crate::policy::{Permit, Release, Route};
 use crate::telemetry::{self, Mode, Monotone, Problem, Progress, Report, RunningOn};
 use crate::types::{Epoch, MigrationId, Side, Verify};
@@ -39,7 +41,21 @@ pub(super) struct Departure {
     pub(super) timeout: Duration,
     pub(super) outage_max: Duration,
     pub(super) operator: u32,
+    /// Whether the request names a number of lanes.
+    pub(super) lanes_asked: bool,
     pub(super) claim: Claim,
+}
+
+impl Departure {
+    /// What is known of it once its guest was seen.
+    pub(super) fn has_memory(&mut self, bytes: u64) {
+        self.case.memory_bytes = bytes;
+        if !self.lanes_asked {
+            self.case.terms.lanes = lanes_for(self.case.terms.lanes, bytes);
+        }
+        let compared = if self.manner.verify_in_pause { bytes as f64 / VERIFY_BYTES_PER_SECOND } else { 0.0 };
+        self.goal.fixed_cost = PAUSE_FIXED + Duration::from_secs_f64(compared);
+    }
 }
 
 /// How an operator follows and steers a departure.
@@ -112,7 +128,22 @@ impl Gateway {
         let goal = Goal { downtime_max, throttle: request.throttle, fixed_cost: PAUSE_FIXED };
         let table_bytes = usize::try_from(defaults.tables.bytes).unwrap_or(usize::MAX);
         let manner = Manner { verify_in_pause: verify == Verify::Full, zstd_level, table_bytes };
-        Ok(Departure { migration, case, vm, peer, address, epoch, goal, bandwidth, manner, timeout, outage_max, operator, claim })
+        Ok(Departure {
+            migration,
+            case,
+            vm,
+            peer,
+            address,
+            epoch,
+            goal,
+            bandwidth,
+            manner,
+            timeout,
+            outage_max,
+            operator,
+            lanes_asked: request.lanes.is_some(),
+            claim,
+        })
     }
 
     /// Where the VM is attached, and the epoch at which this gateway owns it.
@@ -137,14 +168,13 @@ impl Gateway {
         }
     }
 
-    /// Claims the VM for one migration.
+    /// Claims the VM for one migration, which is not under way before its turn.
     fn take(self: &Arc<Self>, vm: &config::Vm, migration: MigrationId) -> Result<Claim, Problem> {
-        let most = self.config.limits.migrations_max;
-        self.registry.claim(&vm.name, migration, most as usize).map_err(|busy| {
+        self.registry.reserve(&vm.name, migration).map_err(|busy| {
             let problem = match busy {
                 Busy::Vm(other) => Problem::new(ErrorClass::Misuse, format!("VM `{}` is moving already, in migration `{other}`", vm.name))
                     .with_code("vm-is-moving"),
-                Busy::Full => Problem::new(ErrorClass::Local, format!("{most} migrations are under way, the most allowed")),
+                Busy::Full => Problem::new(ErrorClass::Bug, "a departure that waits needs no room"),
                 Busy::Id => Problem::new(ErrorClass::Bug, format!("migration `{migration}` exists already")),
                 Busy::Closing => Problem::new(ErrorClass::Local, "the gateway is shutting down"),
             };
@@ -167,22 +197,31 @@ impl Gateway {
     /// Starts a migration; it goes on by itself.
     pub(super) async fn start(self: &Arc<Self>, operator: u32, request: &MigrateRequest) -> Result<MigrationId, Problem> {
         let departure = self.prepare(operator, request)?;
+        let ticket = self.registry.queue(&departure.peer.name).map_err(|QueueFull| {
+            let message = format!("VM `{}`: {} VMs wait already, the most that may", departure.vm.name, limits::DEPARTURES_QUEUED_MAX);
+            Problem::new(ErrorClass::Local, message)
+                .with_code("queue-full")
+                .with_hint("`sealane status` shows what is under way and what waits")
+                .with_running_on(RunningOn::Source)
+        })?;
         self.ask_request(&departure).await?;
         let migration = departure.migration;
-        let Strings { progress, commands, ended } = self.show_departure(&departure, SystemTime::now());
+        let mut turns = Turns::new(ticket);
+        let first = turns.look(&departure).unwrap_or_else(|| Progress::new(migration));
+        let Strings { progress, commands, ended } = self.show_departure(&departure, SystemTime::now(), first);
         let gateway = Arc::clone(self);
         tokio::spawn(async move {
-            let report = gateway.depart(departure, progress, commands).await;
+            let report = gateway.depart(departure, turns, progress, commands).await;
             gateway.finished(report, ended).await;
         });
         Ok(migration)
     }
 
     /// From now on operators see it and can steer it.
-    pub(super) fn show_departure(&self, departure: &Departure, started: SystemTime) -> Strings {
+    pub(super) fn show_departure(&self, departure: &Departure, started: SystemTime, first: Progress) -> Strings {
         let migration = departure.migration;
-        let (progress, raw) = watch::channel(Progress::new(migration));
-        let (shown_in, shown) = watch::channel(Progress::new(migration));
+        let (progress, raw) = watch::channel(first.clone());
+        let (shown_in, shown) = watch::channel(first);
         let (ended, ended_out) = watch::channel(false);
         let (commands_in, commands) = mpsc::channel(limits::COMMAND_QUEUE);
         self.registry.begin(Migration {
@@ -235,20 +274,20 @@ impl Gateway {
     async fn depart(
         self: &Arc<Self>,
         departure: Departure,
+        mut turns: Turns,
         progress: watch::Sender<Progress>,
         commands: mpsc::Receiver<engine::Command>,
     ) -> Report {
-        let started = SystemTime::now();
         let (vm, migration) = (departure.vm.name.clone(), departure.migration);
         let spiffe = departure.peer.spiffe.clone();
-        let mut report = match self.move_away(departure, progress, commands, started).await {
+        let mut report = match self.move_away(departure, &mut turns, progress, commands).await {
             Ok(report) => report,
             Err(problem) => {
                 let state = if problem.class == ErrorClass::Cancelled { telemetry::Outcome::Cancelled } else { telemetry::Outcome::Failed };
                 let mut report = Report::new(migration, vm, state, RunningOn::Source);
                 report.policy.decision = (problem.class == ErrorClass::Denied).then(|| "deny".to_owned());
                 report.error = Some(report::named(problem, &report.vm).with_running_on(RunningOn::Source));
-                report.duration_seconds = started.elapsed().unwrap_or_default().as_secs_f64();
+                report.duration_seconds = turns.began().0.elapsed().as_secs_f64();
                 report
             }
         };
@@ -259,18 +298,54 @@ impl Gateway {
         report
     }
 
-    /// Everything before the engine takes over leaves the guest untouched.
+    /// Everything before the engine takes over leaves the guest untouched. A destination without room is asked again when it is
+    /// the departure's turn once more.
     async fn move_away(
         self: &Arc<Self>,
         mut departure: Departure,
+        turns: &mut Turns,
         progress: watch::Sender<Progress>,
-        commands: mpsc::Receiver<engine::Command>,
-        started: SystemTime,
+        mut commands: mpsc::Receiver<engine::Command>,
     ) -> Result<Report, Problem> {
-        let guest = self.attach_to(&mut departure).await?;
+        loop {
+            self.turn(turns, &mut departure, &progress, &mut commands).await?;
+            let (began, started) = turns.began();
+            let (guest, link, note) = match self.set_out(&mut departure, started).await {
+                Err(problem) if problem.class == ErrorClass::PeerBusy => {
+                    turns.sent_back(&departure.claim);
+                    continue;
+                }
+                set_out => set_out?,
+            };
+            let kind = guest.machine().kind.clone();
+            let ports = self.source_ports(&departure, link, Box::new(guest), progress.clone(), commands);
+            let end = {
+                let begun = begun(progress.subscribe());
+                let mut run = std::pin::pin!(engine::run_source(note.order.clone(), ports, began));
+                tokio::select! {
+                    end = &mut run => end,
+                    () = begun => {
+                        turns.taken();
+                        run.await
+                    }
+                }
+            };
+            if !end.busy {
+                return Ok(self.conclude(departure, note, kind, &end));
+            }
+            tracing::info!(migration = %departure.migration, vm = %departure.vm.name, peer = %departure.peer.spiffe, "no room there: waits");
+            self.forget_departure(departure.migration);
+            commands = end.commands;
+            turns.sent_back(&departure.claim);
+        }
+    }
+
+    /// Attaches to the guest, reaches the destination and asks whether it may have the VM. What is offered is noted.
+    async fn set_out(self: &Arc<Self>, departure: &mut Departure, started: SystemTime) -> Result<(AttachedSource, Link, Note), Problem> {
+        let guest = self.attach_to(departure).await?;
         crate::failpoint::hit!("source.attached");
         let link = self.dial(&departure.peer).await?;
-        let permit = self.release(&departure, &link).await?;
+        let permit = self.release(departure, &link).await?;
         crate::failpoint::hit!("source.released");
         let order = SourceOrder {
             migration: departure.migration,
@@ -295,30 +370,14 @@ impl Gateway {
             // Without it a destination waits for nothing, for a while, when this gateway is killed.
             tracing::warn!(migration = %note.order.migration, %error, "the offer is not noted");
         }
-        let ports = self.source_ports(&departure, link, Box::new(guest), progress, commands);
-        Ok(self.carry(departure, note, ports, None).await)
+        Ok((guest, link, note))
     }
 
-    /// The engine takes over, from the beginning or from where an earlier gateway was with this offer.
-    pub(super) async fn carry(
-        self: &Arc<Self>,
-        departure: Departure,
-        note: Note,
-        ports: SourcePorts,
-        offer: Option<&OfferRecord>,
-    ) -> Report {
-        let kind = ports.guest.machine().kind.clone();
-        let end = match offer {
-            None => engine::run_source(note.order, ports).await,
-            Some(offer) => {
-                let now = Instant::now();
-                let began = note.started.elapsed().ok().and_then(|elapsed| now.checked_sub(elapsed)).unwrap_or(now);
-                engine::continue_source(note.order, ports, offer, began).await
-            }
-        };
+    /// What follows when the engine is done.
+    pub(super) fn conclude(self: &Arc<Self>, departure: Departure, note: Note, hypervisor: String, end: &SourceEnd) -> Report {
         let mut report = report::report(departure.migration, &departure.vm.name, end.outcome, end.error.as_ref(), note.started);
         report::put_figures(&mut report, &end.figures);
-        report.hypervisor = kind;
+        report.hypervisor = hypervisor;
         report.guest_memory_bytes = departure.case.memory_bytes;
         report.authenticated.source = Some(self.credentials.own_id());
         report.authenticated.destination = Some(departure.peer.spiffe.clone());
@@ -349,10 +408,7 @@ impl Gateway {
             let message = format!("the guest at `{}` is `{found}`, not VM `{}` with UUID `{}`", departure.address, vm.name, vm.uuid);
             return Err(Problem::new(ErrorClass::Denied, message));
         }
-        departure.case.memory_bytes = guest.ram().layout().bytes();
-        if departure.manner.verify_in_pause {
-            departure.goal.fixed_cost += Duration::from_secs_f64(departure.case.memory_bytes as f64 / VERIFY_BYTES_PER_SECOND);
-        }
+        departure.has_memory(guest.ram().layout().bytes());
         Ok(guest)
     }
 
@@ -395,7 +451,8 @@ impl Gateway {
             let not_back = move |problem: Problem| EngineError::NotBack { migration, class: problem.class, why: problem.message };
             Box::pin(async move { gateway.dial_again(&peer, &case).await.map_err(not_back) })
         });
-        SourcePorts { evidence: self.evidence(), link, guest, ask_commit, redial, progress, commands }
+        let share = self.bandwidth.as_ref().map(TotalBandwidth::share);
+        SourcePorts { evidence: self.evidence(), link, guest, ask_commit, redial, progress, commands, share }
     }
 
     /// A new session for a migration under way, with a peer that may still have the VM.
@@ -421,6 +478,12 @@ pub(super) async fn show_monotone(mut raw: watch::Receiver<Progress>, shown: wat
     }
 }
 
+/// Lanes for a VM whose request names none: at most the configured ones, and none for memory that is not there.
+fn lanes_for(configured: u16, memory_bytes: u64) -> u16 {
+    let wanted = u16::try_from(memory_bytes / limits::LANE_RAM_BYTES).unwrap_or(u16::MAX);
+    wanted.clamp(1, configured.max(1))
+}
+
 #[expect(clippy::needless_pass_by_value, reason = "used as a function for map_err")]
 pub(super) fn bug(error: tokio::task::JoinError) -> Problem {
     Problem::new(ErrorClass::Bug, format!("a task of the gateway ended: {error}"))
@@ -430,4 +493,18 @@ fn new_migration() -> Result<MigrationId, Problem> {
     let mut id = [0; 16];
     SystemRandom::new().fill(&mut id).map_err(|_| Problem::new(ErrorClass::Local, "the system's random numbers cannot be read"))?;
     Ok(MigrationId(id))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_lane_is_for_256_mib() {
+        for (configured, mebibytes, lanes) in
+            [(4, 0, 1), (4, 64, 1), (4, 511, 1), (4, 512, 2), (4, 1024, 4), (4, 1 << 20, 4), (1, 1024, 1), (16, 64 << 20, 16)]
+        {
+            assert_eq!(lanes_for(configured, mebibytes << 20), lanes, "{mebibytes} MiB");
+        }
+    }
 }

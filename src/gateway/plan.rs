@@ -35,7 +35,7 @@ impl Gateway {
                 let rate = seen.dirty_bytes_per_second / f64::from(1 << 20);
                 let how = if seen.running { "running" } else { "not running" };
                 plan.pass("guest", format!("{how}, {} MiB of memory, dirties {rate:.1} MiB/s", seen.memory_bytes >> 20));
-                departure.case.memory_bytes = seen.memory_bytes;
+                departure.has_memory(seen.memory_bytes);
                 Some(seen)
             }
             Err(problem) => {

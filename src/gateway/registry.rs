@@ -2,25 +2,32 @@
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::SystemTime;
+use std::time::{Instant, SystemTime};
 
 use tokio::sync::{mpsc, watch};
 
 use crate::engine::{Command, Placement, Return};
+use crate::gateway::queue::{Number, Queue, QueueFull, Standing};
+use crate::limits;
 use crate::telemetry::{Progress, Report};
 use crate::types::{MigrationId, PeerName, Side, VmName};
 
 /// The VMs and migrations of this gateway.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Registry {
+    /// Migrations at once, both directions together.
+    most: usize,
     inner: Mutex<Inner>,
+    /// Told when there may be room for a migration that had to wait.
+    room: watch::Sender<()>,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Inner {
+    queue: Queue,
     places: BTreeMap<VmName, Placement>,
     busy: BTreeMap<VmName, MigrationId>,
-    /// Those of `busy` that only wait for a peer's word, which may take for ever.
+    /// Those of `busy` that only wait: for their turn, or for a peer's word, which may take for ever.
     waiting: BTreeSet<VmName>,
     migrations: BTreeMap<MigrationId, Migration>,
     ended: VecDeque<MigrationId>,
@@ -71,6 +78,7 @@ impl Claim {
     /// The VM is still nobody else's, but no longer one of the migrations at once.
     pub(super) fn wait(&self) {
         self.registry.lock().waiting.insert(self.vm.clone());
+        self.registry.room.send_replace(());
     }
 
     /// The VM moves on, as one of the migrations at once.
@@ -84,6 +92,72 @@ impl Drop for Claim {
         let mut inner = self.registry.lock();
         inner.busy.remove(&self.vm);
         inner.waiting.remove(&self.vm);
+        drop(inner);
+        self.registry.room.send_replace(());
+    }
+}
+
+/// A departure's place in the queue, and then its turn; given back when dropped.
+#[derive(Debug)]
+pub(super) struct Ticket {
+    registry: Arc<Registry>,
+    number: Number,
+}
+
+impl Ticket {
+    /// Lets the departure that has `claim` go if it is its turn.
+    pub(super) fn ask(&self, claim: &Claim, now: Instant) -> Standing {
+        let mut guard = self.registry.lock();
+        let inner = &mut *guard;
+        let room = !inner.closed && inner.has_room(self.registry.most);
+        let standing = inner.queue.ask(self.number, room, now);
+        if standing == Standing::Goes {
+            inner.waiting.remove(&claim.vm);
+            drop(guard);
+            // The next one may go as well.
+            self.registry.room.send_replace(());
+        }
+        standing
+    }
+
+    /// The peer has taken the VM's offer.
+    pub(super) fn taken(&self, now: Instant) {
+        self.registry.lock().queue.taken(self.number, now);
+        self.registry.room.send_replace(());
+    }
+
+    /// The peer has no room now: the departure that has `claim` waits again, where it was.
+    pub(super) fn sent_back(&self, claim: &Claim, now: Instant, jitter: f64) {
+        let mut inner = self.registry.lock();
+        inner.queue.sent_back(self.number, now, jitter);
+        inner.waiting.insert(claim.vm.clone());
+        drop(inner);
+        self.registry.room.send_replace(());
+    }
+}
+
+impl Drop for Ticket {
+    fn drop(&mut self) {
+        self.registry.lock().queue.leave(self.number);
+        self.registry.room.send_replace(());
+    }
+}
+
+impl Inner {
+    fn has_room(&self, most: usize) -> bool {
+        self.busy.len() - self.waiting.len() < most
+    }
+
+    /// Whether a migration with this id may take this VM.
+    fn is_free(&self, vm: &VmName, migration: MigrationId) -> Result<(), Busy> {
+        if self.closed {
+            return Err(Busy::Closing);
+        }
+        // The same peer or another one may say an id again: two migrations would share their records.
+        if self.migrations.contains_key(&migration) || self.busy.values().any(|other| *other == migration) {
+            return Err(Busy::Id);
+        }
+        self.busy.get(vm).map_or(Ok(()), |other| Err(Busy::Vm(*other)))
     }
 }
 
@@ -110,6 +184,21 @@ impl Drop for Turn {
 const ENDED_SHOWN: usize = 256;
 
 impl Registry {
+    /// At most so many migrations at once, and of them so many departures.
+    pub(super) fn new(most: u32, parallel: u32) -> Self {
+        let inner = Inner {
+            queue: Queue::new(parallel as usize, limits::DEPARTURES_QUEUED_MAX),
+            places: BTreeMap::new(),
+            busy: BTreeMap::new(),
+            waiting: BTreeSet::new(),
+            migrations: BTreeMap::new(),
+            ended: VecDeque::new(),
+            resolving: BTreeMap::new(),
+            closed: false,
+        };
+        Self { most: most as usize, inner: Mutex::new(inner), room: watch::channel(()).0 }
+    }
+
     fn lock(&self) -> MutexGuard<'_, Inner> {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -126,24 +215,46 @@ impl Registry {
         self.lock().busy.get(vm).copied()
     }
 
-    /// Takes a VM for one migration.
-    pub(super) fn claim(self: &Arc<Self>, vm: &VmName, migration: MigrationId, most: usize) -> Result<Claim, Busy> {
+    /// Takes a VM that arrives.
+    pub(super) fn claim(self: &Arc<Self>, vm: &VmName, migration: MigrationId) -> Result<Claim, Busy> {
         let mut inner = self.lock();
-        if inner.closed {
-            return Err(Busy::Closing);
-        }
-        // The same peer or another one may say an id again: two migrations would share their records.
-        if inner.migrations.contains_key(&migration) || inner.busy.values().any(|other| *other == migration) {
-            return Err(Busy::Id);
-        }
-        if let Some(other) = inner.busy.get(vm) {
-            return Err(Busy::Vm(*other));
-        }
-        if inner.busy.len() - inner.waiting.len() >= most {
+        inner.is_free(vm, migration)?;
+        if !inner.has_room(self.most) {
             return Err(Busy::Full);
         }
         inner.busy.insert(vm.clone(), migration);
         Ok(Claim { registry: Arc::clone(self), vm: vm.clone() })
+    }
+
+    /// Takes a VM that will leave when it is its turn.
+    pub(super) fn reserve(self: &Arc<Self>, vm: &VmName, migration: MigrationId) -> Result<Claim, Busy> {
+        let mut inner = self.lock();
+        inner.is_free(vm, migration)?;
+        inner.busy.insert(vm.clone(), migration);
+        inner.waiting.insert(vm.clone());
+        Ok(Claim { registry: Arc::clone(self), vm: vm.clone() })
+    }
+
+    /// A place at the end of the queue of departures.
+    pub(super) fn queue(self: &Arc<Self>, peer: &PeerName) -> Result<Ticket, QueueFull> {
+        let number = self.lock().queue.join(peer)?;
+        Ok(Ticket { registry: Arc::clone(self), number })
+    }
+
+    /// The turn of a departure that an earlier gateway had under way.
+    pub(super) fn pass_queue(self: &Arc<Self>, peer: &PeerName) -> Ticket {
+        let number = self.lock().queue.pass(peer);
+        Ticket { registry: Arc::clone(self), number }
+    }
+
+    /// Departures that wait for their turn.
+    pub(super) fn queued(&self) -> usize {
+        self.lock().queue.waiting()
+    }
+
+    /// Changes whenever there may be room for a migration that had to wait.
+    pub(super) fn room(&self) -> watch::Receiver<()> {
+        self.room.subscribe()
     }
 
     /// A VM whose interrupted handoff waits for a peer's word, found at the start.

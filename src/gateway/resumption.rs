@@ -12,11 +12,12 @@ use crate::gateway::departures::Note;
 use crate::gateway::judge::Case;
 use crate::gateway::outgoing::{Departure, Strings};
 use crate::gateway::recovery::{FIRST_PAUSE, LONGEST_PAUSE};
+use crate::gateway::registry::Ticket;
 use crate::gateway::report;
 use crate::hypervisor::PagedSource;
 use crate::hypervisor::attach::{AttachedSource, Timeouts};
 use crate::migration::{Goal, OfferRecord};
-use crate::telemetry::{Phase, Problem, RunningOn, chain};
+use crate::telemetry::{Phase, Problem, Progress, RunningOn, chain};
 use crate::types::{MigrationId, Side};
 use crate::wire::ErrorClass;
 
@@ -26,6 +27,8 @@ struct Interrupted {
     note: Note,
     offer: OfferRecord,
     guest: Box<dyn PagedSource>,
+    /// It counts as one of the departures at once, and does not wait to be one.
+    ticket: Ticket,
 }
 
 impl Gateway {
@@ -35,7 +38,7 @@ impl Gateway {
         let Some(interrupted) = self.interrupted_departure(migration).await else { return false };
         let (departure, note) = (&interrupted.departure, &interrupted.note);
         tracing::warn!(%migration, vm = %departure.vm.name, peer = %departure.peer.spiffe, "interrupted migration goes on");
-        let strings = self.show_departure(departure, note.started);
+        let strings = self.show_departure(departure, note.started, Progress::new(migration));
         let gateway = Arc::clone(self);
         tokio::spawn(gateway.go_on(interrupted, strings));
         true
@@ -86,13 +89,15 @@ impl Gateway {
             timeout: order.timeout.unwrap_or(Duration::MAX),
             outage_max: order.outage_max,
             operator: note.operator,
+            lanes_asked: true,
             claim,
         };
-        Some(Interrupted { departure, note, offer, guest })
+        let ticket = self.registry.pass_queue(&departure.peer.name);
+        Some(Interrupted { departure, note, offer, guest, ticket })
     }
 
     async fn go_on(self: Arc<Self>, interrupted: Interrupted, strings: Strings) {
-        let Interrupted { departure, mut note, offer, guest } = interrupted;
+        let Interrupted { departure, mut note, offer, guest, ticket: _ticket } = interrupted;
         let Strings { progress, mut commands, ended } = strings;
         progress.send_modify(|shown| {
             shown.phase = Phase::Connect;
@@ -101,7 +106,11 @@ impl Gateway {
         let report = match self.find_destination(&departure, &mut note, &mut commands).await {
             Ok(link) => {
                 let ports = self.source_ports(&departure, link, guest, progress, commands);
-                self.carry(departure, note, ports, Some(&offer)).await
+                let kind = ports.guest.machine().kind.clone();
+                let now = Instant::now();
+                let began = note.started.elapsed().ok().and_then(|elapsed| now.checked_sub(elapsed)).unwrap_or(now);
+                let end = engine::continue_source(note.order.clone(), ports, &offer, began).await;
+                self.conclude(departure, note, kind, &end)
             }
             Err(why) => {
                 drop(guest);

@@ -190,7 +190,8 @@ fn read<T: DeserializeOwned>(body: &Bytes) -> Result<T, Refused> {
 
 async fn gateway_view(State(gateway): Shared, ConnectInfo(caller): ConnectInfo<Caller>) -> Answer<GatewayView> {
     gateway.authorise(caller, Role::Viewer)?;
-    let active = gateway.registry.migrations().iter().filter(|migration| migration.report.is_none()).count();
+    let queued = gateway.registry.queued();
+    let active = gateway.registry.migrations().iter().filter(|migration| migration.report.is_none()).count().saturating_sub(queued);
     let expires = jiff::Timestamp::try_from(gateway.credentials.own_not_after()).ok();
     Ok(Json(GatewayView {
         schema: Default::default(),
@@ -203,6 +204,7 @@ async fn gateway_view(State(gateway): Shared, ConnectInfo(caller): ConnectInfo<C
         certificate_expires: expires.map(|time| time.to_string()),
         policy_digest: Some(hex(&gateway.judge.digest())),
         migrations_active: u32::try_from(active).unwrap_or(u32::MAX),
+        migrations_queued: u32::try_from(queued).unwrap_or(u32::MAX),
     }))
 }
 

@@ -8,7 +8,7 @@ use tokio::signal::unix::{SignalKind, signal};
 
 use crate::audit::{self, AuditLog, Entry, Event, Outcome};
 use crate::config::{self, Config};
-use crate::engine::Command;
+use crate::engine::{Command, TotalBandwidth};
 use crate::gateway::judge::Judge;
 use crate::gateway::policies::{entities, read_policies};
 use crate::gateway::registry::Registry;
@@ -72,6 +72,8 @@ fn build(config: Arc<Config>) -> Result<Arc<Gateway>, Problem> {
         incoming.map_err(|error| Problem::new(ErrorClass::Misuse, format!("incoming.command: {error}")).with_code("configuration"))?;
     let endpoint = Endpoint::bind(TransportConfig::new(config.gateway.listen), Arc::clone(&credentials))
         .map_err(|error| local("listening port", &error))?;
+    let registry = Registry::new(config.limits.migrations_max, config.migration.parallel);
+    let bandwidth = config.migration.bandwidth_total.map(|limit| TotalBandwidth::new(limit.bytes_per_second));
     Ok(Arc::new(Gateway {
         judge: Arc::new(Judge::new(Arc::clone(&config), policies, audit.clone())),
         config,
@@ -79,11 +81,12 @@ fn build(config: Arc<Config>) -> Result<Arc<Gateway>, Problem> {
         endpoint,
         journal: Arc::new(journal),
         audit,
-        registry: Arc::new(Registry::default()),
+        registry: Arc::new(registry),
         incoming,
         peers: peers::Reachability::default(),
         taken_up: tokio::sync::Notify::new(),
         proposals: tokio::sync::Mutex::default(),
+        bandwidth,
         crowd: Arc::default(),
         kept: kept::KeptTwins::default(),
     }))

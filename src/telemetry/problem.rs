@@ -66,6 +66,7 @@ fn class_code(class: ErrorClass) -> &'static str {
         ErrorClass::Bug => "bug",
         ErrorClass::PeerUnreachable => "peer-unreachable",
         ErrorClass::InDoubt => "in-doubt",
+        ErrorClass::PeerBusy => "peer-busy",
     }
 }
 

@@ -11,6 +11,8 @@ use crate::types::MigrationId;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Phase {
+    /// It waits for its turn; nothing was sent.
+    Queued,
     /// Checks on this host.
     Prepare,
     /// The session, the offer and the lanes.
@@ -29,12 +31,14 @@ pub enum Phase {
 
 impl Phase {
     /// Every phase, in order.
-    pub const ALL: [Self; 7] = [Self::Prepare, Self::Connect, Self::Memory, Self::Switchover, Self::Verify, Self::Cleanup, Self::Done];
+    pub const ALL: [Self; 8] =
+        [Self::Queued, Self::Prepare, Self::Connect, Self::Memory, Self::Switchover, Self::Verify, Self::Cleanup, Self::Done];
 
     /// The name as shown and as written in JSON.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
+            Self::Queued => "queued",
             Self::Prepare => "prepare",
             Self::Connect => "connect",
             Self::Memory => "memory",
@@ -85,7 +89,10 @@ pub struct Progress {
     pub eta_seconds: Option<f64>,
     /// Why nothing moves, when nothing moves.
     pub stalled_because: Option<String>,
-    /// Since the request.
+    /// Its place in the queue, while it waits for its turn; 1 is next.
+    #[serde(default)]
+    pub queue_position: Option<u32>,
+    /// Since it began, which is when it left the queue.
     pub elapsed_seconds: f64,
 }
 
@@ -109,6 +116,7 @@ impl Progress {
             expected_downtime_seconds: None,
             eta_seconds: None,
             stalled_because: None,
+            queue_position: None,
             elapsed_seconds: 0.0,
         }
     }
@@ -172,7 +180,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn nothing_shown_ever_runs_backwards(steps in prop::collection::vec((0usize..7, -1.0f64..2.0, 0u32..9, 0u64..99), 1..60)) {
+        fn nothing_shown_ever_runs_backwards(steps in prop::collection::vec((0usize..8, -1.0f64..2.0, 0u32..9, 0u64..99), 1..60)) {
             let mut monotone = Monotone::new();
             let mut last: Option<Progress> = None;
             for (phase, fraction, round, wire) in steps {

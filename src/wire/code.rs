@@ -32,11 +32,13 @@ pub enum ErrorClass {
     PeerUnreachable = 11,
     /// The outcome is not known and an operator must decide.
     InDoubt = 12,
+    /// The peer has no room for it now, and may have later.
+    PeerBusy = 13,
 }
 
 impl ErrorClass {
     /// Every class, in order of its number.
-    pub const ALL: [Self; 12] = [
+    pub const ALL: [Self; 13] = [
         Self::PeerIncompatible,
         Self::PeerMisbehaved,
         Self::Unauthenticated,
@@ -49,6 +51,7 @@ impl ErrorClass {
         Self::Bug,
         Self::PeerUnreachable,
         Self::InDoubt,
+        Self::PeerBusy,
     ];
 
     /// The number on the wire.
@@ -74,6 +77,6 @@ mod tests {
             assert_eq!(ErrorClass::from_number(class.number()), Some(class));
         }
         assert_eq!(ErrorClass::from_number(0), None);
-        assert_eq!(ErrorClass::from_number(13), None);
+        assert_eq!(ErrorClass::from_number(14), None);
     }
 }

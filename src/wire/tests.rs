@@ -266,8 +266,8 @@ fn refuses_hostile_fields() {
             "class of a failure",
             signed(15),
             0,
-            &[13, 0],
-            "`class` of `failure` is unknown: expected a number of the table of classes, got 13",
+            &[14, 0],
+            "`class` of `failure` is unknown: expected a number of the table of classes, got 14",
         ),
     ];
     for (name, message, at, bytes, expected) in cases {

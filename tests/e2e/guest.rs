@@ -60,13 +60,18 @@ impl Shape {
 
     /// Starts a guest and waits until it can be attached to.
     pub fn start(&self, socket: &Path, serial: &Path) -> Child {
+        self.start_as(UUID, socket, serial)
+    }
+
+    /// The same with another UUID.
+    pub fn start_as(&self, uuid: &str, socket: &Path, serial: &Path) -> Child {
         let payload = match self.kind {
             Kind::Kvm => "heartbeat",
             Kind::Synthetic => "synthetic",
         };
         let log = socket.with_extension("log");
         let mut command = sealane();
-        command.args(["vmm", "run", "--payload", payload, "--uuid", UUID, "--memory", self.memory]);
+        command.args(["vmm", "run", "--payload", payload, "--uuid", uuid, "--memory", self.memory]);
         command.args(["--vcpus", &self.vcpus.to_string(), "--working-set", self.working_set, "--dirty-rate", self.dirty_rate]);
         command.arg("--socket").arg(socket).arg("--serial").arg(serial);
         let output = File::create(&log).unwrap();

@@ -188,9 +188,10 @@ impl Lab {
         self.start_migrate(from, flags).finish()
     }
 
-    /// The same, while the test goes on.
+    /// The same, while the test goes on. On two lanes unless `flags` say otherwise, however small the guest is.
     pub fn start_migrate(&self, from: Name, flags: &[&str]) -> Running {
-        let arguments = [&["migrate", VM, "--to", from.other().gateway()], flags].concat();
+        let lanes: &[&str] = if flags.contains(&"--lanes") { &[] } else { &["--lanes", "2"] };
+        let arguments = [&["migrate", VM, "--to", from.other().gateway()], lanes, flags].concat();
         self.gateway(from).start_command(&arguments)
     }
 

@@ -2,7 +2,8 @@
 //!
 //! `lab.rs` makes two gateways and a guest; each test breaks one thing, and says where the guest has to run afterwards.
 //! `SEALANE_PINGPONG=100`, `SEALANE_SOAK=1000`, `SEALANE_CRASHES=500` and `SEALANE_OUTAGES=50` make the long runs long;
-//! `SEALANE_SEED` repeats one. `SEALANE_DURABILITIES=none,dest,both` chooses what the crashes are run with.
+//! `SEALANE_FLEET=100` sends off that many guests at once. `SEALANE_SEED` repeats one.
+//! `SEALANE_DURABILITIES=none,dest,both` chooses what the crashes are run with.
 
 #![allow(
     clippy::unwrap_used,
@@ -33,6 +34,7 @@ mod outages;
 mod peers;
 mod picky_vmm;
 mod policy;
+mod queue;
 mod random;
 mod relay;
 mod resolve;

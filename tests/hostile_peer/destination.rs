@@ -189,6 +189,8 @@ impl Taking<'_> {
 /// Asks the gateway to send VM `index` to us.
 pub async fn migrate(gateway: &Gateway, index: usize, timeout: f64) -> MigrationView {
     let mut request = MigrateRequest::new(vm(index), EVIL.parse().unwrap());
+    // The guests are small, and would have one.
+    request.lanes = Some(2);
     request.timeout_seconds = Some(timeout);
     request.max_downtime_seconds = Some(0.5);
     within("start", gateway.client().start(&request)).await.unwrap()

@@ -21,7 +21,7 @@ async fn a_peer_that_holds_all_its_sessions_keeps_nobody_out() {
     for _ in 0..10 {
         let session = evil.connect().await;
         let _ = session.send(&Message::Hello(evil.hello())).await;
-        assert_eq!(verdict("one more", &session).await.0, ErrorClass::Local);
+        assert_eq!(verdict("one more", &session).await.0, ErrorClass::PeerBusy);
     }
     takes_an_honest_vm(&mut gateway, &other, 9, 1).await;
     drop(held);

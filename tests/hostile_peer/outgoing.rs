@@ -193,6 +193,31 @@ async fn a_destination_that_leaves_or_is_silent_costs_no_more_than_the_timeout()
     takes_an_honest_vm(&mut gateway, &sink, 1).await;
 }
 
+/// Whoever has no room is asked again, for as long as the migration may take; whoever had room has begun.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_destination_that_is_always_full_costs_no_more_than_the_timeout() {
+    let lab = Lab::new();
+    let mut gateway = lab.gateway(2).await;
+    let sink = Sink::new(&lab);
+    let (g, s) = (&mut gateway, &sink);
+    let full = || Message::Failure(Failure { class: ErrorClass::PeerBusy, reason: "no room".into() });
+    case(g, s, "full", &[TimedOut], 4.0, async |t| {
+        t.say(full()).await;
+        let again = t.sink.offered().await;
+        assert_eq!(again.migration(), t.migration());
+        again.say(full()).await;
+        // It is read before the session ends.
+        again.session.closed().await;
+    })
+    .await;
+    case(g, s, "full after accept", &[ErrorClass::PeerBusy], 30.0, async |t| {
+        t.accept(2).await;
+        t.say(full()).await;
+    })
+    .await;
+    takes_an_honest_vm(&mut gateway, &sink, 1).await;
+}
+
 /// A paused guest goes on by itself, however long the migration may take.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_pause_ends_without_the_destination() {

@@ -269,8 +269,9 @@ impl Side {
             redial: Arc::new(|| Box::pin(async { Err(EngineError::Bug("the session ended".into())) })),
             progress,
             commands,
+            share: None,
         };
-        let mut run = std::pin::pin!(run_source(order, ports));
+        let mut run = std::pin::pin!(run_source(order, ports, Instant::now()));
         loop {
             tokio::select! {
                 end = &mut run => return Ok(end),

@@ -254,6 +254,7 @@ impl Run {
         }
         (self.paused, self.digest, self.pause, self.pause_ends) = (None, None, None, None);
         self.phase = Phase::Memory;
+        self.limiter.set_final(false);
         let guest = Arc::clone(&self.guest);
         crate::failpoint::hit!("source.goes-on");
         blocking(move || Ok(lock(&guest).resume()?)).await

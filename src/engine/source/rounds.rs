@@ -118,6 +118,7 @@ impl Run {
         crate::failpoint::hit!("source.last-harvest");
         self.lap("state");
         self.owe(&dirty)?;
+        self.limiter.set_final(true);
         let (ram, verify, kept) = (Arc::clone(&self.ram), self.order.stream.verify, self.kept_up.as_ref().map(KeptUp::digests));
         self.finals = Some(tokio::task::spawn_blocking(move || {
             let memory = match kept {

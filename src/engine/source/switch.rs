@@ -3,7 +3,9 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::{Run, SourceEnd, blocking, lock};
+use tokio::sync::mpsc;
+
+use super::{Command, Run, SourceEnd, blocking, lock};
 use crate::engine::EngineError;
 use crate::engine::handoff::{Evidence, joined, wake};
 use crate::migration::{HandoffAction, Outcome, SourceEvent, SourceRecord, SourceStep};
@@ -115,7 +117,7 @@ impl Run {
         Ok(())
     }
 
-    pub(super) async fn finish(mut self) -> SourceEnd {
+    pub(super) async fn finish(mut self, commands: mpsc::Receiver<Command>) -> SourceEnd {
         crate::failpoint::hit!("source.finish");
         let outcome = self.ended.flatten();
         let mut told = true;
@@ -143,11 +145,15 @@ impl Run {
         told &= self.binding.is_some() || self.outage.is_none();
         self.figures.pages = self.counts();
         self.figures.wire_bytes = self.carried_before + self.threads.iter().map(|handle| handle.stats().sent_bytes).sum::<u64>();
-        self.phase = Phase::Done;
-        self.show(|_| {});
+        let said_busy = matches!(&self.error, Some(EngineError::Peer { class: ErrorClass::PeerBusy, .. }));
+        let busy = said_busy && self.binding.is_none();
+        if !busy {
+            self.phase = Phase::Done;
+            self.show(|_| {});
+        }
         self.lanes.clear();
         self.link.session.close(None, "migration ended");
-        SourceEnd { outcome, woken: self.woken, told, error: self.error, figures: self.figures }
+        SourceEnd { outcome, woken: self.woken, told, error: self.error, figures: self.figures, busy, commands }
     }
 
     /// A close that overtakes ABORT would leave a destination that has prepared waiting for a word; it answers with REFUSE.
