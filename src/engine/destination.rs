@@ -103,6 +103,8 @@ struct Run {
     machine: Destination,
     gate: Option<LaneGate>,
     decoders: Decoders,
+    /// Room for what is promised, made in the journal ahead of the pause.
+    room: Option<tokio::task::JoinHandle<Result<(), crate::journal::JournalError>>>,
     /// Digests of what was received, read as it comes.
     kept_up: Option<KeptUp>,
     progress: Option<Arc<Progress>>,
@@ -162,6 +164,7 @@ pub async fn run_destination(order: DestinationOrder) -> DestinationEnd {
         twin: Arc::new(Mutex::new(twin)),
         decoders: decoders(lanes, &offer.stream, ram.pages(), kept_up.as_ref()),
         kept_up,
+        room: None,
         ram,
         ask_commit,
         binding,
@@ -427,13 +430,19 @@ impl Run {
                 let lanes = self.rounds.applied.iter().map(|(_, totals)| *totals).collect();
                 crate::failpoint::hit!("destination.round-complete");
                 self.say(Message::RoundApplied(RoundApplied { migration: self.order.migration, round, lanes })).await?;
+                if self.machine.is_receiving() && self.room.as_ref().is_none_or(tokio::task::JoinHandle::is_finished) {
+                    // The pause may come now, and the disk need not be waited for in it. Others use room up meanwhile.
+                    let journal = Arc::clone(&self.evidence.journal);
+                    self.room = Some(tokio::task::spawn_blocking(move || journal.reserve()));
+                }
                 crate::failpoint::hit!("destination.round-confirmed");
                 Ok(self.final_when_ready())
             }
             DestinationAction::Compare(digest) => {
                 // What is promised has to be kept, also on a disk that fills up.
                 let journal = Arc::clone(&self.evidence.journal);
-                joined(tokio::task::spawn_blocking(move || journal.reserve()).await)??;
+                let room = self.room.take().unwrap_or_else(|| tokio::task::spawn_blocking(move || journal.reserve()));
+                joined(room.await)??;
                 self.compare(digest).await.map(Some)
             }
             DestinationAction::Handoff(action) => self.handoff(action).await,
