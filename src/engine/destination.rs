@@ -78,6 +78,8 @@ pub struct DestinationEnd {
     pub error: Option<EngineError>,
     /// Where the twin's VMM is attached.
     pub address: String,
+    /// Time that lanes spent to make pages of frames, all of them together.
+    pub decode: Duration,
 }
 
 impl std::fmt::Debug for DestinationOrder {
@@ -103,6 +105,8 @@ struct Run {
     machine: Destination,
     gate: Option<LaneGate>,
     decoders: Decoders,
+    /// Time that each lane spent to make pages of frames.
+    busy: Vec<Duration>,
     /// Room for what is promised, made in the journal ahead of the pause.
     room: Option<tokio::task::JoinHandle<Result<(), crate::journal::JournalError>>>,
     /// Digests of what was received, read as it comes.
@@ -165,6 +169,7 @@ pub async fn run_destination(order: DestinationOrder) -> DestinationEnd {
         decoders: decoders(lanes, &offer.stream, ram.pages(), kept_up.as_ref()),
         kept_up,
         room: None,
+        busy: vec![Duration::ZERO; usize::from(lanes)],
         ram,
         ask_commit,
         binding,
@@ -236,7 +241,7 @@ impl Run {
         let _ = tokio::time::timeout(LINGER, listen).await;
         // Lanes that close before the last word was read look like an outage.
         drop(self.gate.take());
-        DestinationEnd { outcome: self.ended.flatten(), error: self.error, address: self.binding.address }
+        DestinationEnd { outcome: self.ended.flatten(), error: self.error, address: self.binding.address, decode: self.busy.iter().sum() }
     }
 
     /// Takes the offer, or says what an earlier gateway has received of it.
@@ -360,6 +365,9 @@ impl Run {
         match self.rounds.applied.get_mut(usize::from(report.lane.0)) {
             Some(applied) => *applied = (report.round, report.totals),
             None => return Some(self.give_up(EngineError::Bug("a lane beyond those granted".into()))),
+        }
+        if let Some(busy) = self.busy.get_mut(usize::from(report.lane.0)) {
+            *busy = report.busy;
         }
         self.round_complete()
     }

@@ -41,6 +41,8 @@ pub(super) struct LaneReport {
     pub(super) wire_bytes: u64,
     /// What the lane keeps at the source besides buffers, bytes.
     pub(super) table_bytes: usize,
+    /// Time spent to make frames of pages, or pages of frames, since the migration began.
+    pub(super) busy: Duration,
 }
 
 /// What every source lane of a migration shares.
@@ -78,6 +80,8 @@ pub(super) struct SourceLane {
     adaptation: Option<Adaptation>,
     /// Frames that it learned from.
     frames: u64,
+    /// Time spent to make frames.
+    busy: Duration,
     round: Round,
     /// Frame bytes since the join when the round began.
     before: u64,
@@ -108,7 +112,19 @@ impl SourceLane {
             encoder.set_effort(Effort::Zstd(i32::from(*level)));
         }
         let adapts = terms.compression == Compression::Auto;
-        Self { lane, lanes, encoder, adapts, adaptation: None, frames: 0, round: Round(0), before: 0, reached: Vec::new(), ledger }
+        Self {
+            lane,
+            lanes,
+            encoder,
+            adapts,
+            adaptation: None,
+            frames: 0,
+            busy: Duration::ZERO,
+            round: Round(0),
+            before: 0,
+            reached: Vec::new(),
+            ledger,
+        }
     }
 
     /// As an earlier process left it.
@@ -169,7 +185,9 @@ impl SourceLane {
             self.frame_made(next);
         }
         let (pages, packed) = (self.encoder.totals().pages - before.0, self.encoder.counts().packed() - before.1);
-        Ok(Made { frame, next, pages, content: packed * PAGE_BYTES as u64, took: started.elapsed() })
+        let took = started.elapsed();
+        self.busy += took;
+        Ok(Made { frame, next, pages, content: packed * PAGE_BYTES as u64, took })
     }
 
     /// Learns from a frame that took so long, with the one before it to be sent beside; `path` is what the path takes in a second.
@@ -299,6 +317,7 @@ async fn send_round(
         counts: lane.encoder.counts(),
         wire_bytes: io.sender.stats().sent_bytes,
         table_bytes: lane.encoder.bytes(),
+        busy: lane.busy,
     };
     Ok((lane, report))
 }
@@ -394,8 +413,9 @@ pub(super) async fn receive_lane(mut io: LaneIo, shared: ReceiveShared) {
     let Some(decoder) = shared.decoders.get(usize::from(io.lane.0)) else { return };
     let mut decoder = decoder.lock().await;
     let mut body = BytesMut::zeroed(limits::FRAME_BODY_BYTES_MAX);
+    let mut busy = Duration::ZERO;
     loop {
-        match receive_frame(&mut io, &shared, &mut decoder, &mut body).await {
+        match receive_frame(&mut io, &shared, &mut decoder, &mut body, &mut busy).await {
             Ok(None) => {}
             Ok(Some(report)) => {
                 if shared.reports.send(Ok(report)).await.is_err() {
@@ -420,6 +440,7 @@ async fn receive_frame(
     shared: &ReceiveShared,
     decoder: &mut Decoder,
     body: &mut BytesMut,
+    busy: &mut Duration,
 ) -> Result<Option<LaneReport>, Option<EngineError>> {
     let transport = |source| Some(EngineError::Transport { migration: shared.migration, source });
     let lane = io.lane;
@@ -444,7 +465,9 @@ async fn receive_frame(
     if *closed {
         return Err(Some(EngineError::OutOfPlace { expected: "nothing behind the last round", got: "a frame".into() }));
     }
+    let began = Instant::now();
     let ended = decoder.apply(&header, body, &shared.ram).map_err(|source| Some(EngineError::Frame { lane, source }))?;
+    *busy += began.elapsed();
     drop(closed);
     shared.applied.note(lane, decoder.standing().frames);
     if let Some(Err(error)) = shared.progress.as_ref().map(|progress| progress.note(lane, decoder.standing())) {
@@ -453,7 +476,15 @@ async fn receive_frame(
     }
     shared.meter.frame(0, header.body_bytes as u64);
     crate::failpoint::hit!("destination.frame-applied");
-    Ok(ended.map(|round| LaneReport { lane, round, totals: decoder.totals(), counts: decoder.counts(), wire_bytes: 0, table_bytes: 0 }))
+    Ok(ended.map(|round| LaneReport {
+        lane,
+        round,
+        totals: decoder.totals(),
+        counts: decoder.counts(),
+        wire_bytes: 0,
+        table_bytes: 0,
+        busy: *busy,
+    }))
 }
 
 fn ended_early(expected: &'static str) -> EngineError {

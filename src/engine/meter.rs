@@ -42,6 +42,8 @@ pub struct Figures {
     pub wire_bytes: u64,
     /// Most that tables of equal pages, of earlier versions and of codecs took at the source, bytes.
     pub table_bytes: u64,
+    /// Time that lanes spent to make frames of pages, all of them together.
+    pub encode: Duration,
     /// From before the pause to the destination's RUNNING.
     pub downtime: Option<Duration>,
     /// Where the downtime went, in order.

@@ -178,6 +178,8 @@ struct Run {
     carried: Vec<(PageCounts, u64)>,
     /// What each lane keeps to find differences and to look back to, bytes.
     tables: Vec<usize>,
+    /// Time that each lane spent to make frames.
+    busy: Vec<Duration>,
     /// UDP payload of connections that are gone.
     carried_before: u64,
     /// UDP payload of each lane's connection that was lost.
@@ -246,6 +248,7 @@ impl Run {
             threads: Vec::new(),
             carried: Vec::new(),
             tables: Vec::new(),
+            busy: Vec::new(),
             carried_before: 0,
             left: Vec::new(),
             meter: Arc::default(),

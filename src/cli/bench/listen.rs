@@ -33,6 +33,8 @@ struct Line {
     duration_seconds: f64,
     /// CPU time of this process meanwhile, kernel work included.
     cpu_seconds: f64,
+    /// Of that, about what lanes spent to make pages of frames.
+    decode_seconds: f64,
     error: Option<Problem>,
 }
 
@@ -134,15 +136,16 @@ impl Listener {
             guest_memory_bytes,
             duration_seconds: began.elapsed().as_secs_f64(),
             cpu_seconds: cpu_seconds() - cpu_seconds_before,
+            decode_seconds: end.decode.as_secs_f64(),
             error: end.error.as_ref().map(told),
         };
         if self.out.json {
             self.out.object(&line);
         } else {
-            let (memory, took, cpu) =
-                (render::bytes(guest_memory_bytes), render::seconds(line.duration_seconds), render::seconds(line.cpu_seconds));
+            let [took, cpu, decode] = [line.duration_seconds, line.cpu_seconds, line.decode_seconds].map(render::seconds);
+            let memory = render::bytes(guest_memory_bytes);
             let what = if line.arrived { "arrived" } else { "did not arrive" };
-            self.out.data(&format!("migration {migration_id}: {memory} {what} in {took}, cpu {cpu} here\n"));
+            self.out.data(&format!("migration {migration_id}: {memory} {what} in {took}, cpu {cpu} here, of that decoding {decode}\n"));
         }
         if let Some(error) = &line.error {
             self.out.say_problem(error);

@@ -58,6 +58,11 @@ struct Object<'a> {
     /// CPU time of this process, its kernel work included, in the median run.
     cpu_seconds: f64,
     cpu_seconds_per_gib: f64,
+    /// Of the median run, all lanes together: to make frames of pages (read, look for equal ones, pack).
+    encode_seconds: f64,
+    /// To make pages of frames (unpack, write); absent where the destination is another process, which says its own.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    decode_seconds: Option<f64>,
     /// Whose it is: `both` gateways', or the `source`'s alone when the destination is a listener, which says its own.
     cpu_of: &'static str,
     /// Whether the warm-up run compared all memory and found it equal.
@@ -213,6 +218,8 @@ fn object<'a>(flags: &BenchFlags, median: &'a Run, timed_runs: Vec<TimedRun>, wa
         gib_per_second: gib / report.duration_seconds.max(1e-9),
         cpu_seconds: median.cpu_seconds,
         cpu_seconds_per_gib: median.cpu_seconds / gib.max(1e-9),
+        encode_seconds: median.encode.as_secs_f64(),
+        decode_seconds: median.decode.map(|decode| decode.as_secs_f64()),
         cpu_of: if flags.to.is_some() { "source" } else { "both" },
         warm_up_verified,
         cores: std::thread::available_parallelism().map_or(1, usize::from),
@@ -223,12 +230,14 @@ fn object<'a>(flags: &BenchFlags, median: &'a Run, timed_runs: Vec<TimedRun>, wa
 fn summary(run: &Run) -> String {
     let report = &run.report;
     format!(
-        "{}, {:.2} GiB/s, {} on the wire, pause {}, cpu {}",
+        "{}, {:.2} GiB/s, {} on the wire, pause {}, cpu {} (encoding {}{})",
         render::seconds(report.duration_seconds),
         report.guest_memory_bytes as f64 / GIB / report.duration_seconds.max(1e-9),
         render::bytes(report.wire_bytes),
         report.downtime_seconds.map(render::seconds).unwrap_or_default(),
-        render::seconds(run.cpu_seconds)
+        render::seconds(run.cpu_seconds),
+        render::seconds(run.encode.as_secs_f64()),
+        run.decode.map(|decode| format!(", decoding {}", render::seconds(decode.as_secs_f64()))).unwrap_or_default()
     )
 }
 

@@ -52,6 +52,10 @@ pub(super) struct Run {
     pub(super) report: Report,
     /// CPU time of this process: of both gateways, or of the source alone.
     pub(super) cpu_seconds: f64,
+    /// Of that, about what lanes spent to make frames of pages.
+    pub(super) encode: Duration,
+    /// And pages of frames; nothing where the destination is another process.
+    pub(super) decode: Option<Duration>,
 }
 
 /// Where the memory goes.
@@ -74,8 +78,8 @@ pub(super) struct Pair {
     _directory: Scratch,
 }
 
-/// How long a run took, and the CPU time of this process meanwhile.
-type Measured = (Result<SourceEnd, EngineError>, Duration, f64);
+/// How long a run took, the CPU time of this process meanwhile, and what the destination spent decoding.
+type Measured = (Result<SourceEnd, EngineError>, Duration, f64, Option<Duration>);
 
 impl Pair {
     /// Both gateways in this process, with certificates of an authority of their own.
@@ -124,7 +128,7 @@ impl Pair {
         let memory_bytes = guest.ram().layout().bytes();
         let order = self.order(terms)?;
         let (migration, began) = (order.migration, SystemTime::now());
-        let (source, took, cpu_seconds) = match &self.destination {
+        let (source, took, cpu_seconds, decode) = match &self.destination {
             Destination::Here(there) => {
                 let twin = prepare(guest.machine())?;
                 within(&self.source, there, twin, order, guest, &self.peer, &mut self.interrupts)?
@@ -134,7 +138,7 @@ impl Pair {
                 here.runtime.block_on(here.until_ready(*address, &self.peer)).map_err(|error| told(&error))?;
                 let (started, cpu) = (Instant::now(), cpu_seconds());
                 let source = here.runtime.block_on(here.depart(*address, &self.peer, order, guest, &mut self.interrupts));
-                (source, started.elapsed(), cpu_seconds() - cpu)
+                (source, started.elapsed(), cpu_seconds() - cpu, None)
             }
         };
         let source = source.map_err(|error| told(&error))?;
@@ -150,7 +154,7 @@ impl Pair {
             report.cpu_seconds = Some(cpu_seconds);
             report.audit.destination_head = Some(there.evidence.audit.head().text);
         }
-        Ok(Run { report, cpu_seconds })
+        Ok(Run { report, cpu_seconds, encode: source.figures.encode, decode })
     }
 
     fn guest(&self) -> Result<Box<ImageSource>, HypervisorError> {
@@ -223,8 +227,8 @@ fn within(
             let _ = give_up.send(());
         }
         // What failed at the destination the source was told, as far as anybody can be.
-        drop(destination.join().map_err(|_| Problem::new(ErrorClass::Bug, "the destination's thread ended"))?);
-        Ok((source, measured.0, measured.1))
+        let end = destination.join().map_err(|_| Problem::new(ErrorClass::Bug, "the destination's thread ended"))?;
+        Ok((source, measured.0, measured.1, end.ok().flatten().map(|end| end.decode)))
     })
 }
 

@@ -1,7 +1,7 @@
 //! Rounds: what is owed goes to the lanes, and what the destination confirms is compared.
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use tokio::sync::mpsc;
 
@@ -186,6 +186,9 @@ impl Run {
         self.carried[lane] = (report.counts, report.wire_bytes);
         self.tables.resize(self.carried.len(), 0);
         self.tables[lane] = report.table_bytes;
+        self.busy.resize(self.carried.len(), Duration::ZERO);
+        self.busy[lane] = report.busy;
+        self.figures.encode = self.busy.iter().sum();
         let table_bytes = self.packing.duplicates.bytes() + self.tables.iter().sum::<usize>();
         self.figures.table_bytes = self.figures.table_bytes.max(table_bytes as u64);
         let lanes: Vec<LaneTotals> = self.round.totals.iter().copied().collect::<Option<_>>()?;
