@@ -3,6 +3,7 @@
 mod messages;
 mod outage;
 mod progress;
+mod watch;
 
 use std::collections::VecDeque;
 use std::path::PathBuf;
@@ -15,7 +16,6 @@ use crate::engine::digest::{KeptUp, digest_kept, digest_totals, sha256, totals_d
 use crate::engine::handoff::{Binding, Evidence, blocking, joined};
 use crate::engine::lanes::{Applied, Decoders, LaneReport, ReceiveShared, Seal, decoders, decoders_after_restart, receive_lane};
 use crate::engine::link::send_within;
-use crate::engine::meter::Meter;
 use crate::engine::source::{AskCommit, Command};
 use crate::engine::{EngineError, Link};
 use crate::hypervisor::PagedDestination;
@@ -90,6 +90,7 @@ impl std::fmt::Debug for DestinationOrder {
 
 use messages::StateBuffer;
 pub(super) use progress::Progress;
+use watch::Watch;
 
 type Twin = Arc<Mutex<Box<dyn PagedDestination>>>;
 
@@ -136,14 +137,6 @@ struct Rounds {
     said: Option<(Round, bool, Vec<LaneTotals>)>,
 }
 
-/// When the source was last heard, and when it last led on.
-struct Watch {
-    meter: Arc<Meter>,
-    bytes: u64,
-    heard: Instant,
-    led_on: Instant,
-}
-
 /// Runs the destination end until the VM's place is decided, or the source has to be waited for.
 pub async fn run_destination(order: DestinationOrder) -> DestinationEnd {
     let DestinationOrder { offer, lanes, evidence, link, twin, ask_commit, policy_digest, commands, .. } = order;
@@ -178,7 +171,7 @@ pub async fn run_destination(order: DestinationOrder) -> DestinationEnd {
         gate: None,
         reports: mpsc::channel(1).1,
         seal: Arc::default(),
-        watch: Watch { meter: Arc::default(), bytes: 0, heard: Instant::now(), led_on: Instant::now() },
+        watch: Watch::default(),
         rounds: Rounds { applied: Vec::new(), said: None },
         state: StateBuffer::default(),
         final_said: None,
@@ -580,20 +573,6 @@ impl Run {
 /// Whether a lane that ended like this may be opened again by the source: whatever its peer did not do wrong.
 fn may_join_again(error: &EngineError) -> bool {
     matches!(error, EngineError::Transport { source, .. } if !matches!(source.class(), ErrorClass::PeerMisbehaved | ErrorClass::Unauthenticated))
-}
-
-impl Watch {
-    /// What is missing, if it has been for too long.
-    fn look(&mut self) -> Option<(&'static str, Duration)> {
-        let (now, bytes) = (Instant::now(), self.meter.frame_bytes());
-        if bytes != self.bytes {
-            (self.bytes, self.heard, self.led_on) = (bytes, now, now);
-        }
-        if now - self.led_on > limits::STALL_MAX {
-            return Some(("pages or a step", limits::STALL_MAX));
-        }
-        (now - self.heard > limits::SILENCE_MAX).then_some(("a sign of life", limits::SILENCE_MAX))
-    }
 }
 
 fn lock(twin: &Twin) -> std::sync::MutexGuard<'_, Box<dyn PagedDestination>> {

@@ -5,6 +5,7 @@ mod start;
 mod tell;
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use crate::engine::handoff::{Binding, Evidence, JournalRecord, joined, wake};
 use crate::engine::{EngineError, Link};
@@ -18,7 +19,7 @@ use crate::migration::{
 use crate::storage::{ImageHead, restore_image};
 use crate::transport::{Session, TransportError};
 use crate::types::{MigrationId, SpiffeId, VmName};
-use crate::wire::{ErrorClass, FinalDigest, Handoff, Message, SignedHandoff};
+use crate::wire::{AuditHead, ErrorClass, FinalDigest, Handoff, Message, SignedHandoff};
 
 pub use start::{Interruption, interruption, may_own_twin, repeat_effect, sweep_images, unfinished};
 pub use tell::{Withdrawal, tell, withdraw};
@@ -347,6 +348,9 @@ impl Interrupted {
         // A peer that goes on and on holds up everybody who waits to settle this handoff.
         for _ in 0..limits::HANDOFF_MESSAGES_MAX {
             if let Some(outcome) = self.step(&mut machine, event, Some(&link.session)).await? {
+                if outcome == Outcome::Moved {
+                    self.exchange_heads(link).await;
+                }
                 return Ok(Resolved::Ended(outcome));
             }
             let until = tokio::time::Instant::now() + limits::ANSWER_WITHIN;
@@ -360,7 +364,8 @@ impl Interrupted {
                         let heard = self.evidence.check(&self.binding, &signed)?;
                         break Step::Received { step: heard.step, incarnation_same: heard.incarnation_same, position: heard.position };
                     }
-                    Ok(Message::Ping | Message::AuditHead(_)) => {}
+                    Ok(Message::Ping) => {}
+                    Ok(Message::AuditHead(head)) => drop(self.evidence.keep_peer_head(&link.peer, &head.checkpoint).await),
                     Ok(other) => return Err(EngineError::OutOfPlace { expected: "a handoff message", got: other.name().to_owned() }),
                     Err(_) if machine.is_settled() => return Ok(Resolved::Settled),
                     Err(source) => return Err(EngineError::Transport { migration: self.binding.migration, source }),
@@ -370,6 +375,27 @@ impl Interrupted {
         Err(EngineError::OutOfPlace { expected: "an end of the handoff", got: "another message".into() })
     }
 }
+
+impl Interrupted {
+    /// As at the end of a migration that nothing interrupted: each side keeps what the other's audit log is bound to, if it comes
+    /// soon.
+    async fn exchange_heads(&self, link: &Link) {
+        let checkpoint = self.evidence.audit.head().text;
+        let exchange = async {
+            link.session.send(&Message::AuditHead(AuditHead { checkpoint })).await?;
+            loop {
+                if let Message::AuditHead(head) = link.session.receive().await? {
+                    self.evidence.keep_peer_head(&link.peer, &head.checkpoint).await;
+                    return Ok::<(), TransportError>(());
+                }
+            }
+        };
+        // A peer that has ended it may be gone.
+        let _ = tokio::time::timeout(LAST_WORDS, exchange).await;
+    }
+}
+
+const LAST_WORDS: Duration = Duration::from_secs(2);
 
 /// One that runs has what it needs: it was renewed before it ran.
 fn renew(guest: &mut dyn PagedSource) -> Result<(), HypervisorError> {
