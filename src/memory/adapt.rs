@@ -1,9 +1,11 @@
 //! How hard to try: from what packing and sending take, one lane at a time.
 //!
 //! A byte of page content takes `1 / packing rate` on the thread that packs, `ratio / sending rate` on the one that sends (the same
-//! without a codec), and `ratio / link rate` on the link. The effort with which the longest of these is least looks best, and is tried. What was tried within the last second is judged
-//! by what came of it and not by the formula, which knows nothing of processors that are busy at either end. What was not tried
-//! is taken from how much faster or slower, and how much smaller or larger, what was tried came out than in the table below.
+//! without a codec), and `ratio / link rate` on the link. The effort with which the longest of these is least is the best.
+//!
+//! Packing rates are measured for the efforts that were used, processors that others use included; those of the others, and how much
+//! is left of the pages at hand, are taken from how much faster or slower, and larger or smaller, they came out than in the table
+//! below. What an effort brought some time ago is no measure: the pages were others.
 
 use std::time::Duration;
 
@@ -24,8 +26,8 @@ const SENDING: f64 = 3e9;
 /// WHY: frames differ too much for less to mean something, and another effort costs the codec what it has seen; a change is to be
 /// answered within a second.
 const PERIOD: Duration = Duration::from_millis(100);
-/// WHY: a second; the link or the guest may be another by then.
-const PERIODS_TRUSTED: u32 = 8;
+/// WHY: a second; processors may be used by others then, or by them no more.
+const PERIODS_TRUSTED: u32 = 10;
 /// WHY: another effort loses what the codec has seen, so it has to be better by this.
 const GAIN: f64 = 0.93;
 /// WHY: from here on packing is work for nothing; trials tell when that changes.
@@ -47,8 +49,8 @@ pub struct Adaptation {
     link: f64,
     /// Until the path has been found nothing is learned.
     finding: Duration,
-    /// Bytes of content a second that each effort has brought, and how many periods ago.
-    brought: [(f64, u32); LADDER.len()],
+    /// Bytes of content a second that each effort packs, and how many periods ago it was used.
+    rates: [(f64, u32); LADDER.len()],
     /// Since the last decision.
     packing: Duration,
     waiting: Duration,
@@ -67,7 +69,7 @@ impl Adaptation {
             left: 1.0,
             link: 0.0,
             finding: if round_trip >= LONG { round_trip * FINDING_ROUND_TRIPS } else { Duration::ZERO },
-            brought: [(0.0, u32::MAX); LADDER.len()],
+            rates: [(0.0, u32::MAX); LADDER.len()],
             packing: Duration::ZERO,
             waiting: Duration::ZERO,
             content: 0,
@@ -111,10 +113,11 @@ impl Adaptation {
     fn learn(&mut self, path: f64) {
         let Some((_, rate, left)) = LADDER.get(self.at) else { return };
         let (packing, waiting) = (self.packing.as_secs_f64(), self.waiting.as_secs_f64());
-        for (at, (brought, age)) in self.brought.iter_mut().enumerate() {
+        for (at, (known, age)) in self.rates.iter_mut().enumerate() {
             *age = age.saturating_add(1);
             if at == self.at {
-                (*brought, *age) = (self.content as f64 / (packing + waiting), 0);
+                let measured = self.content as f64 / packing.max(1e-6);
+                (*known, *age) = (if *age <= PERIODS_TRUSTED { known.mul_add(0.5, measured * 0.5) } else { measured }, 0);
             }
         }
         if self.at > 0 {
@@ -122,21 +125,22 @@ impl Adaptation {
             blend(&mut self.left, self.wire as f64 / self.content as f64 / left);
         }
         let throughput = self.wire as f64 / (packing + waiting);
-        // A lane that waits most of the time waits for the link, and this is what it takes. Any other knows from congestion control
-        // what it would take.
-        self.link = if waiting > packing { throughput } else { throughput.max(path) };
+        // A lane that waits most of the time waits for the link, and this is what it takes. Any other fills buffers that the link has
+        // yet to empty; it knows from congestion control what the link takes.
+        self.link = if waiting > packing || path == 0.0 { throughput } else { path };
     }
 
     fn choose(&mut self) {
         let takes = |at: usize| {
-            if let Some((brought, 0..=PERIODS_TRUSTED)) = self.brought.get(at) {
-                return 1.0 / brought.max(1.0);
-            }
             let (_, rate, left) = LADDER.get(at).copied().unwrap_or((Effort::None, 1.0, 1.0));
             if at == 0 {
                 return (1.0 / rate + 1.0 / SENDING).max(1.0 / self.link);
             }
-            let (rate, left) = (rate * self.speed, (left * self.left).min(1.0));
+            let rate = match self.rates.get(at) {
+                Some((known, 0..=PERIODS_TRUSTED)) => *known,
+                _ => rate * self.speed,
+            };
+            let left = (left * self.left).min(1.0);
             (1.0 / rate).max(left / SENDING).max(left / self.link)
         };
         // Whatever is tried: without a codec LZ4 is, now and then.
