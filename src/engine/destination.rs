@@ -462,7 +462,9 @@ impl Run {
         });
         let held = blocking(move || {
             let differs = |what| EngineError::Digest { vm: vm.clone(), what };
+            let began = Instant::now();
             let memory = kept.map_or(Ok(0), |kept| digest_kept(&kept, &ram))?;
+            let digested = began.elapsed();
             let held = FinalDigest { state: sha256(&state), lanes: digest_totals(&totals), memory };
             // Nothing that was not signed for reaches the hypervisor.
             for (same, what) in [
@@ -480,6 +482,7 @@ impl Run {
             }
             crate::failpoint::hit!("destination.compared");
             lock(&twin).restore_state(&state)?;
+            tracing::debug!(vm = %vm, ?digested, restored = ?began.elapsed(), "twin complete");
             Ok(held)
         })
         .await?;
