@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use crate::config::{self, Classification, Config, Peer};
 use crate::control::Compress;
 use crate::gateway::peers;
-use crate::identity::provider;
+use crate::identity::{PostQuantum, provider};
 use crate::limits;
 use crate::policy::{self, Channel, Entities, PolicyFile, Stream};
 use crate::types::Verify;
@@ -157,7 +157,7 @@ pub(crate) fn address_of(peer: &Peer) -> IpAddr {
 
 /// A channel in good order: what a session with a peer whose certificate and CRL are fresh is judged by.
 pub(crate) fn channel_in_order(peer_cert_days_left: i64) -> Channel {
-    let provider = provider();
+    let provider = provider(PostQuantum::default());
     // As a session says it: everything that this build may agree on.
     let groups: Vec<String> = provider.kx_groups.iter().map(|group| format!("{:?}", group.name())).collect();
     let suites: Vec<String> = provider.cipher_suites.iter().map(|suite| format!("{:?}", suite.suite())).collect();
