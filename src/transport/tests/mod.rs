@@ -1,6 +1,7 @@
 //! Two gateways with real certificates and real UDP on loopback.
 
 mod hostile;
+mod key_exchange;
 mod lanes;
 mod link;
 mod sessions;
