@@ -20,7 +20,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use sealane::identity::{Credentials, IdentityConfig, TrustDomainConfig, authority};
+use sealane::identity::{Credentials, IdentityConfig, PostQuantum, TrustDomainConfig, authority};
 use sealane::transport::{Congestion, Endpoint, LaneHandler, LaneIo, LinkStats, Session, TransportConfig, TransportError};
 use sealane::types::{LaneIndex, MigrationId, SpiffeId};
 use sealane::wire::{Accept, Message};
@@ -103,7 +103,13 @@ fn credentials(dir: &Path, name: &str) -> Result<Arc<Credentials>> {
     let authority = authority::files_of(dir);
     let trust = vec![TrustDomainConfig { domain: DOMAIN.to_owned(), roots: authority.certificate, crls: vec![authority.crl] }];
     let file = |ending: &str| dir.join(format!("{name}{ending}"));
-    let config = IdentityConfig { certificate: file("-cert.pem"), key: file("-key.pem"), signing_key: file("-signing-key.pem"), trust };
+    let config = IdentityConfig {
+        certificate: file("-cert.pem"),
+        key: file("-key.pem"),
+        signing_key: file("-signing-key.pem"),
+        trust,
+        post_quantum: PostQuantum::default(),
+    };
     Ok(Credentials::load(config)?)
 }
 

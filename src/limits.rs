@@ -138,7 +138,8 @@ pub const INCOMING_MAX: usize = 1024;
 pub const INCOMING_BUFFER_BYTES: u64 = 64 * 1024;
 /// LIMIT: datagrams held for all such attempts.
 pub const INCOMING_BUFFERS_BYTES: u64 = 8 << 20;
-/// LIMIT: TLS handshake bytes that may arrive out of order: two certificate chains of 4 KiB with room.
+/// LIMIT: TLS handshake bytes that may arrive out of order: two certificate chains of 4 KiB and a key share of 1216 bytes, with
+/// room.
 pub const CRYPTO_BUFFER_BYTES: usize = 16 * 1024;
 /// LIMIT: what a peer may send before it is authorised: a join, or the head of a hello.
 pub const UNAUTHORISED_WINDOW_BYTES: u32 = 16 * 1024;

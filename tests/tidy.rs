@@ -227,6 +227,11 @@ fn no_refused_crate_is_locked() {
 }
 
 #[test]
+fn what_is_for_tests_alone_is_not_in_the_program() {
+    none(&supply::tests_only(&text("Cargo.toml"), &text("Cargo.lock")));
+}
+
+#[test]
 fn ci_runs_the_test_command_of_the_readme() {
     let (readme, ci) = (text("README.md"), text(".ci/run"));
     let after: Vec<_> = readme.split("<!-- test-command -->").skip(1).collect();

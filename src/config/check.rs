@@ -121,6 +121,7 @@ fn identity(r: &mut Reader, top: &mut Section<'_, '_>) -> Option<Identity> {
         let hint = "the TLS key and the key that signs handoffs are two keys; `sealane pki issue` makes both".to_owned();
         r.problem(signing_key.at, &s.key("signing_key"), "the same file as `identity.key`".to_owned(), Some(hint));
     }
+    let require_post_quantum = r.or(&mut s, "require_post_quantum", false).value;
     let mut domains = HashMap::new();
     let mut trust = Vec::new();
     let mut whole = true;
@@ -136,7 +137,8 @@ fn identity(r: &mut Reader, top: &mut Section<'_, '_>) -> Option<Identity> {
         }
     }
     r.finish(s);
-    let identity = Identity { certificate: certificate?.value, key: key?.value, signing_key: signing_key?.value, trust };
+    let (certificate, key, signing_key) = (certificate?.value, key?.value, signing_key?.value);
+    let identity = Identity { certificate, key, signing_key, require_post_quantum, trust };
     (whole && !identity.trust.is_empty()).then_some(identity)
 }
 

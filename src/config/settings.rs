@@ -91,6 +91,8 @@ pub struct Identity {
     pub key: PathBuf,
     /// PEM file: the Ed25519 key that signs handoff messages and checkpoints.
     pub signing_key: PathBuf,
+    /// Whether a peer that cannot do X25519MLKEM768 is refused.
+    pub require_post_quantum: bool,
     /// By trust domain; at least one.
     pub trust: Vec<Trust>,
 }

@@ -323,6 +323,17 @@ fn effective_values_say_where_they_come_from() {
     assert_eq!(of("migration.timeout"), ("1h", Origin::Default));
     assert_eq!(of("identity.key"), ("/etc/sealane/key.pem", Origin::Line(6)));
     assert_eq!(of("vm[0].home_site"), ("dc1", Origin::Default));
+    assert_eq!(of("identity.require_post_quantum"), ("false", Origin::Default));
+}
+
+#[test]
+fn post_quantum_key_exchange_can_be_required() {
+    let with = |value: &str| GOOD.replace("key = \"key.pem\"", &format!("key = \"key.pem\"\nrequire_post_quantum = {value}"));
+    let config = parse(&with("true"), Path::new("/etc/sealane/gateway.toml")).unwrap();
+    assert!(config.identity.require_post_quantum);
+    let found = problems(&with("\"X25519MLKEM768\""));
+    assert_eq!(found.len(), 1, "{found:?}");
+    assert!(found[0].starts_with("7:24: identity.require_post_quantum: expected `true` or `false`"), "{found:?}");
 }
 
 /// A directory with every file that [`GOOD`] names.

@@ -122,6 +122,9 @@ impl Gateway {
         entry.peer = Some(spiffe.to_string());
         entry.detail.insert("address".into(), address.to_string().into());
         entry.detail.insert("certificate_serial".into(), session.peer().serial().into());
+        let channel = session.channel();
+        entry.detail.insert("key_exchange".into(), channel.key_exchange.into());
+        entry.detail.insert("cipher_suite".into(), channel.cipher_suite.into());
         self.note(entry).await;
         let link = match engine::greet(session, &self.hello()).await {
             Ok(link) => link,

@@ -102,29 +102,32 @@ impl Judge {
     pub(super) fn request(&self, operator: &str, case: &Case, route: Route) -> Result<Permit<Request>, NoPermit> {
         let context = RequestContext { now_unix_ms: now_ms(), route, stream: stream(&case.terms), change_ticket: None };
         let answer = self.policies.load().ask_request(operator, case.uuid, &context);
-        self.recorded(case, operator, answer)
+        self.recorded(case, operator, None, answer)
     }
 
     /// May this peer have the VM?
     pub(super) fn release(&self, case: &Case, session: &Session) -> Result<Permit<Release>, NoPermit> {
         let peer = session.peer().spiffe();
-        let answer = self.policies.load().ask_release(peer, case.uuid, &self.context(case, session));
-        self.recorded(case, peer.as_str(), answer)
+        let context = self.context(case, session);
+        let answer = self.policies.load().ask_release(peer, case.uuid, &context);
+        self.recorded(case, peer.as_str(), Some(&context.channel), answer)
     }
 
     /// May this peer give us the VM?
     pub(super) fn accept(&self, case: &Case, session: &Session) -> Result<Permit<Accept>, NoPermit> {
         let peer = session.peer().spiffe();
-        let answer = self.policies.load().ask_accept(peer, case.uuid, &self.context(case, session));
-        self.recorded(case, peer.as_str(), answer)
+        let context = self.context(case, session);
+        let answer = self.policies.load().ask_accept(peer, case.uuid, &context);
+        self.recorded(case, peer.as_str(), Some(&context.channel), answer)
     }
 
     /// Is all of that still so, now that the switch is next?
     pub(super) fn commit(&self, case: &Case, session: &Session) -> Result<Permit<policy::Commit>, NoPermit> {
         session.verify_again().map_err(NoPermit::Identity)?;
         let peer = session.peer().spiffe();
-        let answer = self.policies.load().ask_commit(peer, case.uuid, &self.context(case, session));
-        self.recorded(case, peer.as_str(), answer)
+        let context = self.context(case, session);
+        let answer = self.policies.load().ask_commit(peer, case.uuid, &context);
+        self.recorded(case, peer.as_str(), Some(&context.channel), answer)
     }
 
     /// May operators decide this about a VM in doubt?
@@ -137,16 +140,26 @@ impl Judge {
     ) -> Result<Permit<Resolve>, NoPermit> {
         let context = ResolveContext { now_unix_ms: now_ms(), approvers, fence_evidence };
         let answer = self.policies.load().ask_resolve(proposer, case.uuid, &context);
-        self.recorded(case, proposer, answer)
+        self.recorded(case, proposer, None, answer)
     }
 
-    fn recorded<A: Action>(&self, case: &Case, principal: &str, answer: Result<Permit<A>, Denial>) -> Result<Permit<A>, NoPermit> {
+    fn recorded<A: Action>(
+        &self,
+        case: &Case,
+        principal: &str,
+        channel: Option<&Channel>,
+        answer: Result<Permit<A>, Denial>,
+    ) -> Result<Permit<A>, NoPermit> {
         let mut entry = Entry::new(Event::Decision).outcome(if answer.is_ok() { Outcome::Allow } else { Outcome::Deny });
         entry.vm = Some(case.vm.clone());
         entry.uuid = Some(case.uuid);
         entry.migration = Some(case.migration);
         entry.peer = Some(principal.to_owned());
         entry.detail.insert("action".into(), A::NAME.into());
+        if let Some(channel) = channel {
+            entry.detail.insert("key_exchange".into(), channel.kx.clone().into());
+            entry.detail.insert("cipher_suite".into(), channel.suite.clone().into());
+        }
         let (ids, digest) = match &answer {
             Ok(permit) => (permit.policy_ids().to_vec(), *permit.set_digest()),
             Err(denial) => {

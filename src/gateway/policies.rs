@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use crate::config::{self, Classification, Config, Peer};
 use crate::control::Compress;
 use crate::gateway::peers;
-use crate::identity::provider;
+use crate::identity::{PostQuantum, provider};
 use crate::limits;
 use crate::policy::{self, Channel, Entities, PolicyFile, Stream};
 use crate::types::Verify;
@@ -157,9 +157,10 @@ pub(crate) fn address_of(peer: &Peer) -> IpAddr {
 
 /// A channel in good order: what a session with a peer whose certificate and CRL are fresh is judged by.
 pub(crate) fn channel_in_order(peer_cert_days_left: i64) -> Channel {
-    let provider = provider();
-    // As a session says it: everything that this build may agree on.
-    let groups: Vec<String> = provider.kx_groups.iter().map(|group| format!("{:?}", group.name())).collect();
-    let suites: Vec<String> = provider.cipher_suites.iter().map(|suite| format!("{:?}", suite.suite())).collect();
-    Channel { tls: "1.3".to_owned(), kx: groups.join("|"), suite: suites.join("|"), crl_fresh: true, peer_cert_days_left }
+    // As two gateways of this version agree: on what both prefer.
+    let provider = provider(PostQuantum::default());
+    let group = provider.kx_groups.first().map(|group| format!("{:?}", group.name()));
+    let suite = provider.cipher_suites.first().map(|suite| format!("{:?}", suite.suite()));
+    let (kx, suite) = (group.unwrap_or_default(), suite.unwrap_or_default());
+    Channel { tls: "1.3".to_owned(), kx, suite, crl_fresh: true, peer_cert_days_left }
 }

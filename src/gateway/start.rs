@@ -14,7 +14,7 @@ use crate::gateway::policies::{entities, read_policies};
 use crate::gateway::registry::Registry;
 use crate::gateway::{Gateway, IMAGES, kept, peers, put_class, serve};
 use crate::hypervisor::attach::LaunchTemplate;
-use crate::identity::{Credentials, IdentityConfig, Signer, TrustDomainConfig};
+use crate::identity::{Credentials, IdentityConfig, PostQuantum, Signer, TrustDomainConfig};
 use crate::journal::Journal;
 use crate::policy::PolicySet;
 use crate::telemetry::{Problem, chain};
@@ -100,6 +100,7 @@ fn identity_config(config: &Config) -> IdentityConfig {
         key: config.identity.key.clone(),
         signing_key: config.identity.signing_key.clone(),
         trust: config.identity.trust.iter().map(trust).collect(),
+        post_quantum: if config.identity.require_post_quantum { PostQuantum::Required } else { PostQuantum::Preferred },
     }
 }
 

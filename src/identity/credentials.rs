@@ -85,7 +85,7 @@ impl Credentials {
     }
 
     fn load_with(config: IdentityConfig, mut ratchet: Ratchet) -> Result<Arc<Self>, IdentityError> {
-        let provider = provider();
+        let provider = provider(config.post_quantum);
         let state = read_state(&config, &provider, SystemTime::now())?;
         ratchet.advance(state.trust.crls())?;
         let current = Arc::new(Current { state: ArcSwap::from_pointee(state), refusals: Refusals::default() });

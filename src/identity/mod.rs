@@ -10,15 +10,18 @@
 //! - `fail-closed`: no CRL, an expired one, or none that covers a certificate of the path refuses the peer.
 //! - `forward-only`: a CRL older than one already used is never put in use: by this process, and after a restart where a ratchet file is given.
 //! - `all-or-nothing`: a reload replaces everything or nothing.
+//! - `hybrid-first`: X25519MLKEM768 is offered before anything else, and alone where it is required.
 //! - `full-handshake`: no tickets, no resumption, no early data: every connection proves its identity anew.
 //!
-//! *Read first:* `credentials.rs`, then `trust.rs`, `leaf.rs`, `verifier.rs`.
+//! *Read first:* `credentials.rs`, then `trust.rs`, `leaf.rs`, `verifier.rs`; `key_exchange.rs` stands alone.
 
 pub mod authority;
 mod credentials;
 mod crl;
 mod error;
 mod files;
+mod kem;
+mod key_exchange;
 mod keys;
 mod leaf;
 mod peer;
@@ -35,6 +38,7 @@ use rustls::crypto::{CryptoProvider, ring as suites};
 
 pub use credentials::Credentials;
 pub use error::{IdentityError, RefusalReason};
+pub use key_exchange::PostQuantum;
 pub use keys::{Signer, verify_signature};
 pub use peer::PeerIdentity;
 pub use trust::PeerRole;
@@ -54,6 +58,8 @@ pub struct IdentityConfig {
     pub signing_key: PathBuf,
     /// Every trust domain whose gateways may connect.
     pub trust: Vec<TrustDomainConfig>,
+    /// Which key exchange is good enough.
+    pub post_quantum: PostQuantum,
 }
 
 /// A trust domain, its roots and its revocation lists.
@@ -69,8 +75,8 @@ pub struct TrustDomainConfig {
 
 /// The cryptography of every connection: TLS 1.3 suites and key exchange groups, in order of preference.
 #[must_use]
-pub fn provider() -> Arc<CryptoProvider> {
+pub fn provider(post_quantum: PostQuantum) -> Arc<CryptoProvider> {
     let ring = suites::default_provider();
     let tls13 = ring.cipher_suites.iter().copied().filter(|suite| suite.tls13().is_some()).collect();
-    Arc::new(CryptoProvider { cipher_suites: tls13, ..ring })
+    Arc::new(CryptoProvider { cipher_suites: tls13, kx_groups: post_quantum.groups(), ..ring })
 }

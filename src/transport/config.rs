@@ -9,6 +9,7 @@ use quinn::{AckFrequencyConfig, EndpointConfig, IdleTimeout, MtuDiscoveryConfig,
 
 use super::congestion::{Member, RateFactory};
 use super::error::TransportError;
+use super::handshake::QUIC_VERSION;
 use super::steer::{self, SteeredIds};
 use super::tls::QuicTls;
 use crate::limits;
@@ -125,7 +126,7 @@ impl TransportConfig {
     /// The endpoint of one of our sockets, whose peers may send `payload` bytes in a datagram; `socket` is its index in the group.
     pub(super) fn endpoint(&self, payload: u16, socket: u8) -> EndpointConfig {
         let mut config = EndpointConfig::default();
-        config.cid_generator(SteeredIds::factory(socket));
+        config.cid_generator(SteeredIds::factory(socket)).supported_versions(vec![QUIC_VERSION]);
         // Only fails below 1200, which `check` excludes.
         let _ = config.max_udp_payload_size(payload);
         config

@@ -166,6 +166,7 @@ impl Endpoint {
             error
         };
         let peer = self.shared.tls.identify(&connection).map_err(refuse)?;
+        let agreed = self.shared.tls.agreed(&connection).map_err(refuse)?;
         if peer.spiffe() != expected {
             return Err(refuse(TransportError::WrongPeer { address, expected: expected.clone(), got: peer.spiffe().clone() }));
         }
@@ -174,7 +175,7 @@ impl Endpoint {
             .await
             .map_err(|_| TransportError::TimedOut { address, awaited: "admit the session", after: within })?
             .map_err(failed)?;
-        Ok(Session::new(connection, streams, peer, Arc::clone(&self.shared), None))
+        Ok(Session::new(connection, streams, peer, agreed, Arc::clone(&self.shared), None))
     }
 
     /// Closes every session and lane and ends every thread.
@@ -264,12 +265,13 @@ async fn admit(connecting: Connecting, pass: Pass, shared: Arc<Shared>) {
         let failed = |error| TransportError::from_connection(error, peer_address);
         let connection = &*connection.insert(connecting.await.map_err(failed)?);
         let peer = peer.insert(shared.tls.identify(connection)?);
+        let agreed = shared.tls.agreed(connection)?;
         let room = Arc::clone(&shared.rooms).try_acquire_owned().map_err(|_| TransportError::NoRoom { sessions: limits::SESSIONS_MAX })?;
         // Only now may the peer open a stream, and only one.
         connection.set_max_concurrent_bi_streams(1u8.into());
         connection.set_receive_window(limits::CONTROL_WINDOW_BYTES.into());
         let streams = connection.accept_bi().await.map_err(failed)?;
-        Ok(Session::new(connection.clone(), streams, peer.clone(), Arc::clone(&shared), Some(room)))
+        Ok(Session::new(connection.clone(), streams, peer.clone(), agreed, Arc::clone(&shared), Some(room)))
     });
     let session = session.await;
     let session = session.unwrap_or_else(|_| {

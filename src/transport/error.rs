@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use quinn::{ConnectError, ConnectionError, ReadError, VarInt, WriteError};
 
+use super::handshake::NO_KEY_EXCHANGE;
 use crate::identity::IdentityError;
 use crate::limits;
 use crate::types::{LaneIndex, MigrationId, SpiffeId};
@@ -192,6 +193,9 @@ pub enum LaneRefusal {
     /// The session that granted the lanes has ended.
     #[error("the session of this migration is over")]
     SessionOver,
+    /// It is protected otherwise than its session, of which policy was told.
+    #[error("its key exchange or cipher suite is not that of the session")]
+    OtherChannel,
     /// The number is not among the lanes granted.
     #[error("the lane number is beyond the lanes granted")]
     BeyondGranted,
@@ -226,7 +230,7 @@ impl TransportError {
             Self::LaneRefused { why, .. } => match why {
                 LaneRefusal::Unexpected | LaneRefusal::BadTag => ErrorClass::Unauthenticated,
                 LaneRefusal::SessionOver => ErrorClass::PeerUnreachable,
-                LaneRefusal::BeyondGranted | LaneRefusal::AlreadyUsed => ErrorClass::PeerMisbehaved,
+                LaneRefusal::OtherChannel | LaneRefusal::BeyondGranted | LaneRefusal::AlreadyUsed => ErrorClass::PeerMisbehaved,
             },
             Self::LaneLost { .. } => ErrorClass::Bug,
         }
@@ -358,7 +362,11 @@ fn verifiers_words(reason: &str) -> &str {
 fn from_peer_close(code: u64, reason: &[u8], address: SocketAddr) -> TransportError {
     const CONNECTION_REFUSED: u64 = 2;
     let alert = code.wrapping_sub(CRYPTO_ERRORS);
-    let said = verifiers_words(&peer_text(reason)).to_owned();
+    let said = match verifiers_words(&peer_text(reason)) {
+        // As gateways say it that are older than X25519MLKEM768.
+        said if said.contains("NoKxGroupsInCommon") => NO_KEY_EXCHANGE.to_owned(),
+        said => said.to_owned(),
+    };
     if code == CONNECTION_REFUSED {
         TransportError::Unreachable { address, reason: "it takes no more connections now" }
     } else if code == INTERNAL_ERROR {

@@ -18,6 +18,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use ring::hmac;
 
 use super::error::{LaneRefusal, TransportError, close_code, close_reason};
+use super::handshake::Agreed;
 use super::lane::LaneIo;
 use super::session::LinkStats;
 use crate::identity::PeerIdentity;
@@ -47,6 +48,12 @@ impl JoinKey {
         let mut tag = [0; 32];
         tag.copy_from_slice(hmac::sign(&self.key, &tagged(lane, &binding)).as_ref());
         Ok(Join { migration: self.migration, lane, tag })
+    }
+
+    /// Whether `connection` has the key exchange and the cipher suite of the session: policy was told of that one.
+    pub(super) fn has_channel_of(&self, connection: &quinn::Connection) -> bool {
+        // SPEC: PROTOCOL.md#must-lane-channel
+        Agreed::on(&self.session) == Agreed::on(connection)
     }
 
     /// Whether the join was made for this session and `connection`. In constant time.
@@ -131,6 +138,9 @@ impl LaneTable {
         }
         if expectation.key.session.close_reason().is_some() {
             return Err(refuse(LaneRefusal::SessionOver));
+        }
+        if !expectation.key.has_channel_of(connection) {
+            return Err(refuse(LaneRefusal::OtherChannel));
         }
         if !expectation.key.accepts(join, connection)? {
             return Err(refuse(LaneRefusal::BadTag));

@@ -16,7 +16,7 @@ use tokio::time::timeout;
 use super::buffers::{Place, send_window};
 use super::congestion::Member;
 use super::endpoint::Shared;
-use super::error::{TransportError, close_code, close_reason};
+use super::error::{LaneRefusal, TransportError, close_code, close_reason};
 use super::join::JoinKey;
 use super::session::LinkStats;
 use super::{socket, steer, tls};
@@ -427,7 +427,7 @@ impl LanePlan {
         Ok((endpoint, connection, io))
     }
 
-    /// The listener of a lane has to be the very peer of the session, down to its key.
+    /// The listener of a lane has to be the very peer of the session, down to its key, and the channel as good.
     fn check_peer(&self, connection: &quinn::Connection) -> Result<(), TransportError> {
         let got = self.shared.tls.identify(connection)?;
         if got.spiffe() != self.peer.spiffe() {
@@ -436,6 +436,9 @@ impl LanePlan {
         }
         if got.spki_sha256() != self.peer.spki_sha256() {
             return Err(TransportError::KeyChanged { peer: got.spiffe().clone() });
+        }
+        if !self.key.has_channel_of(connection) {
+            return Err(TransportError::LaneRefused { migration: self.migration, lane: self.lane, why: LaneRefusal::OtherChannel });
         }
         Ok(())
     }

@@ -13,6 +13,7 @@ use tokio::time::timeout;
 use super::congestion::Group;
 use super::endpoint::Shared;
 use super::error::{TransportError, close_code, close_reason};
+use super::handshake::Agreed;
 use super::join::{JoinKey, LaneGate, LaneHandler};
 use super::lane::{LaneHandle, LaneIo, LanePlan, ended_inside};
 use super::tls::ChannelFacts;
@@ -27,6 +28,7 @@ use crate::wire::{CONTROL_HEADER_BYTES, ErrorClass, Message, decode_control_head
 pub struct Session {
     pub(super) connection: Connection,
     peer: PeerIdentity,
+    agreed: Agreed,
     shared: Arc<Shared>,
     /// The lanes that we opened.
     lanes: Arc<Group>,
@@ -41,13 +43,14 @@ impl Session {
         connection: Connection,
         streams: (SendStream, RecvStream),
         peer: PeerIdentity,
+        agreed: Agreed,
         shared: Arc<Shared>,
         room: Option<OwnedSemaphorePermit>,
     ) -> Self {
         let (send, receive) = streams;
         let outbox = Mutex::new(Outbox { stream: send, pending: Bytes::new() });
         let inbox = Mutex::new(Inbox { stream: receive, header: [0; CONTROL_HEADER_BYTES], filled: 0, body: None });
-        Self { connection, peer, shared, lanes: Arc::default(), outbox, inbox, _room: room }
+        Self { connection, peer, agreed, shared, lanes: Arc::default(), outbox, inbox, _room: room }
     }
 
     /// Who is at the other end, as verified when the session began.
@@ -67,7 +70,7 @@ impl Session {
     /// What is known of the channel.
     #[must_use]
     pub fn channel(&self) -> ChannelFacts {
-        self.shared.tls.facts(&self.connection)
+        ChannelFacts::new(self.agreed, &self.connection)
     }
 
     /// Where the peer is now; it may move while the session lives.

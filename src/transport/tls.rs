@@ -5,21 +5,18 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
-use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
-use rustls::crypto::CryptoProvider;
 use rustls_pki_types::CertificateDer;
 
 use super::error::TransportError;
+use super::handshake::{self, Agreed};
 use crate::identity::{Credentials, PeerIdentity};
 
 /// The gateway's credentials as QUIC wants them. Certificates, keys, roots and CRLs behind them reload by themselves.
 #[derive(Clone)]
 pub(super) struct QuicTls {
     credentials: Arc<Credentials>,
-    client: Arc<QuicClientConfig>,
-    server: Arc<QuicServerConfig>,
-    key_exchange: Arc<str>,
-    cipher_suite: Arc<str>,
+    client: Arc<handshake::Client>,
+    server: Arc<handshake::Server>,
 }
 
 impl fmt::Debug for QuicTls {
@@ -44,24 +41,16 @@ impl QuicTls {
         if client.alpn_protocols.is_empty() || client.alpn_protocols != server.alpn_protocols {
             return Err(unfit("the same application protocol on both sides"));
         }
-        let key_exchange = names(server.crypto_provider(), |p| p.kx_groups.iter().map(|group| format!("{:?}", group.name())).collect());
-        let cipher_suite =
-            names(server.crypto_provider(), |p| p.cipher_suites.iter().map(|suite| format!("{:?}", suite.suite())).collect());
-        let no_suite = |_| unfit("TLS_AES_128_GCM_SHA256 for QUIC's first packets");
-        Ok(Self {
-            client: Arc::new(QuicClientConfig::try_from(client).map_err(no_suite)?),
-            server: Arc::new(QuicServerConfig::try_from(server).map_err(no_suite)?),
-            credentials,
-            key_exchange,
-            cipher_suite,
-        })
+        let (client, server) =
+            handshake::both_ends(client, server).ok_or_else(|| unfit("TLS_AES_128_GCM_SHA256 for QUIC's first packets"))?;
+        Ok(Self { credentials, client, server })
     }
 
-    pub(super) fn client(&self) -> Arc<QuicClientConfig> {
+    pub(super) fn client(&self) -> Arc<handshake::Client> {
         Arc::clone(&self.client)
     }
 
-    pub(super) fn server(&self) -> Arc<QuicServerConfig> {
+    pub(super) fn server(&self) -> Arc<handshake::Server> {
         Arc::clone(&self.server)
     }
 
@@ -73,14 +62,10 @@ impl QuicTls {
         self.credentials.identify(&chain).map_err(|source| TransportError::Identity { address, source })
     }
 
-    pub(super) fn facts(&self, connection: &quinn::Connection) -> ChannelFacts {
-        ChannelFacts {
-            tls: "1.3",
-            key_exchange: self.key_exchange.to_string(),
-            cipher_suite: self.cipher_suite.to_string(),
-            peer_ip: connection.remote_address().ip().to_canonical(),
-            rtt: connection.rtt(),
-        }
+    /// What TLS agreed on.
+    pub(super) fn agreed(&self, connection: &quinn::Connection) -> Result<Agreed, TransportError> {
+        let unfit = || TransportError::UnfitTls { expected: "a connection of ours whose handshake is over" };
+        Agreed::on(connection).ok_or_else(unfit)
     }
 }
 
@@ -89,9 +74,9 @@ impl QuicTls {
 pub struct ChannelFacts {
     /// The TLS version; no other is spoken.
     pub tls: &'static str,
-    /// The key exchange group, or all groups that may have been agreed, `|` between them.
+    /// The key exchange group that was agreed on, e.g. `X25519MLKEM768`.
     pub key_exchange: String,
-    /// The cipher suite, or all that may have been agreed, `|` between them.
+    /// The cipher suite that was agreed on, e.g. `TLS13_AES_256_GCM_SHA384`.
     pub cipher_suite: String,
     /// The peer's address now.
     pub peer_ip: IpAddr,
@@ -99,9 +84,16 @@ pub struct ChannelFacts {
     pub rtt: Duration,
 }
 
-/// WHY: quinn 0.11 does not tell what TLS agreed on, so the facts are what the configuration allows at all.
-fn names(provider: &Arc<CryptoProvider>, list: impl Fn(&CryptoProvider) -> Vec<String>) -> Arc<str> {
-    list(provider).join("|").into()
+impl ChannelFacts {
+    pub(super) fn new(agreed: Agreed, connection: &quinn::Connection) -> Self {
+        Self {
+            tls: "1.3",
+            key_exchange: format!("{:?}", agreed.key_exchange),
+            cipher_suite: format!("{:?}", agreed.cipher_suite),
+            peer_ip: connection.remote_address().ip().to_canonical(),
+            rtt: connection.rtt(),
+        }
+    }
 }
 
 /// The TLS server name for a peer. Peers are known by SPIFFE ID, not by name; an address keeps the extension out of the handshake.

@@ -46,6 +46,33 @@ fn a_policy_of_the_destination_that_forbids_wins() {
     denied(&Setup::new().with_policy(B, forbid).start(), B, "accept", &["house-is-full"]);
 }
 
+/// A VM of the strictest class, which both gateways leave to the rules that the project ships.
+fn restricted() -> Setup {
+    let floor = include_str!("../../config/policy.d/10-floor.cedar");
+    let (from, to) = ("classification = \"internal\"", "classification = \"restricted\"");
+    Setup::new().replace(A, from, to).replace(B, from, to).with_policy(A, floor).with_policy(B, floor)
+}
+
+#[test]
+fn a_restricted_vm_moves_where_the_key_exchange_is_post_quantum_and_the_log_says_so() {
+    let required = "[identity]\nrequire_post_quantum = true";
+    let lab = restricted().replace(B, "[identity]", required).start();
+    lab.migrate(A, &[]).expect_moved();
+    lab.settled_on(B);
+    let channel = ["\"key_exchange\":\"X25519MLKEM768\"", "\"cipher_suite\":\"TLS13_AES_256_GCM_SHA384\""];
+    for (name, action) in [(A, "release"), (A, "commit"), (B, "accept"), (B, "commit")] {
+        lab.gateway(name).audited("decision", "allow", &[&[VM, &format!("\"action\":\"{action}\"")], channel.as_slice()].concat());
+    }
+    lab.gateway(B).audited("session-opened", "done", &channel);
+}
+
+#[test]
+fn what_a_policy_asks_of_the_channel_is_compared_with_what_was_agreed_on() {
+    let forbid = r#"@id("chacha-only") forbid (principal, action == Sealane::Action::"release", resource)
+        unless { context.channel.suite == "TLS13_CHACHA20_POLY1305_SHA256" };"#;
+    denied(&Setup::new().with_policy(A, forbid).start(), A, "release", &["chacha-only"]);
+}
+
 /// True for a moment, then too large for a `Long`.
 const OVERFLOW: &str = "when { context.stream.lanes * 9223372036854775807 > 0 };";
 

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use sealane::audit::{self, Event, Filter, StoredEntry};
 use sealane::control::Client;
 use sealane::hypervisor::attach::{Timeouts, observe};
-use sealane::identity::{Credentials, IdentityConfig, TrustDomainConfig, authority};
+use sealane::identity::{Credentials, IdentityConfig, PostQuantum, TrustDomainConfig, authority};
 use sealane::telemetry::ErrorClass;
 use sealane::transport::TransportConfig;
 use sealane::types::{MigrationId, SpiffeId, VmName, VmUuid};
@@ -84,7 +84,13 @@ impl Lab {
         let pki = self.directory.path().join("pki");
         let file = |suffix: &str| pki.join(format!("{name}-{suffix}.pem"));
         let trust = vec![TrustDomainConfig { domain: DOMAIN.into(), roots: pki.join("ca-cert.pem"), crls: vec![pki.join("crl.pem")] }];
-        let config = IdentityConfig { certificate: file("cert"), key: file("key"), signing_key: file("signing-key"), trust };
+        let config = IdentityConfig {
+            certificate: file("cert"),
+            key: file("key"),
+            signing_key: file("signing-key"),
+            trust,
+            post_quantum: PostQuantum::default(),
+        };
         Credentials::load(config).unwrap()
     }
 

@@ -18,7 +18,6 @@ const FLOORS: &[(&str, &str, &str)] = &[
 
 /// Crates that must not come in, not even through others, and why.
 const REFUSED: &[(&str, &str)] = &[
-    ("aws-lc-rs", "ring is the one crypto provider"),
     ("openssl", "ring is the one crypto provider"),
     ("openssl-sys", "ring is the one crypto provider"),
     ("native-tls", "rustls is the one TLS"),
@@ -26,6 +25,9 @@ const REFUSED: &[(&str, &str)] = &[
     ("rustls-pemfile", "not maintained; rustls-pki-types reads PEM"),
     ("serde_yml", "unsound and not maintained"),
 ];
+
+/// The crate that only tests may use, and who may bring it in. It is the other end of their key exchanges.
+const TESTS_ONLY: (&str, &[&str]) = ("aws-lc-rs", &["rustls", "rustls-webpki"]);
 
 fn locked(lock: &str) -> Vec<(String, String)> {
     let table: Table = lock.parse().expect("Cargo.lock is TOML");
@@ -74,6 +76,31 @@ pub fn refused(lock: &str) -> Vec<String> {
     locked(lock).iter().filter_map(reason).collect()
 }
 
+/// What would bring the crate of tests into the program.
+pub fn tests_only(manifest: &str, lock: &str) -> Vec<String> {
+    let (name, holders) = TESTS_ONLY;
+    let names = |word: &str| word.replace('_', "-").contains(name);
+    let manifest: Table = manifest.parse().expect("Cargo.toml is TOML");
+    let lock: Table = lock.parse().expect("Cargo.lock is TOML");
+    let mut found = Vec::new();
+    for table in ["dependencies", "build-dependencies", "features"] {
+        for (key, value) in manifest.get(table).and_then(Value::as_table).into_iter().flatten() {
+            if names(key) || names(&value.to_string()) {
+                found.push(format!("Cargo.toml, [{table}]: `{key}` brings in `{name}`, which only tests may use"));
+            }
+        }
+    }
+    for package in lock.get("package").and_then(Value::as_array).into_iter().flatten() {
+        let holder = package.get("name").and_then(Value::as_str).unwrap_or_default();
+        let dependencies = package.get("dependencies").and_then(Value::as_array).into_iter().flatten();
+        let uses = dependencies.filter_map(Value::as_str).any(|dependency| dependency.split(' ').next() == Some(name));
+        if uses && !holders.contains(&holder) {
+            found.push(format!("Cargo.lock: `{holder}` brings in `{name}`: expected only {holders:?}"));
+        }
+    }
+    found
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -95,6 +122,15 @@ mod tests {
     fn a_crate_below_its_floor_is_refused() {
         assert_eq!(floors(&lock(&[("quinn-proto", "0.11.14"), ("tokio", "1.9.0")])).len(), 2);
         assert!(floors(&lock(&[("quinn-proto", "0.11.15"), ("lz4_flex", "0.14.0"), ("other", "0.0.1")])).is_empty());
+    }
+
+    #[test]
+    fn what_is_for_tests_alone_is_refused_elsewhere() {
+        let lock = |holder: &str| format!("[[package]]\nname = \"{holder}\"\ndependencies = [\"aws-lc-rs\", \"ring\"]\n");
+        let manifest = |table: &str| format!("[{table}]\nrustls = {{ version = \"0.23\", features = [\"aws_lc_rs\"] }}\n");
+        assert_eq!(tests_only(&manifest("dev-dependencies"), &lock("rustls")), Vec::<String>::new());
+        assert_eq!(tests_only(&manifest("dependencies"), &lock("rustls")).len(), 1);
+        assert_eq!(tests_only(&manifest("dev-dependencies"), &lock("quinn-proto")).len(), 1);
     }
 
     #[test]

@@ -13,7 +13,7 @@ use crate::audit::AuditLog;
 use crate::engine::{EngineError, Evidence, NoArbiter};
 use crate::gateway;
 use crate::identity::authority;
-use crate::identity::{Credentials, IdentityConfig, IdentityError, TrustDomainConfig};
+use crate::identity::{Credentials, IdentityConfig, IdentityError, PostQuantum, TrustDomainConfig};
 use crate::journal::Journal;
 use crate::telemetry::{ErrorClass, Problem, chain};
 use crate::transport::{Endpoint, TransportConfig, TransportError};
@@ -98,7 +98,13 @@ pub(super) fn identity_in(directory: &Path, name: &str) -> Result<Arc<Credential
     })?;
     let authority = authority::files_of(directory);
     let trust = vec![TrustDomainConfig { domain: own.trust_domain().to_owned(), roots: authority.certificate, crls: vec![authority.crl] }];
-    let config = IdentityConfig { certificate, key: file("-key.pem"), signing_key: file("-signing-key.pem"), trust };
+    let config = IdentityConfig {
+        certificate,
+        key: file("-key.pem"),
+        signing_key: file("-signing-key.pem"),
+        trust,
+        post_quantum: PostQuantum::default(),
+    };
     Credentials::load(config).map_err(failed)
 }
 

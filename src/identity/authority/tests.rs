@@ -4,7 +4,7 @@ use std::process::Command;
 use std::sync::Arc;
 
 use super::*;
-use crate::identity::{Credentials, IdentityConfig, TrustDomainConfig, verify_signature};
+use crate::identity::{Credentials, IdentityConfig, PostQuantum, TrustDomainConfig, verify_signature};
 
 fn credentials(authority: &AuthorityFiles, gateway: &GatewayFiles) -> Arc<Credentials> {
     let trust = TrustDomainConfig {
@@ -17,6 +17,7 @@ fn credentials(authority: &AuthorityFiles, gateway: &GatewayFiles) -> Arc<Creden
         key: gateway.key.clone(),
         signing_key: gateway.signing_key.clone(),
         trust: vec![trust],
+        post_quantum: PostQuantum::default(),
     })
     .unwrap()
 }

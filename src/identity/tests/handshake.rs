@@ -62,7 +62,7 @@ fn the_clock_of_identify_decides_about_dates() {
 #[test]
 fn a_client_without_a_certificate_is_refused() {
     let a = Place::new().gateway("a", &WORLD.good_a);
-    let builder = ClientConfig::builder_with_provider(provider()).with_safe_default_protocol_versions().unwrap();
+    let builder = ClientConfig::builder_with_provider(provider(PostQuantum::default())).with_safe_default_protocol_versions().unwrap();
     let mut config = builder.dangerous().with_custom_certificate_verifier(Arc::new(BelievesAll)).with_no_client_auth();
     config.alpn_protocols = vec![ALPN.to_vec()];
     let error = shake(&Arc::new(config), &a.server_config()).server.map(drop).unwrap_err();
@@ -105,9 +105,11 @@ fn no_other_protocol_is_spoken() {
 #[test]
 fn only_tls_13_exists_in_this_binary() {
     assert_eq!(rustls::ALL_VERSIONS.iter().map(|version| version.version).collect::<Vec<_>>(), [rustls::ProtocolVersion::TLSv1_3]);
-    assert!(provider().cipher_suites.iter().all(|suite| suite.tls13().is_some()));
+    assert!(provider(PostQuantum::default()).cipher_suites.iter().all(|suite| suite.tls13().is_some()));
     // QUIC protects its first packets with this suite.
-    assert!(provider().cipher_suites.iter().any(|suite| suite.suite() == rustls::CipherSuite::TLS13_AES_128_GCM_SHA256));
+    assert!(
+        provider(PostQuantum::default()).cipher_suites.iter().any(|suite| suite.suite() == rustls::CipherSuite::TLS13_AES_128_GCM_SHA256)
+    );
 }
 
 #[test]

@@ -4,6 +4,7 @@ mod files;
 #[path = "../../../certs/fixtures.rs"]
 mod fixtures;
 mod handshake;
+mod key_exchange;
 mod refusals;
 mod reload;
 
@@ -40,7 +41,13 @@ impl Place {
 
     fn config(&self, name: &str, leaf: &Leaf) -> IdentityConfig {
         let files = write_gateway(self.dir.path(), name, leaf);
-        IdentityConfig { certificate: files.certificate, key: files.key, signing_key: files.signing_key, trust: self.trust.clone() }
+        IdentityConfig {
+            certificate: files.certificate,
+            key: files.key,
+            signing_key: files.signing_key,
+            trust: self.trust.clone(),
+            post_quantum: PostQuantum::default(),
+        }
     }
 
     fn gateway(&self, name: &str, leaf: &Leaf) -> Arc<Credentials> {
@@ -111,12 +118,16 @@ impl Hostile {
     }
 
     fn with_key(leaf: &Leaf, key: &Leaf) -> Arc<Self> {
-        let key = provider().key_provider.load_private_key(key.key()).unwrap();
+        let key = provider(PostQuantum::default()).key_provider.load_private_key(key.key()).unwrap();
         Arc::new(Self(Arc::new(CertifiedKey::new(leaf.chain.clone(), key))))
     }
 
     fn client(self: Arc<Self>) -> ClientConfig {
-        let builder = ClientConfig::builder_with_provider(provider()).with_safe_default_protocol_versions().unwrap();
+        self.client_with(provider(PostQuantum::default()))
+    }
+
+    fn client_with(self: Arc<Self>, provider: Arc<CryptoProvider>) -> ClientConfig {
+        let builder = ClientConfig::builder_with_provider(provider).with_safe_default_protocol_versions().unwrap();
         let builder = builder.dangerous().with_custom_certificate_verifier(Arc::new(BelievesAll));
         let mut config = builder.with_client_cert_resolver(self);
         config.alpn_protocols = vec![ALPN.to_vec()];
@@ -124,7 +135,11 @@ impl Hostile {
     }
 
     fn server(self: Arc<Self>) -> ServerConfig {
-        let builder = ServerConfig::builder_with_provider(provider()).with_safe_default_protocol_versions().unwrap();
+        self.server_with(provider(PostQuantum::default()))
+    }
+
+    fn server_with(self: Arc<Self>, provider: Arc<CryptoProvider>) -> ServerConfig {
+        let builder = ServerConfig::builder_with_provider(provider).with_safe_default_protocol_versions().unwrap();
         let mut config = builder.with_no_client_auth().with_cert_resolver(self);
         config.alpn_protocols = vec![ALPN.to_vec()];
         config
@@ -181,6 +196,6 @@ impl ServerCertVerifier for BelievesAll {
     }
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        provider().signature_verification_algorithms.supported_schemes()
+        provider(PostQuantum::default()).signature_verification_algorithms.supported_schemes()
     }
 }

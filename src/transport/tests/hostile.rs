@@ -9,6 +9,7 @@ use rustls_pki_types::{CertificateDer, ServerName, UnixTime};
 
 use super::link::Link;
 use super::*;
+use crate::identity::provider;
 use crate::transport::congestion::Group;
 use crate::transport::join::JoinKey;
 use crate::transport::tls::QuicTls;
@@ -199,7 +200,7 @@ async fn a_client_without_a_certificate_is_refused() {
     let fleet = Fleet::new();
     let credentials = fleet.gateway("gw-b");
     let destination = endpoint(&credentials);
-    let mut tls = rustls::ClientConfig::builder_with_provider(crate::identity::provider())
+    let mut tls = rustls::ClientConfig::builder_with_provider(provider(PostQuantum::default()))
         .with_protocol_versions(&[&rustls::version::TLS13])
         .unwrap()
         .dangerous()
@@ -293,7 +294,7 @@ async fn calls_from_the_wrong_side_are_misuse() {
 
 /// A stranger that trusts everybody.
 #[derive(Debug)]
-struct Blind;
+pub(super) struct Blind;
 
 impl ServerCertVerifier for Blind {
     fn verify_server_cert(
@@ -326,6 +327,6 @@ impl ServerCertVerifier for Blind {
     }
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        crate::identity::provider().signature_verification_algorithms.supported_schemes()
+        provider(PostQuantum::default()).signature_verification_algorithms.supported_schemes()
     }
 }

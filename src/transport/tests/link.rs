@@ -1,6 +1,6 @@
 //! A NAT between two gateways: one port inside, changing addresses outside, and a cable that can be cut.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::net::{SocketAddr, UdpSocket};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
@@ -19,6 +19,9 @@ struct State {
     cut: AtomicBool,
     deaf: AtomicBool,
     forwarded: AtomicUsize,
+    /// Datagrams that came from clients, and from the listener, and which of them get lost.
+    towards: Lossy,
+    back: Lossy,
     ended: AtomicBool,
 }
 
@@ -34,6 +37,8 @@ impl Link {
             cut: AtomicBool::new(false),
             deaf: AtomicBool::new(false),
             forwarded: AtomicUsize::new(0),
+            towards: Lossy::default(),
+            back: Lossy::default(),
             ended: AtomicBool::new(false),
         });
         let forward = Arc::clone(&state);
@@ -56,6 +61,16 @@ impl Link {
         self.state.outside.lock().unwrap().clear();
     }
 
+    /// Loses the datagrams of clients with these numbers, the first being 0.
+    pub(super) fn lose(&self, numbers: impl IntoIterator<Item = usize>) {
+        self.state.towards.lost.lock().unwrap().extend(numbers);
+    }
+
+    /// Loses the datagrams of the listener with these numbers.
+    pub(super) fn lose_back(&self, numbers: impl IntoIterator<Item = usize>) {
+        self.state.back.lost.lock().unwrap().extend(numbers);
+    }
+
     pub(super) fn forwarded(&self) -> usize {
         self.state.forwarded.load(Ordering::SeqCst)
     }
@@ -65,12 +80,26 @@ impl Link {
     }
 }
 
+/// A direction in which chosen datagrams get lost.
+#[derive(Default)]
+struct Lossy {
+    seen: AtomicUsize,
+    lost: Mutex<BTreeSet<usize>>,
+}
+
+impl Lossy {
+    fn loses(&self) -> bool {
+        let number = self.seen.fetch_add(1, Ordering::SeqCst);
+        self.lost.lock().unwrap().contains(&number)
+    }
+}
+
 impl State {
     fn outwards(self: Arc<Self>) {
         let mut buffer = [0; 65_536];
         while !self.ended.load(Ordering::SeqCst) {
             let Ok((count, client)) = self.inside.recv_from(&mut buffer) else { continue };
-            if self.cut.load(Ordering::SeqCst) {
+            if self.towards.loses() || self.cut.load(Ordering::SeqCst) {
                 continue;
             }
             let outside = Arc::clone(self.outside.lock().unwrap().entry(client).or_insert_with(|| self.open(client)));
@@ -97,7 +126,7 @@ impl State {
                 }
                 continue;
             };
-            if !self.cut.load(Ordering::SeqCst) && !self.deaf.load(Ordering::SeqCst) {
+            if !self.back.loses() && !self.cut.load(Ordering::SeqCst) && !self.deaf.load(Ordering::SeqCst) {
                 let _ = self.inside.send_to(&buffer[..count], client);
             }
         }

@@ -1,6 +1,7 @@
 //! Two gateways with real certificates and real UDP on loopback.
 
 mod hostile;
+mod key_exchange;
 mod lanes;
 mod link;
 mod sessions;
@@ -13,7 +14,7 @@ use tempfile::TempDir;
 
 use super::{Endpoint, Refused, Session, TransportConfig};
 use crate::identity::authority;
-use crate::identity::{Credentials, IdentityConfig, TrustDomainConfig};
+use crate::identity::{Credentials, IdentityConfig, PostQuantum, TrustDomainConfig};
 use crate::types::{MigrationId, SpiffeId};
 use crate::wire::Message;
 
@@ -34,13 +35,17 @@ impl Fleet {
     }
 
     fn gateway(&self, name: &str) -> Arc<Credentials> {
+        self.gateway_with(name, PostQuantum::default())
+    }
+
+    fn gateway_with(&self, name: &str, post_quantum: PostQuantum) -> Arc<Credentials> {
         let files = authority::issue(&self.dir.path().join("ca"), name, "site-1").unwrap();
         let trust = vec![TrustDomainConfig {
             domain: DOMAIN.to_owned(),
             roots: self.authority.certificate.clone(),
             crls: vec![self.authority.crl.clone()],
         }];
-        let config = IdentityConfig { certificate: files.certificate, key: files.key, signing_key: files.signing_key, trust };
+        let config = IdentityConfig { certificate: files.certificate, key: files.key, signing_key: files.signing_key, trust, post_quantum };
         Credentials::load(config).unwrap()
     }
 
