@@ -297,9 +297,11 @@ heartbeats_unbroken() {
     awk '$0 != "beat " NR { print "line " NR " of all heartbeats is `" $0 "`"; wrong = 1; exit } END { exit wrong }'
 }
 
+# A cut in the last words of the first migration leaves no head of the other log; the next migration brings it.
 audit_verifies() { # audit_verifies GATEWAY
-  "$bin" audit verify "$lab/$1/audit" --key "$lab/pki/$1-signing-pub.pem" --peer-key "$lab/pki/$(other "$1")-signing-pub.pem" \
-    >>"$lab/commands.log" 2>&1
+  local peer=()
+  if "$bin" audit show "$lab/$1/audit" | grep peer-head >/dev/null; then peer=(--peer-key "$lab/pki/$(other "$1")-signing-pub.pem"); fi
+  "$bin" audit verify "$lab/$1/audit" --key "$lab/pki/$1-signing-pub.pem" "${peer[@]}" >>"$lab/commands.log" 2>&1
 }
 
 check() { # check RUN EXIT-CODE
