@@ -348,9 +348,6 @@ impl Interrupted {
         // A peer that goes on and on holds up everybody who waits to settle this handoff.
         for _ in 0..limits::HANDOFF_MESSAGES_MAX {
             if let Some(outcome) = self.step(&mut machine, event, Some(&link.session)).await? {
-                if outcome == Outcome::Moved {
-                    self.exchange_heads(link).await;
-                }
                 return Ok(Resolved::Ended(outcome));
             }
             let until = tokio::time::Instant::now() + limits::ANSWER_WITHIN;
@@ -378,15 +375,17 @@ impl Interrupted {
 
 impl Interrupted {
     /// As at the end of a migration that nothing interrupted: each side keeps what the other's audit log is bound to, if it comes
-    /// soon.
-    async fn exchange_heads(&self, link: &Link) {
+    /// soon. Whoever was called stays until the caller goes, or its own might not get there.
+    async fn exchange_heads(&self, link: &Link, called: bool) {
         let checkpoint = self.evidence.audit.head().text;
         let exchange = async {
             link.session.send(&Message::AuditHead(AuditHead { checkpoint })).await?;
             loop {
                 if let Message::AuditHead(head) = link.session.receive().await? {
                     self.evidence.keep_peer_head(&link.peer, &head.checkpoint).await;
-                    return Ok::<(), TransportError>(());
+                    if !called {
+                        return Ok::<(), TransportError>(());
+                    }
                 }
             }
         };
@@ -433,7 +432,11 @@ pub async fn resolve(evidence: &Evidence, host: &Host, migration: MigrationId, l
                 return Err(EngineError::NotAuthentic { migration, why: "session peer" });
             }
             crate::failpoint::hit!("recovery.asks");
-            interrupted.converse(machine, link, Step::Reconnected).await
+            let resolved = interrupted.converse(machine, link, Step::Reconnected).await?;
+            if resolved == Resolved::Ended(Outcome::Moved) {
+                interrupted.exchange_heads(link, false).await;
+            }
+            Ok(resolved)
         }
         _ => Ok(resolved),
     }
@@ -456,7 +459,11 @@ pub async fn answer(evidence: &Evidence, host: &Host, link: &Link, signed: &Sign
     crate::failpoint::hit!("recovery.answers");
     let (_, Some(machine)) = interrupted.settle().await? else { return Ok(Resolved::Settled) };
     let first = Step::Received { step: heard.step, incarnation_same: heard.incarnation_same, position: heard.position };
-    interrupted.converse(machine, link, first).await
+    let resolved = interrupted.converse(machine, link, first).await?;
+    if resolved == Resolved::Ended(Outcome::Moved) {
+        interrupted.exchange_heads(link, true).await;
+    }
+    Ok(resolved)
 }
 
 /// Nothing was ever promised for this migration, and never will be.
