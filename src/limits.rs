@@ -242,6 +242,8 @@ pub const IMAGE_HEAD_BYTES_MAX: usize = MACHINE_BYTES_MAX + crate::types::PAGE_B
 pub const GREETING_WITHIN: std::time::Duration = std::time::Duration::from_secs(10);
 /// LIMIT: how long a control message may wait for a peer that lives and does not read.
 pub const SEND_WITHIN: std::time::Duration = std::time::Duration::from_secs(10);
+/// LIMIT: how long is waited at the end for a peer's last words, which change nothing any more.
+pub const LAST_WORDS: std::time::Duration = std::time::Duration::from_secs(2);
 /// LIMIT: how long a peer that settles an interrupted handoff may take for each answer: a guest is started, records are made.
 pub const ANSWER_WITHIN: std::time::Duration = std::time::Duration::from_secs(30);
 /// LIMIT: messages of a peer that settles an interrupted handoff; a whole one has three of each side.

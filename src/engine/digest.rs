@@ -7,7 +7,7 @@ use tokio::task::JoinSet;
 
 use crate::engine::EngineError;
 use crate::engine::handoff::joined;
-use crate::memory::{GuestRam, KeptDigests, PageSet, combine_digests, digest_stripes, stripe_count};
+use crate::memory::{GuestRam, KeptDigests, PageSet};
 use crate::types::LaneIndex;
 use crate::wire::LaneTotals;
 
@@ -44,21 +44,18 @@ impl KeptUp {
     pub(super) fn start(ram: &Arc<GuestRam>) -> Self {
         let digests = Arc::new(KeptDigests::new(ram.pages()));
         let mut follows = JoinSet::new();
-        let (ram, weak) = (Arc::clone(ram), Arc::downgrade(&digests));
-        let followed = Arc::clone(&ram);
+        let (kept, read) = (Arc::clone(&digests), Arc::clone(ram));
         follows.spawn(async move {
             loop {
                 tokio::time::sleep(FOLLOW).await;
-                let (Some(digests), ram) = (weak.upgrade(), Arc::clone(&followed)) else { return };
-                let read = tokio::task::spawn_blocking(move || digests.refresh(&ram, 0..digests.groups())).await;
-                if let Ok(Err(error)) = read {
+                if let Err(error) = refresh(Arc::clone(&kept), Arc::clone(&read)).await {
                     // Whoever asks for the digest has the same error.
                     tracing::warn!(%error, "guest memory is not read ahead of the switch");
                     return;
                 }
             }
         });
-        Self { digests, ram, _follows: follows }
+        Self { digests, ram: Arc::clone(ram), _follows: follows }
     }
 
     pub(super) fn digests(&self) -> Arc<KeptDigests> {
@@ -71,9 +68,12 @@ impl KeptUp {
 
     /// Catches up.
     pub(super) fn refresh(&self) -> impl Future<Output = Result<(), EngineError>> + use<> {
-        let (digests, ram) = (self.digests(), Arc::clone(&self.ram));
-        async move { Ok(joined(tokio::task::spawn_blocking(move || digests.refresh(&ram, 0..digests.groups())).await)??) }
+        refresh(self.digests(), Arc::clone(&self.ram))
     }
+}
+
+async fn refresh(digests: Arc<KeptDigests>, ram: Arc<GuestRam>) -> Result<(), EngineError> {
+    Ok(joined(tokio::task::spawn_blocking(move || digests.refresh(&ram, 0..digests.groups())).await)??)
 }
 
 /// WHY: what is read again because it changed meanwhile is work for nothing, and what was not read yet is to be read in the pause.
@@ -97,15 +97,7 @@ pub(super) fn digest_kept(kept: &KeptDigests, ram: &GuestRam) -> Result<u128, En
 /// WHY: 16 MiB take about as long to read as a thread takes to start.
 const BLOCKS_FOR_A_THREAD: usize = 256;
 
-/// Digest of all guest RAM, on two threads.
+/// Digest of all guest RAM.
 pub(super) fn digest_memory(ram: &GuestRam) -> Result<u128, EngineError> {
-    let stripes = stripe_count(ram);
-    let half = stripes / 2;
-    let (low, high) = std::thread::scope(|scope| {
-        let high = scope.spawn(|| digest_stripes(ram, half..stripes));
-        (digest_stripes(ram, 0..half), high.join())
-    });
-    let mut all = low?;
-    all.extend(high.map_err(|_| EngineError::Bug("digest thread ended".into()))??);
-    Ok(combine_digests(&all))
+    digest_kept(&KeptDigests::new(ram.pages()), ram)
 }

@@ -5,7 +5,6 @@ mod start;
 mod tell;
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use crate::engine::handoff::{Binding, Evidence, JournalRecord, joined, wake};
 use crate::engine::{EngineError, Link};
@@ -390,11 +389,9 @@ impl Interrupted {
             }
         };
         // A peer that has ended it may be gone.
-        let _ = tokio::time::timeout(LAST_WORDS, exchange).await;
+        let _ = tokio::time::timeout(limits::LAST_WORDS, exchange).await;
     }
 }
-
-const LAST_WORDS: Duration = Duration::from_secs(2);
 
 /// One that runs has what it needs: it was renewed before it ran.
 fn renew(guest: &mut dyn PagedSource) -> Result<(), HypervisorError> {

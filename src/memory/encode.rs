@@ -204,10 +204,7 @@ impl Encoder {
         let mut room = BATCH_PAGES_MAX;
         while room > 0 && frame.fits(room + self.known.as_ref().map_or(0, Known::pages)) {
             let Some((first, count)) = pages.next_run_of_lane(self.lane, self.lanes, at, room as u64) else { return Ok(None) };
-            if written.is_some_and(|written| written < first) {
-                written = ram.next_written(first);
-            }
-            if written.is_none_or(|written| written.0 >= first.0 + count) {
+            if is_hole(ram, &mut written, first, count) {
                 self.zero(frame, Run::new(first, count));
                 at = PageNumber(first.0 + count);
                 continue;
@@ -218,9 +215,8 @@ impl Encoder {
                 let Some(content) = self.scratch.first_chunk_mut::<PAGE_BYTES>() else { return Ok(None) };
                 ram.read(page, content)?;
                 if *content == ZERO_PAGE {
-                    if let run @ Some(_) = zeroes.add(page) {
-                        self.zero(frame, run);
-                    }
+                    let run = zeroes.add(page);
+                    self.zero(frame, run);
                 } else if !self.known.as_mut().is_some_and(|known| known.takes(page, content, frame_number, false)) {
                     frame.raw_page(page, content);
                     self.packer.counts.raw += 1;
@@ -256,7 +252,6 @@ impl Encoder {
         let (mut at, mut filled) = (from, 0);
         // The frame that these pages go out with, as it is counted by whoever waits for it.
         let frame_number = self.ledger.next_sequence();
-        let compressing = self.packer.effort() != Effort::None;
         let mut written = ram.next_written(from);
         loop {
             let (changed, waiting) = self.known.as_ref().map_or((0, 0), |known| (known.changed.len(), known.pages()));
@@ -265,16 +260,8 @@ impl Encoder {
             }
             let room = BATCH_PAGES_MAX - filled - changed;
             let Some((first, count)) = pages.next_run_of_lane(self.lane, self.lanes, at, room as u64) else { return Ok(None) };
-            // What the guest never wrote need not be read, which would allocate it. If it is written from here
-            // on, the dirty log knows.
-            if written.is_some_and(|written| written < first) {
-                written = ram.next_written(first);
-            }
-            if written.is_none_or(|written| written.0 >= first.0 + count) {
-                if let Some(run) = Run::new(first, count) {
-                    self.packer.zero(frame, run);
-                    self.known.iter_mut().for_each(|known| known.emptied(run.first(), run.count()));
-                }
+            if is_hole(ram, &mut written, first, count) {
+                self.zero(frame, Run::new(first, count));
                 at = PageNumber(first.0 + count);
                 continue;
             }
@@ -288,12 +275,10 @@ impl Encoder {
                 let page = PageNumber(first.0 + index as u64);
                 let begin = (read_at + index) * PAGE_BYTES;
                 if self.scratch[begin..begin + PAGE_BYTES] == ZERO_PAGE {
-                    if let Some(run) = zeroes.add(page) {
-                        self.packer.zero(frame, run);
-                    }
-                    self.known.iter_mut().for_each(|known| known.emptied(page, 1));
+                    let run = zeroes.add(page);
+                    self.zero(frame, run);
                 } else if let Some(known) = &mut self.known
-                    && known.takes(page, &self.scratch[begin..begin + PAGE_BYTES], frame_number, compressing)
+                    && known.takes(page, &self.scratch[begin..begin + PAGE_BYTES], frame_number, true)
                 {
                     // It goes out as what it resembles.
                 } else {
@@ -306,9 +291,7 @@ impl Encoder {
                     filled += 1;
                 }
             }
-            if let Some(run) = zeroes.end() {
-                self.packer.zero(frame, run);
-            }
+            self.zero(frame, zeroes.end());
             self.runs.extend(others.end());
             at = PageNumber(first.0 + count as u64);
         }
@@ -404,6 +387,15 @@ impl Known {
         }
         write_equal(packer, frame, run);
     }
+}
+
+/// Whether the guest never wrote these pages. Then they need not be read, which would allocate them; if they are written from here
+/// on, the dirty log knows. `written` is the first page that has memory behind it, from where was asked last.
+fn is_hole(ram: &GuestRam, written: &mut Option<PageNumber>, first: PageNumber, count: u64) -> bool {
+    if written.is_some_and(|written| written < first) {
+        *written = ram.next_written(first);
+    }
+    written.is_none_or(|written| written.0 >= first.0 + count)
 }
 
 fn write_equal(packer: &mut Packer, frame: &mut PagesFrame<'_>, run: Option<(PageNumber, PageNumber, u64)>) {

@@ -1,13 +1,14 @@
 //! The switch: journal, wire and effect of the handoff, and what is said at the end.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use tokio::sync::mpsc;
 
 use super::{Command, Run, SourceEnd, blocking, lock};
 use crate::engine::EngineError;
 use crate::engine::handoff::{Evidence, joined, wake};
+use crate::limits;
 use crate::migration::{HandoffAction, Outcome, SourceEvent, SourceRecord, SourceStep};
 use crate::storage::write_image;
 use crate::telemetry::Phase;
@@ -168,7 +169,7 @@ impl Run {
             }
             false
         };
-        tokio::time::timeout(LAST_WORDS, listen).await.unwrap_or(false)
+        tokio::time::timeout(limits::LAST_WORDS, listen).await.unwrap_or(false)
     }
 
     /// REFUSE has a class and no words; the words follow, if they come soon.
@@ -181,7 +182,7 @@ impl Run {
             }
             None
         };
-        if let Ok(Some(Failure { class, reason })) = tokio::time::timeout(LAST_WORDS, listen).await {
+        if let Ok(Some(Failure { class, reason })) = tokio::time::timeout(limits::LAST_WORDS, listen).await {
             self.error = Some(EngineError::peer(self.order.migration, class, &reason));
         }
     }
@@ -195,8 +196,6 @@ impl Run {
                 }
             }
         };
-        let _ = tokio::time::timeout(LAST_WORDS, listen).await;
+        let _ = tokio::time::timeout(limits::LAST_WORDS, listen).await;
     }
 }
-
-const LAST_WORDS: Duration = Duration::from_secs(2);
