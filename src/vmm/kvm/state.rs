@@ -395,11 +395,14 @@ impl<'a> Reader<'a> {
 
 /// IA32_TIME_STAMP_COUNTER and Hyper-V's reference counter: they go on while the guest is paused.
 const MSRS_THAT_TICK: [u32; 2] = [0x10, 0x4000_0020];
-/// The LAPIC timer's current count.
-const LAPIC_CURRENT_COUNT: usize = 0x390;
+/// Registers of the LAPIC that are no state. The timer's current count goes on. The processor priority
+/// follows from the task priority and from what is in service, which are compared (SDM volume 3, "Task and
+/// Processor Priorities"): KVM takes it anew before it injects, but `KVM_SET_LAPIC` computes it before it
+/// counts what is in service, so that it reads as 0 behind it if an interrupt was.
+const LAPIC_NO_STATE: [usize; 2] = [0xa0, 0x390];
 
 /// What differs between two saved states, one line each, apart from clocks that go on while the guest
-/// is paused (TSC, LAPIC count, kvmclock, the PIT's load time).
+/// is paused (TSC, LAPIC count, kvmclock, the PIT's load time) and from what follows from the rest.
 ///
 /// # Errors
 /// One of the two is no saved state.
@@ -448,7 +451,7 @@ fn without_load_times(mut pit: kvm_pit_state2) -> kvm_pit_state2 {
     pit
 }
 
-/// Registers that differ, by their offset, with both values. The timer's current count goes on.
+/// Registers that differ, by their offset, with both values.
 fn lapic_differences(one: &kvm_lapic_state, other: &kvm_lapic_state) -> impl Iterator<Item = (usize, (u32, u32))> {
     // A register has the first 4 of 16 bytes.
     let registers = |lapic: &kvm_lapic_state| -> Vec<u32> {
@@ -456,5 +459,5 @@ fn lapic_differences(one: &kvm_lapic_state, other: &kvm_lapic_state) -> impl Ite
         registers.iter().map(|[a, b, c, d, ..]| u32::from_le_bytes([*a, *b, *c, *d])).collect()
     };
     let both = registers(one).into_iter().zip(registers(other)).enumerate().map(|(index, both)| (index * 16, both));
-    both.filter(|(register, (one, other))| *register != LAPIC_CURRENT_COUNT && one != other)
+    both.filter(|(register, (one, other))| !LAPIC_NO_STATE.contains(register) && one != other)
 }

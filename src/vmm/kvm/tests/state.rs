@@ -186,3 +186,22 @@ fn state_that_kvm_refuses_half_way_leaves_a_vm_that_never_runs() {
     assert!(matches!(error, crate::vmm::VmmError::Apply { part: "sregs" | "sregs2", vcpu: 0, .. }), "{error}");
     assert!(destination.resume().is_err() && destination.restore_state(&source.save_state().unwrap()).is_err());
 }
+
+#[test]
+fn an_interrupt_in_service_is_kept_and_the_priority_that_follows_from_it_is_no_difference() {
+    if !kvm_usable("an_interrupt_in_service_is_kept_and_the_priority_that_follows_from_it_is_no_difference") {
+        return;
+    }
+    let (mut config, _) = payload(1, PayloadConfig { working_set_pages: 64, ..PayloadConfig::default() });
+    config.layout = MemoryLayout::flat(1024).unwrap();
+    let source = Vm::create(&config).unwrap();
+    let mut state = MachineState::decode(&source.save_state().unwrap()).unwrap();
+    // Vector 0x40 is bit 0 of the third in-service register, and makes the processor priority 0x40.
+    state.vcpus[0].lapic.regs[0x120] = 1;
+    state.vcpus[0].lapic.regs[0xa0] = 0x40;
+    let (destination, _) = twin(&source, DirtyMode::Auto);
+    destination.restore_state(&state.encode()).unwrap();
+    let taken = destination.save_state().unwrap();
+    assert_eq!(state_differences(&state.encode(), &taken).unwrap(), Vec::<String>::new());
+    assert_eq!(MachineState::decode(&taken).unwrap().vcpus[0].lapic.regs[0x120], 1);
+}
