@@ -411,7 +411,7 @@ impl LanePlan {
         let socket = steer::client_socket(address, config.socket_buffer_bytes).map_err(TransportError::socket("open", address))?;
         // What the route does not carry need not be tried.
         let payload = socket::route_payload(address).map_or(config.lane_payload(), |route| route.clamp(1200, config.lane_payload()));
-        let endpoint = socket::endpoint(config.endpoint(payload, 0), None, socket).map_err(TransportError::socket("drive", address))?;
+        let endpoint = socket::bulk_endpoint(config.endpoint(payload, 0), socket).map_err(TransportError::socket("drive", address))?;
         let first_byte = steer::lane_byte(self.migration, self.lane);
         let client = config.lane_client(&self.shared.tls, first_byte, payload, Arc::clone(&self.member));
         let connecting = endpoint

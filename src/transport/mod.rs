@@ -32,6 +32,7 @@ mod congestion;
 mod door;
 mod endpoint;
 mod error;
+mod gather;
 mod handshake;
 mod join;
 mod lane;

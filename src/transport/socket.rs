@@ -11,6 +11,8 @@ use quinn::udp::{RecvMeta, Transmit};
 use quinn::{AsyncUdpSocket, Runtime as _, TokioRuntime, UdpPoller};
 use rustix::net::sockopt;
 
+use super::gather::Gathering;
+
 /// The largest UDP payload that the route to `peer` carries, as far as this host knows; nothing when it knows no route.
 pub(super) fn route_payload(peer: SocketAddr) -> Option<u16> {
     let any: SocketAddr = match peer {
@@ -30,12 +32,25 @@ pub(super) fn endpoint(
     server: Option<quinn::ServerConfig>,
     socket: UdpSocket,
 ) -> io::Result<quinn::Endpoint> {
-    let runtime = Arc::new(TokioRuntime);
-    let inner = runtime.wrap_udp_socket(socket)?;
+    let inner = TokioRuntime.wrap_udp_socket(socket)?;
+    drive(config, server, inner)
+}
+
+/// As [`endpoint`], for whoever sends bulk bytes: as many datagrams at once as the kernel takes.
+pub(super) fn bulk_endpoint(config: quinn::EndpointConfig, socket: UdpSocket) -> io::Result<quinn::Endpoint> {
+    let inner = TokioRuntime.wrap_udp_socket(socket)?;
+    drive(config, None, Gathering::new(inner, AT_ONCE_BYTES))
+}
+
+fn drive(
+    config: quinn::EndpointConfig,
+    server: Option<quinn::ServerConfig>,
+    inner: Arc<dyn AsyncUdpSocket>,
+) -> io::Result<quinn::Endpoint> {
     let payload = usize::try_from(config.get_max_udp_payload_size()).unwrap_or(usize::MAX).max(1);
     let (sends, receives) = (AT_ONCE_BYTES / payload, (u16::MAX as usize).div_ceil(payload));
     let socket = Fitted { transmit_segments: inner.max_transmit_segments().min(sends).max(1), receive_segments: receives.max(1), inner };
-    quinn::Endpoint::new_with_abstract_socket(config, server, Arc::new(socket), runtime)
+    quinn::Endpoint::new_with_abstract_socket(config, server, Arc::new(socket), Arc::new(TokioRuntime))
 }
 
 /// WHY: QUIC's library sends up to ten datagrams at once whatever their size, and the kernel refuses what has 64 KiB or more. It has
