@@ -61,6 +61,16 @@ pub(super) fn status(flags: &OptionalIdFlags, out: Out) -> Ending {
     Ok(Exit::Done)
 }
 
+pub(super) fn reload(flags: &DaemonFlags, out: Out) -> Ending {
+    let view = ask(flags, async |client| client.reload().await)?;
+    if out.json {
+        out.object(&view);
+    } else {
+        out.data(&render::gateway(&view));
+    }
+    Ok(Exit::Done)
+}
+
 pub(super) fn cancel(flags: &IdFlags, out: Out) -> Ending {
     let view = with_client(&flags.daemon, async |client| {
         let id = find(&client, &flags.id).await?;

@@ -86,6 +86,12 @@ pub enum Command {
     ///
     /// For example: sealane set 5f3a bandwidth=1Gbit max-downtime=500ms
     Set(SetFlags),
+    /// Have the gateway read its certificates, CRLs and policies again.
+    ///
+    /// All of them or none: if one is not good, what was in force stays in force, and the command says why. SIGHUP does the same,
+    /// and so does a change of their files unless `watch_files = false`. A migration whose peer is not admitted any more ends, with
+    /// the VM running on the source, unless the VM was given away already.
+    Reload(DaemonFlags),
     /// Make and revoke certificates for gateways.
     ///
     /// A small authority for those who have none. Certificates of any authority will do that have one SPIFFE ID.

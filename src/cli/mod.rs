@@ -37,7 +37,7 @@ pub use tools::{
 
 use crate::control::{Exit, exit_of};
 use crate::telemetry::Problem;
-use flags::{ConfigCommand, DaemonFlags};
+use flags::ConfigCommand;
 use output::Out;
 
 /// How a command ends: an exit code, or a problem that is still to be told.
@@ -74,6 +74,7 @@ fn dispatch(command: Command, out: Out) -> Ending {
         Command::Watch(flags) => daemon::watch(&flags, out),
         Command::History(flags) => daemon::history(&flags, out),
         Command::Cancel(flags) => daemon::cancel(&flags, out),
+        Command::Reload(flags) => daemon::reload(&flags, out),
         Command::Resolve(flags) => resolve::resolve(&flags, out),
         Command::Set(flags) => daemon::set(&flags, out),
         Command::Pki(command) => pki::pki(&command, out),
@@ -97,9 +98,7 @@ fn wants_json(command: &Command) -> bool {
         Command::Bench(flags) => flags.json || matches!(&flags.command, Some(BenchCommand::Listen(listen)) if listen.json),
         Command::Migrate(flags) => flags.migration.daemon.json,
         Command::Plan(flags) => flags.daemon.json,
-        Command::Vms(DaemonFlags { json, .. }) | Command::Peers(DaemonFlags { json, .. }) | Command::History(DaemonFlags { json, .. }) => {
-            *json
-        }
+        Command::Vms(flags) | Command::Peers(flags) | Command::History(flags) | Command::Reload(flags) => flags.json,
         Command::Status(flags) => flags.daemon.json,
         Command::Watch(flags) | Command::Cancel(flags) => flags.daemon.json,
         Command::Resolve(flags) => flags.daemon.json,

@@ -89,6 +89,7 @@ fn gateway(r: &mut Reader, top: &mut Section<'_, '_>) -> Option<Gateway> {
     let runtime_directory = r.or(&mut s, "runtime_directory", PathBuf::from("/run/sealane"));
     // Room for `/incoming-` + a migration's 32 digits + `.sock`.
     socket_length(r, &s.key("runtime_directory"), &runtime_directory, 48);
+    let watch_files = r.or(&mut s, "watch_files", true).value;
     r.finish(s);
     Some(Gateway {
         name: name?.value,
@@ -98,6 +99,7 @@ fn gateway(r: &mut Reader, top: &mut Section<'_, '_>) -> Option<Gateway> {
         state_directory,
         audit_directory,
         runtime_directory: runtime_directory.value,
+        watch_files,
     })
 }
 

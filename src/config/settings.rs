@@ -79,6 +79,8 @@ pub struct Gateway {
     pub audit_directory: PathBuf,
     /// Where the sockets of incoming VMMs are.
     pub runtime_directory: PathBuf,
+    /// Whether certificates, CRLs and policies are read again when their files change.
+    pub watch_files: bool,
 }
 
 /// `[identity]`: the gateway's certificate and whom it trusts.

@@ -97,6 +97,14 @@ impl Client {
         self.get(paths::HISTORY).await
     }
 
+    /// Has certificates, CRLs and policies read again.
+    ///
+    /// # Errors
+    /// As [`Client::gateway`]; also when one of them is not good, and then what was in force stays in force.
+    pub async fn reload(&self) -> Result<GatewayView, ClientError> {
+        self.post(paths::RELOAD, &serde_json::json!({})).await
+    }
+
     /// Starts a migration.
     ///
     /// # Errors

@@ -9,6 +9,7 @@
 //! | method and path | request | answer |
 //! |---|---|---|
 //! | GET `/v1/gateway` | – | [`GatewayView`] |
+//! | POST `/v1/gateway/reload` | `{}` | [`GatewayView`] |
 //! | GET `/v1/vms` | – | [`VmList`] |
 //! | GET `/v1/peers` | – | [`PeerList`] |
 //! | GET `/v1/migrations` | – | [`MigrationList`]: under way, then finished since the start |

@@ -4,6 +4,8 @@ use crate::types::MigrationId;
 
 /// The gateway itself.
 pub const GATEWAY: &str = "/v1/gateway";
+/// Reads certificates, CRLs and policies again, as a route.
+pub const RELOAD: &str = "/v1/gateway/reload";
 /// Its VMs.
 pub const VMS: &str = "/v1/vms";
 /// Its peers.

@@ -328,10 +328,14 @@ impl Run {
                 Command::Cancel if !self.machine.is_prepared() && self.machine.name() != "running" => {
                     Some(self.give_up(EngineError::ShuttingDown { vm: self.order.vm.clone() }))
                 }
+                Command::CheckPeer if !self.machine.is_prepared() && self.machine.name() != "running" => {
+                    self.link.admitted().err().map(|error| self.give_up(error))
+                }
                 Command::Superseded if self.lost.is_some() && self.machine.is_receiving() => {
                     Some(self.give_up(EngineError::Cancelled { vm: self.order.vm.clone() }))
                 }
-                Command::Cancel | Command::Superseded | Command::Bandwidth(_) | Command::DowntimeMax(_) => None,
+                Command::Cancel | Command::CheckPeer | Command::Superseded => None,
+                Command::Bandwidth(_) | Command::DowntimeMax(_) => None,
             },
         }
     }

@@ -9,7 +9,7 @@ use crate::limits;
 use crate::memory::{DecodeError, LayoutError, RamError};
 use crate::migration::{Refusal, Verdict};
 use crate::transport::TransportError;
-use crate::types::{LaneIndex, MigrationId, VmName};
+use crate::types::{LaneIndex, MigrationId, SpiffeId, VmName};
 use crate::wire::{ErrorClass, WireError};
 
 /// Why a migration did not go through.
@@ -180,6 +180,15 @@ pub enum EngineError {
         /// Which VM.
         vm: VmName,
     },
+    /// What the peer proved at the beginning is not good any more.
+    #[error("peer `{peer}` would not be admitted any more")]
+    NotAdmitted {
+        /// The other end.
+        peer: SpiffeId,
+        /// Why not.
+        #[source]
+        source: TransportError,
+    },
     /// This gateway was told to stop while a VM came in.
     #[error("the gateway is shutting down and takes `{vm}` no further")]
     ShuttingDown {
@@ -256,7 +265,7 @@ impl EngineError {
     #[must_use]
     pub fn class(&self) -> ErrorClass {
         match self {
-            Self::Transport { source, .. } => source.class(),
+            Self::Transport { source, .. } | Self::NotAdmitted { source, .. } => source.class(),
             Self::Wire(error) => error.class(),
             Self::OutOfPlace { .. } | Self::Refused(_) | Self::Frame { .. } | Self::Totals { .. } | Self::Digest { .. } => {
                 ErrorClass::PeerMisbehaved

@@ -31,6 +31,14 @@ pub struct Link {
     pub negotiated: Negotiated,
 }
 
+impl Link {
+    /// Whether the peer would be admitted now, by the roots and CRLs that are in force.
+    pub(super) fn admitted(&self) -> Result<(), EngineError> {
+        let not_admitted = |source| EngineError::NotAdmitted { peer: self.peer.spiffe.clone(), source };
+        self.session.verify_again().map(drop).map_err(not_admitted)
+    }
+}
+
 fn before_migration(source: TransportError) -> EngineError {
     EngineError::Transport { migration: MigrationId([0; 16]), source }
 }

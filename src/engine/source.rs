@@ -124,6 +124,8 @@ pub enum Command {
     Bandwidth(Option<u64>),
     /// Change what is asked of the pause.
     DowntimeMax(Duration),
+    /// Ask again who the peer is: what it is judged by has changed, or may have expired.
+    CheckPeer,
     /// At a destination: the source offers the VM anew, so an attempt whose link is lost is over.
     Superseded,
 }
@@ -480,6 +482,9 @@ impl Run {
             Some(Command::DowntimeMax(downtime_max)) => {
                 Some(SourceEvent::SetGoal(Goal { downtime_max, ..*self.machine.convergence().goal() }))
             }
+            // From COMMIT on the peer is owed an answer, whoever it is now.
+            Some(Command::CheckPeer) if self.machine.is_committed() => None,
+            Some(Command::CheckPeer) => self.link.admitted().err().map(|error| self.give_up(error)),
             Some(Command::Superseded) => None,
             // The registry keeps the other end until the migration has ended; without it nobody can cancel.
             None => Some(self.give_up(EngineError::Cancelled { vm: self.order.vm.clone() })),

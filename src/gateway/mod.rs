@@ -20,6 +20,7 @@ mod policies;
 mod queue;
 mod recovery;
 mod registry;
+mod renewal;
 mod report;
 mod resolution;
 mod resumption;
@@ -69,6 +70,9 @@ struct Gateway {
     bandwidth: Option<Arc<TotalBandwidth>>,
     crowd: Arc<crowd::Crowd>,
     kept: kept::KeptTwins,
+    files: renewal::Files,
+    /// Held through a reload: one after another.
+    reloading: tokio::sync::Mutex<()>,
 }
 
 impl Gateway {

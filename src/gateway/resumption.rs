@@ -156,7 +156,7 @@ impl Gateway {
                 command = commands.recv() => match command {
                     Some(Command::Bandwidth(limit)) => note.order.bandwidth = limit,
                     Some(Command::DowntimeMax(downtime_max)) => note.order.goal = Goal { downtime_max, ..note.order.goal },
-                    Some(Command::Superseded) => {}
+                    Some(Command::CheckPeer | Command::Superseded) => {}
                     Some(Command::Cancel) | None => return Err(problem(EngineError::Cancelled { vm })),
                 },
             }

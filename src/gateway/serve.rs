@@ -90,6 +90,7 @@ pub(super) fn bind(path: &std::path::Path) -> std::io::Result<UnixListener> {
 pub(super) async fn serve(gateway: Arc<Gateway>, listener: UnixListener, stop: impl Future<Output = ()> + Send + 'static) {
     let routes = Router::new()
         .route(paths::GATEWAY, get(gateway_view))
+        .route(paths::RELOAD, post(reload))
         .route(paths::VMS, get(vms))
         .route(paths::PEERS, get(peers))
         .route(paths::MIGRATIONS, get(migrations).post(start))
@@ -206,6 +207,12 @@ async fn gateway_view(State(gateway): Shared, ConnectInfo(caller): ConnectInfo<C
         migrations_active: u32::try_from(active).unwrap_or(u32::MAX),
         migrations_queued: u32::try_from(queued).unwrap_or(u32::MAX),
     }))
+}
+
+async fn reload(state: State<Arc<Gateway>>, caller: ConnectInfo<Caller>) -> Answer<GatewayView> {
+    state.authorise(caller.0, Role::Admin)?;
+    state.reload().await?;
+    gateway_view(state, caller).await
 }
 
 async fn vms(State(gateway): Shared, ConnectInfo(caller): ConnectInfo<Caller>) -> Answer<VmList> {

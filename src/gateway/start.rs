@@ -12,7 +12,7 @@ use crate::engine::{Command, TotalBandwidth};
 use crate::gateway::judge::Judge;
 use crate::gateway::policies::{entities, read_policies};
 use crate::gateway::registry::Registry;
-use crate::gateway::{Gateway, IMAGES, kept, peers, put_class, serve};
+use crate::gateway::{Gateway, IMAGES, kept, peers, put_class, renewal, serve};
 use crate::hypervisor::attach::LaunchTemplate;
 use crate::identity::{Credentials, IdentityConfig, PostQuantum, Signer, TrustDomainConfig};
 use crate::journal::Journal;
@@ -44,6 +44,8 @@ pub fn run(config: Config) -> Result<(), Problem> {
 }
 
 fn build(config: Arc<Config>) -> Result<Arc<Gateway>, Problem> {
+    let files = renewal::Files::default();
+    files.reading(&config);
     let local = |what: &str, error: &dyn std::error::Error| Problem::new(ErrorClass::Local, format!("{what}: {}", chain(error)));
     let identity = |error: crate::identity::IdentityError| Problem::new(error.class(), chain(&error)).with_code("identity");
     // A CRL number never goes back, not even across a restart.
@@ -89,6 +91,8 @@ fn build(config: Arc<Config>) -> Result<Arc<Gateway>, Problem> {
         bandwidth,
         crowd: Arc::default(),
         kept: kept::KeptTwins::default(),
+        files,
+        reloading: tokio::sync::Mutex::default(),
     }))
 }
 
@@ -132,7 +136,10 @@ async fn live(gateway: Arc<Gateway>) -> Result<(), Problem> {
         let _ = stopped.wait_for(|stop| *stop).await;
     }));
     let accepting = tokio::spawn(Arc::clone(&gateway).accept_sessions());
-    let refusals = tokio::spawn(Arc::clone(&gateway).record_refusals());
+    let mut background = vec![tokio::spawn(Arc::clone(&gateway).record_refusals()), tokio::spawn(Arc::clone(&gateway).follow_peers())];
+    if gateway.config.gateway.watch_files {
+        background.push(tokio::spawn(Arc::clone(&gateway).follow_files()));
+    }
     let mut terminate = signal(SignalKind::terminate()).map_err(|error| local("signals", error))?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(|error| local("signals", error))?;
     let mut reload = signal(SignalKind::hangup()).map_err(|error| local("signals", error))?;
@@ -143,7 +150,8 @@ async fn live(gateway: Arc<Gateway>) -> Result<(), Problem> {
         tokio::select! {
             _ = terminate.recv() => break,
             _ = interrupt.recv() => break,
-            _ = reload.recv() => gateway.reload().await,
+            // The log says what came of it.
+            _ = reload.recv() => drop(gateway.reload().await),
         }
     }
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
@@ -151,7 +159,7 @@ async fn live(gateway: Arc<Gateway>) -> Result<(), Problem> {
     stop_in.send_replace(true);
     let _ = tokio::time::timeout(Duration::from_secs(2), served).await;
     accepting.abort();
-    refusals.abort();
+    background.iter().for_each(tokio::task::JoinHandle::abort);
     gateway.endpoint.shutdown().await;
     gateway.note(Entry::new(Event::GatewayStopped).outcome(Outcome::Done)).await;
     let _ = std::fs::remove_file(path);
@@ -159,30 +167,37 @@ async fn live(gateway: Arc<Gateway>) -> Result<(), Problem> {
 }
 
 impl Gateway {
-    /// Certificates, CRLs and policies are read again: all of them or none.
-    async fn reload(self: &Arc<Self>) {
+    /// Certificates, CRLs and policies are read again: all of them or none. Peers of migrations under way are judged by them.
+    ///
+    /// # Errors
+    /// One of them is not good; what was in force stays in force.
+    pub(super) async fn reload(self: &Arc<Self>) -> Result<(), Problem> {
+        let _one = self.reloading.lock().await;
         let gateway = Arc::clone(self);
         let reloaded = tokio::task::spawn_blocking(move || {
+            gateway.files.reading(&gateway.config);
             let policies = load_policies(&gateway.config)?;
             gateway.credentials.reload().map_err(|error| Problem::new(error.class(), chain(&error)).with_code("identity"))?;
             gateway.judge.replace(policies);
             Ok::<_, Problem>(crate::gateway::judge::hex(&gateway.judge.digest()))
         })
-        .await;
+        .await
+        .unwrap_or_else(|error| Err(Problem::new(ErrorClass::Bug, format!("reload: {error}"))));
         let mut entry = Entry::new(Event::PolicyLoaded).outcome(Outcome::Done);
-        match reloaded {
-            Ok(Ok(digest)) => {
+        match &reloaded {
+            Ok(digest) => {
                 tracing::info!(policy = digest, "certificates, CRLs and policies read again");
-                entry.detail.insert("policy_digest".into(), digest.into());
+                entry.detail.insert("policy_digest".into(), digest.clone().into());
+                self.check_peers();
             }
-            Ok(Err(problem)) => {
+            Err(problem) => {
                 tracing::error!(why = problem.message, "reload refused; what was in force stays in force");
                 entry.outcome = Some(Outcome::Failed);
-                entry.detail.insert("why".into(), problem.message.into());
+                entry.detail.insert("why".into(), problem.message.clone().into());
             }
-            Err(error) => tracing::error!(error = %error, "reload task"),
         }
         self.note(entry).await;
+        reloaded.map(drop)
     }
 
     /// Strangers that TLS turned away have no session; the verifier remembers why.

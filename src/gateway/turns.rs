@@ -99,7 +99,7 @@ impl Departure {
         match command {
             Some(Command::Bandwidth(limit)) => self.bandwidth = limit,
             Some(Command::DowntimeMax(downtime_max)) => self.goal = Goal { downtime_max, ..self.goal },
-            Some(Command::Superseded) => {}
+            Some(Command::CheckPeer | Command::Superseded) => {}
             Some(Command::Cancel) | None => return Some(EngineError::Cancelled { vm: self.vm.name.clone() }),
         }
         None
