@@ -126,8 +126,10 @@ pub const DATAGRAM_BYTES_MAX: u16 = 65_000;
 pub const HALF_OPEN_MAX: usize = 256;
 /// LIMIT: handshakes going on from unproven addresses, on each socket; the next one has to prove its address first.
 pub const HALF_OPEN_BEFORE_RETRY: usize = 64;
-/// LIMIT: handshakes going on from one proven address, which may be a NAT for many gateways.
-pub const HALF_OPEN_PER_ADDRESS_MAX: usize = 32;
+/// LIMIT: handshakes going on from one proven host, which may be a NAT for many gateways.
+pub const HALF_OPEN_PER_HOST_MAX: usize = 32;
+/// LIMIT: handshakes going on from one proven network, which may be a site of gateways; no network takes all the room there is.
+pub const HALF_OPEN_PER_NETWORK_MAX: usize = 128;
 /// LIMIT: sessions at once; a gateway has tens of peers.
 pub const SESSIONS_MAX: usize = 256;
 /// LIMIT: admitted sessions and refusals that wait to be taken by the gateway.
@@ -281,7 +283,7 @@ const _: () = assert!(MACHINE_BYTES_MAX + 64 * 1024 < CONTROL_BODY_BYTES_MAX);
 const _: () = assert!(STATE_CHUNK_BYTES_MAX < CONTROL_BODY_BYTES_MAX);
 const _: () = assert!(FRAME_BODY_BYTES_MAX > 64 * crate::types::PAGE_BYTES);
 const _: () = assert!((CONTROL_WINDOW_BYTES as usize) > 2 * CONTROL_BODY_BYTES_MAX);
-const _: () = assert!(HALF_OPEN_PER_ADDRESS_MAX < HALF_OPEN_MAX);
+const _: () = assert!(HALF_OPEN_PER_HOST_MAX < HALF_OPEN_PER_NETWORK_MAX && HALF_OPEN_PER_NETWORK_MAX < HALF_OPEN_MAX);
 const _: () = assert!(CONTROL_EVENT_BYTES_MAX <= CONTROL_RESPONSE_BYTES_MAX);
 const _: () = assert!(FRAME_BODY_BYTES_MAX > BATCH_PAGES_MAX * (crate::types::PAGE_BYTES + 64));
 const _: () = assert!(RAM_BYTES_MAX / (crate::types::PAGE_BYTES as u64) < 1 << 40);

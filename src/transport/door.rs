@@ -1,7 +1,8 @@
 //! Who may begin a handshake: bounds on what strangers can make us hold.
 
 use std::collections::HashMap;
-use std::net::IpAddr;
+use std::collections::hash_map::Entry;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use quinn::{Connecting, Incoming};
@@ -21,7 +22,25 @@ pub(super) struct Door {
 struct HalfOpen {
     unproven: usize,
     proven: usize,
-    by_address: HashMap<IpAddr, usize>,
+    by_origin: HashMap<Prefix, usize>,
+}
+
+/// The leading bits of an address, and how many they are.
+type Prefix = (IpAddr, u8);
+
+/// Whose an address is: the host's, and its network's. With IPv6 a host can have all addresses of its /64, and a network is what a
+/// site is usually given.
+fn origins(address: IpAddr) -> [(Prefix, usize); 2] {
+    let (host, network) = if address.is_ipv4() { (32, 24) } else { (64, 48) };
+    [(prefix(address, host), limits::HALF_OPEN_PER_HOST_MAX), (prefix(address, network), limits::HALF_OPEN_PER_NETWORK_MAX)]
+}
+
+fn prefix(address: IpAddr, bits: u8) -> Prefix {
+    let leading = match address {
+        IpAddr::V4(address) => IpAddr::from(Ipv4Addr::from_bits(address.to_bits() & u32::MAX << (32 - bits))),
+        IpAddr::V6(address) => IpAddr::from(Ipv6Addr::from_bits(address.to_bits() & u128::MAX << (128 - bits))),
+    };
+    (leading, bits)
 }
 
 /// What to do with a newcomer.
@@ -39,8 +58,8 @@ impl HalfOpen {
         if !proven {
             return if self.unproven < limits::HALF_OPEN_BEFORE_RETRY { Verdict::Admit } else { Verdict::Retry };
         }
-        let from_address = self.by_address.get(&address).copied().unwrap_or(0);
-        let full = self.proven >= limits::HALF_OPEN_MAX || from_address >= limits::HALF_OPEN_PER_ADDRESS_MAX;
+        let of_origin = |(prefix, most)| self.by_origin.get(&prefix).is_some_and(|count| *count >= most);
+        let full = self.proven >= limits::HALF_OPEN_MAX || origins(address).into_iter().any(of_origin);
         if full { Verdict::Ignore } else { Verdict::Admit }
     }
 }
@@ -80,8 +99,10 @@ impl Door {
         let mut half_open = self.lock();
         if let Some(address) = proven {
             half_open.proven = half_open.proven.saturating_add(1);
-            let count = half_open.by_address.entry(address).or_default();
-            *count = count.saturating_add(1);
+            for (prefix, _) in origins(address) {
+                let count = half_open.by_origin.entry(prefix).or_default();
+                *count = count.saturating_add(1);
+            }
         } else {
             half_open.unproven = half_open.unproven.saturating_add(1);
         }
@@ -102,10 +123,12 @@ impl Drop for Pass {
             return;
         };
         half_open.proven = half_open.proven.saturating_sub(1);
-        if let Some(count) = half_open.by_address.get_mut(&address) {
-            *count = count.saturating_sub(1);
-            if *count == 0 {
-                half_open.by_address.remove(&address);
+        for (prefix, _) in origins(address) {
+            if let Entry::Occupied(mut count) = half_open.by_origin.entry(prefix) {
+                *count.get_mut() = count.get().saturating_sub(1);
+                if *count.get() == 0 {
+                    count.remove();
+                }
             }
         }
     }
@@ -132,16 +155,38 @@ mod tests {
         assert_eq!(door.lock().verdict(OWNER.into(), false), Verdict::Admit);
     }
 
+    fn from(door: &Arc<Door>, addresses: impl Iterator<Item = IpAddr>) -> Vec<Pass> {
+        addresses.map(|address| door.enter(Some(address))).collect()
+    }
+
     #[test]
-    fn one_address_gets_its_share_and_everybody_together_the_whole() {
+    fn one_host_gets_its_share_one_network_its_own_and_everybody_together_the_whole() {
         let door = Arc::new(Door::default());
-        let mut passes = enter(&door, Some(OWNER), limits::HALF_OPEN_PER_ADDRESS_MAX);
+        let mut passes = enter(&door, Some(OWNER), limits::HALF_OPEN_PER_HOST_MAX);
         assert_eq!(door.lock().verdict(OWNER.into(), true), Verdict::Ignore);
         assert_eq!(door.lock().verdict([192, 0, 2, 2].into(), true), Verdict::Admit);
-        passes.extend((10..).take(limits::HALF_OPEN_MAX - passes.len()).map(|host: u32| door.enter(Some(IpAddr::V4(host.into())))));
+        let neighbours = (100u8..).take(limits::HALF_OPEN_PER_NETWORK_MAX - passes.len()).map(|host| [192, 0, 2, host].into());
+        passes.extend(from(&door, neighbours));
         assert_eq!(door.lock().verdict([192, 0, 2, 2].into(), true), Verdict::Ignore);
+        assert_eq!(door.lock().verdict([192, 0, 3, 2].into(), true), Verdict::Admit);
+        let others = (10u8..).take(limits::HALF_OPEN_MAX - passes.len()).map(|network| [10, 0, network, 1].into());
+        passes.extend(from(&door, others));
+        assert_eq!(door.lock().verdict([192, 0, 3, 2].into(), true), Verdict::Ignore);
         drop(passes);
         assert_eq!(door.lock().verdict(OWNER.into(), true), Verdict::Admit);
-        assert!(door.lock().by_address.is_empty());
+        assert!(door.lock().by_origin.is_empty());
+    }
+
+    #[test]
+    fn an_ipv6_host_does_not_get_more_by_using_all_its_addresses() {
+        let door = Arc::new(Door::default());
+        let address = |network: u16, host: u64| {
+            IpAddr::from(Ipv6Addr::from_bits((0x2001_0db8_u128 << 96) | u128::from(network) << 64 | u128::from(host)))
+        };
+        let passes = from(&door, (0u64..).take(limits::HALF_OPEN_PER_HOST_MAX).map(|host| address(1, host << 40)));
+        assert_eq!(door.lock().verdict(address(1, 7), true), Verdict::Ignore);
+        assert_eq!(door.lock().verdict(address(2, 7), true), Verdict::Admit);
+        drop(passes);
+        assert!(door.lock().by_origin.is_empty());
     }
 }
