@@ -18,15 +18,15 @@ const GROWTH_KIB: i64 = 16 << 10;
 
 /// What a gateway holds at one moment.
 #[derive(Debug, Clone, Copy)]
-struct Sample {
-    rss_kib: u64,
+pub struct Sample {
+    pub rss_kib: u64,
     files: u64,
     threads: u64,
 }
 
 impl Sample {
     #[track_caller]
-    fn of(lab: &Lab, name: Name) -> Self {
+    pub fn of(lab: &Lab, name: Name) -> Self {
         let process = format!("/proc/{}", lab.gateway(name).process_id());
         let status = fs::read_to_string(format!("{process}/status")).unwrap();
         let figure = |key: &str| {

@@ -42,8 +42,8 @@ pub fn listen(leaf: &Leaf) -> SocketAddr {
     address
 }
 
-/// Dials a gateway with this certificate, or with none; says how it is turned away.
-pub fn dial(address: SocketAddr, leaf: Option<&Leaf>) -> quinn::ConnectionError {
+/// Dials with this certificate, or with none; the first connection ID says which socket of a gateway it reaches.
+pub fn client(leaf: Option<&Leaf>, first_id: Option<[u8; 8]>) -> quinn::ClientConfig {
     let builder = rustls::ClientConfig::builder_with_provider(provider()).with_protocol_versions(&[&rustls::version::TLS13]).unwrap();
     let builder = builder.dangerous().with_custom_certificate_verifier(Arc::new(Anybody));
     let mut tls = match leaf {
@@ -52,8 +52,16 @@ pub fn dial(address: SocketAddr, leaf: Option<&Leaf>) -> quinn::ConnectionError 
     };
     tls.alpn_protocols = vec![ALPN.to_vec()];
     let mut config = quinn::ClientConfig::new(Arc::new(QuicClientConfig::try_from(tls).unwrap()));
+    if let Some(id) = first_id {
+        config.initial_dst_cid_provider(Arc::new(move || quinn::ConnectionId::new(&id)));
+    }
+    config
+}
+
+/// Dials a gateway with this certificate, or with none; says how it is turned away.
+pub fn dial(address: SocketAddr, leaf: Option<&Leaf>) -> quinn::ConnectionError {
     // The first byte says that it wants a session, not a lane.
-    config.initial_dst_cid_provider(Arc::new(|| quinn::ConnectionId::new(&[0, 1, 2, 3, 4, 5, 6, 7])));
+    let config = client(leaf, Some([0, 1, 2, 3, 4, 5, 6, 7]));
     runtime().block_on(async {
         let endpoint = quinn::Endpoint::client("127.0.0.1:0".parse().unwrap()).unwrap();
         let talk = async {
@@ -77,7 +85,7 @@ pub fn dial(address: SocketAddr, leaf: Option<&Leaf>) -> quinn::ConnectionError 
     })
 }
 
-fn runtime() -> tokio::runtime::Runtime {
+pub fn runtime() -> tokio::runtime::Runtime {
     tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap()
 }
 
