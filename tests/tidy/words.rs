@@ -213,7 +213,7 @@ const LEFTOVERS: &[&str] = &[
 /// Leftovers in any text file. `Cargo.lock` is written by cargo and names its registry.
 pub fn leftovers(file: &File) -> Vec<String> {
     let mut found = Vec::new();
-    if file.path == "Cargo.lock" {
+    if file.path == "Cargo.lock" || file.path.ends_with("/Cargo.lock") {
         return found;
     }
     for word in LEFTOVERS {

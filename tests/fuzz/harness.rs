@@ -1,0 +1,300 @@
+//! What strangers, peers and users can send, one function for each: it takes any bytes, and must not panic, hang, or take
+//! more memory than its input justifies. What it accepts has to come out again as it was.
+
+use std::path::Path;
+use std::sync::{Arc, LazyLock};
+
+use sealane::control::{MigrateRequest, ResolveRequest, SetRequest};
+use sealane::engine::Placement;
+use sealane::hypervisor::Generation;
+use sealane::identity::{Credentials, IdentityConfig, PostQuantum, TrustDomainConfig};
+use sealane::limits;
+use sealane::memory::{Decoder, Duplicates, Effort, Encoder, GuestRam, MemoryLayout, PageSet};
+use sealane::policy::{Entities, PolicyFile, PolicySet};
+use sealane::types::{LaneIndex, MigrationId, PAGE_BYTES, PageNumber, Round};
+use sealane::vmm::state_differences;
+use sealane::wire::{
+    CONTROL_HEADER_BYTES, Compression, CompressionScope, Durability, FRAME_HEADER_BYTES, FrameHeader, JOIN_BYTES, Join, Message,
+    StreamTerms, decode_control_header, decode_round_mark,
+};
+
+use crate::fixtures::World;
+
+/// One kind of bytes from outside.
+pub struct Target {
+    pub name: &'static str,
+    /// Takes any bytes.
+    pub run: fn(&[u8]),
+    /// Good ones to begin with.
+    pub seeds: fn() -> Vec<Vec<u8>>,
+    /// How many mutations a test tries: those that are dear get fewer.
+    pub share: u64,
+}
+
+pub const TARGETS: &[Target] = &[
+    Target { name: "frame-header", run: frame_header, seeds: frame_headers, share: 100 },
+    Target { name: "round-mark", run: round_mark, seeds: round_marks, share: 100 },
+    Target { name: "pages-none", run: |bytes| pages(bytes, NONE), seeds: || frames(NONE, Effort::None), share: 25 },
+    Target { name: "pages-lz4", run: |bytes| pages(bytes, LZ4), seeds: || frames(LZ4, Effort::Lz4), share: 25 },
+    Target { name: "pages-zstd", run: |bytes| pages(bytes, ZSTD), seeds: || frames(ZSTD, Effort::Zstd(3)), share: 25 },
+    Target { name: "pages-stream", run: |bytes| pages(bytes, STREAM), seeds: || frames(STREAM, Effort::Zstd(3)), share: 25 },
+    Target { name: "control-message", run: control_message, seeds: control_messages, share: 100 },
+    Target { name: "join", run: join, seeds: joins, share: 100 },
+    Target { name: "journal-place", run: journal_place, seeds: journal_places, share: 100 },
+    Target { name: "vm-state", run: vm_state, seeds: vm_states, share: 25 },
+    Target { name: "generation", run: generation, seeds: generations, share: 100 },
+    Target { name: "config", run: config, seeds: configs, share: 5 },
+    Target { name: "control-request", run: control_request, seeds: control_requests, share: 100 },
+    Target { name: "policy", run: policy, seeds: policies, share: 5 },
+    Target { name: "certificate", run: certificate, seeds: certificates, share: 50 },
+];
+
+/// The target of this name.
+#[allow(dead_code, reason = "the fuzzer's programs ask by name, the test takes all of them")]
+pub fn target(name: &str) -> &'static Target {
+    TARGETS.iter().find(|target| target.name == name).expect("a target of this name")
+}
+
+fn frame_header(bytes: &[u8]) {
+    let Some(header) = bytes.first_chunk::<FRAME_HEADER_BYTES>() else { return };
+    if let Ok(decoded) = FrameHeader::decode(header) {
+        assert!(decoded.body_bytes <= limits::FRAME_BODY_BYTES_MAX);
+        assert_eq!(&decoded.encode(), header);
+    }
+}
+
+fn frame_headers() -> Vec<Vec<u8>> {
+    frames(NONE, Effort::None).into_iter().map(|frame| frame[..FRAME_HEADER_BYTES].to_vec()).collect()
+}
+
+fn round_mark(bytes: &[u8]) {
+    let _ = decode_round_mark(bytes);
+}
+
+fn round_marks() -> Vec<Vec<u8>> {
+    let mut mark = Vec::new();
+    Encoder::new(LaneIndex(0), 1, &terms(NONE), PAGES).round_mark(Round(1), &mut mark);
+    vec![mark.split_off(FRAME_HEADER_BYTES)]
+}
+
+/// Compression and its scope.
+type Terms = (Compression, CompressionScope);
+const NONE: Terms = (Compression::None, CompressionScope::Batch);
+const LZ4: Terms = (Compression::Lz4, CompressionScope::Batch);
+const ZSTD: Terms = (Compression::Zstd, CompressionScope::Batch);
+const STREAM: Terms = (Compression::Auto, CompressionScope::Stream);
+/// Pages of the VM that is sent.
+const PAGES: u64 = 96;
+
+fn terms((compression, compression_scope): Terms) -> StreamTerms {
+    StreamTerms { lanes: 1, compression, compression_scope, length_padding: true, durability: Durability::None, verify: true }
+}
+
+fn ram() -> GuestRam {
+    GuestRam::anonymous(MemoryLayout::flat(PAGES).unwrap()).unwrap()
+}
+
+fn pages(bytes: &[u8], of: Terms) {
+    apply(bytes, of);
+}
+
+/// A lane from its join on, until something is wrong; says how much of it was good.
+fn apply(bytes: &[u8], of: Terms) -> usize {
+    let ram = ram();
+    let mut decoder = Decoder::new(LaneIndex(0), 1, &terms(of), PAGES);
+    let mut rest = bytes;
+    while let Some((header, behind)) = rest.split_first_chunk::<FRAME_HEADER_BYTES>() {
+        let Ok(header) = FrameHeader::decode(header) else { break };
+        let Some((body, behind)) = behind.split_at_checked(header.body_bytes) else { break };
+        if decoder.apply(&header, body, &ram).is_err() {
+            break;
+        }
+        rest = behind;
+    }
+    bytes.len() - rest.len()
+}
+
+/// Whether the seeds of pages are taken to their end: those that are refused at their beginning would test little.
+#[allow(dead_code, reason = "for the test")]
+pub fn good_lanes_are_taken() {
+    for (of, effort) in [(NONE, Effort::None), (LZ4, Effort::Lz4), (ZSTD, Effort::Zstd(3)), (STREAM, Effort::Zstd(3))] {
+        for lane in frames(of, effort) {
+            assert_eq!(apply(&lane, of), lane.len(), "{of:?}");
+        }
+    }
+}
+
+/// Two rounds of pages of every kind: zero, equal, alike, text and noise.
+fn frames(of: Terms, effort: Effort) -> Vec<Vec<u8>> {
+    let (ram, terms) = (ram(), terms(of));
+    let mut encoder = Encoder::new(LaneIndex(0), 1, &terms, PAGES);
+    if of.0 != Compression::None {
+        let duplicates = Arc::new(Duplicates::new(PAGES, 1 << 20, [7; sealane::memory::DUPLICATES_KEY_BYTES]));
+        encoder = encoder.knowing(duplicates, 1 << 20, &terms);
+        encoder.set_effort(effort);
+    }
+    let mut lane = Vec::new();
+    for round in 1..=2u8 {
+        for page in 0..PAGES {
+            let mut content = [0; PAGE_BYTES];
+            match page % 5 {
+                0 => {}
+                1 => content.fill(round),
+                2 => content.iter_mut().zip(0u64..).for_each(|(byte, at)| *byte = ((at * at * (page + 3)) >> 3).to_le_bytes()[0]),
+                3 => content.iter_mut().zip(b"what a guest says again and again. ".iter().cycle()).for_each(|(byte, text)| *byte = *text),
+                _ => content[usize::from(round)] = 9,
+            }
+            ram.write(PageNumber(page), &content).unwrap();
+        }
+        let mut from = Some(PageNumber(0));
+        while let Some(first) = from {
+            let mut frame = Vec::new();
+            from = encoder.encode_frame(&ram, Round(u32::from(round)), &PageSet::full(PAGES), first, &mut frame).unwrap();
+            lane.extend(frame);
+        }
+        let mut mark = Vec::new();
+        encoder.round_mark(Round(u32::from(round)), &mut mark);
+        lane.extend(mark);
+    }
+    vec![lane]
+}
+
+fn control_message(bytes: &[u8]) {
+    let Some((header, body)) = bytes.split_first_chunk::<CONTROL_HEADER_BYTES>() else { return };
+    let Ok((kind, length)) = decode_control_header(header) else { return };
+    assert!(length <= limits::CONTROL_BODY_BYTES_MAX);
+    let Some(body) = body.get(..length) else { return };
+    if let Ok(message) = Message::decode(kind, body) {
+        assert_eq!(message.encode_framed(), bytes[..CONTROL_HEADER_BYTES + length], "{} has two encodings", message.name());
+    }
+}
+
+/// Every message of the committed transcript.
+fn control_messages() -> Vec<Vec<u8>> {
+    let transcript = include_str!("../../src/wire/transcript-v1.txt");
+    let hex = |line: &str| {
+        let digits = line.split_whitespace().last()?;
+        let even = digits.len() % 2 == 0 && digits.len() > 2 * CONTROL_HEADER_BYTES;
+        even.then(|| (0..digits.len()).step_by(2).map(|at| u8::from_str_radix(digits.get(at..at + 2)?, 16).ok()).collect())?
+    };
+    transcript.lines().filter_map(hex).collect()
+}
+
+fn join(bytes: &[u8]) {
+    let Some(bytes) = bytes.first_chunk::<JOIN_BYTES>() else { return };
+    if let Ok(join) = Join::decode(bytes) {
+        assert_eq!(&join.encode(), bytes);
+    }
+}
+
+fn joins() -> Vec<Vec<u8>> {
+    vec![Join { migration: MigrationId([5; 16]), lane: LaneIndex(1), tag: [9; 32] }.encode().to_vec()]
+}
+
+fn journal_place(bytes: &[u8]) {
+    let _ = Placement::read(bytes);
+}
+
+fn journal_places() -> Vec<Vec<u8>> {
+    let peer = "spiffe://dc1.test/gateway/b".parse().unwrap();
+    let places = [Placement::Away { peer, epoch: sealane::types::Epoch(3) }, Placement::Cold { epoch: sealane::types::Epoch(1) }];
+    places.iter().map(|place| serde_json::to_vec(place).unwrap()).collect()
+}
+
+fn vm_state(bytes: &[u8]) {
+    let _ = state_differences(bytes, bytes);
+}
+
+/// The header of state and the beginning of a section; whole states are only had from KVM.
+fn vm_states() -> Vec<Vec<u8>> {
+    let mut state = b"SEALVMST".to_vec();
+    state.extend(2u16.to_le_bytes());
+    state.extend(9u16.to_le_bytes());
+    state.extend(512u32.to_le_bytes());
+    for tag in 1..=9u16 {
+        state.extend(tag.to_le_bytes());
+        state.extend([0, 0]);
+        state.extend(40u32.to_le_bytes());
+        state.extend([0; 40]);
+    }
+    state.resize(512, 0);
+    vec![state]
+}
+
+fn generation(bytes: &[u8]) {
+    let _ = Generation::from_bytes(bytes);
+}
+
+fn generations() -> Vec<Vec<u8>> {
+    vec![vec![1; 64], vec![0; 4096]]
+}
+
+fn config(bytes: &[u8]) {
+    if let Ok(text) = std::str::from_utf8(bytes) {
+        let _ = sealane::config::parse(text, Path::new("/nowhere/gateway.toml"));
+    }
+}
+
+fn configs() -> Vec<Vec<u8>> {
+    vec![include_bytes!("../../config/gateway.toml").to_vec()]
+}
+
+fn control_request(bytes: &[u8]) {
+    let _ = serde_json::from_slice::<MigrateRequest>(bytes);
+    let _ = serde_json::from_slice::<SetRequest>(bytes);
+    let _ = serde_json::from_slice::<ResolveRequest>(bytes);
+}
+
+fn control_requests() -> Vec<Vec<u8>> {
+    let requests = [
+        r#"{"vm":"web-1","to":"gw-b","mode":"precopy","lanes":4,"max_downtime_seconds":0.3,"dry_run":false}"#,
+        r#"{"bandwidth_bytes_per_second":1000000,"max_downtime_seconds":0.5}"#,
+        r#"{"choice":"reclaim","evidence":"power is off"}"#,
+    ];
+    requests.map(|request| request.as_bytes().to_vec()).to_vec()
+}
+
+fn policy(bytes: &[u8]) {
+    if let Ok(text) = std::str::from_utf8(bytes) {
+        let file = PolicyFile { name: "fuzz.cedar".to_owned(), text: text.to_owned() };
+        let _ = PolicySet::parse(&[file], &Entities::default());
+    }
+}
+
+fn policies() -> Vec<Vec<u8>> {
+    let files = [
+        include_str!("../../config/policy.d/10-floor.cedar"),
+        include_str!("../../config/policy.d/20-tenant-acme.cedar"),
+        include_str!("../../config/policy.d/30-operators.cedar"),
+    ];
+    files.map(|text| text.as_bytes().to_vec()).to_vec()
+}
+
+/// A gateway that trusts the fixtures.
+static GATEWAY: LazyLock<(Arc<Credentials>, Vec<Vec<u8>>)> = LazyLock::new(|| {
+    let (world, directory) = (World::new(), tempfile::tempdir().unwrap());
+    let own = crate::fixtures::write_gateway(directory.path(), "a", &world.good_a);
+    let trust = world.write_trust(directory.path()).into_iter();
+    let config = IdentityConfig {
+        certificate: own.certificate,
+        key: own.key,
+        signing_key: own.signing_key,
+        trust: trust.map(|files| TrustDomainConfig { domain: files.domain, roots: files.roots, crls: files.crls }).collect(),
+        post_quantum: PostQuantum::Preferred,
+    };
+    let leaves = world.variants.iter().map(|variant| &variant.leaf).chain([&world.good_a, &world.good_b]);
+    let certificates = leaves.filter_map(|leaf| leaf.chain.first()).map(|certificate| certificate.as_ref().to_vec());
+    let seeds = certificates.filter(|certificate: &Vec<u8>| !certificate.is_empty()).collect();
+    (Credentials::load(config).unwrap(), seeds)
+});
+
+fn certificate(bytes: &[u8]) {
+    let (gateway, good) = &*GATEWAY;
+    let known = good.iter().any(|certificate| certificate == bytes);
+    let found = gateway.identify(&[bytes.to_vec().into()]);
+    assert!(known || found.is_err(), "a certificate that nobody signed is believed");
+}
+
+fn certificates() -> Vec<Vec<u8>> {
+    GATEWAY.1.clone()
+}
