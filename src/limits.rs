@@ -73,6 +73,22 @@ pub const POLICY_NESTING_MAX: usize = 20;
 /// evaluator 60 KiB; the test `the_deepest_policies_do_not_exhaust_a_worker_s_stack`
 /// holds both values.
 pub const POLICY_DEPTH_MAX: usize = 24;
+/// LIMIT: a bundle's manifest: a line of 200 bytes for each file that may be in it, twice.
+pub const BUNDLE_MANIFEST_BYTES_MAX: usize = 512 << 10;
+/// LIMIT: keys that a gateway pins: those who review policies.
+pub const BUNDLE_KEYS_MAX: usize = 16;
+/// LIMIT: signatures of a bundle: of all pinned keys, and of as many that others pin.
+pub const BUNDLE_SIGNATURES_MAX: usize = 2 * BUNDLE_KEYS_MAX;
+/// LIMIT: one signature: two short lines and two comments; `minisign` itself ends comments at 1 and 8 KiB.
+pub const BUNDLE_SIGNATURE_BYTES_MAX: usize = 10 << 10;
+/// LIMIT: a name of a file in a bundle fits a line.
+pub const BUNDLE_PATH_BYTES_MAX: usize = 128;
+/// LIMIT: a version is a number that every reader of JSON keeps exactly.
+pub const BUNDLE_VERSION_MAX: u64 = (1 << 53) - 1;
+/// LIMIT: policies that `policy check` compares with each other: 16 million pairs take a second or two.
+pub const POLICIES_COMPARED_MAX: usize = 4096;
+/// LIMIT: sets of policies that are kept put together, of about 2 KiB a policy; one for each kind of VM and peer.
+pub const POLICY_SETS_KEPT_MAX: usize = 1024;
 /// LIMIT: an `@id` is a name in audit entries and messages.
 pub const POLICY_ID_BYTES_MAX: usize = 64;
 /// LIMIT: gateways, operators and VMs known to policy.
@@ -82,6 +98,8 @@ pub const OPERATOR_ID_BYTES_MAX: usize = 255;
 
 /// LIMIT: one audit line; a decision with a hundred policy ids takes 8 KiB.
 pub const AUDIT_LINE_BYTES_MAX: usize = 16 * 1024;
+/// LIMIT: what a decision was made from, in its audit line: leaves as much room again for the rest.
+pub const AUDIT_FACTS_BYTES_MAX: usize = AUDIT_LINE_BYTES_MAX / 2;
 /// LIMIT: levels of objects and lists in an audit line.
 pub const AUDIT_DETAIL_DEPTH_MAX: usize = 8;
 /// LIMIT: entries that wait for one fsync; callers beyond it wait for the commit before.

@@ -31,8 +31,8 @@ use clap::Parser;
 
 pub use flags::{Cli, Command};
 pub use tools::{
-    AuditCommand, AuditFilterFlags, BenchCommand, BenchFlags, BenchListenFlags, ContentFlag, DemoFlags, DemoHypervisor, HugepagesFlag,
-    Payload, PkiCommand, PolicyAction, PolicyCommand, PolicyExplainFlags, VmmCommand, VmmRunFlags,
+    AuditCommand, AuditFilterFlags, BenchCommand, BenchFlags, BenchListenFlags, BundleCommand, BundleVerifyFlags, ContentFlag, DemoFlags,
+    DemoHypervisor, HugepagesFlag, Payload, PkiCommand, PolicyAction, PolicyCommand, PolicyExplainFlags, VmmCommand, VmmRunFlags,
 };
 
 use crate::control::{Exit, exit_of};
@@ -107,11 +107,20 @@ fn wants_json(command: &Command) -> bool {
         Command::Config(ConfigCommand::Check(flags)) => flags.json,
         Command::Pki(PkiCommand::Show { json, .. })
         | Command::Policy(
-            PolicyCommand::Check { json, .. } | PolicyCommand::Test { json, .. } | PolicyCommand::Explain(PolicyExplainFlags { json, .. }),
+            PolicyCommand::Check { json, .. }
+            | PolicyCommand::Test { json, .. }
+            | PolicyCommand::Explain(PolicyExplainFlags { json, .. })
+            | PolicyCommand::Diff { json, .. }
+            | PolicyCommand::Bundle(BundleCommand::Show { json, .. } | BundleCommand::Verify(BundleVerifyFlags { json, .. })),
         )
         | Command::Audit(AuditCommand::Show { json, .. } | AuditCommand::Verify { json, .. }) => *json,
         #[cfg(feature = "failpoints")]
         Command::Failpoints => false,
-        Command::Gateway(_) | Command::Pki(_) | Command::Vmm(_) | Command::Completion(_) | Command::Man(_) => false,
+        Command::Policy(PolicyCommand::Bundle(BundleCommand::Make { .. }))
+        | Command::Gateway(_)
+        | Command::Pki(_)
+        | Command::Vmm(_)
+        | Command::Completion(_)
+        | Command::Man(_) => false,
     }
 }

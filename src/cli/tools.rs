@@ -200,9 +200,10 @@ pub enum PkiCommand {
 /// Commands of `policy`.
 #[derive(Debug, Subcommand)]
 pub enum PolicyCommand {
-    /// Validate policies against the schema, and warn of what they probably do not mean.
+    /// Validate policies against the schema, and refuse what nobody means.
     ///
-    /// With a configuration, names in policies that it does not have are warned of too.
+    /// Refused are policies that can fail to evaluate, that never match, or that another one makes needless, and words that are
+    /// never said. With a configuration, names in policies that it does not have are warned of.
     Check {
         /// Directory of *.cedar files.
         #[arg(value_name = "DIR")]
@@ -228,23 +229,110 @@ pub enum PolicyCommand {
     /// Asks what this gateway would ask when the VM leaves for the peer, and when it comes from it, from the raw files;
     /// no gateway has to run. The exit code is 0 when everything asked is permitted in one of the two directions, else 3.
     Explain(PolicyExplainFlags),
+    /// Ask the decisions of an audit log again, of two sets of policies, and show those that differ.
+    ///
+    /// The exit code is 0 when none does, else 1.
+    Diff {
+        /// Directory of the policies before.
+        #[arg(value_name = "OLD")]
+        old: PathBuf,
+        /// Directory of the policies after.
+        #[arg(value_name = "NEW")]
+        new: PathBuf,
+        /// The audit log's directory.
+        #[arg(long, value_name = "DIR")]
+        audit: PathBuf,
+        /// Print JSON on stdout.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Make, verify and show signed bundles of policies.
+    #[command(subcommand)]
+    Bundle(BundleCommand),
+}
+
+/// Commands of `policy bundle`.
+#[derive(Debug, Subcommand)]
+pub enum BundleCommand {
+    /// Check policies and their tests, and write the manifest that is to be signed.
+    ///
+    /// Each signer then runs `minisign -S -m DIR/manifest.json -x DIR/manifest.json.NAME.minisig`.
+    Make {
+        /// Directory with *.cedar files and tests.json, and nothing else.
+        #[arg(value_name = "DIR")]
+        directory: PathBuf,
+        /// What the bundle is called; gateways pin it.
+        #[arg(long, value_name = "NAME")]
+        name: String,
+        /// Its version, higher than every one before.
+        #[arg(long, value_name = "N")]
+        version: u64,
+        /// When it begins to be valid; now without it.
+        #[arg(long, value_name = "TIME")]
+        not_before: Option<jiff::Timestamp>,
+        /// When it is no longer valid, e.g. 2026-12-01T00:00:00Z. From then on gateways permit nothing.
+        #[arg(long, value_name = "TIME")]
+        expires: jiff::Timestamp,
+    },
+    /// Say what a gateway would say to a bundle.
+    Verify(BundleVerifyFlags),
+    /// Show what a bundle says it is, without verifying anything.
+    Show {
+        /// The bundle.
+        #[arg(value_name = "DIR")]
+        directory: PathBuf,
+        /// Print JSON on stdout.
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+/// Flags of `policy bundle verify`.
+#[derive(Debug, Args)]
+#[command(group = clap::ArgGroup::new("pinned").required(true).args(["config", "keys"]))]
+pub struct BundleVerifyFlags {
+    /// The bundle.
+    #[arg(value_name = "DIR")]
+    pub directory: PathBuf,
+    /// Configuration with the keys, the threshold, the name, and the state directory, which knows the version in force.
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// A public key of minisign, as the second line of minisign.pub has it; several are several.
+    #[arg(long = "key", value_name = "KEY", requires = "name")]
+    pub keys: Vec<String>,
+    /// How many of the keys have to have signed; all without it.
+    #[arg(long, value_name = "N", requires = "keys")]
+    pub threshold: Option<usize>,
+    /// What the bundle has to be called.
+    #[arg(long, value_name = "NAME", requires = "keys")]
+    pub name: Option<String>,
+    /// Verify for this time instead of now, e.g. 2026-12-01T23:00:00Z.
+    #[arg(long, value_name = "TIME")]
+    pub at: Option<jiff::Timestamp>,
+    /// Print JSON on stdout.
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// Flags of `policy explain`.
 #[derive(Debug, Args)]
+#[command(group = clap::ArgGroup::new("question").required(true).args(["request", "vm"]))]
 pub struct PolicyExplainFlags {
     /// Directory of *.cedar files.
     #[arg(value_name = "DIR")]
     pub directory: PathBuf,
+    /// A question in the form of one test of tests.json, without `name` and `expect`, instead of a VM and a peer.
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["vm", "peer", "operator", "action", "peer_ip", "at"])]
+    pub request: Option<PathBuf>,
     /// Configuration that describes VMs, peers and operators.
-    #[arg(long, value_name = "FILE")]
-    pub config: PathBuf,
+    #[arg(long, value_name = "FILE", required_unless_present = "request")]
+    pub config: Option<PathBuf>,
     /// The VM that would move.
-    #[arg(long, value_name = "VM")]
-    pub vm: VmName,
+    #[arg(long, value_name = "VM", requires = "peer")]
+    pub vm: Option<VmName>,
     /// The peer at the other end.
-    #[arg(long, value_name = "PEER")]
-    pub peer: PeerName,
+    #[arg(long, value_name = "PEER", requires = "vm")]
+    pub peer: Option<PeerName>,
     /// The operator who would ask.
     #[arg(long, value_name = "NAME")]
     pub operator: Option<Label>,

@@ -7,10 +7,13 @@ use std::time::Duration;
 
 use super::problem::ConfigError;
 use super::raw::{FileKind, FileMention, Located, Reader, Section};
-use super::settings::{Config, Gateway, Identity, Incoming, Limits, Migration, Operator, PLACEHOLDERS, Peer, Trust, Vm};
+use super::settings::{
+    Config, Gateway, Identity, Incoming, Limits, Migration, Operator, PLACEHOLDERS, Peer, Policies, PolicyBundle, Trust, Vm,
+};
 use super::typed::TrustDomain;
 use super::{ByteSize, Classification, Compression, Durability, Label, Role, TimeSpan};
 use crate::limits::{HISTORY_COUNT_MAX, LANES_MAX, MIGRATIONS_MAX, RAM_BYTES_MAX, SOCKET_PATH_BYTES_MAX, TABLE_BYTES, TABLE_BYTES_MAX};
+use crate::policy::bundle::BundleTrust;
 use crate::types::{PeerName, SpiffeId, Verify, VmName, VmUuid};
 
 /// A configuration that is complete in itself; files that it names are still to be looked at.
@@ -43,7 +46,7 @@ pub(super) fn draft(text: &str, file: &Path) -> Draft {
 
     let gateway = gateway(r, &mut top);
     let identity = identity(r, &mut top);
-    let policy_directory = policy(r, &mut top);
+    let policy = policy(r, &mut top);
     let migration = migration(r, &mut top);
     let trusted = identity.as_ref().map(|identity| identity.trust.iter().map(|trust| trust.domain.clone()).collect::<BTreeSet<_>>());
     let peers = peers(r, &mut top, gateway.as_ref(), trusted.as_ref());
@@ -63,7 +66,7 @@ pub(super) fn draft(text: &str, file: &Path) -> Draft {
             file: file.to_owned(),
             gateway: gateway?,
             identity: identity?,
-            policy_directory,
+            policy: policy?,
             migration,
             peers: peers?,
             vms: vms?,
@@ -169,13 +172,40 @@ fn file(r: &mut Reader, s: &mut Section<'_, '_>, key: &'static str, kind: FileKi
     Some(path)
 }
 
-fn policy(r: &mut Reader, top: &mut Section<'_, '_>) -> PathBuf {
+fn policy(r: &mut Reader, top: &mut Section<'_, '_>) -> Option<Policies> {
     let mut s = r.section(top, "policy");
-    let directory = r.or(&mut s, "directory", PathBuf::from("/etc/sealane/policy.d"));
-    let mention = FileMention { key: s.key("directory"), at: directory.at, path: directory.value.clone(), kind: FileKind::PolicyDirectory };
-    r.mentions.push(mention);
+    let bundle = r.optional::<PathBuf>(&mut s, "bundle");
+    let Some(bundle) = bundle else {
+        let directory = r.or(&mut s, "directory", PathBuf::from("/etc/sealane/policy.d"));
+        let (key, path) = (s.key("directory"), directory.value.clone());
+        r.mentions.push(FileMention { key, at: directory.at, path, kind: FileKind::PolicyDirectory });
+        r.finish(s);
+        return Some(Policies::Directory(directory.value));
+    };
+    if let Some(directory) = r.optional::<PathBuf>(&mut s, "directory") {
+        let hint = "policies come from a signed bundle or from a directory that is taken as it is".to_owned();
+        r.problem(directory.at, &s.key("directory"), "`bundle` is there too, expected one of the two".to_owned(), Some(hint));
+    }
+    let (key, path) = (s.key("bundle"), bundle.value.clone());
+    r.mentions.push(FileMention { key, at: bundle.at, path, kind: FileKind::PolicyBundle });
+    let name = r.required::<String>(&mut s, "bundle_name");
+    let keys = r.required::<Vec<String>>(&mut s, "keys");
+    // All of them, unless fewer are said to do.
+    let all = keys.as_ref().map_or(1, |keys| u32::try_from(keys.value.len()).unwrap_or(u32::MAX));
+    let threshold = r.or(&mut s, "threshold", all);
+    let (name, keys) = (name.map(|name| name.value), keys);
+    let pinned = name.zip(keys).and_then(|(name, keys)| {
+        let threshold = usize::try_from(threshold.value).unwrap_or(usize::MAX);
+        match BundleTrust::new(&name, &keys.value, threshold) {
+            Ok(_) => Some(PolicyBundle { directory: bundle.value, name, keys: keys.value, threshold }),
+            Err(what) => {
+                r.problem(keys.at, &s.key("keys"), what, None);
+                None
+            }
+        }
+    });
     r.finish(s);
-    directory.value
+    pinned.map(Policies::Bundle)
 }
 
 fn migration(r: &mut Reader, top: &mut Section<'_, '_>) -> Migration {
@@ -333,6 +363,13 @@ fn vm(
     let migratable = r.or(&mut s, "migratable", true).value;
     let postcopy_ok = r.or(&mut s, "postcopy_ok", false).value;
     let groups = r.or(&mut s, "groups", Vec::new()).value;
+    let vcpus = r.optional(&mut s, "vcpus").map(|vcpus| vcpus.value);
+    let devices = r.optional(&mut s, "devices").map(|devices| devices.value);
+    let machine = r.optional::<String>(&mut s, "machine");
+    if let Some(machine) = machine.as_ref().filter(|machine| machine.value.len() != 64 || !machine.value.bytes().all(is_lower_hex)) {
+        let hint = "`sealane audit show` has it as `machine` of `migration-offered`".to_owned();
+        r.problem(machine.at, &s.key("machine"), "expected 64 digits of lower-case hex".to_owned(), Some(hint));
+    }
     r.finish(s);
     Some(Vm {
         name: name?.value,
@@ -345,7 +382,14 @@ fn vm(
         migratable,
         postcopy_ok,
         groups,
+        vcpus,
+        devices,
+        machine: machine.map(|machine| machine.value),
     })
+}
+
+fn is_lower_hex(byte: u8) -> bool {
+    byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte)
 }
 
 fn known_site(r: &mut Reader, key: &str, site: &Label, at: usize, sites: &BTreeSet<Label>) {

@@ -26,6 +26,9 @@ fn look(reader: &mut Reader, mention: &FileMention) -> Result<(), Wrong> {
     let metadata = std::fs::metadata(&mention.path).map_err(|error| (format!("cannot read `{shown}`: {error}"), None))?;
     match mention.kind {
         FileKind::PolicyDirectory => policy_directory(&mention.path, &metadata),
+        // What is in it the gateway verifies; without it, it may still have the one from before.
+        FileKind::PolicyBundle if metadata.is_dir() => Ok(()),
+        FileKind::PolicyBundle => Err((format!("`{shown}` is not a directory"), None)),
         FileKind::PrivateKey => {
             let mode = metadata.permissions().mode() & 0o777;
             if mode & 0o077 != 0 {

@@ -64,6 +64,7 @@ pub(super) enum FileKind {
     PrivateKey,
     Pem(&'static str),
     PolicyDirectory,
+    PolicyBundle,
 }
 
 /// Collects problems, settings and mentioned files while the tables are read.

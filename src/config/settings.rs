@@ -17,8 +17,8 @@ pub struct Config {
     pub gateway: Gateway,
     /// Its certificate, and whom it trusts.
     pub identity: Identity,
-    /// Directory of Cedar policies.
-    pub policy_directory: PathBuf,
+    /// Where policies come from.
+    pub policy: Policies,
     /// What a migration does unless its request says otherwise.
     pub migration: Migration,
     /// The gateways it may talk to.
@@ -111,6 +111,30 @@ pub struct Trust {
     pub crls: Vec<PathBuf>,
 }
 
+/// `[policy]`: where policies come from.
+#[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
+pub enum Policies {
+    /// Every `*.cedar` of a directory, whoever wrote it.
+    Directory(PathBuf),
+    /// A signed bundle.
+    Bundle(PolicyBundle),
+}
+
+/// Where a signed bundle is, and whose signatures count.
+#[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
+pub struct PolicyBundle {
+    /// Its directory.
+    pub directory: PathBuf,
+    /// What it has to be called.
+    pub name: String,
+    /// Public keys of `minisign`.
+    pub keys: Vec<String>,
+    /// How many of them have to have signed.
+    pub threshold: usize,
+}
+
 /// `[migration]`: defaults of a migration.
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
@@ -179,6 +203,12 @@ pub struct Vm {
     pub postcopy_ok: bool,
     /// Groups for policy.
     pub groups: Vec<Label>,
+    /// How many vCPUs it has; anything else is refused.
+    pub vcpus: Option<u32>,
+    /// Its devices as its VMM names them; anything else is refused.
+    pub devices: Option<Vec<String>>,
+    /// SHA-256, in hex, of all that its VMM says it is made of; anything else is refused.
+    pub machine: Option<String>,
 }
 
 /// `[incoming]`: how an empty VMM is started.

@@ -302,7 +302,7 @@ fn the_commented_example_is_a_good_file_and_states_the_defaults() {
     let least = parse(GOOD, Path::new("/etc/sealane/gateway.toml")).unwrap();
     assert_eq!(example.migration, least.migration);
     assert_eq!(example.limits, least.limits);
-    assert_eq!(example.policy_directory, least.policy_directory);
+    assert_eq!(example.policy, least.policy);
     assert_eq!(example.gateway, least.gateway);
     assert_eq!(example.incoming.unwrap().max_memory, least.incoming.unwrap().max_memory);
     for setting in &least.settings {

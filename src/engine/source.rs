@@ -57,6 +57,9 @@ pub struct SourceOrder {
     pub goal: Goal,
     /// Bytes a second on the wire, all lanes together.
     pub bandwidth: Option<u64>,
+    /// What policy lets it be at most, whatever is asked for.
+    #[serde(default)]
+    pub bandwidth_max: Option<u64>,
     /// What is asked of the stream.
     pub stream: StreamTerms,
     /// What the other end need not know of how that is done.
@@ -71,6 +74,13 @@ pub struct SourceOrder {
     pub policy_digest: [u8; 32],
     /// The directory where it is written what the destination does not have yet, for a gateway that is started anew.
     pub ledger: Option<PathBuf>,
+}
+
+impl SourceOrder {
+    /// What is wanted, as far as policy permits it. 0 is no limit.
+    fn limited(&self, wanted: Option<u64>) -> Option<u64> {
+        wanted.filter(|bytes| *bytes > 0).into_iter().chain(self.bandwidth_max).min()
+    }
 }
 
 /// How a source does what is asked of the stream.
@@ -238,7 +248,7 @@ impl Run {
         let ram = Arc::clone(guest.ram());
         let run = Self {
             machine: Source::new(order.goal),
-            limiter: Arc::new(Limiter::new(order.bandwidth, share)),
+            limiter: Arc::new(Limiter::new(order.limited(order.bandwidth), share)),
             guest: Arc::new(Mutex::new(guest)),
             round: RoundUnderWay::new(Round(0), false, 0, 0),
             binding: None,
@@ -476,7 +486,11 @@ impl Run {
         match command {
             Some(Command::Cancel) => Some(self.give_up(EngineError::Cancelled { vm: self.order.vm.clone() })),
             Some(Command::Bandwidth(limit)) => {
-                self.limiter.set(limit);
+                let limited = self.order.limited(limit);
+                if limited != limit {
+                    tracing::warn!(migration = %self.order.migration, bytes_per_second = ?limited, "policy permits no more bandwidth");
+                }
+                self.limiter.set(limited);
                 None
             }
             Some(Command::DowntimeMax(downtime_max)) => {

@@ -12,6 +12,7 @@ use crate::engine::{self, Command, DestinationEnd, DestinationOrder, Link, Place
 use crate::gateway::host::LAUNCH;
 use crate::gateway::judge::Case;
 use crate::gateway::kept::{PROGRESS, twin_file};
+use crate::gateway::machine::check_machine;
 use crate::gateway::registry::{Busy, Claim, Migration};
 use crate::gateway::{Gateway, put_class, report};
 use crate::hypervisor::attach::{AttachedDestination, LaunchTemplate, LaunchVariables, LaunchedVmm, Timeouts};
@@ -254,15 +255,19 @@ impl Gateway {
     /// Judges an offer and puts everything for it in place; says why not, one reason at a time.
     async fn admit(self: &Arc<Self>, link: &Link, offer: Offer) -> Result<Arrival, Refusal> {
         let (machine, memory_bytes) = self.read_offer(&offer)?;
-        let case = Case {
+        let mut case = Case {
             migration: offer.migration,
             vm: offer.vm.clone(),
             uuid: offer.uuid,
             terms: offer.stream.clone(),
             memory_bytes,
+            bandwidth_max: None,
             side: Side::Destination,
         };
         let permit = self.ask_accept(&case, link).await?;
+        // As few as policy asks for; the switch is judged by what is granted.
+        let lanes = permit.stream().map_or(1, |stream| stream.lanes).clamp(1, limits::LANES_MAX);
+        case.terms.lanes = lanes;
         let template = self
             .incoming
             .clone()
@@ -277,7 +282,6 @@ impl Gateway {
         self.check_place(&offer).await?;
         let (twin, vmm, leavings) = self.build_twin(template, &offer, machine).await?;
         crate::failpoint::hit!("destination.twin-launched");
-        let lanes = offer.stream.lanes.clamp(1, limits::LANES_MAX);
         if let Err(error) = self.note_arrival(&offer, lanes, &link.peer) {
             // Without it a restart costs what was received.
             tracing::warn!(migration = %offer.migration, %error, "the offer is not noted beside its twin");
@@ -361,6 +365,7 @@ impl Gateway {
         if vm.uuid != offer.uuid {
             return Err(Refusal::new(ErrorClass::Denied, format!("VM `{}` has another UUID here than `{}`", vm.name, offer.uuid)));
         }
+        check_machine(vm, &machine).map_err(|why| Refusal::new(ErrorClass::Denied, why))?;
         Ok((machine, layout.bytes()))
     }
 

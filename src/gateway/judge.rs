@@ -8,10 +8,11 @@ use arc_swap::ArcSwap;
 use crate::audit::{AuditError, AuditLog, Entry, Event, Outcome};
 use crate::config::Config;
 use crate::engine::EngineError;
-use crate::gateway::policies::stream;
+use crate::gateway::policies::{obliged, stream};
+use crate::limits;
 use crate::policy::{
-    self, Accept, Action, Channel, Denial, MigrationContext, Permit, PolicySet, Release, Request, RequestContext, Resolve, ResolveContext,
-    Route,
+    self, Accept, Action, Channel, Denial, MigrationContext, Permit, PolicySet, Question, Release, Request, RequestContext, Resolve,
+    ResolveContext, Route,
 };
 use crate::telemetry::Problem;
 use crate::transport::Session;
@@ -34,8 +35,20 @@ pub(super) struct Case {
     pub(super) uuid: VmUuid,
     pub(super) terms: StreamTerms,
     pub(super) memory_bytes: u64,
+    /// Most that policy lets the source send, in bytes a second.
+    pub(super) bandwidth_max: Option<u64>,
     /// Which end this gateway is.
     pub(super) side: Side,
+}
+
+impl Case {
+    /// Takes over what a permit obliges to, before anything is offered.
+    pub(super) fn oblige<A: Action>(&mut self, permit: &Permit<A>) {
+        if let Some(stream) = permit.stream() {
+            self.terms = obliged(&self.terms, stream);
+        }
+        self.bandwidth_max = self.bandwidth_max.into_iter().chain(permit.obligations().bandwidth_max()).min();
+    }
 }
 
 /// Why there is no permit.
@@ -94,40 +107,48 @@ impl Judge {
         self.policies.store(Arc::new(policies));
     }
 
-    pub(super) fn digest(&self) -> [u8; 32] {
-        self.policies.load().digest()
+    /// The policies in force.
+    pub(super) fn policies(&self) -> Arc<PolicySet> {
+        self.policies.load_full()
     }
 
     /// May this operator ask for this move?
     pub(super) fn request(&self, operator: &str, case: &Case, route: Route) -> Result<Permit<Request>, NoPermit> {
         let context = RequestContext { now_unix_ms: now_ms(), route, stream: stream(&case.terms), change_ticket: None };
-        let answer = self.policies.load().ask_request(operator, case.uuid, &context);
-        self.recorded(case, operator, None, answer)
+        let policies = self.policies.load_full();
+        let answer = policies.ask_request(operator, case.uuid, &context);
+        self.recorded(case, &policies, &Question::Request(operator, &context), answer)
     }
 
     /// May this peer have the VM?
     pub(super) fn release(&self, case: &Case, session: &Session) -> Result<Permit<Release>, NoPermit> {
-        let peer = session.peer().spiffe();
-        let context = self.context(case, session);
-        let answer = self.policies.load().ask_release(peer, case.uuid, &context);
-        self.recorded(case, peer.as_str(), Some(&context.channel), answer)
+        let (peer, context, policies) = (session.peer().spiffe(), self.context(case, session), self.policies.load_full());
+        let answer = policies.ask_release(peer, case.uuid, &context);
+        self.recorded(case, &policies, &Question::Release(peer, &context), answer)
+    }
+
+    /// May this peer still have the VM, as it was offered?
+    pub(super) fn release_again(&self, case: &Case, session: &Session) -> Result<Permit<Release>, NoPermit> {
+        let (peer, context, policies) = (session.peer().spiffe(), self.context(case, session), self.policies.load_full());
+        let answer = policies.ask_release_again(peer, case.uuid, &context);
+        let answer = within_limit(case, answer);
+        self.recorded(case, &policies, &Question::Release(peer, &context), answer)
     }
 
     /// May this peer give us the VM?
     pub(super) fn accept(&self, case: &Case, session: &Session) -> Result<Permit<Accept>, NoPermit> {
-        let peer = session.peer().spiffe();
-        let context = self.context(case, session);
-        let answer = self.policies.load().ask_accept(peer, case.uuid, &context);
-        self.recorded(case, peer.as_str(), Some(&context.channel), answer)
+        let (peer, context, policies) = (session.peer().spiffe(), self.context(case, session), self.policies.load_full());
+        let answer = policies.ask_accept(peer, case.uuid, &context);
+        self.recorded(case, &policies, &Question::Accept(peer, &context), answer)
     }
 
     /// Is all of that still so, now that the switch is next?
     pub(super) fn commit(&self, case: &Case, session: &Session) -> Result<Permit<policy::Commit>, NoPermit> {
         session.verify_again().map_err(NoPermit::Identity)?;
-        let peer = session.peer().spiffe();
-        let context = self.context(case, session);
-        let answer = self.policies.load().ask_commit(peer, case.uuid, &context);
-        self.recorded(case, peer.as_str(), Some(&context.channel), answer)
+        let (peer, context, policies) = (session.peer().spiffe(), self.context(case, session), self.policies.load_full());
+        let answer = policies.ask_commit(peer, case.uuid, &context);
+        let answer = within_limit(case, answer);
+        self.recorded(case, &policies, &Question::Commit(peer, &context), answer)
     }
 
     /// May operators decide this about a VM in doubt?
@@ -139,29 +160,37 @@ impl Judge {
         fence_evidence: bool,
     ) -> Result<Permit<Resolve>, NoPermit> {
         let context = ResolveContext { now_unix_ms: now_ms(), approvers, fence_evidence };
-        let answer = self.policies.load().ask_resolve(proposer, case.uuid, &context);
-        self.recorded(case, proposer, None, answer)
+        let policies = self.policies.load_full();
+        let answer = policies.ask_resolve(proposer, case.uuid, &context);
+        self.recorded(case, &policies, &Question::Resolve(proposer, &context), answer)
     }
 
+    /// The answer, once it is in the audit log with everything that it was made from.
     fn recorded<A: Action>(
         &self,
         case: &Case,
-        principal: &str,
-        channel: Option<&Channel>,
+        policies: &PolicySet,
+        question: &Question<'_>,
         answer: Result<Permit<A>, Denial>,
     ) -> Result<Permit<A>, NoPermit> {
         let mut entry = Entry::new(Event::Decision).outcome(if answer.is_ok() { Outcome::Allow } else { Outcome::Deny });
         entry.vm = Some(case.vm.clone());
         entry.uuid = Some(case.uuid);
         entry.migration = Some(case.migration);
-        entry.peer = Some(principal.to_owned());
+        entry.peer = Some(question.principal().to_owned());
         entry.detail.insert("action".into(), A::NAME.into());
-        if let Some(channel) = channel {
-            entry.detail.insert("key_exchange".into(), channel.kx.clone().into());
-            entry.detail.insert("cipher_suite".into(), channel.suite.clone().into());
+        if let Question::Release(_, context) | Question::Accept(_, context) | Question::Commit(_, context) = question {
+            entry.detail.insert("key_exchange".into(), context.channel.kx.clone().into());
+            entry.detail.insert("cipher_suite".into(), context.channel.suite.clone().into());
         }
         let (ids, digest) = match &answer {
-            Ok(permit) => (permit.policy_ids().to_vec(), *permit.set_digest()),
+            Ok(permit) => {
+                let obligations = permit.obligations().to_string();
+                if !obligations.is_empty() {
+                    entry.detail.insert("obligations".into(), obligations.into());
+                }
+                (permit.policy_ids().to_vec(), *permit.set_digest())
+            }
             Err(denial) => {
                 entry.detail.insert("why".into(), denial.why.to_string().into());
                 (denial.policy_ids.to_vec(), *denial.set_digest)
@@ -169,6 +198,14 @@ impl Judge {
         };
         entry.detail.insert("policy_ids".into(), ids.into());
         entry.detail.insert("policy_digest".into(), hex(&digest).into());
+        if let Some(bundle) = policies.bundle() {
+            entry.detail.insert("bundle_version".into(), bundle.version.into());
+        }
+        // With them `policy diff` can ask other policies the same. Labels without end must not keep a decision out of the log.
+        let facts = policies.facts(case.uuid, question).filter(|facts| facts.to_string().len() <= limits::AUDIT_FACTS_BYTES_MAX);
+        if let Some(facts) = facts {
+            entry.detail.insert("facts".into(), facts);
+        }
         self.audit.record(&entry)?;
         answer.map_err(|denial| NoPermit::Denied { vm: case.vm.clone(), denial })
     }
@@ -202,6 +239,23 @@ impl Judge {
     fn site_of(&self, spiffe: &SpiffeId) -> String {
         self.config.peer_of(spiffe).map(|peer| peer.site.to_string()).unwrap_or_default()
     }
+}
+
+/// What the source sends has its limit since the offer: a permit that asks for less comes too late.
+fn within_limit<A: Action>(case: &Case, answer: Result<Permit<A>, Denial>) -> Result<Permit<A>, Denial> {
+    let permit = answer?;
+    let most = permit.obligations().bandwidth_max().filter(|_| case.side == Side::Source);
+    let Some(most) = most.filter(|most| case.bandwidth_max.is_none_or(|limit| limit > *most)) else { return Ok(permit) };
+    let (ids, limit) = (permit.policy_ids().join("`, `"), case.bandwidth_max.map_or("none".to_owned(), |limit| limit.to_string()));
+    Err(Denial {
+        action: permit.action(),
+        principal: permit.principal().into(),
+        vm: permit.vm(),
+        policy_ids: Vec::new(),
+        errors: Vec::new(),
+        why: format!("`{ids}` asks for at most {most} bytes/s, and the limit of this migration is {limit}").into(),
+        set_digest: Box::new(*permit.set_digest()),
+    })
 }
 
 pub(super) fn hex(bytes: &[u8]) -> String {

@@ -20,7 +20,7 @@ use crate::identity::verify_signature;
 use crate::limits;
 use crate::telemetry::chain;
 use crate::types::{Incarnation, MigrationId, Side, SpiffeId, VmName};
-use crate::wire::{ErrorClass, Failure, Handoff, Message, Offer, SignedHandoff};
+use crate::wire::{ErrorClass, Failure, Handoff, Message, Offer, SignedHandoff, StreamTerms};
 
 /// What is written beside a twin when its offer is accepted. No promise: it only saves sending again.
 #[derive(Debug, Serialize, Deserialize)]
@@ -204,10 +204,21 @@ impl Gateway {
             return Err(Refusal::new(ErrorClass::Local, "the journal knows this migration"));
         }
         let (_, memory_bytes) = self.read_offer(&offer)?;
-        let terms = offer.stream.clone();
-        let case =
-            Case { migration: offer.migration, vm: offer.vm.clone(), uuid: offer.uuid, terms, memory_bytes, side: Side::Destination };
+        // It goes on with the lanes that it was granted, so they are what is judged.
+        let terms = StreamTerms { lanes, ..offer.stream.clone() };
+        let case = Case {
+            migration: offer.migration,
+            vm: offer.vm.clone(),
+            uuid: offer.uuid,
+            terms,
+            memory_bytes,
+            bandwidth_max: None,
+            side: Side::Destination,
+        };
         let permit = self.ask_accept(&case, link).await?;
+        if permit.stream().is_none_or(|stream| stream.lanes < lanes) {
+            return Err(Refusal::new(ErrorClass::Denied, format!("policy has come to permit fewer lanes than the {lanes} it was granted")));
+        }
         let runtime = &self.config.gateway.runtime_directory;
         let leavings = Leavings::of(runtime, offer.migration);
         let (socket, vm) = (twin_file(runtime, offer.migration, "sock"), offer.vm.clone());

@@ -7,12 +7,14 @@
 //! refusal is in the audit log before it is acted on or answered).
 //! *Read first:* `outgoing.rs`, then `incoming.rs`, `recovery.rs`, `serve.rs`.
 
+mod bundles;
 mod crowd;
 mod departures;
 mod host;
 mod incoming;
 mod judge;
 mod kept;
+mod machine;
 mod outgoing;
 mod peers;
 mod plan;
@@ -32,6 +34,7 @@ mod why;
 pub use start::run;
 
 // For `sealane policy` and `sealane bench`, which ask and report as the daemon does.
+pub(crate) use bundles::{read_bundle, verify_bundle};
 pub(crate) use policies::{
     address_of, channel_in_order, compression, default_stream, entities, operator_id, read_policies, read_policy_text, zstd_level,
 };

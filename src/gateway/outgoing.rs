@@ -12,7 +12,8 @@ use crate::config;
 use crate::control::{MigrateRequest, Storage};
 use crate::engine::{self, EngineError, Link, Manner, Placement, SourceEnd, SourceOrder, SourcePorts, TotalBandwidth};
 use crate::gateway::departures::Note;
-use crate::gateway::judge::Case;
+use crate::gateway::judge::{Case, NoPermit};
+use crate::gateway::machine::{check_machine, machine_digest};
 use crate::gateway::policies::{compression, default_terms, operator_id, zstd_level};
 use crate::gateway::queue::QueueFull;
 use crate::gateway::registry::{Busy, Claim, Migration};
@@ -124,7 +125,7 @@ impl Gateway {
         let timeout = request.timeout_seconds.map_or(Ok(defaults.timeout.duration), |s| positive(s, "`timeout_seconds`"))?;
         let outage_max = request.max_outage_seconds.map_or(Ok(defaults.max_outage.duration), |s| positive(s, "`max_outage_seconds`"))?;
         let bandwidth = request.bandwidth_bytes_per_second.or(defaults.bandwidth.map(|limit| limit.bytes_per_second));
-        let case = Case { migration, vm: vm.name.clone(), uuid: vm.uuid, terms, memory_bytes: 0, side: Side::Source };
+        let case = Case { migration, vm: vm.name.clone(), uuid: vm.uuid, terms, memory_bytes: 0, bandwidth_max: None, side: Side::Source };
         let goal = Goal { downtime_max, throttle: request.throttle, fixed_cost: PAUSE_FIXED };
         let table_bytes = usize::try_from(defaults.tables.bytes).unwrap_or(usize::MAX);
         let manner = Manner { verify_in_pause: verify == Verify::Full, zstd_level, table_bytes };
@@ -182,8 +183,8 @@ impl Gateway {
         })
     }
 
-    /// May this operator ask for this? The answer is recorded.
-    pub(super) async fn ask_request(self: &Arc<Self>, departure: &Departure) -> Result<(), Problem> {
+    /// May this operator ask for this? The answer is recorded, and what it obliges to becomes part of the departure.
+    pub(super) async fn ask_request(self: &Arc<Self>, departure: &mut Departure) -> Result<(), Problem> {
         let (judge, case, operator) = (Arc::clone(&self.judge), departure.case.clone(), operator_id(departure.operator));
         let route = Route {
             src_site: self.config.gateway.site.to_string(),
@@ -191,12 +192,14 @@ impl Gateway {
             peer_ip: crate::gateway::peers::numeric(&departure.peer.address),
         };
         let answer = tokio::task::spawn_blocking(move || judge.request(&operator, &case, route)).await.map_err(bug)?;
-        answer.map(drop).map_err(|no| report::named(no.problem(), &departure.vm.name).with_running_on(RunningOn::Source))
+        let permit = answer.map_err(|no| report::named(no.problem(), &departure.vm.name).with_running_on(RunningOn::Source))?;
+        departure.case.oblige(&permit);
+        Ok(())
     }
 
     /// Starts a migration; it goes on by itself.
     pub(super) async fn start(self: &Arc<Self>, operator: u32, request: &MigrateRequest) -> Result<MigrationId, Problem> {
-        let departure = self.prepare(operator, request)?;
+        let mut departure = self.prepare(operator, request)?;
         let ticket = self.registry.queue(&departure.peer.name).map_err(|QueueFull| {
             let message = format!("VM `{}`: {} VMs wait already, the most that may", departure.vm.name, limits::DEPARTURES_QUEUED_MAX);
             Problem::new(ErrorClass::Local, message)
@@ -204,7 +207,7 @@ impl Gateway {
                 .with_hint("`sealane status` shows what is under way and what waits")
                 .with_running_on(RunningOn::Source)
         })?;
-        self.ask_request(&departure).await?;
+        self.ask_request(&mut departure).await?;
         let migration = departure.migration;
         let mut turns = Turns::new(ticket);
         let first = turns.look(&departure).unwrap_or_else(|| Progress::new(migration));
@@ -345,7 +348,7 @@ impl Gateway {
         let guest = self.attach_to(departure).await?;
         crate::failpoint::hit!("source.attached");
         let link = self.dial(&departure.peer).await?;
-        let permit = self.release(departure, &link).await?;
+        let permit = self.release(departure, &link, machine_digest(guest.machine())).await?;
         crate::failpoint::hit!("source.released");
         let order = SourceOrder {
             migration: departure.migration,
@@ -355,6 +358,7 @@ impl Gateway {
             address: departure.address.clone(),
             goal: departure.goal,
             bandwidth: departure.bandwidth,
+            bandwidth_max: departure.case.bandwidth_max,
             stream: departure.case.terms.clone(),
             manner: departure.manner,
             timeout: Some(departure.timeout),
@@ -408,31 +412,27 @@ impl Gateway {
             let message = format!("the guest at `{}` is `{found}`, not VM `{}` with UUID `{}`", departure.address, vm.name, vm.uuid);
             return Err(Problem::new(ErrorClass::Denied, message));
         }
+        check_machine(vm, guest.machine()).map_err(|why| Problem::new(ErrorClass::Denied, why).with_code("machine-differs"))?;
         departure.has_memory(guest.ram().layout().bytes());
         Ok(guest)
     }
 
     /// May this peer have the VM? The answer and the offer are recorded before anything of the guest leaves.
-    async fn release(self: &Arc<Self>, departure: &Departure, link: &Link) -> Result<Permit<Release>, Problem> {
-        let permit = self.ask_release(&departure.case, link).await?;
+    async fn release(self: &Arc<Self>, departure: &mut Departure, link: &Link, machine: String) -> Result<Permit<Release>, Problem> {
+        let (judge, case, session) = (Arc::clone(&self.judge), departure.case.clone(), Arc::clone(&link.session));
+        let answer = tokio::task::spawn_blocking(move || judge.release(&case, &session)).await.map_err(bug)?;
+        let permit = answer.map_err(|no| not_permitted(link, &no))?;
+        departure.case.oblige(&permit);
         let offered = Entry::new(Event::MigrationOffered)
             .vm(departure.vm.name.clone(), departure.vm.uuid)
             .migration(departure.migration)
             .peer(departure.peer.spiffe.to_string())
-            .outcome(Outcome::Done);
+            .outcome(Outcome::Done)
+            .detail("machine", machine);
         let audit = self.audit.clone();
         let recorded = tokio::task::spawn_blocking(move || audit.record(&offered)).await.map_err(bug)?;
         recorded.map_err(|error| Problem::new(ErrorClass::Local, telemetry::chain(&error)))?;
         Ok(permit)
-    }
-
-    async fn ask_release(self: &Arc<Self>, case: &Case, link: &Link) -> Result<Permit<Release>, Problem> {
-        let (judge, case, session) = (Arc::clone(&self.judge), case.clone(), Arc::clone(&link.session));
-        let answer = tokio::task::spawn_blocking(move || judge.release(&case, &session)).await.map_err(bug)?;
-        answer.map_err(|no| {
-            link.session.close(Some(no.class()), "not permitted");
-            no.problem()
-        })
     }
 
     pub(super) fn source_ports(
@@ -459,7 +459,9 @@ impl Gateway {
     pub(super) async fn dial_again(self: &Arc<Self>, peer: &config::Peer, case: &Case) -> Result<Link, Problem> {
         let link = self.dial(peer).await?;
         // The permit of the offer is the one that the migration has; this one says that it still would be given.
-        let _still = self.ask_release(case, &link).await?;
+        let (judge, case, session) = (Arc::clone(&self.judge), case.clone(), Arc::clone(&link.session));
+        let answer = tokio::task::spawn_blocking(move || judge.release_again(&case, &session)).await.map_err(bug)?;
+        let _still = answer.map_err(|no| not_permitted(&link, &no))?;
         Ok(link)
     }
 
@@ -467,6 +469,11 @@ impl Gateway {
         let (judge, case) = (Arc::clone(&self.judge), case.clone());
         Arc::new(move |session| judge.commit(&case, session).map(drop).map_err(|no| no.at_commit(&case)))
     }
+}
+
+fn not_permitted(link: &Link, no: &NoPermit) -> Problem {
+    link.session.close(Some(no.class()), "not permitted");
+    no.problem()
 }
 
 /// Hands progress on so that it never runs backwards.

@@ -28,7 +28,7 @@ impl Gateway {
         let mut plan = Plan::default();
         let mut departure = self.prepare(operator, request)?;
         plan.pass("configuration", format!("VM `{}` is here, peer `{}` is known", departure.vm.name, departure.peer.name));
-        plan.judge("policy (request)", self.ask_request(&departure).await, "this operator may ask for it".to_owned());
+        plan.judge("policy (request)", self.ask_request(&mut departure).await.map(|()| "this operator may ask for it".to_owned()));
         let seen = self.look_at_guest(&departure).await;
         let seen = match seen {
             Ok(seen) => {
@@ -52,7 +52,11 @@ impl Gateway {
                 );
                 let (judge, case, session) = (Arc::clone(&self.judge), departure.case.clone(), Arc::clone(&link.session));
                 let released = tokio::task::spawn_blocking(move || judge.release(&case, &session)).await.map_err(bug)?;
-                plan.judge("policy (release)", released.map(drop).map_err(|no| no.problem()), "this peer may have the VM".to_owned());
+                let released = released.map_err(|no| no.problem()).map(|permit| match permit.obligations().to_string() {
+                    none if none.is_empty() => "this peer may have the VM".to_owned(),
+                    obligations => format!("this peer may have the VM, with {obligations}"),
+                });
+                plan.judge("policy (release)", released);
                 link.session.close(None, "plan");
             }
             Err(problem) => {
@@ -134,9 +138,9 @@ impl Plan {
         self.error.get_or_insert(problem);
     }
 
-    fn judge(&mut self, name: &str, result: Result<(), Problem>, pass: String) {
+    fn judge(&mut self, name: &str, result: Result<String, Problem>) {
         match result {
-            Ok(()) => self.pass(name, pass),
+            Ok(pass) => self.pass(name, pass),
             Err(problem) => self.fail(name, problem),
         }
     }

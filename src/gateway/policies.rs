@@ -145,6 +145,31 @@ pub(super) fn stream(terms: &StreamTerms) -> Stream {
     }
 }
 
+/// The terms, as far as policies have come to see them otherwise: each word of theirs is one of ours.
+pub(super) fn obliged(terms: &StreamTerms, stream: &Stream) -> StreamTerms {
+    StreamTerms {
+        lanes: stream.lanes,
+        compression: match stream.compression {
+            policy::Codec::None => Compression::None,
+            policy::Codec::Lz4 => Compression::Lz4,
+            policy::Codec::Zstd => Compression::Zstd,
+            policy::Codec::Auto => Compression::Auto,
+        },
+        compression_scope: match stream.compression_scope {
+            policy::CodecScope::Page => CompressionScope::Page,
+            policy::CodecScope::Batch => CompressionScope::Batch,
+            policy::CodecScope::Stream => CompressionScope::Stream,
+        },
+        length_padding: stream.length_padding,
+        durability: match stream.durability {
+            policy::Durability::None => Durability::None,
+            policy::Durability::Dest => Durability::Destination,
+            policy::Durability::Both => Durability::Both,
+        },
+        verify: terms.verify,
+    }
+}
+
 /// The terms that a migration without wishes of its own is judged by.
 pub(crate) fn default_stream(config: &Config, vm: &config::Vm) -> Stream {
     stream(&default_terms(&config.migration, vm.classification))

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use crate::config::Config;
+use crate::config::{Config, Policies};
 use crate::engine::Command;
 use crate::gateway::Gateway;
 
@@ -52,9 +52,13 @@ fn picture(config: &Config) -> Picture {
     let own = [&identity.certificate, &identity.key, &identity.signing_key];
     let trust = identity.trust.iter().flat_map(|trust| trust.crls.iter().chain([&trust.roots]));
     let mut files: Vec<PathBuf> = own.into_iter().chain(trust).cloned().collect();
+    let (directory, all) = match &config.policy {
+        Policies::Directory(directory) => (directory, false),
+        Policies::Bundle(bundle) => (&bundle.directory, true),
+    };
     // A directory that cannot be listed is as if it were empty, which is a change as well.
-    let policies = std::fs::read_dir(&config.policy_directory).into_iter().flatten().flatten().map(|entry| entry.path());
-    files.extend(policies.filter(|path| path.extension().is_some_and(|extension| extension == "cedar")));
+    let policies = std::fs::read_dir(directory).into_iter().flatten().flatten().map(|entry| entry.path());
+    files.extend(policies.filter(|path| all || path.extension().is_some_and(|extension| extension == "cedar")));
     files.sort();
     files.dedup();
     let stamped = |path: PathBuf| {

@@ -295,6 +295,7 @@ impl Gateway {
             // A VM that the configuration no longer has is judged by the terms that give the least away.
             terms: default_terms(&self.config.migration, classification.unwrap_or(Classification::Restricted)),
             memory_bytes: 0,
+            bandwidth_max: None,
             side: about.side,
         };
         // A role may have gone since.

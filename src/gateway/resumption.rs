@@ -75,7 +75,15 @@ impl Gateway {
         let claim = self.registry.claim_waiting(&vm.name, migration);
         claim.go_on();
         let order = &note.order;
-        let case = Case { migration, vm: vm.name.clone(), uuid: vm.uuid, terms: order.stream.clone(), memory_bytes, side: Side::Source };
+        let case = Case {
+            migration,
+            vm: vm.name.clone(),
+            uuid: vm.uuid,
+            terms: order.stream.clone(),
+            memory_bytes,
+            bandwidth_max: order.bandwidth_max,
+            side: Side::Source,
+        };
         let departure = Departure {
             migration,
             case,

@@ -203,7 +203,7 @@ async fn gateway_view(State(gateway): Shared, ConnectInfo(caller): ConnectInfo<C
         listen: gateway.endpoint.local_address().to_string(),
         incarnation: gateway.journal.incarnation(),
         certificate_expires: expires.map(|time| time.to_string()),
-        policy_digest: Some(hex(&gateway.judge.digest())),
+        policy_digest: Some(hex(&gateway.judge.policies().digest())),
         migrations_active: u32::try_from(active).unwrap_or(u32::MAX),
         migrations_queued: u32::try_from(queued).unwrap_or(u32::MAX),
     }))

@@ -7,8 +7,9 @@ use std::time::{Duration, Instant};
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::audit::{self, AuditLog, Entry, Event, Outcome};
-use crate::config::{self, Config};
+use crate::config::{self, Config, Policies};
 use crate::engine::{Command, TotalBandwidth};
+use crate::gateway::bundles::{Candidate, Vault};
 use crate::gateway::judge::Judge;
 use crate::gateway::policies::{entities, read_policies};
 use crate::gateway::registry::Registry;
@@ -16,7 +17,9 @@ use crate::gateway::{Gateway, IMAGES, kept, peers, put_class, renewal, serve};
 use crate::hypervisor::attach::LaunchTemplate;
 use crate::identity::{Credentials, IdentityConfig, PostQuantum, Signer, TrustDomainConfig};
 use crate::journal::Journal;
+use crate::limits;
 use crate::policy::PolicySet;
+use crate::policy::bundle::BundleError;
 use crate::telemetry::{Problem, chain};
 use crate::transport::{Endpoint, TransportConfig};
 use crate::wire::ErrorClass;
@@ -59,12 +62,17 @@ fn build(config: Arc<Config>) -> Result<Arc<Gateway>, Problem> {
         let message = format!("peer `{}` has this gateway's own identity `{}`", peer.name, peer.spiffe);
         return Err(Problem::new(ErrorClass::Misuse, message).with_code("configuration"));
     }
-    let policies = load_policies(&config)?;
     // The journal first: its lock keeps a second gateway from everything that follows.
     let journal = Journal::open(&config.gateway.state_directory.join("state.redb")).map_err(|error| local("journal", &error))?;
+    let (policies, refused) = first_policies(&config)?;
     let signer = audit_signer(&credentials);
     let audit = AuditLog::open(&config.gateway.audit_directory, credentials.own_id().as_str(), signer)
         .map_err(|error| local("audit log", &error))?;
+    if let Some(problem) = refused {
+        tracing::error!(why = problem.message, "policy bundle refused; the one that was in force last is in force again");
+        let entry = refused_entry(&problem);
+        audit.record(&entry).map_err(|error| local("audit log", &error))?;
+    }
     std::fs::create_dir_all(&config.gateway.runtime_directory).map_err(|error| local("runtime directory", &error))?;
     // Images hold guest memory.
     let images = config.gateway.state_directory.join(IMAGES);
@@ -108,15 +116,84 @@ fn identity_config(config: &Config) -> IdentityConfig {
     }
 }
 
-/// Reads every `*.cedar` of the policy directory.
-fn load_policies(config: &Config) -> Result<PolicySet, Problem> {
-    let files = read_policies(&config.policy_directory)
+/// The policies to start with. Where the bundle is refused, they are of the one that was in force last, and the reason comes along.
+fn first_policies(config: &Config) -> Result<(PolicySet, Option<Problem>), Problem> {
+    let problem = match load_policies(config).and_then(|fresh| fresh.keep(config)) {
+        Ok(policies) => return Ok((policies, None)),
+        Err(problem) => problem,
+    };
+    let Policies::Bundle(wanted) = &config.policy else { return Err(problem) };
+    match Vault::new(&config.gateway.state_directory).last_good(wanted, &entities(config)) {
+        Ok(Some(last)) => Ok((last.policies, Some(problem))),
+        Ok(None) => Err(problem),
+        Err(error) => Err(Problem { message: format!("{}; the bundle that was in force last: {error}", problem.message), ..problem }),
+    }
+}
+
+/// Policies that were found good, and the bundle that they are from.
+struct Fresh {
+    policies: PolicySet,
+    candidate: Option<Candidate>,
+}
+
+impl Fresh {
+    /// Remembers the bundle; from then on no older one is taken.
+    fn keep(self, config: &Config) -> Result<PolicySet, Problem> {
+        if let Some(candidate) = &self.candidate {
+            Vault::new(&config.gateway.state_directory).keep(candidate).map_err(|error| bundle_refused(config, &error))?;
+            tracing::info!(bundle = ?self.policies.bundle(), signed_by = ?candidate.signers(), "policy bundle in force");
+        }
+        Ok(self.policies)
+    }
+}
+
+fn bundle_refused(config: &Config, error: &BundleError) -> Problem {
+    let place = if let Policies::Bundle(wanted) = &config.policy { wanted.directory.display().to_string() } else { String::new() };
+    Problem::new(ErrorClass::Misuse, format!("{error} (`{place}`)"))
+        .with_code(error.fault.code())
+        .with_hint("`sealane policy bundle verify` says the same without starting anything")
+}
+
+/// Reads every `*.cedar` of the policy directory, or the bundle.
+fn load_policies(config: &Config) -> Result<Fresh, Problem> {
+    let directory = match &config.policy {
+        Policies::Directory(directory) => directory,
+        Policies::Bundle(wanted) => {
+            let candidate = Vault::new(&config.gateway.state_directory).candidate(wanted, &entities(config));
+            let candidate = candidate.map_err(|error| bundle_refused(config, &error))?;
+            return Ok(Fresh { policies: candidate.policies.clone(), candidate: Some(candidate) });
+        }
+    };
+    let files = read_policies(directory)
         .map_err(|(path, error)| Problem::new(ErrorClass::Local, format!("policy `{}`: {error}", path.display())).with_code("policy"))?;
-    PolicySet::parse(&files, &entities(config)).map_err(|errors| {
-        Problem::new(ErrorClass::Misuse, format!("policies in `{}` are not usable:\n{errors}", config.policy_directory.display()))
+    let policies = PolicySet::parse(&files, &entities(config)).map_err(|errors| {
+        Problem::new(ErrorClass::Misuse, format!("policies in `{}` are not usable:\n{errors}", directory.display()))
             .with_code("policy")
             .with_hint("`sealane policy check` says the same without starting anything")
-    })
+    })?;
+    for problem in policies.lint().into_iter().filter(|problem| problem.defect) {
+        tracing::warn!(%problem, "a policy that nobody means");
+    }
+    Ok(Fresh { policies, candidate: None })
+}
+
+/// What the audit log says of a policy set in force.
+fn put_policies(entry: &mut Entry, policies: &PolicySet) {
+    entry.detail.insert("policy_digest".into(), crate::gateway::judge::hex(&policies.digest()).into());
+    if let Some(bundle) = policies.bundle() {
+        entry.detail.insert("bundle".into(), bundle.name.clone().into());
+        entry.detail.insert("bundle_version".into(), bundle.version.into());
+        entry.detail.insert("bundle_expires".into(), bundle.expires.clone().into());
+    }
+}
+
+fn refused_entry(problem: &Problem) -> Entry {
+    let mut entry = Entry::new(Event::PolicyLoaded).outcome(Outcome::Failed);
+    // Policies can have more mistakes than a line has room for.
+    let why: String = problem.message.chars().take(limits::REASON_BYTES_MAX).collect();
+    entry.detail.insert("why".into(), why.into());
+    entry.detail.insert("code".into(), problem.code.clone().into());
+    entry
 }
 
 async fn live(gateway: Arc<Gateway>) -> Result<(), Problem> {
@@ -124,7 +201,7 @@ async fn live(gateway: Arc<Gateway>) -> Result<(), Problem> {
     let mut entry = Entry::new(Event::GatewayStarted).outcome(Outcome::Done);
     entry.detail.insert("version".into(), env!("CARGO_PKG_VERSION").into());
     entry.detail.insert("incarnation".into(), gateway.journal.incarnation().to_string().into());
-    entry.detail.insert("policy_digest".into(), crate::gateway::judge::hex(&gateway.judge.digest()).into());
+    put_policies(&mut entry, &gateway.judge.policies());
     gateway.audit.record(&entry).map_err(|error| Problem::new(ErrorClass::Local, chain(&error)))?;
     gateway.recover().await;
 
@@ -176,24 +253,23 @@ impl Gateway {
         let gateway = Arc::clone(self);
         let reloaded = tokio::task::spawn_blocking(move || {
             gateway.files.reading(&gateway.config);
-            let policies = load_policies(&gateway.config)?;
+            let policies = load_policies(&gateway.config)?.keep(&gateway.config)?;
             gateway.credentials.reload().map_err(|error| Problem::new(error.class(), chain(&error)).with_code("identity"))?;
             gateway.judge.replace(policies);
-            Ok::<_, Problem>(crate::gateway::judge::hex(&gateway.judge.digest()))
+            Ok::<_, Problem>(gateway.judge.policies())
         })
         .await
         .unwrap_or_else(|error| Err(Problem::new(ErrorClass::Bug, format!("reload: {error}"))));
         let mut entry = Entry::new(Event::PolicyLoaded).outcome(Outcome::Done);
         match &reloaded {
-            Ok(digest) => {
-                tracing::info!(policy = digest, "certificates, CRLs and policies read again");
-                entry.detail.insert("policy_digest".into(), digest.clone().into());
+            Ok(policies) => {
+                tracing::info!(bundle = ?policies.bundle(), "certificates, CRLs and policies read again");
+                put_policies(&mut entry, policies);
                 self.check_peers();
             }
             Err(problem) => {
                 tracing::error!(why = problem.message, "reload refused; what was in force stays in force");
-                entry.outcome = Some(Outcome::Failed);
-                entry.detail.insert("why".into(), problem.message.clone().into());
+                entry = refused_entry(problem);
             }
         }
         self.note(entry).await;

@@ -1,18 +1,19 @@
 //! What the gateway knows about gateways, operators and VMs, as Cedar entities.
 
-use std::collections::{BTreeSet, HashMap, HashSet};
+use std::collections::{HashMap, HashSet};
 use std::str::FromStr;
+use std::sync::LazyLock;
 
 use cedar_policy::{Entity, EntityId, EntityTypeName, EntityUid, RestrictedExpression, Schema};
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 use crate::limits;
-use crate::policy::errors::PolicyProblem;
+use crate::policy::errors::{PolicyErrors, PolicyProblem};
 use crate::types::{SpiffeId, VmName, VmUuid};
 
 /// Everything that policies know by configuration. What is not listed here still gets judged, with the
 /// least favourable values (see the schema).
-#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Entities {
     /// Peer gateways.
@@ -27,7 +28,7 @@ pub struct Entities {
 }
 
 /// A peer gateway.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct GatewayEntity {
     /// Its identity; the trust domain that policies see comes from here.
@@ -40,7 +41,7 @@ pub struct GatewayEntity {
 }
 
 /// Somebody who uses the control socket.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct OperatorEntity {
     /// Who the socket says it is, e.g. `uid:1000`.
@@ -54,7 +55,7 @@ pub struct OperatorEntity {
 }
 
 /// A VM.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct VmEntity {
     /// The identity that policies are written about.
@@ -96,121 +97,198 @@ impl VmEntity {
     }
 }
 
+/// The schema's entity types: to parse a name takes longer than to decide.
+static TYPES: LazyLock<HashMap<&str, EntityTypeName>> = LazyLock::new(|| {
+    let kinds = ["Action", "Gateway", "GatewayGroup", "Operator", "Team", "Vm", "VmGroup"];
+    kinds.into_iter().filter_map(|kind| Some((kind, EntityTypeName::from_str(&format!("Sealane::{kind}")).ok()?))).collect()
+});
+
 /// The Cedar name of one entity. `kind` is one of the schema's entity types.
 pub(super) fn uid(kind: &str, id: &str) -> Result<EntityUid, String> {
-    let name = EntityTypeName::from_str(&format!("Sealane::{kind}")).map_err(|error| format!("`{kind}` is no entity type: {error}"))?;
-    Ok(EntityUid::from_type_name_and_id(name, EntityId::new(id)))
+    let name = TYPES.get(kind).ok_or_else(|| format!("`{kind}` is no entity type"))?;
+    Ok(EntityUid::from_type_name_and_id(name.clone(), EntityId::new(id)))
+}
+
+/// One gateway, operator or VM, as it was described and as Cedar has it.
+#[derive(Debug, Clone)]
+pub(super) struct Known {
+    uid: EntityUid,
+    entity: Entity,
+    groups: Vec<EntityUid>,
+    texts: Vec<(String, String)>,
+    described: Described,
+}
+
+#[derive(Debug, Clone)]
+enum Described {
+    Gateway(GatewayEntity),
+    Operator(OperatorEntity),
+    Vm(Box<VmEntity>),
+}
+
+impl Known {
+    fn gateway(described: GatewayEntity) -> Result<Self, String> {
+        let texts = vec![("trustDomain", described.spiffe.trust_domain().to_owned()), ("site", described.site.clone())];
+        let (uid, groups) = (uid("Gateway", described.spiffe.as_str())?, uids("GatewayGroup", &described.groups)?);
+        Self::new(uid, groups, texts, Vec::new(), Described::Gateway(described))
+    }
+
+    fn operator(described: OperatorEntity) -> Result<Self, String> {
+        let mfa = vec![("mfa", RestrictedExpression::new_bool(described.mfa))];
+        let (uid, groups) = (uid("Operator", &described.id)?, uids("Team", &described.teams)?);
+        Self::new(uid, groups, Vec::new(), mfa, Described::Operator(described))
+    }
+
+    fn vm(described: VmEntity) -> Result<Self, String> {
+        let classes = ["public", "internal", "restricted"];
+        if !classes.contains(&described.classification.as_str()) {
+            let other = &described.classification;
+            return Err(format!("unknown classification `{other}`, expected `public`, `internal` or `restricted`"));
+        }
+        let texts = vec![
+            ("tenant", described.tenant.clone()),
+            ("classification", described.classification.clone()),
+            ("homeSite", described.home_site.clone()),
+        ];
+        let others = vec![
+            ("allowedSites", RestrictedExpression::new_set(described.allowed_sites.iter().map(|site| text(site)))),
+            ("migratable", RestrictedExpression::new_bool(described.migratable)),
+            ("postcopyOk", RestrictedExpression::new_bool(described.postcopy_ok)),
+        ];
+        let (uid, groups) = (uid("Vm", &described.uuid.to_string())?, uids("VmGroup", &described.groups)?);
+        Self::new(uid, groups, texts, others, Described::Vm(Box::new(described)))
+    }
+
+    fn new(
+        uid: EntityUid,
+        groups: Vec<EntityUid>,
+        texts: Vec<(&str, String)>,
+        others: Vec<(&str, RestrictedExpression)>,
+        described: Described,
+    ) -> Result<Self, String> {
+        let texts: Vec<(String, String)> = texts.into_iter().map(|(name, value)| (name.to_owned(), value)).collect();
+        let attributes = texts.iter().map(|(name, value)| (name.clone(), text(value)));
+        let attributes = attributes.chain(others.into_iter().map(|(name, value)| (name.to_owned(), value))).collect();
+        let entity = Entity::new(uid.clone(), attributes, groups.iter().cloned().collect()).map_err(|error| error.to_string())?;
+        Ok(Self { uid, entity, groups, texts, described })
+    }
+
+    /// Itself, and every group that it is in.
+    pub(super) fn within(&self) -> impl Iterator<Item = &EntityUid> {
+        [&self.uid].into_iter().chain(&self.groups)
+    }
+
+    /// Its attributes that are texts.
+    pub(super) fn texts(&self) -> &[(String, String)] {
+        &self.texts
+    }
+
+    pub(super) fn entity(&self) -> &Entity {
+        &self.entity
+    }
+
+    /// A verified peer that the configuration does not list.
+    pub(super) fn unlisted_gateway(spiffe: &SpiffeId) -> Result<Self, String> {
+        Self::gateway(GatewayEntity { spiffe: spiffe.clone(), site: String::new(), groups: Vec::new() })
+    }
+
+    /// An operator that the configuration does not list.
+    pub(super) fn unlisted_operator(id: &str) -> Result<Self, String> {
+        Self::operator(OperatorEntity { id: id.to_owned(), teams: Vec::new(), mfa: false })
+    }
+
+    /// A VM that the configuration does not list.
+    pub(super) fn unlisted_vm(uuid: VmUuid) -> Result<Self, String> {
+        Self::vm(VmEntity::unknown(uuid).ok_or("an unknown VM has no name")?)
+    }
+}
+
+/// Everything that is known by configuration, ready to be asked about.
+#[derive(Debug)]
+pub(super) struct KnownEntities {
+    pub(super) all: cedar_policy::Entities,
+    each: HashMap<EntityUid, Known>,
+}
+
+impl KnownEntities {
+    pub(super) fn none() -> Self {
+        Self { all: cedar_policy::Entities::empty(), each: HashMap::new() }
+    }
+
+    pub(super) fn get(&self, uid: &EntityUid) -> Option<&Known> {
+        self.each.get(uid)
+    }
+
+    pub(super) fn has(&self, uid: &EntityUid) -> bool {
+        self.all.get(uid).is_some()
+    }
+
+    /// Whether there is a configuration at all.
+    pub(super) fn names_anything(&self) -> bool {
+        !self.each.is_empty()
+    }
+
+    /// Those of a question, as they were described: with them it can be asked again elsewhere.
+    pub(super) fn described(&self, uids: &[EntityUid]) -> Entities {
+        let mut found = Entities::default();
+        for known in uids.iter().filter_map(|uid| self.each.get(uid)) {
+            match &known.described {
+                Described::Gateway(gateway) => found.gateways.push(gateway.clone()),
+                Described::Operator(operator) => found.operators.push(operator.clone()),
+                Described::Vm(vm) => found.vms.push(VmEntity::clone(vm)),
+            }
+        }
+        found
+    }
 }
 
 fn text(value: &str) -> RestrictedExpression {
     RestrictedExpression::new_string(value.to_owned())
 }
 
-fn entity<const N: usize>(
-    uid: EntityUid,
-    attributes: [(&str, RestrictedExpression); N],
-    parents: HashSet<EntityUid>,
-) -> Result<Entity, String> {
-    let attributes: HashMap<_, _> = attributes.into_iter().map(|(name, value)| (name.to_owned(), value)).collect();
-    Entity::new(uid, attributes, parents).map_err(|error| error.to_string())
-}
-
-fn uids(kind: &str, ids: &[String]) -> Result<HashSet<EntityUid>, String> {
+fn uids(kind: &str, ids: &[String]) -> Result<Vec<EntityUid>, String> {
     ids.iter().map(|id| uid(kind, id)).collect()
 }
 
-fn gateway(known: &GatewayEntity) -> Result<Entity, String> {
-    let attributes = [("trustDomain", text(known.spiffe.trust_domain())), ("site", text(&known.site))];
-    entity(uid("Gateway", known.spiffe.as_str())?, attributes, uids("GatewayGroup", &known.groups)?)
-}
-
-fn operator(known: &OperatorEntity) -> Result<Entity, String> {
-    entity(uid("Operator", &known.id)?, [("mfa", RestrictedExpression::new_bool(known.mfa))], uids("Team", &known.teams)?)
-}
-
-fn vm(known: &VmEntity) -> Result<Entity, String> {
-    let attributes = [
-        ("tenant", text(&known.tenant)),
-        ("classification", text(&known.classification)),
-        ("homeSite", text(&known.home_site)),
-        ("allowedSites", RestrictedExpression::new_set(known.allowed_sites.iter().map(|site| text(site)))),
-        ("migratable", RestrictedExpression::new_bool(known.migratable)),
-        ("postcopyOk", RestrictedExpression::new_bool(known.postcopy_ok)),
-    ];
-    entity(uid("Vm", &known.uuid.to_string())?, attributes, uids("VmGroup", &known.groups)?)
-}
-
-/// A verified peer that the configuration does not list.
-pub(super) fn unknown_gateway(spiffe: &SpiffeId) -> Result<Entity, String> {
-    gateway(&GatewayEntity { spiffe: spiffe.clone(), site: String::new(), groups: Vec::new() })
-}
-
-/// An operator that the configuration does not list.
-pub(super) fn unknown_operator(id: &str) -> Result<Entity, String> {
-    operator(&OperatorEntity { id: id.to_owned(), teams: Vec::new(), mfa: false })
-}
-
-/// A VM that the configuration does not list.
-pub(super) fn unknown_vm(uuid: VmUuid) -> Result<Entity, String> {
-    vm(&VmEntity::unknown(uuid).ok_or("an unknown VM has no name")?)
-}
-
 /// All entities, checked against the schema; or everything that is wrong with them.
-pub(super) fn build(known: &Entities, schema: &Schema) -> Result<cedar_policy::Entities, Vec<PolicyProblem>> {
+pub(super) fn build(known: &Entities, schema: &Schema) -> Result<KnownEntities, PolicyErrors> {
     let mut problems = Vec::new();
     let count = known.gateways.len().saturating_add(known.operators.len()).saturating_add(known.vms.len());
     if count > limits::POLICY_ENTITIES_MAX {
         let what = format!("too many gateways, operators and VMs: `{count}`, expected at most {}", limits::POLICY_ENTITIES_MAX);
-        return Err(vec![PolicyProblem::of_set(what)]);
+        return Err(PolicyErrors { problems: vec![PolicyProblem::of_set(what)] });
     }
     let mut note = |what: String| problems.push(PolicyProblem::of_set(what));
-    let mut seen = BTreeSet::new();
-    let mut built = Vec::with_capacity(count);
-    let mut add = |kind: &str, id: String, made: Result<Entity, String>| {
-        if !seen.insert((kind.to_owned(), id.clone())) {
-            note(format!("{kind} `{id}` is listed twice"));
-            return;
+    let mut each = HashMap::with_capacity(count);
+    let mut add = |kind: &str, id: String, made: Result<Known, String>| match made {
+        Ok(known) => {
+            if each.insert(known.uid.clone(), known).is_some() {
+                note(format!("{kind} `{id}` is listed twice"));
+            }
         }
-        match made {
-            Ok(entity) => built.push(entity),
-            Err(error) => note(format!("{kind} `{id}`: {error}")),
-        }
+        Err(error) => note(format!("{kind} `{id}`: {error}")),
     };
-    for known in &known.gateways {
-        add("gateway", known.spiffe.to_string(), gateway(known));
+    for gateway in &known.gateways {
+        add("gateway", gateway.spiffe.to_string(), Known::gateway(gateway.clone()));
     }
-    for known in &known.operators {
-        add("operator", known.id.clone(), operator(known));
+    for operator in &known.operators {
+        add("operator", operator.id.clone(), Known::operator(operator.clone()));
     }
-    for known in &known.vms {
-        let made = match known.classification.as_str() {
-            "public" | "internal" | "restricted" => vm(known),
-            other => Err(format!("unknown classification `{other}`, expected `public`, `internal` or `restricted`")),
-        };
-        add("VM", known.uuid.to_string(), made);
-    }
-    match groups(known) {
-        Ok(groups) => built.extend(groups),
-        Err(what) => note(what),
+    for vm in &known.vms {
+        add("VM", vm.uuid.to_string(), Known::vm(vm.clone()));
     }
     if !problems.is_empty() {
-        return Err(problems);
+        return Err(PolicyErrors { problems });
     }
-    cedar_policy::Entities::from_entities(built, Some(schema))
-        .map_err(|error| vec![PolicyProblem::of_set(format!("entities do not fit the schema: {error}"))])
-}
-
-/// The groups that somebody is in; a group exists by being named.
-fn groups(known: &Entities) -> Result<Vec<Entity>, String> {
-    let mut uids = HashSet::new();
-    for group in known.gateways.iter().flat_map(|gateway| &gateway.groups) {
-        uids.insert(uid("GatewayGroup", group)?);
+    // A group exists by being named.
+    let groups: HashSet<&EntityUid> = each.values().flat_map(|known| &known.groups).collect();
+    let groups = groups.into_iter().map(|uid| Entity::new_no_attrs(uid.clone(), HashSet::new()));
+    let all = each.values().map(|known| known.entity.clone()).chain(groups);
+    match cedar_policy::Entities::from_entities(all, Some(schema)) {
+        Ok(all) => Ok(KnownEntities { all, each }),
+        Err(error) => {
+            let problems = vec![PolicyProblem::of_set(format!("entities do not fit the schema: {error}"))];
+            Err(PolicyErrors { problems })
+        }
     }
-    for team in known.operators.iter().flat_map(|operator| &operator.teams) {
-        uids.insert(uid("Team", team)?);
-    }
-    for group in known.vms.iter().flat_map(|vm| &vm.groups) {
-        uids.insert(uid("VmGroup", group)?);
-    }
-    Ok(uids.into_iter().map(|uid| Entity::new_no_attrs(uid, HashSet::new())).collect())
 }

@@ -17,18 +17,20 @@ pub struct PolicyProblem {
     pub what: String,
     /// What may help.
     pub hint: Option<String>,
+    /// Whether it is wrong whatever the configuration is; otherwise a person has to look at it.
+    pub defect: bool,
 }
 
 impl PolicyProblem {
     /// A problem of the whole set.
     pub(super) fn of_set(what: impl Into<String>) -> Self {
-        Self { file: String::new(), line: 0, column: 0, policy: None, what: what.into(), hint: None }
+        Self { file: String::new(), line: 0, column: 0, policy: None, what: what.into(), hint: None, defect: true }
     }
 
     /// A problem at byte `offset` of `text`, the contents of the file `name`.
     pub(super) fn at(name: &str, text: &str, offset: usize, what: impl Into<String>) -> Self {
         let (line, column) = place(text, offset);
-        Self { file: name.to_owned(), line, column, policy: None, what: what.into(), hint: None }
+        Self { file: name.to_owned(), line, column, policy: None, what: what.into(), hint: None, defect: true }
     }
 
     pub(super) fn of_policy(mut self, id: Option<&str>) -> Self {

@@ -3,12 +3,12 @@
 use std::net::IpAddr;
 
 use cedar_policy::{Context, RestrictedExpression};
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 use crate::policy::entities::uid;
 
 /// How memory moves.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Mode {
     /// All memory before the switch.
@@ -20,7 +20,7 @@ pub enum Mode {
 }
 
 /// What packs pages.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Codec {
     /// Nothing.
@@ -34,7 +34,7 @@ pub enum Codec {
 }
 
 /// How far back a codec may look for repetitions.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum CodecScope {
     /// Each page by itself.
@@ -46,7 +46,7 @@ pub enum CodecScope {
 }
 
 /// Where the final image is on disk before the switch.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Durability {
     /// Nowhere.
@@ -78,7 +78,7 @@ words! {
 }
 
 /// From where to where.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Route {
     /// The source's site.
@@ -90,7 +90,7 @@ pub struct Route {
 }
 
 /// The authenticated channel to the peer.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Channel {
     /// TLS version, `1.3`.
@@ -106,7 +106,7 @@ pub struct Channel {
 }
 
 /// The terms of the page stream.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct Stream {
     /// How memory moves.
@@ -124,11 +124,11 @@ pub struct Stream {
 }
 
 /// The circumstances of `release`, `accept` and `commit`.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct MigrationContext {
     /// Now, in milliseconds since 1970-01-01 UTC.
-    #[serde(rename = "now", deserialize_with = "instant")]
+    #[serde(rename = "now", with = "instant")]
     pub now_unix_ms: i64,
     /// From where to where.
     pub route: Route,
@@ -142,27 +142,27 @@ pub struct MigrationContext {
 }
 
 /// The circumstances of `request`.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct RequestContext {
     /// Now, in milliseconds since 1970-01-01 UTC.
-    #[serde(rename = "now", deserialize_with = "instant")]
+    #[serde(rename = "now", with = "instant")]
     pub now_unix_ms: i64,
     /// From where to where.
     pub route: Route,
     /// The terms asked for.
     pub stream: Stream,
     /// The change ticket given, if any.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub change_ticket: Option<String>,
 }
 
 /// The circumstances of `resolveInDoubt`.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct ResolveContext {
     /// Now, in milliseconds since 1970-01-01 UTC.
-    #[serde(rename = "now", deserialize_with = "instant")]
+    #[serde(rename = "now", with = "instant")]
     pub now_unix_ms: i64,
     /// Operators who agreed.
     pub approvers: Vec<String>,
@@ -170,10 +170,20 @@ pub struct ResolveContext {
     pub fence_evidence: bool,
 }
 
-fn instant<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<i64, D::Error> {
-    let text = String::deserialize(deserializer)?;
-    let time: jiff::Timestamp = text.parse().map_err(|_| serde::de::Error::custom(format!("`{text}` is no RFC 3339 time")))?;
-    Ok(time.as_millisecond())
+/// An RFC 3339 time, as milliseconds.
+mod instant {
+    use serde::{Deserialize, Deserializer, Serializer, de, ser};
+
+    pub(super) fn serialize<S: Serializer>(unix_ms: &i64, serializer: S) -> Result<S::Ok, S::Error> {
+        let time = jiff::Timestamp::from_millisecond(*unix_ms).map_err(ser::Error::custom)?;
+        serializer.collect_str(&format_args!("{time:.3}"))
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<i64, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        let time: jiff::Timestamp = text.parse().map_err(|_| de::Error::custom(format!("`{text}` is no RFC 3339 time")))?;
+        Ok(time.as_millisecond())
+    }
 }
 
 type Pair = (String, RestrictedExpression);
@@ -241,14 +251,14 @@ fn context<const N: usize>(pairs: [Pair; N], optional: Option<Pair>) -> Result<C
 }
 
 impl MigrationContext {
-    pub(super) fn context(&self) -> Result<Context, String> {
+    pub(super) fn context(&self, stream: &Stream) -> Result<Context, String> {
         let memory = i64::try_from(self.memory_mib).map_err(|_| format!("guest memory of `{}` MiB does not fit", self.memory_mib))?;
         context(
             [
                 now(self.now_unix_ms)?,
                 pair("route", self.route.expression()?),
                 pair("channel", self.channel.expression()?),
-                pair("stream", self.stream.expression()?),
+                pair("stream", stream.expression()?),
                 pair("memoryMiB", RestrictedExpression::new_long(memory)),
             ],
             None,
@@ -257,9 +267,9 @@ impl MigrationContext {
 }
 
 impl RequestContext {
-    pub(super) fn context(&self) -> Result<Context, String> {
+    pub(super) fn context(&self, stream: &Stream) -> Result<Context, String> {
         let ticket = self.change_ticket.as_deref().map(|ticket| pair("changeTicket", text(ticket)));
-        context([now(self.now_unix_ms)?, pair("route", self.route.expression()?), pair("stream", self.stream.expression()?)], ticket)
+        context([now(self.now_unix_ms)?, pair("route", self.route.expression()?), pair("stream", stream.expression()?)], ticket)
     }
 }
 

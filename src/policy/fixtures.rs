@@ -15,13 +15,16 @@
 //! `entities` (of the file, or of one test) replaces the entities that the set was loaded with. `context` of the file
 //! holds defaults; what a test says is laid over it, object by object, and fields of the defaults that the action does
 //! not have are left out. `principal` is a SPIFFE ID, or an operator for `request` and `resolveInDoubt`; `resource` is the VM's
-//! UUID. `policy` is optional: the `@id` that must be among the policies that decided (or that failed to evaluate).
+//! UUID. `policy` is optional: the `@id` that must be among the policies that decided (or that failed to evaluate). `stream` is optional
+//! too: fields of the stream as permits' obligations leave it, e.g. `{ "durability": "both" }`.
+//!
+//! A question alone, without `name` and what is expected, is a file for `policy explain --request`.
 
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
 use crate::limits;
-use crate::policy::ask::{Answer, Question, why};
+use crate::policy::ask::{Adjust, Answer, Explanation, Question, why};
 use crate::policy::entities::Entities;
 use crate::policy::load::PolicySet;
 use crate::types::{SpiffeId, VmUuid};
@@ -58,6 +61,57 @@ struct Test {
     entities: Option<Entities>,
     expect: Expect,
     policy: Option<String>,
+    #[serde(default)]
+    stream: Map<String, Value>,
+}
+
+/// A question as a file or an audit entry has it.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct WrittenQuestion {
+    action: String,
+    principal: String,
+    resource: VmUuid,
+    #[serde(default)]
+    context: Map<String, Value>,
+    entities: Option<Entities>,
+}
+
+/// What a policy set says to a question.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Verdict {
+    /// The answer.
+    pub allowed: bool,
+    /// The `@id`s of the policies that decided, sorted.
+    pub policy_ids: Vec<String>,
+    /// Why, for people.
+    pub why: String,
+}
+
+impl WrittenQuestion {
+    /// What `set` answers. Entities of the question replace those of the set.
+    ///
+    /// # Errors
+    /// The question makes no sense: an unknown action, a fact that is missing or has another type.
+    pub fn ask(&self, set: &PolicySet) -> Result<Verdict, String> {
+        let answer = self.put(set, |set, question| set.settle(self.resource, question, adjust(question)))?;
+        Ok(Verdict { allowed: answer.allowed, why: why(&answer), policy_ids: answer.ids })
+    }
+
+    /// The same, policy by policy.
+    ///
+    /// # Errors
+    /// As [`ask`](Self::ask).
+    pub fn explain(&self, set: &PolicySet) -> Result<Explanation, String> {
+        self.put(set, |set, question| set.explain(self.resource, question))
+    }
+
+    fn put<T>(&self, set: &PolicySet, ask: impl FnOnce(&PolicySet, &Question<'_>) -> T) -> Result<T, String> {
+        let replaced =
+            self.entities.as_ref().map(|entities| set.with_entities(entities)).transpose().map_err(|errors| errors.to_string())?;
+        let set = replaced.as_ref().unwrap_or(set);
+        with_question(&self.action, &self.principal, &Map::new(), &self.context, |question| ask(set, question))
+    }
 }
 
 #[derive(Deserialize, Clone, Copy, PartialEq, Eq)]
@@ -97,30 +151,55 @@ fn outcome(test: &Test, run: Result<Answer, String>) -> TestOutcome {
     let decided = answer.allowed == (test.expect == Expect::Allow);
     let by = |id: &String| answer.ids.contains(id) || answer.errors.iter().any(|error| error.policy.as_ref() == Some(id));
     let named = test.policy.as_ref().is_none_or(by);
+    let stream = serde_json::to_value(&answer.stream).unwrap_or_default();
+    let otherwise = test.stream.iter().find(|(name, value)| stream.get(name.as_str()) != Some(*value));
     let word = if answer.allowed { "allow" } else { "deny" };
-    let detail = match (&test.policy, named) {
-        (Some(id), false) => format!("{word}: {}; expected policy `{id}` to decide", why(&answer)),
-        _ => format!("{word}: {}", why(&answer)),
-    };
-    TestOutcome { name, passed: decided && named, detail }
+    let mut detail = format!("{word}: {}", why(&answer));
+    if let Some(id) = test.policy.as_ref().filter(|_| !named) {
+        detail.push_str(&format!("; expected policy `{id}` to decide"));
+    }
+    if let Some((name, value)) = otherwise {
+        let is = stream.get(name.as_str()).unwrap_or(&Value::Null);
+        detail.push_str(&format!("; expected `{name}` of the stream to be {value}, and it is {is}"));
+    }
+    TestOutcome { name, passed: decided && named && otherwise.is_none(), detail }
 }
 
 fn run(set: &PolicySet, defaults: &Map<String, Value>, test: &Test) -> Result<Answer, String> {
     let replaced = test.entities.as_ref().map(|entities| set.with_entities(entities)).transpose().map_err(|errors| errors.to_string())?;
     let set = replaced.as_ref().unwrap_or(set);
-    let peer = || test.principal.parse::<SpiffeId>().map_err(|error| error.to_string());
-    let migration = || context(defaults, &test.context, &["now", "route", "channel", "stream", "memoryMiB"]);
-    match test.action.as_str() {
+    with_question(&test.action, &test.principal, defaults, &test.context, |question| set.settle(test.resource, question, adjust(question)))
+}
+
+/// What a gateway would still change about the stream.
+pub(super) fn adjust(question: &Question<'_>) -> Adjust {
+    match question {
+        Question::Request(..) | Question::Release(..) => Adjust::Terms,
+        Question::Accept(..) => Adjust::Lanes,
+        Question::Commit(..) | Question::Resolve(..) => Adjust::Nothing,
+    }
+}
+
+fn with_question<T>(
+    action: &str,
+    principal: &str,
+    defaults: &Map<String, Value>,
+    own: &Map<String, Value>,
+    ask: impl FnOnce(&Question<'_>) -> T,
+) -> Result<T, String> {
+    let peer = || principal.parse::<SpiffeId>().map_err(|error| error.to_string());
+    let migration = || context(defaults, own, &["now", "route", "channel", "stream", "memoryMiB"]);
+    match action {
         "request" => {
-            let context = context(defaults, &test.context, &["now", "route", "stream", "changeTicket"])?;
-            Ok(set.decide(test.resource, &Question::Request(&test.principal, &context)))
+            let context = context(defaults, own, &["now", "route", "stream", "changeTicket"])?;
+            Ok(ask(&Question::Request(principal, &context)))
         }
-        "release" => Ok(set.decide(test.resource, &Question::Release(&peer()?, &migration()?))),
-        "accept" => Ok(set.decide(test.resource, &Question::Accept(&peer()?, &migration()?))),
-        "commit" => Ok(set.decide(test.resource, &Question::Commit(&peer()?, &migration()?))),
+        "release" => Ok(ask(&Question::Release(&peer()?, &migration()?))),
+        "accept" => Ok(ask(&Question::Accept(&peer()?, &migration()?))),
+        "commit" => Ok(ask(&Question::Commit(&peer()?, &migration()?))),
         "resolveInDoubt" => {
-            let context = context(defaults, &test.context, &["now", "approvers", "fenceEvidence"])?;
-            Ok(set.decide(test.resource, &Question::Resolve(&test.principal, &context)))
+            let context = context(defaults, own, &["now", "approvers", "fenceEvidence"])?;
+            Ok(ask(&Question::Resolve(principal, &context)))
         }
         other => Err(format!("unknown action `{other}`, expected `request`, `release`, `accept`, `commit` or `resolveInDoubt`")),
     }

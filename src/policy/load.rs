@@ -1,16 +1,21 @@
 //! Texts to a checked policy set.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
 use std::str::FromStr;
 use std::sync::Arc;
 
 use cedar_policy::ffi::DetailedError;
-use cedar_policy::{Authorizer, Policy, PolicyId, Schema, ValidationMode, Validator};
+use cedar_policy::{Authorizer, Effect, Policy, PolicyId, Schema, ValidationMode, Validator};
 use ring::digest;
 
 use crate::limits;
-use crate::policy::entities::{self, Entities};
+use crate::policy::bundle::BundleStamp;
+use crate::policy::entities::{self, Entities, KnownEntities};
 use crate::policy::errors::{PolicyErrors, PolicyProblem};
+use crate::policy::index::Index;
+use crate::policy::obligations::Obligations;
+use crate::policy::permit::{Accept, Action, Commit, Release, Request, Resolve};
 use crate::policy::{SCHEMA, lint, shape};
 
 /// One policy file, already read.
@@ -26,7 +31,15 @@ pub struct PolicyFile {
 #[derive(Debug, Clone)]
 pub struct PolicySet {
     pub(super) checked: Arc<Checked>,
-    pub(super) entities: Arc<cedar_policy::Entities>,
+    pub(super) known: Arc<KnownEntities>,
+    pub(super) valid: Option<Arc<Valid>>,
+}
+
+/// A set from a bundle answers only while that is valid.
+#[derive(Debug)]
+pub(super) struct Valid {
+    pub(super) unix_ms: Range<i64>,
+    pub(super) stamp: BundleStamp,
 }
 
 /// What does not depend on entities.
@@ -35,6 +48,13 @@ pub(super) struct Checked {
     pub(super) schema: Schema,
     pub(super) policies: cedar_policy::PolicySet,
     pub(super) authorizer: Authorizer,
+    pub(super) index: Index,
+    /// The permits alone, if any of them obliges.
+    pub(super) permits: Option<Index>,
+    /// Whether a policy reads attributes of an entity that it names.
+    pub(super) reads_others: bool,
+    /// By `@id`; those that oblige to nothing are left out.
+    pub(super) obligations: BTreeMap<String, Obligations>,
     /// By `@id`.
     pub(super) places: BTreeMap<String, Place>,
     digest: [u8; 32],
@@ -62,17 +82,22 @@ impl PolicySet {
         let mut loading = Loading::default();
         loading.read(&files);
         loading.validate(&files, &schema);
-        let built = entities::build(entities, &schema).unwrap_or_else(|problems| {
-            loading.problems.extend(problems);
-            cedar_policy::Entities::empty()
+        let known = entities::build(entities, &schema).unwrap_or_else(|errors| {
+            loading.problems.extend(errors.problems);
+            KnownEntities::none()
         });
         if !loading.problems.is_empty() {
             loading.problems.sort_by(|a, b| (&a.file, a.line, a.column).cmp(&(&b.file, b.line, b.column)));
             return Err(PolicyErrors { problems: loading.problems });
         }
-        let Loading { policies, places, .. } = loading;
-        let checked = Checked { schema, policies, authorizer: Authorizer::new(), places, digest: digest_of(&files) };
-        Ok(Self { checked: Arc::new(checked), entities: Arc::new(built) })
+        let Loading { policies, places, obligations, .. } = loading;
+        let index = Index::new(policies.policies(), &ACTIONS);
+        let permits = policies.policies().filter(|policy| policy.effect() == Effect::Permit);
+        let permits = (!obligations.is_empty()).then(|| Index::new(permits, &ACTIONS));
+        let (reads_others, digest) = (policies.policies().any(lint::reads_others), digest_of(&files));
+        let checked =
+            Checked { schema, policies, authorizer: Authorizer::new(), index, permits, reads_others, obligations, places, digest };
+        Ok(Self { checked: Arc::new(checked), known: Arc::new(known), valid: None })
     }
 
     /// The same policies with other entities.
@@ -81,8 +106,19 @@ impl PolicySet {
     ///
     /// Entities that do not fit the schema.
     pub fn with_entities(&self, entities: &Entities) -> Result<Self, PolicyErrors> {
-        let built = entities::build(entities, &self.checked.schema).map_err(|problems| PolicyErrors { problems })?;
-        Ok(Self { checked: Arc::clone(&self.checked), entities: Arc::new(built) })
+        let known = entities::build(entities, &self.checked.schema)?;
+        Ok(Self { known: Arc::new(known), ..self.clone() })
+    }
+
+    /// The same policies for a while; at any other time nothing is permitted.
+    pub(super) fn valid(self, unix_ms: Range<i64>, stamp: BundleStamp) -> Self {
+        Self { valid: Some(Arc::new(Valid { unix_ms, stamp })), ..self }
+    }
+
+    /// The bundle that the policies are from, if they are from one.
+    #[must_use]
+    pub fn bundle(&self) -> Option<&BundleStamp> {
+        self.valid.as_ref().map(|valid| &valid.stamp)
     }
 
     /// SHA-256 over the schema and every file's name and text, in order of name. Two gateways with the same digest
@@ -97,13 +133,27 @@ impl PolicySet {
         self.checked.places.keys().map(String::as_str)
     }
 
-    /// What is allowed but unwise: arithmetic, which can fail at the worst moment, and names of entities that the
-    /// configuration does not have (a set that was loaded without any is not searched for those).
+    /// What nobody means: policies that can fail to evaluate, that never match or that others make needless, words that are never
+    /// said, and names of entities that the configuration does not have (a set that was loaded without any is not searched for
+    /// those).
     #[must_use]
     pub fn lint(&self) -> Vec<PolicyProblem> {
         lint::lint(self)
     }
+
+    pub(super) fn problem(&self, id: &str, what: String, hint: &str, defect: bool) -> Option<PolicyProblem> {
+        let Place { file, line, column } = self.checked.places.get(id)?.clone();
+        Some(PolicyProblem { file, line, column, policy: Some(id.to_owned()), what, hint: Some(hint.to_owned()), defect })
+    }
+
+    /// Whether a policy is written behind another one.
+    pub(super) fn is_after(&self, id: &str, other: &str) -> bool {
+        let place = |id: &str| self.checked.places.get(id).map(|place| (&place.file, place.line, place.column));
+        place(id) > place(other)
+    }
 }
+
+const ACTIONS: [&str; 5] = [Request::NAME, Release::NAME, Accept::NAME, Commit::NAME, Resolve::NAME];
 
 fn schema() -> Result<Schema, PolicyProblem> {
     Schema::from_str(SCHEMA).map_err(|error| PolicyProblem::of_set(format!("the built-in schema does not parse: {error}")))
@@ -131,6 +181,7 @@ fn digest_of(files: &[&PolicyFile]) -> [u8; 32] {
 struct Loading {
     problems: Vec<PolicyProblem>,
     policies: cedar_policy::PolicySet,
+    obligations: BTreeMap<String, Obligations>,
     places: BTreeMap<String, Place>,
 }
 
@@ -200,6 +251,10 @@ impl Loading {
         }
         if let Some(first) = self.places.get(id) {
             return Err(format!("the `@id` is taken by the policy at {}:{}:{}", first.file, first.line, first.column));
+        }
+        let obligations = Obligations::of(policy)?;
+        if !obligations.is_empty() {
+            self.obligations.insert(id.to_owned(), obligations);
         }
         self.policies.add(policy.new_id(PolicyId::new(id))).map_err(|error| error.to_string())?;
         let (line, column) = super::errors::place(&file.text, offset);

@@ -24,13 +24,17 @@
 //! *Read first:* `load.rs` (texts to [`PolicySet`]), then `ask.rs` (question to answer), then `permit.rs`.
 
 mod ask;
+pub mod bundle;
 mod entities;
 mod errors;
 mod facts;
 mod fixtures;
+mod index;
 mod lint;
 mod load;
+mod obligations;
 mod permit;
+mod reach;
 mod shape;
 #[cfg(test)]
 mod tests;
@@ -39,8 +43,9 @@ pub use ask::{Denial, EvaluationFailure, Explanation, MatchedPolicy, Question};
 pub use entities::{Entities, GatewayEntity, OperatorEntity, VmEntity};
 pub use errors::{PolicyErrors, PolicyProblem};
 pub use facts::{Channel, Codec, CodecScope, Durability, MigrationContext, Mode, RequestContext, ResolveContext, Route, Stream};
-pub use fixtures::{TestOutcome, run_tests};
+pub use fixtures::{TestOutcome, Verdict, WrittenQuestion, run_tests};
 pub use load::{PolicyFile, PolicySet};
+pub use obligations::Obligations;
 pub use permit::{Accept, Action, Commit, Permit, Release, Request, Resolve};
 
 /// The Cedar schema that every policy is checked against, as text.

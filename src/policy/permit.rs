@@ -3,6 +3,7 @@
 use std::marker::PhantomData;
 
 use crate::policy::facts::Stream;
+use crate::policy::obligations::Obligations;
 use crate::types::VmUuid;
 
 mod sealed {
@@ -49,12 +50,20 @@ pub struct Permit<A: Action> {
     principal: String,
     vm: VmUuid,
     stream: Option<Stream>,
+    obligations: Obligations,
     action: PhantomData<fn() -> A>,
 }
 
 impl<A: Action> Permit<A> {
-    pub(super) fn new(policy_ids: Vec<String>, set_digest: [u8; 32], principal: String, vm: VmUuid, stream: Option<Stream>) -> Self {
-        Self { policy_ids, set_digest, principal, vm, stream, action: PhantomData }
+    pub(super) fn new(
+        policy_ids: Vec<String>,
+        set_digest: [u8; 32],
+        principal: String,
+        vm: VmUuid,
+        stream: Option<Stream>,
+        obligations: Obligations,
+    ) -> Self {
+        Self { policy_ids, set_digest, principal, vm, stream, obligations, action: PhantomData }
     }
 
     /// The question's name in the schema.
@@ -87,10 +96,16 @@ impl<A: Action> Permit<A> {
         self.vm
     }
 
-    /// The stream terms it is for; none for [`Resolve`].
+    /// The stream terms it is for, which may be stricter than those asked about; none for [`Resolve`].
     #[must_use]
     pub fn stream(&self) -> Option<&Stream> {
         self.stream.as_ref()
+    }
+
+    /// What the permits ask of the stream; [`stream`](Self::stream) does it, and a limit of bandwidth is for the source to keep.
+    #[must_use]
+    pub fn obligations(&self) -> &Obligations {
+        &self.obligations
     }
 
     /// Whether it is for exactly this: check it where it is spent, if the terms came a different way.

@@ -1,5 +1,7 @@
 //! The example policies, decision by decision, and everything a loader must refuse.
 
+mod meant;
+
 use super::*;
 use crate::limits;
 use crate::types::{SpiffeId, VmUuid};
@@ -459,4 +461,73 @@ fn a_tests_file_notices_the_wrong_policy_and_the_wrong_answer() {
     let outcomes = run_tests(&set, &renamed);
     let failed: Vec<_> = outcomes.iter().filter(|outcome| !outcome.passed).collect();
     assert!(failed.len() == 1 && failed[0].detail.contains("expected policy"), "{failed:?}");
+}
+
+#[test]
+fn what_is_left_out_by_the_index_would_not_have_matched() {
+    // Every kind of scope and condition that puts a policy into a bucket, and each with its opposite.
+    let scopes = [
+        "principal",
+        "principal is Sealane::Gateway",
+        "principal in Sealane::GatewayGroup::\"dc2-gateways\"",
+        "principal in Sealane::GatewayGroup::\"dc1-gateways\"",
+        &format!("principal == Sealane::Gateway::\"{DC2}\""),
+        &format!("principal == Sealane::Gateway::\"{DC1}\""),
+    ];
+    let resources = [
+        "resource".to_owned(),
+        "resource in Sealane::VmGroup::\"tenant-acme\"".to_owned(),
+        "resource in Sealane::VmGroup::\"other\"".to_owned(),
+        format!("resource == Sealane::Vm::\"{}\"", vm(1)),
+        format!("resource == Sealane::Vm::\"{}\"", vm(2)),
+    ];
+    let conditions = [
+        "true",
+        "resource.tenant == \"acme\"",
+        "\"other\" == resource.tenant",
+        "principal.site == \"dc2\" && context.channel.crlFresh",
+        "!(resource.tenant == \"acme\")",
+        "resource.tenant == \"other\" || context.channel.crlFresh",
+        "if resource.tenant == \"other\" then false else true",
+    ];
+    let mut text = String::new();
+    let mut number = 0;
+    for scope in scopes {
+        for resource in &resources {
+            for condition in conditions.iter().filter(|condition| scope.contains("Gateway") || !condition.contains("principal.site")) {
+                number += 1;
+                let action = "action == Sealane::Action::\"release\"";
+                text += &format!("@id(\"p{number}\") permit ({scope}, {action}, {resource}) when {{ {condition} }};\n");
+            }
+        }
+    }
+    let set = set(&text);
+    for (who, which) in [(DC2, 1), (DC1, 2), (DC1, 1), ("spiffe://dc3.example.net/gateway/new", 9)] {
+        // Each alone, in an index of its own; and all at once by Cedar's own search.
+        let (who, context) = (peer(who), context());
+        let question = Question::Release(&who, &context);
+        let mut alone: Vec<String> = set.explain(vm(which), &question).matched.into_iter().map(|policy| policy.id).collect();
+        alone.sort();
+        assert_eq!(set.settle(vm(which), &question, super::ask::Adjust::Nothing).ids, alone);
+        let plain = set.ask_all(vm(which), &question).unwrap();
+        assert_eq!(plain, alone);
+    }
+    assert!(number > 190, "{number}");
+}
+
+#[test]
+fn facts_of_a_question_ask_it_again() {
+    let set = examples();
+    let (who, context) = (peer(DC2), context());
+    let question = Question::Release(&who, &context);
+    let facts = set.facts(vm(1), &question).unwrap();
+    let written = serde_json::json!({
+        "action": "release", "principal": DC2, "resource": vm(1), "context": facts["context"], "entities": facts["entities"],
+    });
+    let written: WrittenQuestion = serde_json::from_value(written).unwrap();
+    // Of a set that knows nobody.
+    let files = [file("10-floor.cedar", FLOOR), file("20-tenant-acme.cedar", ACME), file("30-operators.cedar", OPERATORS)];
+    let verdict = written.ask(&PolicySet::parse(&files, &Entities::default()).unwrap()).unwrap();
+    assert_eq!((verdict.allowed, verdict.policy_ids), (true, vec!["p1-acme-dc1-to-dc2".to_owned()]));
+    assert!(facts.to_string().len() < limits::AUDIT_FACTS_BYTES_MAX / 4, "{facts}");
 }

@@ -428,7 +428,7 @@ max_memory = "4GiB"
     )
 }
 
-const POLICY: &str = r#"@id("request-by-anybody")
+pub const POLICY: &str = r#"@id("request-by-anybody")
 permit (principal, action == Sealane::Action::"request", resource)
 when { resource.tenant == "acme" };
 

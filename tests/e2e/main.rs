@@ -18,6 +18,10 @@
 #[path = "../../certs/fixtures.rs"]
 mod fixtures;
 
+#[path = "../bundles/signing.rs"]
+mod signing;
+
+mod bundles;
 mod certificates;
 mod command;
 mod configuration;

@@ -23,7 +23,7 @@ pub const MODULES: &[(&str, u8, &str)] = &[
     ("telemetry", 2, "wire memory"),
     ("engine", 3, "failpoint wire memory migration policy identity audit journal transport hypervisor storage telemetry"),
     ("control", 4, "telemetry"),
-    ("config", 4, ""),
+    ("config", 4, "policy"),
     (
         "gateway",
         4,

@@ -176,6 +176,7 @@ impl Pair {
             address: format!("image:{VM}"),
             goal: Goal { downtime_max: DOWNTIME_MAX, throttle: false, fixed_cost: PAUSE_FIXED },
             bandwidth: None,
+            bandwidth_max: None,
             stream: StreamTerms {
                 lanes: terms.lanes,
                 compression: gateway::compression(terms.compress),

@@ -1,6 +1,7 @@
 //! `policy explain`: the questions that a gateway would ask, with the facts of its configuration.
 
 use std::fmt::Write;
+use std::path::Path;
 
 use serde::Serialize;
 
@@ -10,8 +11,8 @@ use super::super::{Ending, config, render};
 use super::load_or_refuse;
 use crate::config::{Config, Peer, Vm};
 use crate::control::Exit;
-use crate::gateway::{address_of, channel_in_order, default_stream, entities, operator_id};
-use crate::policy::{Explanation, MigrationContext, PolicySet, Question, RequestContext, Route};
+use crate::gateway::{address_of, channel_in_order, default_stream, entities, operator_id, read_policy_text};
+use crate::policy::{Explanation, MigrationContext, PolicySet, Question, RequestContext, Route, WrittenQuestion};
 use crate::telemetry::{ErrorClass, Problem, schema_tag};
 
 schema_tag!(
@@ -38,11 +39,15 @@ struct Asked {
 }
 
 pub(super) fn explain(flags: &PolicyExplainFlags, out: Out) -> Ending {
-    let config = config::load_text(&flags.config)?;
-    let vm = config.vm(&flags.vm).ok_or_else(|| unknown(flags, "VM", flags.vm.as_str(), config.vms.iter().map(|vm| vm.name.as_str())))?;
-    let peer = config
-        .peer(&flags.peer)
-        .ok_or_else(|| unknown(flags, "peer", flags.peer.as_str(), config.peers.iter().map(|peer| peer.name.as_str())))?;
+    if let Some(file) = &flags.request {
+        return written(flags, file, out);
+    }
+    let (Some(file), Some(vm), Some(peer)) = (&flags.config, &flags.vm, &flags.peer) else {
+        return Err(Problem::new(ErrorClass::Misuse, "a VM, a peer and a configuration are needed, or a request"));
+    };
+    let config = config::load_text(file)?;
+    let vm = config.vm(vm).ok_or_else(|| unknown(file, "VM", vm.as_str(), config.vms.iter().map(|vm| vm.name.as_str())))?;
+    let peer = config.peer(peer).ok_or_else(|| unknown(file, "peer", peer.as_str(), config.peers.iter().map(|peer| peer.name.as_str())))?;
     let operator = operator(flags, &config)?;
     let set = load_or_refuse(&flags.directory, &entities(&config))?;
     let facts = Facts { flags, config: &config, vm, peer, operator: operator.as_deref() };
@@ -63,11 +68,34 @@ pub(super) fn explain(flags: &PolicyExplainFlags, out: Out) -> Ending {
     Ok(if verdicts.iter().any(|(_, permitted)| *permitted) { Exit::Done } else { Exit::Refused })
 }
 
-fn unknown<'a>(flags: &PolicyExplainFlags, what: &str, name: &str, known: impl Iterator<Item = &'a str>) -> Problem {
+fn unknown<'a>(file: &Path, what: &str, name: &str, known: impl Iterator<Item = &'a str>) -> Problem {
     let known: Vec<&str> = known.collect();
-    let message = format!("no {what} `{name}` in `{}`", flags.config.display());
+    let message = format!("no {what} `{name}` in `{}`", file.display());
     let problem = Problem::new(ErrorClass::Misuse, message).with_code(&format!("unknown-{}", what.to_lowercase()));
     if known.is_empty() { problem } else { problem.with_hint(format!("there are: {}", known.join(", "))) }
+}
+
+/// A question from a file, as it is.
+fn written(flags: &PolicyExplainFlags, file: &Path, out: Out) -> Ending {
+    let misuse = |message: String| Problem::new(ErrorClass::Misuse, message).with_code("policy");
+    let known = flags.config.as_deref().map(config::load_text).transpose()?.map(|config| entities(&config)).unwrap_or_default();
+    let set = load_or_refuse(&flags.directory, &known)?;
+    let text = read_policy_text(file).map_err(|error| misuse(format!("cannot read `{}`: {error}", file.display())))?;
+    let asked = serde_json::from_str::<WrittenQuestion>(&text).map_err(|error| error.to_string());
+    let explanation = asked.and_then(|asked| asked.explain(&set));
+    let explanation = explanation.map_err(|what| misuse(format!("`{}` is no question: {what}", file.display())))?;
+    if out.json {
+        out.object(&WrittenObject { schema: ExplainSchema, question: QuestionObject::new(None, &explanation) });
+    } else {
+        out.data(&question(out, &explanation));
+    }
+    Ok(if explanation.allowed { Exit::Done } else { Exit::Refused })
+}
+
+#[derive(Serialize)]
+struct WrittenObject {
+    schema: ExplainSchema,
+    question: QuestionObject,
 }
 
 /// How policies name the operator that was asked for.
@@ -81,7 +109,7 @@ fn operator(flags: &PolicyExplainFlags, config: &Config) -> Result<Option<String
     };
     let found = config.operators.iter().find(|operator| operator.name == *name);
     let names: Vec<String> = config.operators.iter().map(|operator| operator.name.to_string()).collect();
-    let found = found.ok_or_else(|| unknown(flags, "operator", &name.to_string(), names.iter().map(String::as_str)))?;
+    let found = found.ok_or_else(|| unknown(&config.file, "operator", &name.to_string(), names.iter().map(String::as_str)))?;
     Ok(Some(operator_id(found.uid)))
 }
 
@@ -199,7 +227,7 @@ impl Facts<'_> {
                 suite: context.channel.suite,
                 peer_cert_days_left: context.channel.peer_cert_days_left,
             },
-            questions: asked.iter().map(QuestionObject::new).collect(),
+            questions: asked.iter().map(|asked| QuestionObject::new(Some(asked.direction), &asked.explanation)).collect(),
         }
     }
 }
@@ -212,6 +240,10 @@ fn question(out: Out, explanation: &Explanation) -> String {
         let effect = if policy.permits { "permits" } else { "forbids" };
         let (file, line, column) = &policy.place;
         let _ = writeln!(text, "            {effect}: `{}` at {}:{line}:{column}", policy.id, printable(file));
+    }
+    let obligations = explanation.obligations.to_string();
+    if !obligations.is_empty() {
+        let _ = writeln!(text, "            obliges: {obligations}");
     }
     // The first is the reason above.
     for error in explanation.errors.iter().skip(1) {
@@ -251,12 +283,16 @@ struct FactsObject {
 
 #[derive(Serialize)]
 struct QuestionObject {
-    direction: Direction,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    direction: Option<Direction>,
     action: &'static str,
     principal: String,
     decision: &'static str,
     why: String,
     policies: Vec<PolicyObject>,
+    /// What permits that matched ask of the stream, as annotations have it.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    obligations: String,
     errors: Vec<String>,
 }
 
@@ -270,8 +306,7 @@ struct PolicyObject {
 }
 
 impl QuestionObject {
-    fn new(asked: &Asked) -> Self {
-        let explanation = &asked.explanation;
+    fn new(direction: Option<Direction>, explanation: &Explanation) -> Self {
         let policies = explanation.matched.iter().map(|policy| PolicyObject {
             id: policy.id.clone(),
             effect: if policy.permits { "permit" } else { "forbid" },
@@ -280,12 +315,13 @@ impl QuestionObject {
             column: policy.place.2,
         });
         Self {
-            direction: asked.direction,
+            direction,
             action: explanation.action,
             principal: explanation.principal.clone(),
             decision: if explanation.allowed { "allow" } else { "deny" },
             why: explanation.why.clone(),
             policies: policies.collect(),
+            obligations: explanation.obligations.to_string(),
             errors: explanation.errors.iter().map(ToString::to_string).collect(),
         }
     }

@@ -1,5 +1,7 @@
 //! `sealane policy`: what policies say, from their files alone.
 
+mod bundle;
+mod diff;
 mod explain;
 
 use std::fmt::Write;
@@ -32,6 +34,8 @@ pub(super) fn policy(command: &PolicyCommand, out: Out) -> Ending {
         PolicyCommand::Check { directory, config, json: _ } => check(directory, config.as_deref(), out),
         PolicyCommand::Test { directory, json: _ } => test(directory, out),
         PolicyCommand::Explain(flags) => explain::explain(flags, out),
+        PolicyCommand::Diff { old, new, audit, json: _ } => diff::diff(old, new, audit, out),
+        PolicyCommand::Bundle(command) => bundle::bundle(command, out),
     }
 }
 
@@ -86,10 +90,10 @@ fn unreadable(path: &Path, error: &std::io::Error) -> Problem {
     Problem::new(ErrorClass::Misuse, format!("cannot read `{}`: {error}", path.display())).with_code("policy")
 }
 
-fn refused(directory: &Path, errors: &PolicyErrors) -> Problem {
-    let count = errors.problems.len();
+fn refused(directory: &Path, problems: &[PolicyProblem]) -> Problem {
+    let count = problems.len();
     let mut message = format!("policies in `{}` are refused: {count} {}", directory.display(), plural(count, "error", "errors"));
-    for problem in &errors.problems {
+    for problem in problems {
         let _ = write!(message, "\n{}", Located::new(directory, problem).text());
     }
     Problem::new(ErrorClass::Misuse, message).with_code("policy")
@@ -101,7 +105,7 @@ fn plural<'a>(count: usize, one: &'a str, many: &'a str) -> &'a str {
 
 /// The set, or everything that is wrong with it as one problem.
 fn load_or_refuse(directory: &Path, entities: &Entities) -> Result<PolicySet, Problem> {
-    load(directory, entities)?.map_err(|errors| refused(directory, &errors))
+    load(directory, entities)?.map_err(|errors| refused(directory, &errors.problems))
 }
 
 #[derive(Serialize)]
@@ -120,17 +124,12 @@ fn check(directory: &Path, file: Option<&Path>, out: Out) -> Ending {
     let entities = file.map(config::load_text).transpose()?.map(|config| entities(&config)).unwrap_or_default();
     let set = match load(directory, &entities)? {
         Ok(set) => set,
-        Err(errors) if out.json => {
-            let problem = refused(directory, &errors);
-            let list = errors.problems.iter().map(|problem| Located::new(directory, problem)).collect();
-            let (directory, policies, warnings) = (directory.display().to_string(), Vec::new(), Vec::new());
-            out.object(&CheckObject { schema: CheckSchema, directory, valid: false, policies, digest: None, errors: list, warnings });
-            out.say_problem(&problem);
-            return Ok(Exit::Usage);
-        }
-        Err(errors) => return Err(refused(directory, &errors)),
+        Err(errors) => return not_valid(directory, &errors.problems, out),
     };
-    let lint = set.lint();
+    let (defects, lint): (Vec<_>, Vec<_>) = set.lint().into_iter().partition(|problem| problem.defect);
+    if !defects.is_empty() {
+        return not_valid(directory, &defects, out);
+    }
     let warnings: Vec<Located<'_>> = lint.iter().map(|problem| Located::new(directory, problem)).collect();
     for warning in &warnings {
         out.talk(&format!("{} {}", out.paint_talk(Tone::Doubtful, "warning:"), warning.text()));
@@ -146,6 +145,18 @@ fn check(directory: &Path, file: Option<&Path>, out: Out) -> Ending {
         out.data(&format!("{count} {found} in `{}` have no errors: {}\ndigest {digest}", directory.display(), policies.join(", ")));
     }
     Ok(Exit::Done)
+}
+
+fn not_valid(directory: &Path, problems: &[PolicyProblem], out: Out) -> Ending {
+    let problem = refused(directory, problems);
+    if !out.json {
+        return Err(problem);
+    }
+    let errors = problems.iter().map(|problem| Located::new(directory, problem)).collect();
+    let (directory, policies, warnings) = (directory.display().to_string(), Vec::new(), Vec::new());
+    out.object(&CheckObject { schema: CheckSchema, directory, valid: false, policies, digest: None, errors, warnings });
+    out.say_problem(&problem);
+    Ok(Exit::Usage)
 }
 
 fn hex(bytes: &[u8]) -> String {

@@ -1,0 +1,148 @@
+//! Which policies can match a question at all, so that Cedar is not asked about the others.
+//!
+//! Each policy lies in one bucket for each of its actions: under the entity that its scope wants, or under what its condition wants
+//! an attribute of principal or resource to be. A question takes the buckets of its principal and resource. What is left out is
+//! false for this question by that one test. INVARIANT(no-skipped-forbid): a policy that could fail to evaluate is left out for no
+//! condition, only for its scope.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use cedar_policy::pst::{BinaryOp, Clause, Expr, Literal};
+use cedar_policy::{ActionConstraint, EntityUid, Policy, PolicySet, PrincipalConstraint, ResourceConstraint};
+
+use crate::limits;
+use crate::policy::entities::Known;
+use crate::policy::lint::{never_fails, path};
+
+/// What has to be so for a policy to match.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+enum Need {
+    /// Nothing that is known here.
+    Nothing,
+    /// Principal or resource is this, or in it.
+    Within(EntityUid),
+    /// An attribute of the principal.
+    OfPrincipal(String, String),
+    /// An attribute of the resource.
+    OfResource(String, String),
+}
+
+/// Policies by what they need, for one action.
+type Buckets = HashMap<Need, Vec<u32>>;
+
+#[derive(Debug)]
+pub(super) struct Index {
+    policies: Vec<Policy>,
+    by_action: HashMap<String, Buckets>,
+    /// Sets that were put together before: questions about VMs of one group take the same.
+    sets: Mutex<HashMap<Vec<u32>, Arc<PolicySet>>>,
+}
+
+impl Index {
+    pub(super) fn new<'a>(policies: impl Iterator<Item = &'a Policy>, actions: &[&str]) -> Self {
+        let policies: Vec<Policy> = policies.cloned().collect();
+        let mut by_action: HashMap<String, Buckets> = actions.iter().map(|name| ((*name).to_owned(), Buckets::new())).collect();
+        for (number, policy) in (0..).zip(&policies) {
+            let need = need(policy);
+            let constraint = policy.action_constraint();
+            let applies = |action: &str| match &constraint {
+                ActionConstraint::Any => true,
+                ActionConstraint::Eq(uid) => uid.id().unescaped() == action,
+                ActionConstraint::In(uids) => uids.iter().any(|uid| uid.id().unescaped() == action),
+            };
+            for (_, buckets) in by_action.iter_mut().filter(|(action, _)| applies(action)) {
+                buckets.entry(need.clone()).or_default().push(number);
+            }
+        }
+        Self { policies, by_action, sets: Mutex::default() }
+    }
+
+    /// Every policy that can match, and some that cannot.
+    pub(super) fn candidates(&self, action: &str, principal: &Known, resource: &Known) -> Arc<PolicySet> {
+        let mut numbers = Vec::new();
+        if let Some(buckets) = self.by_action.get(action) {
+            let mut take = |need: &Need| numbers.extend(buckets.get(need).into_iter().flatten());
+            take(&Need::Nothing);
+            for uid in principal.within().chain(resource.within()) {
+                take(&Need::Within(uid.clone()));
+            }
+            for (name, value) in principal.texts() {
+                take(&Need::OfPrincipal(name.clone(), value.clone()));
+            }
+            for (name, value) in resource.texts() {
+                take(&Need::OfResource(name.clone(), value.clone()));
+            }
+        }
+        numbers.sort_unstable();
+        self.set_of(numbers)
+    }
+
+    fn set_of(&self, numbers: Vec<u32>) -> Arc<PolicySet> {
+        let mut sets = self.sets.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(set) = sets.get(&numbers) {
+            return Arc::clone(set);
+        }
+        let mut set = PolicySet::new();
+        for policy in numbers.iter().filter_map(|number| self.policies.get(usize::try_from(*number).ok()?)) {
+            // Their ids are different: they come from one set.
+            let _ = set.add(policy.clone());
+        }
+        let set = Arc::new(set);
+        if sets.len() >= limits::POLICY_SETS_KEPT_MAX {
+            sets.clear();
+        }
+        sets.insert(numbers, Arc::clone(&set));
+        set
+    }
+}
+
+fn need(policy: &Policy) -> Need {
+    match policy.resource_constraint() {
+        ResourceConstraint::Eq(uid) | ResourceConstraint::In(uid) | ResourceConstraint::IsIn(_, uid) => return Need::Within(uid),
+        ResourceConstraint::Any | ResourceConstraint::Is(_) => {}
+    }
+    let principal = match policy.principal_constraint() {
+        PrincipalConstraint::Eq(uid) | PrincipalConstraint::In(uid) | PrincipalConstraint::IsIn(_, uid) => Some(Need::Within(uid)),
+        PrincipalConstraint::Any | PrincipalConstraint::Is(_) => None,
+    };
+    let condition = || if never_fails(policy) { condition(policy) } else { None };
+    principal.or_else(condition).unwrap_or(Need::Nothing)
+}
+
+/// A part of the condition that wants an attribute to be a certain text.
+fn condition(policy: &Policy) -> Option<Need> {
+    let policy = policy.to_pst().ok()?;
+    let mut todo = Vec::new();
+    for clause in policy.body().clauses() {
+        if let Clause::When(expr) = clause {
+            todo.push(expr);
+        }
+    }
+    let mut found = None;
+    while let Some(expr) = todo.pop() {
+        let Expr::BinaryOp { op, left, right } = expr.as_ref() else { continue };
+        match op {
+            BinaryOp::And => todo.extend([left, right]),
+            BinaryOp::Eq => match wanted(left, right).or_else(|| wanted(right, left)) {
+                // There are more VMs than peers, so what they have is in smaller buckets.
+                Some(need @ Need::OfResource(..)) => return Some(need),
+                need => found = found.or(need),
+            },
+            _ => {}
+        }
+    }
+    found
+}
+
+fn wanted(attribute: &Expr, value: &Expr) -> Option<Need> {
+    let Expr::Literal(Literal::String(value)) = value else { return None };
+    let path = path(attribute)?;
+    let (of, name) = path.split_once('.')?;
+    let (name, value) = (name.to_owned(), value.to_string());
+    match of {
+        "principal" => Some(Need::OfPrincipal(name, value)),
+        "resource" => Some(Need::OfResource(name, value)),
+        _ => None,
+    }
+}
