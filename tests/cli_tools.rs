@@ -159,6 +159,62 @@ fn policy_check_warns_of_names_only_against_a_configuration() {
     assert!(against["warnings"].as_array().unwrap().iter().any(|warning| warning["policy"] == "p5-sre-window"), "{against}");
 }
 
+/// A bad policy, and words of the reason to refuse it.
+const BAD_POLICIES: [(&str, &str); 12] = [
+    ("@id(\"x\") permit (principal, action == Sealane::Action::\"release\", resource) when { context.memoryMiB + 1 > 0 };", "uses `+`"),
+    ("@id(\"x\") permit (principal, action, resource) when { Sealane::Operator::\"a\".mfa };", "reads `mfa`"),
+    ("@id(\"x\") permit (principal, action, resource) when { resource.tenant == \"a\" && resource.tenant == \"b\" };", "never matches"),
+    ("@id(\"x\") permit (principal, action, resource) when { resource.migratable && !resource.migratable };", "never matches"),
+    ("@id(\"x\") permit (principal, action, resource) when { false };", "impossible"),
+    ("@id(\"a\") permit (principal, action, resource); @id(\"x\") permit (principal, action, resource);", "is shadowed"),
+    ("@id(\"x\") permit (principal, action, resource); @id(\"f\") forbid (principal, action, resource);", "never permits"),
+    ("@id(\"x\") forbid (principal, action, resource) when { resource.classification == \"secret\" };", "`secret`"),
+    ("@id(\"x\") @max_lane(\"1\") permit (principal, action, resource);", "unknown annotation"),
+    ("@id(\"x\") @require_mode(\"postcopy\") permit (principal, action, resource);", "no other mode is built"),
+    ("@id(\"x\") @max_bandwidth(\"1Gbit/s\") permit (principal, action, resource);", "only a source"),
+    ("@id(\"x\") permit (principal, action, resource) when { resource.tenant like 5 };", "a.cedar:1:"),
+];
+
+#[test]
+fn policy_check_refuses_what_nobody_means() {
+    let dir = here();
+    std::fs::create_dir(dir.path().join("p")).unwrap();
+    for (text, words) in BAD_POLICIES {
+        std::fs::write(dir.path().join("p/a.cedar"), text).unwrap();
+        sealane(dir.path(), "policy check p").says(2, &["p/a.cedar:1:", words]);
+        let object = sealane(dir.path(), "policy check p --json").says(2, &[]).json();
+        assert_eq!(object["valid"], false, "{text}");
+    }
+}
+
+#[test]
+fn explain_answers_a_request_from_a_file() {
+    let dir = here();
+    let policies = example("policy.d");
+    let tests: Value = serde_json::from_str(&std::fs::read_to_string(example("policy.d/tests.json")).unwrap()).unwrap();
+    let request = |lanes: Value| {
+        let mut request = serde_json::json!({
+            "action": "release", "principal": "spiffe://dc2.example.net/gateway/gw-b", "resource": "00000000-0000-0000-0000-000000000001",
+            "entities": tests["entities"], "context": tests["context"],
+        });
+        request["context"]["stream"]["lanes"] = lanes;
+        request["context"]
+            .as_object_mut()
+            .unwrap()
+            .retain(|name, _| ["now", "route", "channel", "stream", "memoryMiB"].contains(&name.as_str()));
+        std::fs::write(dir.path().join("request.json"), request.to_string()).unwrap();
+        sealane(dir.path(), &format!("policy explain {policies} --request request.json --json"))
+    };
+    let object = request(serde_json::json!(2)).says(0, &[]).json();
+    assert_eq!(
+        (&object["question"]["decision"], &object["question"]["policies"][0]["id"]),
+        (&"allow".into(), &"p1-acme-dc1-to-dc2".into())
+    );
+    request(serde_json::json!("many")).says(2, &["request.json", "context"]);
+    std::fs::write(dir.path().join("request.json"), "{}").unwrap();
+    sealane(dir.path(), &format!("policy explain {policies} --request request.json")).says(2, &["missing field"]);
+}
+
 #[test]
 fn policy_tests_pass_or_name_the_one_that_failed() {
     let dir = here();

@@ -1,7 +1,8 @@
 //! May this principal do this to this VM, now? Cedar decides; this module asks and never adds a rule.
 //!
-//! *Owns:* the schema (`config/sealane.cedarschema`, built in), the policy set in force, the facts that a
-//! question carries, and [`Permit`], the proof that it was answered with yes.
+//! *Owns:* the schema (`config/sealane.cedarschema`, built in), the policy set in force, the signed [`bundle`] that it may
+//! come from, the facts that a question carries, and [`Permit`], the proof that it was answered with yes and what
+//! that asks of the stream ([`Obligations`]).
 //!
 //! *Never:* files, clocks, sockets, tokio (texts and `now` are handed in); a yes outside `permit.rs`; a yes
 //! when any policy failed to evaluate.
@@ -21,7 +22,7 @@
 //! INVARIANT(checked-before-use): a set exists only if it has a policy, every policy has a unique `@id`, and
 //! strict validation against the schema gave neither error nor warning.
 //!
-//! *Read first:* `load.rs` (texts to [`PolicySet`]), then `ask.rs` (question to answer), then `permit.rs`.
+//! *Read first:* `load.rs` (texts to [`PolicySet`]), then `ask.rs` (question to answer), then `permit.rs`; `index.rs` for speed.
 
 mod ask;
 pub mod bundle;
