@@ -87,6 +87,10 @@ fn gateway(r: &mut Reader, top: &mut Section<'_, '_>) -> Option<Gateway> {
     let listen = r.or(&mut s, "listen", ([127, 0, 0, 1], 4433).into());
     let control_socket = r.or(&mut s, "control_socket", PathBuf::from(super::DEFAULT_CONTROL_SOCKET));
     socket_length(r, &s.key("control_socket"), &control_socket, 0);
+    let view_socket = r.optional::<PathBuf>(&mut s, "view_socket");
+    if let Some(path) = &view_socket {
+        socket_length(r, &s.key("view_socket"), path, 0);
+    }
     let state_directory = r.or(&mut s, "state_directory", PathBuf::from("/var/lib/sealane")).value;
     let audit_directory = r.or(&mut s, "audit_directory", PathBuf::from("/var/log/sealane/audit")).value;
     let runtime_directory = r.or(&mut s, "runtime_directory", PathBuf::from("/run/sealane"));
@@ -99,6 +103,7 @@ fn gateway(r: &mut Reader, top: &mut Section<'_, '_>) -> Option<Gateway> {
         site: site?.value,
         listen: listen.value,
         control_socket: control_socket.value,
+        view_socket: view_socket.map(|path| path.value),
         state_directory,
         audit_directory,
         runtime_directory: runtime_directory.value,

@@ -73,6 +73,8 @@ pub struct Gateway {
     pub listen: SocketAddr,
     /// Unix socket of the control API.
     pub control_socket: PathBuf,
+    /// Unix socket of the same API without the verbs that change something.
+    pub view_socket: Option<PathBuf>,
     /// Where the journal is.
     pub state_directory: PathBuf,
     /// Where the audit log is.

@@ -12,12 +12,12 @@ use axum::extract::{DefaultBodyLimit, Path, State};
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
-use axum::serve::IncomingStream;
+use axum::serve::{IncomingStream, Listener};
 use axum::{Json, Router};
 use hyper::body::Frame;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use tokio::net::UnixListener;
+use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{mpsc, watch};
 
 use crate::config::Role;
@@ -41,11 +41,40 @@ use crate::wire::ErrorClass;
 #[derive(Debug, Clone, Copy)]
 struct Caller {
     uid: Option<u32>,
+    kind: SocketKind,
 }
 
-impl Connected<IncomingStream<'_, UnixListener>> for Caller {
-    fn connect_info(stream: IncomingStream<'_, UnixListener>) -> Self {
-        Self { uid: stream.io().peer_cred().ok().map(|credentials| credentials.uid()) }
+/// What a socket is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum SocketKind {
+    /// Every verb, by the caller's roles.
+    Control,
+    /// Verbs that change nothing, for whoever may open it, and nothing else for anybody.
+    View,
+}
+
+struct Socket {
+    listener: UnixListener,
+    kind: SocketKind,
+}
+
+impl Listener for Socket {
+    type Io = UnixStream;
+    type Addr = SocketKind;
+
+    async fn accept(&mut self) -> (UnixStream, SocketKind) {
+        let (stream, _) = Listener::accept(&mut self.listener).await;
+        (stream, self.kind)
+    }
+
+    fn local_addr(&self) -> std::io::Result<SocketKind> {
+        Ok(self.kind)
+    }
+}
+
+impl Connected<IncomingStream<'_, Socket>> for Caller {
+    fn connect_info(stream: IncomingStream<'_, Socket>) -> Self {
+        Self { uid: stream.io().peer_cred().ok().map(|credentials| credentials.uid()), kind: *stream.remote_addr() }
     }
 }
 
@@ -87,7 +116,12 @@ pub(super) fn bind(path: &std::path::Path) -> std::io::Result<UnixListener> {
 }
 
 /// Serves until `stop` is done.
-pub(super) async fn serve(gateway: Arc<Gateway>, listener: UnixListener, stop: impl Future<Output = ()> + Send + 'static) {
+pub(super) async fn serve(
+    gateway: Arc<Gateway>,
+    listener: UnixListener,
+    kind: SocketKind,
+    stop: impl Future<Output = ()> + Send + 'static,
+) {
     let routes = Router::new()
         .route(paths::GATEWAY, get(gateway_view))
         .route(paths::RELOAD, post(reload))
@@ -107,7 +141,8 @@ pub(super) async fn serve(gateway: Arc<Gateway>, listener: UnixListener, stop: i
         })
         .layer(DefaultBodyLimit::max(limits::CONTROL_REQUEST_BYTES_MAX))
         .with_state(gateway);
-    let served = axum::serve(listener, routes.into_make_service_with_connect_info::<Caller>()).with_graceful_shutdown(stop).await;
+    let served =
+        axum::serve(Socket { listener, kind }, routes.into_make_service_with_connect_info::<Caller>()).with_graceful_shutdown(stop).await;
     if let Err(error) = served {
         tracing::error!(error = %error, "control socket");
     }
@@ -130,7 +165,11 @@ impl Gateway {
         let Some(uid) = caller.uid else {
             return Err(Problem::new(ErrorClass::Unauthenticated, "the kernel does not say who calls").into());
         };
-        if self.may(uid, needs) {
+        if caller.kind == SocketKind::View && needs != Role::Viewer {
+            let message = "this socket only shows: whoever calls, nothing is changed through it".to_owned();
+            return Err(Problem::new(ErrorClass::Denied, message).with_hint("use `gateway.control_socket`").into());
+        }
+        if caller.kind == SocketKind::View || self.may(uid, needs) {
             Ok(uid)
         } else {
             Err(Problem::new(ErrorClass::Denied, format!("user id {uid} may not do this: it needs the role `{needs}`"))

@@ -13,6 +13,7 @@ use crate::gateway::bundles::{Candidate, Vault};
 use crate::gateway::judge::Judge;
 use crate::gateway::policies::{entities, read_policies};
 use crate::gateway::registry::Registry;
+use crate::gateway::serve::SocketKind;
 use crate::gateway::{Gateway, IMAGES, kept, peers, put_class, renewal, serve};
 use crate::hypervisor::attach::LaunchTemplate;
 use crate::identity::{Credentials, IdentityConfig, PostQuantum, Signer, TrustDomainConfig};
@@ -207,11 +208,21 @@ async fn live(gateway: Arc<Gateway>) -> Result<(), Problem> {
 
     let path = gateway.config.gateway.control_socket.clone();
     let listener = serve::bind(&path).map_err(|error| local(&format!("control socket `{}`", path.display()), error))?;
+    let mut sockets = vec![(path, listener, SocketKind::Control)];
+    if let Some(path) = gateway.config.gateway.view_socket.clone() {
+        let listener = serve::bind(&path).map_err(|error| local(&format!("view socket `{}`", path.display()), error))?;
+        sockets.push((path, listener, SocketKind::View));
+    }
     let (stop_in, stop) = tokio::sync::watch::channel(false);
-    let mut stopped = stop.clone();
-    let served = tokio::spawn(serve::serve(Arc::clone(&gateway), listener, async move {
-        let _ = stopped.wait_for(|stop| *stop).await;
-    }));
+    let mut served = tokio::task::JoinSet::new();
+    let mut paths = Vec::new();
+    for (path, listener, kind) in sockets {
+        let mut stopped = stop.clone();
+        served.spawn(serve::serve(Arc::clone(&gateway), listener, kind, async move {
+            let _ = stopped.wait_for(|stop| *stop).await;
+        }));
+        paths.push(path);
+    }
     let accepting = tokio::spawn(Arc::clone(&gateway).accept_sessions());
     let mut background = vec![tokio::spawn(Arc::clone(&gateway).record_refusals()), tokio::spawn(Arc::clone(&gateway).follow_peers())];
     if gateway.config.gateway.watch_files {
@@ -234,12 +245,12 @@ async fn live(gateway: Arc<Gateway>) -> Result<(), Problem> {
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
     gateway.settle().await;
     stop_in.send_replace(true);
-    let _ = tokio::time::timeout(Duration::from_secs(2), served).await;
+    let _ = tokio::time::timeout(Duration::from_secs(2), served.join_all()).await;
     accepting.abort();
     background.iter().for_each(tokio::task::JoinHandle::abort);
     gateway.endpoint.shutdown().await;
     gateway.note(Entry::new(Event::GatewayStopped).outcome(Outcome::Done)).await;
-    let _ = std::fs::remove_file(path);
+    paths.iter().for_each(|path| drop(std::fs::remove_file(path)));
     Ok(())
 }
 

@@ -1,6 +1,6 @@
 //! What operators see and do besides migrating.
 
-use crate::command::wait_for;
+use crate::command::{run, wait_for};
 use crate::gateway::{A, B};
 use crate::lab::{Lab, Setup, VM};
 
@@ -117,4 +117,32 @@ fn vms_and_peers_say_where_everything_is() {
     let status = lab.gateway(A).command(&["status"]).json();
     assert_eq!(status["gateway"]["name"], "gw-a");
     assert_eq!(status["gateway"]["spiffe"], "spiffe://e2e.sealane.invalid/gateway/gw-a");
+}
+
+#[test]
+fn the_view_socket_shows_and_changes_nothing() {
+    let view = "control_socket = \"run/api.sock\"\nview_socket = \"run/view.sock\"";
+    let lab = Setup::new().busy().replace(A, "control_socket = \"run/api.sock\"", view).start();
+    let gateway = lab.gateway(A);
+    let socket = gateway.directory().join("run/view.sock");
+    let through_it =
+        |arguments: &[&str]| run(gateway.directory(), &[arguments, &["--json", "--socket", socket.to_str().unwrap()]].concat());
+    for command in ["vms", "peers", "status", "history"] {
+        through_it(&[command]).expect(0, &[]);
+    }
+    let (running, id) = lab.start_slow_migration(A, &[]);
+    through_it(&["status", &id]).expect(0, &[]);
+    let steering: &[&[&str]] = &[
+        &["migrate", VM, "--to", "gw-b"],
+        &["plan", VM, "--to", "gw-b"],
+        &["cancel", &id],
+        &["set", &id, "bandwidth=1GiB/s"],
+        &["reload"],
+    ];
+    for arguments in steering {
+        through_it(arguments).expect(3, &["only shows"]);
+    }
+    gateway.command(&["cancel", &id]).expect(0, &[]);
+    running.finish().expect_stayed(5, &[VM]);
+    lab.settled_on(A);
 }
