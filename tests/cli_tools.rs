@@ -7,7 +7,7 @@ use std::path::Path;
 use std::process::{Command, Output};
 use std::sync::Arc;
 
-use sealane::audit::{AuditLog, Entry, Event, Outcome, Signer};
+use sealane::audit::{Answer, AuditLog, Entry, Event, Outcome, Signer};
 use sealane::identity::{Signer as Key, authority};
 use serde_json::Value;
 use tempfile::TempDir;
@@ -252,17 +252,26 @@ fn with_logs() -> TempDir {
     };
     let (a, b) = (open("gw-a"), open("gw-b"));
     let peer = "spiffe://dc1.example.net/gateway/gw-b".parse().unwrap();
+    let own = "spiffe://dc1.example.net/gateway/gw-a".parse().unwrap();
+    let key = |name: &str| AsGateway::new(at, name).public_key();
     for number in 0..3 {
         a.record(&Entry::new(Event::Operator).detail("number", number)).unwrap();
-        b.record(&Entry::new(Event::GatewayStarted)).unwrap();
-        a.note_peer_head(&peer, &b.head().text, &AsGateway::new(at, "gw-b").public_key()).unwrap();
+        b.record(&Entry::new(Event::Handoff).migration(MIGRATION).outcome(Outcome::Done).detail("record", "run")).unwrap();
+        let shown = b.announce(&own, None, Some(MIGRATION)).unwrap();
+        let Answer::Cosigned(size, line) = a.keep_peer_head(&peer, &key("gw-b"), &shown, None).unwrap() else { panic!() };
+        b.keep_cosignature(&own, &key("gw-a"), size, &line).unwrap();
     }
+    let shown = a.announce(&peer, None, None).unwrap();
+    let Answer::Cosigned(size, line) = b.keep_peer_head(&own, &key("gw-a"), &shown, None).unwrap() else { panic!() };
+    a.keep_cosignature(&peer, &key("gw-b"), size, &line).unwrap();
     std::fs::write(at.join("head"), a.head().text).unwrap();
     let vm: sealane::types::VmName = "web-1".parse().unwrap();
     a.record(&Entry::new(Event::Decision).vm(vm, sealane::types::VmUuid([1; 16])).outcome(Outcome::Deny).detail("why", "no policy"))
         .unwrap();
     dir
 }
+
+const MIGRATION: sealane::types::MigrationId = sealane::types::MigrationId([7; 16]);
 
 const KEYS: &str = "--key ca/gw-a-signing-pub.pem --peer-key ca/gw-b-signing-pub.pem --checkpoint head";
 
@@ -278,24 +287,31 @@ fn segment(dir: &Path) -> std::path::PathBuf {
 fn audit_show_prints_entries_for_people_and_as_they_are() {
     let dir = with_logs();
     let all = sealane(dir.path(), "audit show gw-a --json").says(0, &[]);
-    assert_eq!(all.stdout, std::fs::read_to_string(segment(dir.path())).unwrap());
-    let last = sealane(dir.path(), "audit show gw-a --last 2").says(0, &["decision", "deny", "vm=web-1", "why=no policy", "peer-head"]);
+    let text = std::fs::read_to_string(segment(dir.path())).unwrap();
+    let entries: Vec<&str> = text.lines().filter(|line| !line.starts_with("{\"checkpoint\"")).collect();
+    assert_eq!(all.stdout.lines().collect::<Vec<_>>(), entries);
+    let last = sealane(dir.path(), "audit show gw-a --last 2").says(0, &["decision", "deny", "vm=web-1", "why=no policy", "head-cosigned"]);
     assert_eq!(last.stdout.lines().count(), 2);
     for (filter, lines) in [
         ("--vm web-1", 1),
         ("--vm other", 0),
         ("--event operator", 3),
-        ("--peer spiffe://dc1.example.net/gateway/gw-b", 3),
+        ("--peer spiffe://dc1.example.net/gateway/gw-b", 4),
+        ("--outcome deny", 1),
+        ("--outcome done --event peer-head", 3),
         ("--since 2100-01-01T00:00:00Z", 0),
+        ("--until 2100-01-01T00:00:00Z", 9),
+        ("--until 2000-01-01T00:00:00Z", 0),
     ] {
         assert_eq!(sealane(dir.path(), &format!("audit show gw-a {filter}")).says(0, &[]).stdout.lines().count(), lines, "{filter}");
     }
     sealane(dir.path(), "audit show gw-a --event nonsense").says(2, &["nonsense"]);
+    sealane(dir.path(), "audit show gw-a --outcome nonsense").says(2, &["nonsense"]);
     sealane(dir.path(), "audit show none").says(2, &["`none`"]);
     let text = std::fs::read_to_string(segment(dir.path())).unwrap();
     std::fs::write(segment(dir.path()), text.replace("\"number\":1", "\"number\":7")).unwrap();
-    let damaged = sealane(dir.path(), "audit show gw-a").says(1, &["damaged at entry 4", "audit verify"]);
-    assert_eq!(damaged.stdout.lines().count(), 4, "what is before the damage is shown: {}", damaged.stdout);
+    let damaged = sealane(dir.path(), "audit show gw-a").says(1, &["damaged at entry 3", "audit verify"]);
+    assert_eq!(damaged.stdout.lines().count(), 3, "what is before the damage is shown: {}", damaged.stdout);
 }
 
 #[test]
@@ -304,13 +320,22 @@ fn a_whole_log_is_verified_with_everything_that_is_known() {
     sealane(dir.path(), "audit verify gw-a")
         .says(0, &["content       good", "signer        not proven", "completeness  not proven", "verified"]);
     let all = sealane(dir.path(), &format!("audit verify gw-a {KEYS}"));
-    all.says(0, &["signer        good", "completeness  good", "peer          good: 3 heads of `spiffe://dc1.example.net/gateway/gw-b`"]);
+    all.says(
+        0,
+        &[
+            "signer        good",
+            "completeness  good",
+            "witnesses     good: the owners of all given keys have seen its first 7 entries",
+            "3 heads of peers",
+            "1 proofs hold",
+        ],
+    );
     let object = sealane(dir.path(), &format!("audit verify gw-a {KEYS} --json")).says(0, &[]).json();
     assert_eq!((object["schema"].as_str(), object["verified"].as_bool()), (Some("sealane.audit-verify/1"), Some(true)));
-    for check in ["content", "signer", "completeness", "peer"] {
+    for check in ["content", "signer", "completeness", "witnesses"] {
         assert_eq!(object[check]["verdict"].as_str(), Some("good"), "{check}");
     }
-    assert!(sealane(dir.path(), "audit verify gw-a --json").json()["peer"].is_null());
+    assert_eq!(sealane(dir.path(), "audit verify gw-a --json").json()["witnesses"]["verdict"].as_str(), Some("not-proven"));
 }
 
 #[test]
@@ -318,16 +343,16 @@ fn each_verdict_fails_for_its_own_reason() {
     let dir = with_logs();
     let verify = |more: &str| sealane(dir.path(), &format!("audit verify gw-a {more}"));
     verify("--key ca/gw-b-signing-pub.pem").says(1, &["signer        bad", "content       good", "NOT verified"]);
-    verify("--peer-key ca/gw-a-signing-pub.pem").says(1, &["peer          bad: the log keeps no head"]);
+    verify("--peer-key ca/gw-a-signing-pub.pem").says(1, &["witnesses     bad: the log has neither a head nor a cosignature"]);
     verify("--key ca/gw-a-cert.pem").says(2, &["`ca/gw-a-cert.pem`", "Ed25519"]);
     verify("--checkpoint none").says(2, &["`none`"]);
     let (path, text) = (segment(dir.path()), std::fs::read_to_string(segment(dir.path())).unwrap());
     let changed = |from: &str, to: &str| std::fs::write(&path, text.replace(from, to)).unwrap();
     changed("\"number\":2", "\"number\":9");
     let object = verify(&format!("{KEYS} --json")).says(1, &[]).json();
-    assert_eq!((object["content"]["verdict"].as_str(), object["content"]["entry"].as_u64()), (Some("bad"), Some(6)), "{object}");
+    assert_eq!((object["content"]["verdict"].as_str(), object["content"]["entry"].as_u64()), (Some("bad"), Some(5)), "{object}");
     // A log cut back behind its checkpoint: every line that is left is good.
-    let short: String = text.split_inclusive('\n').take(5).collect();
+    let short: String = text.split_inclusive('\n').take(10).collect();
     std::fs::write(&path, short).unwrap();
     verify(KEYS).says(1, &["content       good", "completeness  bad at entry 5"]);
     std::fs::remove_dir_all(dir.path().join("gw-a")).unwrap();
@@ -349,21 +374,48 @@ fn a_log_that_was_written_anew_does_not_extend_a_kept_checkpoint() {
 }
 
 #[test]
-fn a_peers_head_under_another_key_is_not_taken_for_the_peers() {
+fn a_proof_is_made_and_checked_without_the_log() {
     let dir = with_logs();
-    authority::issue(&dir.path().join("ca"), "gw-c", "dc1").unwrap();
-    let (writer, forger) = (AsGateway::new(dir.path(), "gw-a"), AsGateway::new(dir.path(), "gw-c"));
-    // Whoever holds our own key can write into our log what a peer never signed.
-    let theirs = AuditLog::open(&dir.path().join("gw-c"), "spiffe://dc1.example.net/gateway/gw-b", Arc::new(forger)).unwrap();
-    for _ in 0..9 {
-        theirs.record(&Entry::new(Event::GatewayStarted)).unwrap();
+    let made = sealane(dir.path(), "audit prove gw-a 3").says(0, &["c2sp.org/tlog-proof@v1", "index 3"]);
+    std::fs::write(dir.path().join("p"), &made.stdout).unwrap();
+    let check = |more: &str| sealane(dir.path(), &format!("audit verify-proof {more}"));
+    check("p --key ca/gw-a-signing-pub.pem").says(0, &["content       good: entry 3", "signer        good", "verified", "operator"]);
+    check("p --key ca/gw-b-signing-pub.pem").says(1, &["content       good", "signer        bad", "another key", "NOT verified"]);
+    check("p --key ca/gw-a-signing-pub.pem --peer-key ca/gw-b-signing-pub.pem").says(1, &["witnesses     bad", "no cosignature"]);
+    sealane(dir.path(), "audit prove gw-a 99").says(1, &["does not have this entry"]);
+    // What gw-a keeps of gw-b's handoff is signed by both.
+    let kept = format!("gw-a/proofs/{MIGRATION}-run.tlog-proof --key ca/gw-b-signing-pub.pem --peer-key ca/gw-a-signing-pub.pem");
+    check(&kept).says(0, &["signer        good", "witnesses     good", "record=run"]);
+    let object = check(&format!("{kept} --json")).says(0, &[]).json();
+    assert_eq!((object["schema"].as_str(), object["verified"].as_bool()), (Some("sealane.audit-proof/1"), Some(true)));
+    assert_eq!(object["entry"]["detail"]["record"], "run");
+    std::fs::write(dir.path().join("p"), made.stdout.replace("index 3", "index 4")).unwrap();
+    check("p --key ca/gw-a-signing-pub.pem").says(1, &["content       bad", "is of entry 4", "NOT verified"]);
+}
+
+#[test]
+fn a_log_is_exported_for_collectors() {
+    let dir = with_logs();
+    let export = |format: &str| sealane(dir.path(), &format!("audit export gw-a --format {format}")).says(0, &[]).stdout;
+    let objects: Vec<serde_json::Value> = export("ocsf").lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert_eq!(objects.len(), 9);
+    for object in &objects {
+        // What the schema requires of every event.
+        let number = |name: &str| object[name].as_u64().unwrap();
+        assert_eq!(number("type_uid"), number("class_uid") * 100 + number("activity_id"), "{object}");
+        assert!(number("time") > 1_600_000_000_000 && number("severity_id") > 0 && object["metadata"]["version"] == "1.9.0");
+        assert!(object["api"]["operation"].is_string() && object["actor"].is_object() && object["src_endpoint"].is_object());
     }
-    let ours = AuditLog::open(&dir.path().join("gw-a"), &writer.1.clone(), Arc::new(writer)).unwrap();
-    let peer = "spiffe://dc1.example.net/gateway/gw-b".parse().unwrap();
-    ours.note_peer_head(&peer, &theirs.head().text, &AsGateway::new(dir.path(), "gw-c").public_key()).unwrap();
-    drop(ours);
-    let all = sealane(dir.path(), &format!("audit verify gw-a {KEYS}"));
-    all.says(1, &["content       good", "signer        good", "peer          bad at entry 8", "signed by another key"]);
+    let denied = &objects[8];
+    assert_eq!((&denied["status"], &denied["resources"][0]["name"]), (&"Failure".into(), &"web-1".into()), "{denied}");
+    let syslog = export("syslog");
+    let last = syslog.lines().last().unwrap();
+    assert!(syslog.starts_with("<110>1 20") && last.starts_with("<108>1 20"), "{last}");
+    assert!(last.split_once("@cee: ").unwrap().1.contains("\"why\":\"no policy\""), "{last}");
+    let journal = export("journal");
+    assert_eq!(journal.matches("__REALTIME_TIMESTAMP=").count(), 9);
+    assert_eq!(journal.matches("\n\n").count(), 9, "an empty line ends each entry");
+    assert!(journal.contains("\nPRIORITY=4\n") && journal.contains("\nSEALANE_OUTCOME=deny\n"));
 }
 
 /// Zero pages, repetitive ones and noise.

@@ -110,9 +110,12 @@ fn wants_json(command: &Command) -> bool {
         | Command::Policy(
             PolicyCommand::Check { json, .. } | PolicyCommand::Test { json, .. } | PolicyCommand::Explain(PolicyExplainFlags { json, .. }),
         )
-        | Command::Audit(AuditCommand::Show { json, .. } | AuditCommand::Verify { json, .. }) => *json,
+        | Command::Audit(AuditCommand::Show { json, .. } | AuditCommand::Verify { json, .. } | AuditCommand::VerifyProof { json, .. }) => {
+            *json
+        }
         #[cfg(feature = "failpoints")]
         Command::Failpoints => false,
+        Command::Audit(AuditCommand::Prove { .. } | AuditCommand::Export { .. }) => false,
         Command::Gateway(_) | Command::Pki(_) | Command::Vmm(_) | Command::Completion(_) | Command::Man(_) => false,
     }
 }

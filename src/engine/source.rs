@@ -25,6 +25,7 @@ use crate::engine::lanes::{LaneReport, LaneRound, Packing, SourceLane};
 use crate::engine::limiter::{Limiter, Share};
 use crate::engine::link::send_within;
 use crate::engine::meter::{Figures, Meter, Stopwatch};
+use crate::engine::witness::Exchange;
 use crate::engine::{EngineError, Link};
 use crate::hypervisor::PagedSource;
 use crate::limits;
@@ -202,6 +203,8 @@ struct Run {
     /// REFUSE came, and why comes behind it.
     refused: bool,
     figures: Figures,
+    /// Heads of audit logs.
+    heads: Exchange,
     woken: bool,
     phase: Phase,
     started: Instant,
@@ -261,6 +264,7 @@ impl Run {
             error: None,
             refused: false,
             figures: Figures::default(),
+            heads: Exchange::default(),
             woken: true,
             phase: Phase::Connect,
             started: Instant::now(),
