@@ -41,6 +41,8 @@ pub(super) struct Writer {
     pub(super) segment_bytes_max: u64,
     pub(super) tree: Tree,
     pub(super) publisher: Publisher,
+    /// Whether writing checkpoint or tiles failed last.
+    pub(super) behind: bool,
     /// Whether the reserve is on disk; without it only critical entries are taken.
     pub(super) reserve: bool,
 }
@@ -162,14 +164,21 @@ impl Writer {
     pub(super) fn publish_head(&mut self, head: &Checkpoint) {
         let shown = tile::write(self.disk.as_ref(), &checkpoint_path(&self.dir), head.text.as_bytes());
         let written = if self.publisher.has_pending() { self.publisher.write_full(self.disk.as_ref()) } else { Ok(()) };
-        if let Err(error) = shown.and(written) {
-            tracing::warn!(dir = %self.dir.display(), error = %error, "audit log: checkpoint or tiles are behind the log");
-        }
+        self.say_once(&shown.and(written));
     }
 
     /// Writes the tiles up to the last entry.
-    pub(super) fn publish_tiles(&mut self) -> io::Result<()> {
-        self.publisher.write_all(self.disk.as_ref(), &self.tree)
+    pub(super) fn publish_tiles(&mut self) {
+        let written = self.publisher.write_all(self.disk.as_ref(), &self.tree);
+        self.say_once(&written);
+    }
+
+    /// That files for other programs are behind is said once, until they are not any more.
+    fn say_once(&mut self, written: &io::Result<()>) {
+        if let (Err(error), false) = (written, self.behind) {
+            tracing::warn!(dir = %self.dir.display(), error = %error, "audit log: checkpoint or tiles are behind the log");
+        }
+        self.behind = written.is_err();
     }
 
     /// Cuts the segment back to the last commit. No partial line survives.

@@ -113,10 +113,7 @@ impl AuditLog {
         for entry in &opened.entries {
             log.record_critical(entry)?;
         }
-        // Only what other programs read; the log is whole without.
-        if let Err(error) = log.publish() {
-            tracing::warn!(dir = %dir.display(), error = %error, "audit log: tiles are behind the log");
-        }
+        log.publish();
         Ok(log)
     }
 
@@ -148,20 +145,15 @@ impl AuditLog {
 
     /// Writes checkpoint and tiles up to the last entry, for other programs. The log itself never needs them to be up to date: the last
     /// head is written with every commit, tiles when they are full, when the log is opened, and when it is closed.
-    ///
-    /// # Errors
-    ///
-    /// The files cannot be written.
-    pub fn publish(&self) -> Result<(), AuditError> {
+    /// What cannot be written is made up for later.
+    pub fn publish(&self) {
         let head = self.head();
-        let dir = &self.inner.dir;
-        let written = self.inner.with_writer(|writer| {
+        self.inner.with_writer(|writer| {
             if writer.publisher.is_behind(&writer.tree) {
                 writer.publish_head(&head);
+                writer.publish_tiles();
             }
-            writer.publish_tiles()
         });
-        written.unwrap_or(Ok(())).map_err(|error| AuditError::io("write tiles of", dir, error))
     }
 
     pub(super) fn inner(&self) -> &Inner {
@@ -271,10 +263,8 @@ impl Inner {
 impl Drop for Inner {
     fn drop(&mut self) {
         let shared = self.shared.get_mut().unwrap_or_else(PoisonError::into_inner);
-        if let (Some(writer), None) = (&mut shared.writer, &shared.failed)
-            && let Err(error) = writer.publish_tiles()
-        {
-            tracing::warn!(dir = %self.dir.display(), error = %error, "audit log: tiles are behind the log");
+        if let (Some(writer), None) = (&mut shared.writer, &shared.failed) {
+            writer.publish_tiles();
         }
     }
 }

@@ -168,25 +168,30 @@ pub(super) fn read(text: &str) -> Result<Checkpoint, String> {
 
 /// Reads a checkpoint and checks its log's signature with `public_key`. Signatures of others are no concern.
 pub(super) fn open(text: &str, public_key: &[u8; 32]) -> Result<Checkpoint, String> {
-    let checkpoint = read(text)?;
-    let note = Note::parse(text)?;
-    let names: Vec<&str> = note.signatures.iter().map(|(name, ..)| *name).collect();
-    let signed = note
-        .signature_of(Kind::Log, public_key)
-        .ok_or_else(|| format!("is signed by another key than expected, under the name `{}`", names.join("`, `")))?;
-    if !verifies(public_key, note.body.as_bytes(), signed) {
-        return Err("has a bad signature".to_owned());
-    }
-    Ok(checkpoint)
+    open_counting(text, public_key).map(|(checkpoint, _)| checkpoint)
 }
 
 /// As [`open`], for a checkpoint as a log writes it itself: with its own signature and no other.
 pub(super) fn open_bare(text: &str, public_key: &[u8; 32]) -> Result<Checkpoint, String> {
-    let checkpoint = open(text, public_key)?;
-    match Note::parse(text)?.signatures.len() {
-        1 => Ok(checkpoint),
-        count => Err(format!("has {count} signatures, expected the log's own")),
+    match open_counting(text, public_key)? {
+        (checkpoint, 1) => Ok(checkpoint),
+        (_, count) => Err(format!("has {count} signatures, expected the log's own")),
     }
+}
+
+/// The checkpoint, and how many signatures it has.
+fn open_counting(text: &str, public_key: &[u8; 32]) -> Result<(Checkpoint, usize), String> {
+    let note = Note::parse(text)?;
+    let (origin, head) = note.head()?;
+    let signed = note.signature_of(Kind::Log, public_key).ok_or_else(|| {
+        let names: Vec<&str> = note.signatures.iter().map(|(name, ..)| *name).collect();
+        format!("is signed by another key than expected, under the name `{}`", names.join("`, `"))
+    })?;
+    if !verifies(public_key, note.body.as_bytes(), signed) {
+        return Err("has a bad signature".to_owned());
+    }
+    let checkpoint = Checkpoint { origin: origin.to_owned(), size: head.size, root: head.root, text: text.to_owned() };
+    Ok((checkpoint, note.signatures.len()))
 }
 
 /// When the owner of `public_key` cosigned the checkpoint, in seconds since the epoch; nothing if it did not.
@@ -241,8 +246,15 @@ pub(super) fn unbase64(text: &str) -> Option<Vec<u8>> {
     for chunk in data.as_bytes().chunks(4) {
         let mut group = 0_u32;
         for (index, byte) in chunk.iter().enumerate() {
-            let sextet = ALPHABET.iter().position(|letter| letter == byte)?;
-            group |= u32::try_from(sextet).ok()? << (18 - 6 * index);
+            let sextet = match byte {
+                b'A'..=b'Z' => byte - b'A',
+                b'a'..=b'z' => byte - b'a' + 26,
+                b'0'..=b'9' => byte - b'0' + 52,
+                b'+' => 62,
+                b'/' => 63,
+                _ => return None,
+            };
+            group |= u32::from(sextet) << (18 - 6 * index);
         }
         let bytes = group.to_be_bytes();
         out.extend_from_slice(bytes.get(1..chunk.len())?);

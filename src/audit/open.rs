@@ -73,6 +73,7 @@ pub(super) fn open(
         segment_bytes_max,
         tree,
         publisher: read.publisher,
+        behind: false,
         reserve: false,
     };
     // On a full disk the log opens all the same, for what is critical.

@@ -160,3 +160,59 @@ fn a_tail_longer_than_one_commit_is_no_crash() {
         assert_eq!(std::fs::read(segment(dir.path())).unwrap().len(), bytes.len(), "evidence was destroyed");
     }
 }
+
+/// Small, so that there is something to give up.
+const PRUNED_SEGMENT: u64 = 40_000;
+
+fn copy(from: &Path, to: &Path) {
+    std::fs::create_dir_all(to).unwrap();
+    for item in std::fs::read_dir(from).unwrap() {
+        let (from, to) = (item.as_ref().unwrap().path(), to.join(item.unwrap().file_name()));
+        if from.is_dir() { copy(&from, &to) } else { assert!(std::fs::copy(from, to).is_ok()) }
+    }
+}
+
+#[test]
+fn a_crash_while_entries_are_given_up_loses_no_other_and_no_proof() {
+    let whole = tempdir();
+    let open =
+        |disk: &Arc<FaultDisk>, dir: &Path| AuditLog::open_on(Arc::clone(disk) as _, dir, ORIGIN, TestSigner::new(1), PRUNED_SEGMENT);
+    let log = open(&Arc::default(), whole.path()).unwrap();
+    let mut kept = String::new();
+    for number in 0..300 {
+        log.record(&entry(number)).unwrap();
+        if number == 20 {
+            kept = log.head().text;
+        }
+    }
+    drop(log);
+    let prune = |disk: &Arc<FaultDisk>, dir: &Path| {
+        let log = open(disk, dir).unwrap();
+        let opened = disk.operations();
+        let pruned = log.prune(jiff::Timestamp::now());
+        (opened, pruned)
+    };
+    let (disk, dir) = (Arc::default(), tempdir());
+    copy(whole.path(), dir.path());
+    let (opened, pruned) = prune(&disk, dir.path());
+    assert!(pruned.unwrap() > 0);
+    let mut given_up = 0;
+    for at in opened + 1..=disk.operations() {
+        for fault in [Fault::PowerCut, Fault::Once(nix::libc::EIO)] {
+            let dir = tempdir();
+            copy(whole.path(), dir.path());
+            let disk = Arc::new(FaultDisk::failing(at, fault));
+            drop(prune(&disk, dir.path()));
+            if fault == Fault::PowerCut {
+                disk.cut(0, true);
+            }
+            drop(open(&Arc::default(), dir.path()).unwrap_or_else(|error| panic!("operation {at}, {fault:?}: {error}")));
+            let report = verify(dir.path(), &VerifyOptions { checkpoint: Some(kept.clone()), ..pinned() });
+            assert!(report.is_ok() && matches!(report.completeness, Verdict::Good(_)), "operation {at}, {fault:?}: {report:?}");
+            given_up += usize::from(report.first > 0);
+            let numbers = numbers(dir.path());
+            assert_eq!((numbers.last(), numbers.len() as u64), (Some(&299), 300 - report.first.saturating_sub(1)), "operation {at}");
+        }
+    }
+    assert!(given_up > 0);
+}

@@ -262,7 +262,7 @@ fn tiles_follow_the_log_and_nothing_stays_behind_of_earlier_ones() {
         while log.head().size < size {
             log.record(&entry(0)).unwrap();
         }
-        log.publish().unwrap();
+        log.publish();
         assert_eq!(files(), expected, "published");
         drop(log);
         assert_eq!(files(), expected, "closed");
@@ -330,4 +330,18 @@ fn old_entries_can_be_given_up_and_everything_signed_stays_provable() {
     std::fs::write(&path, &bytes).unwrap();
     assert!(verify(dir.path(), &pinned()).content.is_bad());
     assert!(AuditLog::open(dir.path(), ORIGIN, TestSigner::new(1)).is_err());
+}
+
+/// Prints how many entries a minute are verified when each was a commit of its own, which is the slowest there is:
+/// `cargo test --release --lib audit -- --ignored --nocapture verification_speed`.
+#[test]
+#[ignore = "a measurement"]
+fn verification_speed() {
+    let entries = std::env::var("SEALANE_AUDIT_ENTRIES").ok().and_then(|count| count.parse().ok()).unwrap_or(100_000);
+    let dir = written(entries);
+    let began = std::time::Instant::now();
+    let report = verify(dir.path(), &pinned());
+    let elapsed = began.elapsed().as_secs_f64();
+    assert!(report.is_ok(), "{report:?}");
+    println!("audit verify: {entries} entries in {elapsed:.2} s, {:.0} a minute", entries as f64 / elapsed * 60.0);
 }
