@@ -48,6 +48,8 @@ pub const FEATURE_NAME_BYTES_MAX: usize = 32;
 pub const HYPERVISOR_NAME_BYTES_MAX: usize = 32;
 /// LIMIT: a signed checkpoint is an origin, three short lines and a few signature lines.
 pub const CHECKPOINT_BYTES_MAX: usize = 4096;
+/// LIMIT: one signature line of a witness: its name and 76 bytes in base64.
+pub const COSIGNATURE_BYTES_MAX: usize = 1024;
 /// LIMIT: pages that one block of a codec holds; 256 KiB, beyond which ratios gain 5 % and cache misses more.
 pub const BATCH_PAGES_MAX: usize = 64;
 /// LIMIT: a lane's Zstandard stream looks back 128 MiB at most; that much memory it takes at each end, once so much was sent.
@@ -116,8 +118,24 @@ pub const AUDIT_RESERVE_BYTES: u64 = 1 << 20;
 pub const AUDIT_ORIGIN_BYTES_MAX: usize = 512;
 /// LIMIT: a signed head: origin, size, root, key name, signature.
 pub const AUDIT_CHECKPOINT_BYTES_MAX: usize = 4 * 1024;
+/// LIMIT: signatures of one head: the log's and those of witnesses. C2SP signed-note asks for at least 16.
+pub const AUDIT_SIGNATURES_MAX: usize = 16;
+/// LIMIT: hashes of a proof: the height of a tree of 2^63 entries, and one.
+pub const AUDIT_PROOF_HASHES_MAX: usize = 64;
+/// LIMIT: a proof as text: the longest line in base64, hashes of 45 bytes, a signed head.
+pub const AUDIT_PROOF_BYTES_MAX: usize = 32 * 1024;
+/// LIMIT: levels of tiles: each stands for eight of the tree, which has at most 64.
+pub const AUDIT_TILE_LEVELS_MAX: usize = 8;
+/// LIMIT: files of tiles and bundles of one log; enough for 10^9 entries.
+pub const AUDIT_TILES_MAX: usize = 8_000_000;
+/// LIMIT: files of tiles that wait in memory when the disk does not take them; what falls out is made at the next opening.
+pub const AUDIT_TILES_PENDING_MAX: usize = 64;
+/// LIMIT: handoffs whose COMMIT or RUN entry can be handed to the peer without reading the log; about 1 KiB each.
+pub const AUDIT_HANDOFFS_MAX: usize = 4096;
 /// LIMIT: peers whose heads are kept in memory.
 pub const AUDIT_PEERS_MAX: usize = 4096;
+/// LIMIT: heads and answers that one session may bring; each may cost an entry. Two of each are what an exchange can take.
+pub const AUDIT_HEADS_PER_SESSION_MAX: usize = 8;
 /// LIMIT: crashes in a row before the first entry after them.
 pub const AUDIT_DROPPED_MAX: usize = 1000;
 
@@ -306,6 +324,8 @@ const _: () = assert!(CONTROL_EVENT_BYTES_MAX <= CONTROL_RESPONSE_BYTES_MAX);
 const _: () = assert!(FRAME_BODY_BYTES_MAX > BATCH_PAGES_MAX * (crate::types::PAGE_BYTES + 64));
 const _: () = assert!(RAM_BYTES_MAX / (crate::types::PAGE_BYTES as u64) < 1 << 40);
 const _: () = assert!(STRIPE_PAGES.is_multiple_of(64) && STRIPE_PAGES <= FRAME_PAGES_MAX);
+const _: () =
+    assert!(AUDIT_LINE_BYTES_MAX * 4 / 3 + 45 * AUDIT_PROOF_HASHES_MAX + AUDIT_CHECKPOINT_BYTES_MAX + 256 < AUDIT_PROOF_BYTES_MAX);
 const _: () = assert!(2 * AUDIT_CHECKPOINT_BYTES_MAX + 1024 < AUDIT_LINE_BYTES_MAX);
 const _: () = assert!(HISTORY_COUNT_MAX as usize * 3 * 1024 <= CONTROL_RESPONSE_BYTES_MAX);
 const _: () = assert!(SESSIONS_PER_PEER_MAX > MIGRATIONS_MAX as usize && 3 * SESSIONS_PER_PEER_MAX < SESSIONS_MAX);

@@ -217,9 +217,9 @@ fn the_walkthrough_of_the_readme_works_as_written() {
     }
 
     let evidence = shell.run();
-    assert_eq!(evidence.matches("content       good").count(), 2, "{evidence}");
-    assert_eq!(evidence.matches("signer        good").count(), 2, "{evidence}");
-    assert_eq!(evidence.matches("peer          good").count(), 1, "{evidence}");
+    assert_eq!(evidence.matches("content       good").count(), 3, "{evidence}");
+    assert_eq!(evidence.matches("signer        good").count(), 3, "{evidence}");
+    assert_eq!(evidence.matches("witnesses     good").count(), 2, "{evidence}");
     says(&evidence, &["action=accept", "action=commit", "record=prepared", "record=run", "record=closed", "running_on=destination"]);
 
     shell.run();

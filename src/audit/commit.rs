@@ -1,4 +1,4 @@
-//! One group commit: lines to the segment, then a checkpoint that covers them. The only code that changes a log.
+//! One group commit: entries and the checkpoint that covers them, in one write and one sync. The only code that changes a log.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -6,12 +6,14 @@ use std::sync::Arc;
 
 use serde_json::{Map, Value};
 
-use crate::audit::chain::{Chain, Head};
 use crate::audit::disk::{Disk, DiskFile, is_full};
 use crate::audit::entry::{Event, Place, Receipt, When, line};
 use crate::audit::error::AuditError;
 use crate::audit::note::{self, Checkpoint, Signer};
 use crate::audit::segment::{checkpoint_path, segment_path};
+use crate::audit::tile::{self, Publisher, TilesOnDisk};
+use crate::audit::tree::{Hash, Tiles, Tree, leaf_hash, tiles_in};
+use crate::audit::walk::checkpoint_line;
 use crate::limits;
 use crate::types::MigrationId;
 
@@ -37,7 +39,10 @@ pub(super) struct Writer {
     /// Length of the segment up to the last commit.
     pub(super) segment_bytes: u64,
     pub(super) segment_bytes_max: u64,
-    pub(super) chain: Chain,
+    pub(super) tree: Tree,
+    pub(super) publisher: Publisher,
+    /// Whether writing checkpoint or tiles failed last.
+    pub(super) behind: bool,
     /// Whether the reserve is on disk; without it only critical entries are taken.
     pub(super) reserve: bool,
 }
@@ -45,10 +50,18 @@ pub(super) struct Writer {
 /// What became of a batch.
 pub(super) struct Committed {
     pub(super) results: Vec<(u64, Result<Receipt, AuditError>)>,
+    /// Entries about handoffs, with their places.
+    pub(super) handoffs: Vec<(MigrationId, u64, String)>,
     /// The new head, if anything was recorded.
     pub(super) head: Option<Checkpoint>,
     /// Why the log has failed, if it has.
     pub(super) failed: Option<String>,
+}
+
+/// What was written.
+struct Written {
+    checkpoint: Checkpoint,
+    lines: Vec<String>,
 }
 
 /// Why a batch was not written.
@@ -61,7 +74,7 @@ enum Trouble {
 
 impl Writer {
     pub(super) fn commit(&mut self, batch: Vec<Queued>) -> Committed {
-        let mut done = Committed { results: Vec::new(), head: None, failed: None };
+        let mut done = Committed { results: Vec::new(), handoffs: Vec::new(), head: None, failed: None };
         let mut batch = batch;
         if !self.reserve && batch.iter().any(|queued| !queued.critical) {
             self.restore_reserve();
@@ -79,13 +92,17 @@ impl Writer {
             }
         }
         match outcome {
-            Ok(head) => {
-                let first = head.as_ref().map_or(0, |head| head.size).saturating_sub(u64::try_from(batch.len()).unwrap_or(0));
-                for (index, queued) in (first..).zip(&batch) {
+            Ok(Some(Written { checkpoint, lines })) => {
+                let first = checkpoint.size.saturating_sub(lines.len() as u64);
+                for ((index, queued), line) in (first..).zip(&batch).zip(lines) {
                     done.results.push((queued.ticket, Ok(Receipt::new(index, queued.event, queued.migration))));
+                    if let (Event::Handoff, Some(migration)) = (queued.event, queued.migration) {
+                        done.handoffs.push((migration, index, line));
+                    }
                 }
-                done.head = head;
+                done.head = Some(checkpoint);
             }
+            Ok(None) => {}
             Err(Trouble::Full) => {
                 let dir = self.dir.clone();
                 done.results.extend(batch.iter().map(|queued| (queued.ticket, Err(AuditError::Disk { dir: dir.clone() }))));
@@ -105,43 +122,63 @@ impl Writer {
         }
     }
 
-    /// All of `batch` or nothing. INVARIANT(receipt-is-durable): the order of syncs is what the receipts stand on.
-    fn write(&mut self, batch: &[Queued]) -> Result<Option<Checkpoint>, Trouble> {
+    /// All of `batch` or nothing. INVARIANT(receipt-is-durable): one sync covers the entries and the checkpoint.
+    fn write(&mut self, batch: &[Queued]) -> Result<Option<Written>, Trouble> {
         if batch.is_empty() {
             return Ok(None);
         }
         if self.segment_bytes >= self.segment_bytes_max {
             self.rotate()?;
         }
-        let mut chain = self.chain.clone();
+        let since = self.tree.size();
+        let mut tree = self.tree.clone();
         let mut bytes = Vec::new();
+        let mut lines = Vec::new();
         for queued in batch {
-            let Head { size: index, root: prev } = chain.head();
-            let place = Place { index, prev, boot_id: &self.boot_id };
+            let place = Place { index: tree.size(), boot_id: &self.boot_id };
             let line = line(queued.fields.clone(), queued.when, &place).map_err(Trouble::Fatal)?;
-            chain.append(line.as_bytes());
+            tree.append(leaf_hash(line.as_bytes()));
             bytes.extend_from_slice(line.as_bytes());
             bytes.push(b'\n');
+            lines.push(line);
         }
-        let checkpoint = note::sign(self.signer.as_ref(), &self.origin, chain.head()).map_err(Trouble::Fatal)?;
+        let checkpoint = note::sign(self.signer.as_ref(), &self.origin, tree.head()).map_err(Trouble::Fatal)?;
+        bytes.extend_from_slice(checkpoint_line(&checkpoint, since).as_bytes());
+        bytes.push(b'\n');
         if let Err(error) = self.disk.append(&self.segment, &bytes) {
             return Err(self.undo("append to", &self.segment.path.clone(), &error));
         }
         self.disk.sync(&self.segment).map_err(|error| fatal("fsync", &self.segment.path, &error))?;
-        self.publish(&checkpoint)?;
-        self.chain = chain;
+        self.tree = tree;
+        for (index, line) in (since..).zip(&lines) {
+            self.publisher.line(index, line.as_bytes());
+        }
+        let full = self.tree.take_full();
+        self.publisher.tiles(full);
         self.segment_bytes = self.segment_bytes.saturating_add(u64::try_from(bytes.len()).unwrap_or(u64::MAX));
-        Ok(Some(checkpoint))
+        Ok(Some(Written { checkpoint, lines }))
     }
 
-    /// Replaces the checkpoint, or takes the lines back.
-    fn publish(&self, checkpoint: &Checkpoint) -> Result<(), Trouble> {
-        let path = checkpoint_path(&self.dir);
-        match replace(self.disk.as_ref(), &self.dir, &path, checkpoint.text.as_bytes()) {
-            Ok(()) => Ok(()),
-            Err(Replace::Before(what, error)) => Err(self.undo(what, &path, &error)),
-            Err(Replace::Fatal(what, error)) => Err(fatal(what, &path, &error)),
+    /// Shows the world the last head, and tiles that are full. Nothing depends on it: what fails here is made up for by the next
+    /// commit, or when the log is opened.
+    pub(super) fn publish_head(&mut self, head: &Checkpoint) {
+        let shown = tile::write(self.disk.as_ref(), &checkpoint_path(&self.dir), head.text.as_bytes());
+        let written = if self.publisher.has_pending() { self.publisher.write_full(self.disk.as_ref()) } else { Ok(()) };
+        self.say_once(&shown.and(written));
+    }
+
+    /// Writes the tiles up to the last entry.
+    pub(super) fn publish_tiles(&mut self) {
+        let written = self.publisher.write_all(self.disk.as_ref(), &self.tree);
+        self.say_once(&written);
+    }
+
+    /// That files for other programs are behind is said once, until they are not any more.
+    fn say_once(&mut self, written: &io::Result<()>) {
+        if let (Err(error), false) = (written, self.behind) {
+            tracing::warn!(dir = %self.dir.display(), error = %error, "audit log: checkpoint or tiles are behind the log");
         }
+        self.behind = written.is_err();
     }
 
     /// Cuts the segment back to the last commit. No partial line survives.
@@ -155,7 +192,7 @@ impl Writer {
 
     /// A new segment, at an entry boundary.
     fn rotate(&mut self) -> Result<(), Trouble> {
-        let path = segment_path(&self.dir, self.chain.head().size);
+        let path = segment_path(&self.dir, self.tree.size());
         let made = self.disk.open(&path).and_then(|segment| self.disk.sync_dir(&self.dir).map(|()| segment));
         match made {
             Ok(segment) => {
@@ -208,6 +245,16 @@ pub(super) fn replace(disk: &dyn Disk, dir: &Path, path: &Path, bytes: &[u8]) ->
     disk.sync(&file).map_err(|error| Replace::Fatal("fsync", error))?;
     disk.rename(&temporary, path).map_err(before("replace"))?;
     disk.sync_dir(dir).map_err(|error| Replace::Fatal("fsync the directory of", error))
+}
+
+/// The hashes of a log that is open: the right end is in memory, the rest in memory or on disk.
+impl Tiles for Writer {
+    fn tile(&self, level: usize, index: u64, width: usize) -> Result<Vec<Hash>, String> {
+        if index == tiles_in(self.tree.size(), level) {
+            return Ok(self.tree.edge(level).to_vec());
+        }
+        self.publisher.pending(level, index).map_or_else(|| TilesOnDisk { dir: &self.dir }.tile(level, index, width), Ok)
+    }
 }
 
 fn fatal(what: &str, path: &Path, error: &io::Error) -> Trouble {

@@ -1,9 +1,9 @@
 //! The file operations of the writer, as a seam: tests make each of them fail, and cut the power between two.
 
 use std::fmt;
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Write as _};
-use std::os::unix::fs::OpenOptionsExt as _;
+use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 
 use nix::fcntl::{FallocateFlags, OFlag, fallocate};
@@ -31,6 +31,8 @@ pub(super) trait Disk: Send + Sync + fmt::Debug {
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()>;
     /// Deletes; not being there is fine.
     fn remove(&self, path: &Path) -> io::Result<()>;
+    /// Creates a directory and those above it, 0700; being there is fine.
+    fn create_dir(&self, path: &Path) -> io::Result<()>;
     /// Makes names durable.
     fn sync_dir(&self, dir: &Path) -> io::Result<()>;
 }
@@ -50,7 +52,8 @@ impl Disk for RealDisk {
     }
 
     fn sync(&self, file: &DiskFile) -> io::Result<()> {
-        file.file.sync_all()
+        // The length is made durable with the contents; the times need not be.
+        file.file.sync_data()
     }
 
     fn truncate(&self, file: &DiskFile, bytes: u64) -> io::Result<()> {
@@ -79,6 +82,10 @@ impl Disk for RealDisk {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
             other => other,
         }
+    }
+
+    fn create_dir(&self, path: &Path) -> io::Result<()> {
+        DirBuilder::new().recursive(true).mode(0o700).create(path)
     }
 
     fn sync_dir(&self, dir: &Path) -> io::Result<()> {

@@ -70,6 +70,10 @@ events! {
     MigrationFinished = "migration-finished",
     /// A peer's head was kept, or refused.
     PeerHead = "peer-head",
+    /// A peer cosigned a head of this log, or said that it keeps one that this log does not have.
+    HeadCosigned = "head-cosigned",
+    /// Entries before an index are no longer kept; their hashes are.
+    Pruned = "pruned",
     /// Somebody used the control socket.
     Operator = "operator",
 }
@@ -100,6 +104,33 @@ pub enum Outcome {
     Cancelled,
     /// Nobody can tell.
     InDoubt,
+}
+
+impl Outcome {
+    /// Every outcome.
+    pub const ALL: &[Self] = &[Self::Done, Self::Allow, Self::Deny, Self::Refused, Self::Failed, Self::Cancelled, Self::InDoubt];
+
+    /// Its name in the log.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Done => "done",
+            Self::Allow => "allow",
+            Self::Deny => "deny",
+            Self::Refused => "refused",
+            Self::Failed => "failed",
+            Self::Cancelled => "cancelled",
+            Self::InDoubt => "in-doubt",
+        }
+    }
+}
+
+impl std::str::FromStr for Outcome {
+    type Err = AuditError;
+    fn from_str(text: &str) -> Result<Self, AuditError> {
+        let found = Self::ALL.iter().copied().find(|outcome| outcome.as_str() == text);
+        found.ok_or_else(|| AuditError::Entry { event: "unknown", why: format!("no outcome is named `{}`", text.escape_debug()) })
+    }
 }
 
 /// What a caller wants to have recorded. Whoever fills `detail` sees to it that no guest byte, key or token gets in.
@@ -188,8 +219,8 @@ impl Entry {
     }
 }
 
-/// Room for boot id, index, monotonic time, previous hash and time with their names.
-const PLACE_BYTES_MAX: usize = 320;
+/// Room for boot id, index, monotonic time and time with their names.
+const PLACE_BYTES_MAX: usize = 240;
 
 #[derive(Serialize)]
 struct Fields<'a> {
@@ -214,8 +245,6 @@ struct Fields<'a> {
 pub struct StoredEntry {
     /// Its place, from 0.
     pub index: u64,
-    /// Hash that the entry before it left, in hexadecimal.
-    pub prev: String,
     /// Wall clock, UTC.
     #[serde(with = "rfc3339")]
     pub time: jiff::Timestamp,
@@ -248,14 +277,25 @@ pub struct StoredEntry {
 impl StoredEntry {
     /// Reads a line, which must be exactly as this module would have written it.
     pub(super) fn parse(line: &[u8]) -> Result<Self, String> {
-        let value: Value = serde_json::from_slice(line).map_err(|error| format!("is no JSON: {error}"))?;
-        let mut text = String::with_capacity(line.len());
-        canonical(&value, &mut text, 0)?;
-        if text.as_bytes() != line {
-            return Err("is not in canonical form".to_owned());
-        }
-        serde_json::from_value(value).map_err(|error| format!("is no entry: {error}"))
+        serde_json::from_value(canonical_value(line)?).map_err(|error| format!("is no entry: {error}"))
     }
+}
+
+/// The line of an entry, as it is in the log.
+#[must_use]
+pub fn canonical_line(entry: &StoredEntry) -> String {
+    let mut text = String::new();
+    let value = serde_json::to_value(entry).unwrap_or_default();
+    // What was read from a log can be written.
+    canonical(&value, &mut text, 0).map(|()| text).unwrap_or_default()
+}
+
+/// Reads JSON that must be exactly as this module would have written it.
+pub(super) fn canonical_value(line: &[u8]) -> Result<Value, String> {
+    let value: Value = serde_json::from_slice(line).map_err(|error| format!("is no JSON: {error}"))?;
+    let mut text = String::with_capacity(line.len());
+    canonical(&value, &mut text, 0)?;
+    if text.as_bytes() == line { Ok(value) } else { Err("is not in canonical form".to_owned()) }
 }
 
 /// Times as text with all nine digits, so that one time has one text.
@@ -280,7 +320,6 @@ mod rfc3339 {
 /// Where in the log, and when.
 pub(super) struct Place<'a> {
     pub(super) index: u64,
-    pub(super) prev: [u8; 32],
     pub(super) boot_id: &'a str,
 }
 
@@ -294,7 +333,6 @@ pub(super) struct When {
 /// The line of an entry, without the newline.
 pub(super) fn line(mut fields: Map<String, Value>, when: When, place: &Place<'_>) -> Result<String, String> {
     fields.insert("index".to_owned(), place.index.into());
-    fields.insert("prev".to_owned(), hex(&place.prev).into());
     fields.insert("boot_id".to_owned(), place.boot_id.into());
     fields.insert("monotonic_ns".to_owned(), when.monotonic_ns.into());
     fields.insert("time".to_owned(), rfc3339::text(when.time).into());

@@ -1,6 +1,6 @@
 //! The writer: many callers, one commit at a time.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::fmt;
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -15,6 +15,7 @@ use crate::audit::entry::{Entry, Receipt, When};
 use crate::audit::error::AuditError;
 use crate::audit::note::{Checkpoint, Signer};
 use crate::audit::open;
+use crate::audit::peers::{Handoffs, Known};
 use crate::limits;
 
 /// One gateway's log, open for writing. Handles are cheap to clone; every call blocks until it is durable, so async code
@@ -29,8 +30,10 @@ pub(super) struct Inner {
     clock: Clock,
     shared: Mutex<Shared>,
     changed: Condvar,
-    /// The last head kept from each peer. Held while one is recorded, so that two cannot pass each other.
-    pub(super) peers: Mutex<BTreeMap<String, Checkpoint>>,
+    /// What peers and this log know of each other. Held while a head is recorded, so that two cannot pass each other.
+    pub(super) known: Mutex<Known>,
+    /// The entries of handoffs that a peer may want proof of.
+    pub(super) handoffs: Mutex<Handoffs>,
     /// Held as long as the log is open.
     _lock: Flock<File>,
 }
@@ -70,8 +73,7 @@ impl Clock {
 impl AuditLog {
     /// Opens the log in `dir`, or begins one; `origin` names it in checkpoints and never changes.
     ///
-    /// Bytes behind the last signed commit, which a crash may leave, are set aside in a `dropped-…` file and a `recovered`
-    /// entry says so.
+    /// Bytes behind the last commit, which a crash may leave, are set aside in a `dropped-…` file and a `recovered` entry says so.
     ///
     /// # Errors
     ///
@@ -103,13 +105,15 @@ impl AuditLog {
                 clock: Clock::start(),
                 shared: Mutex::new(shared),
                 changed: Condvar::new(),
-                peers: Mutex::new(opened.peers),
+                known: Mutex::new(opened.known),
+                handoffs: Mutex::new(opened.handoffs),
                 _lock: opened.lock,
             }),
         };
         for entry in &opened.entries {
             log.record_critical(entry)?;
         }
+        log.publish();
         Ok(log)
     }
 
@@ -139,8 +143,25 @@ impl AuditLog {
         self.inner.shared().head.clone()
     }
 
+    /// Writes checkpoint and tiles up to the last entry, for other programs. The log itself never needs them to be up to date: the last
+    /// head is written with every commit, tiles when they are full, when the log is opened, and when it is closed.
+    /// What cannot be written is made up for later.
+    pub fn publish(&self) {
+        let head = self.head();
+        self.inner.with_writer(|writer| {
+            if writer.publisher.is_behind(&writer.tree) {
+                writer.publish_head(&head);
+                writer.publish_tiles();
+            }
+        });
+    }
+
     pub(super) fn inner(&self) -> &Inner {
         &self.inner
+    }
+
+    pub(super) fn dir(&self) -> &Path {
+        &self.inner.dir
     }
 
     fn enqueue(&self, entry: &Entry, critical: bool) -> Result<Receipt, AuditError> {
@@ -197,17 +218,54 @@ impl Inner {
         drop(shared);
         // If the signer panics, nobody waits for ever and nothing is recorded any more.
         let guard = Leading { inner: self };
-        let Committed { results, head, failed } = writer.commit(batch);
+        let Committed { results, handoffs, head, failed } = writer.commit(batch);
         std::mem::forget(guard);
+        self.handoffs.lock().unwrap_or_else(PoisonError::into_inner).extend(handoffs);
         let mut shared = self.shared();
         shared.results.extend(results);
-        shared.writer = Some(writer);
         shared.failed = failed;
-        if let Some(head) = head {
-            shared.head = head;
+        if let Some(head) = &head {
+            shared.head = head.clone();
         }
         self.changed.notify_all();
+        // Others have their receipts already.
+        if let Some(head) = head {
+            drop(shared);
+            writer.publish_head(&head);
+            shared = self.shared();
+        }
+        shared.writer = Some(writer);
+        self.changed.notify_all();
         shared
+    }
+
+    /// Waits until nobody writes. Nothing if the writer is gone.
+    pub(super) fn with_writer<T>(&self, work: impl FnOnce(&mut Writer) -> T) -> Option<T> {
+        let mut shared = self.shared();
+        let mut writer = loop {
+            match shared.writer.take() {
+                Some(writer) => break writer,
+                None if shared.failed.is_some() => return None,
+                None => shared = self.wait(shared),
+            }
+        };
+        drop(shared);
+        let guard = Leading { inner: self };
+        let done = work(&mut writer);
+        std::mem::forget(guard);
+        self.shared().writer = Some(writer);
+        self.changed.notify_all();
+        Some(done)
+    }
+}
+
+/// The right end of the tree is written once more, so that other programs find all of it.
+impl Drop for Inner {
+    fn drop(&mut self) {
+        let shared = self.shared.get_mut().unwrap_or_else(PoisonError::into_inner);
+        if let (Some(writer), None) = (&mut shared.writer, &shared.failed) {
+            writer.publish_tiles();
+        }
     }
 }
 

@@ -1,6 +1,5 @@
 //! From a directory to a writer: check everything that was signed, set aside what was not.
 
-use std::collections::BTreeMap;
 use std::fs::{self, DirBuilder, File};
 use std::io::{self, Read as _, Seek as _, SeekFrom};
 use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, PermissionsExt as _};
@@ -12,22 +11,25 @@ use std::time::Duration;
 use nix::fcntl::{Flock, FlockArg};
 use ring::digest;
 
-use crate::audit::chain::{Chain, Head};
-use crate::audit::commit::{Replace, Writer, replace};
+use crate::audit::commit::Writer;
 use crate::audit::disk::{Disk, DiskFile, is_full};
 use crate::audit::entry::{Entry, Event, hex};
 use crate::audit::error::AuditError;
 use crate::audit::note::{self, Checkpoint, Signer};
-use crate::audit::peers;
+use crate::audit::peers::{Handoffs, Known};
+use crate::audit::prune;
 use crate::audit::segment::{self, checkpoint_path, segment_path};
-use crate::audit::walk::Walk;
+use crate::audit::tile::Publisher;
+use crate::audit::tree::Tree;
+use crate::audit::walk::{Walk, is_checkpoint_line, parse_checkpoint_line};
 use crate::limits;
 
 /// A log ready to be written.
 pub(super) struct Opened {
     pub(super) writer: Writer,
     pub(super) head: Checkpoint,
-    pub(super) peers: BTreeMap<String, Checkpoint>,
+    pub(super) known: Known,
+    pub(super) handoffs: Handoffs,
     /// What has to be recorded before anything else.
     pub(super) entries: Vec<Entry>,
     pub(super) lock: Flock<File>,
@@ -46,21 +48,20 @@ pub(super) fn open(
     }
     prepare(dir)?;
     let lock = lock(dir)?;
-    let head = match read_checkpoint(dir)? {
-        Some(text) => note::open(&text, &signer.public_key()).map_err(refuse)?,
-        None => begin(disk.as_ref(), dir, origin, signer.as_ref())?,
-    };
-    if head.origin != origin {
-        return Err(refuse(format!("is of log `{}`, expected `{origin}`", head.origin)));
-    }
-    let (walk, peers) = check(dir, &head)?;
+    let (read, mut walk, damage) = take_in(disk.as_ref(), dir, origin, &signer.public_key())?;
+    let size = walk.signed();
     let mut entries = Vec::new();
-    if head.size == 0 {
-        let created = Entry::new(Event::LogCreated).detail("origin", origin).detail("key_name", signer.name());
-        entries.push(created.detail("public_key", hex(&signer.public_key())));
+    if size == 0 {
+        entries.push(log_names(Event::LogCreated, origin, signer.as_ref()));
     }
-    let (segment, segment_bytes, recovered) = resume(disk.as_ref(), dir, &walk)?;
+    let (segment, segment_bytes, recovered) = resume(disk.as_ref(), dir, &walk, damage)?;
     entries.extend(recovered);
+    let head = match read.head {
+        Some(head) => head,
+        None => note::sign(signer.as_ref(), origin, walk.tree().head()).map_err(refuse)?,
+    };
+    // What a crash left behind the last commit is in the tree of the walk, but not in the log any more.
+    let tree = if walk.tree().size() == size { walk.tree().clone() } else { tree_of(dir, size)? };
     let mut writer = Writer {
         dir: dir.to_owned(),
         origin: origin.to_owned(),
@@ -70,12 +71,124 @@ pub(super) fn open(
         segment,
         segment_bytes,
         segment_bytes_max,
-        chain: Chain::from(head.head()),
+        tree,
+        publisher: read.publisher,
+        behind: false,
         reserve: false,
     };
     // On a full disk the log opens all the same, for what is critical.
     writer.restore_reserve();
-    Ok(Opened { writer, head, peers, entries, lock })
+    prune::finish(&writer, read.pruned).map_err(|error| AuditError::io("remove pruned segments of", dir, error))?;
+    Ok(Opened { writer, head, known: read.known, handoffs: read.handoffs, entries, lock })
+}
+
+/// Reads everything that is signed, as `origin`'s and by this key, up to the end or the first thing that is wrong.
+fn take_in(disk: &dyn Disk, dir: &Path, origin: &str, public_key: &[u8; 32]) -> Result<(Read, Walk, Option<AuditError>), AuditError> {
+    let refuse = |why: String| AuditError::Checkpoint { of: dir.display().to_string(), why };
+    let mut read = Read::new(dir);
+    // It is written without a sync: a power cut may leave its name without its contents, or with a part of them.
+    let published = match read_checkpoint(dir)?.map(|text| (note::open_bare(&text, public_key), text)) {
+        Some((Ok(published), _)) => Some(published),
+        Some((Err(why), text)) => {
+            read.torn = Some((text, why));
+            None
+        }
+        None => None,
+    };
+    let adopt = read.publisher.adopt();
+    adopt.map_err(|error| AuditError::io("read tiles of", dir, error))?;
+    let mut walk = Walk::new(dir)?;
+    let damage = read.run(disk, &mut walk, public_key);
+    if let Some((_, why)) = &read.torn {
+        return Err(refuse(why.clone()));
+    }
+    let size = walk.signed();
+    for head in published.iter().chain(&read.head) {
+        if head.origin != origin {
+            return Err(refuse(format!("is of log `{}`, expected `{origin}`", head.origin)));
+        }
+    }
+    if let Some(published) = published.filter(|published| published.size > size) {
+        let why = format!("a checkpoint covers {} entries, the log has {size}", published.size);
+        return Err(damage.unwrap_or_else(|| AuditError::damaged(dir, size, why)));
+    }
+    if walk.first() > read.pruned {
+        let why = format!("entries 0 to {} are missing, and no entry says that they were given up", walk.first().saturating_sub(1));
+        return Err(damage.unwrap_or_else(|| AuditError::damaged(dir, 0, why)));
+    }
+    Ok((read, walk, damage))
+}
+
+/// The entry that says whose log this is.
+pub(super) fn log_names(event: Event, origin: &str, signer: &dyn Signer) -> Entry {
+    let entry = Entry::new(event).detail("format", FORMAT).detail("origin", origin).detail("key_name", signer.name());
+    entry.detail("public_key", hex(&signer.public_key()))
+}
+
+/// The format of lines, checkpoints and file names.
+const FORMAT: &str = "sealane-audit/1";
+
+/// What the entries of a log mean for whoever goes on with it.
+struct Read {
+    publisher: Publisher,
+    known: Known,
+    handoffs: Handoffs,
+    head: Option<Checkpoint>,
+    /// Entries before this one have been given up.
+    pruned: u64,
+    /// A text in the place of a checkpoint that is none, and why, until it is seen to be the beginning of one.
+    torn: Option<(String, String)>,
+}
+
+impl Read {
+    fn new(dir: &Path) -> Self {
+        let (known, handoffs) = (Known::default(), Handoffs::default());
+        Self { publisher: Publisher::new(dir), known, handoffs, head: None, pruned: 0, torn: None }
+    }
+
+    /// Reads up to the end or the first thing that is wrong, and makes tiles that are missing. INVARIANT(signed-prefix).
+    fn run(&mut self, disk: &dyn Disk, walk: &mut Walk, public_key: &[u8; 32]) -> Option<AuditError> {
+        loop {
+            let commit = match walk.next() {
+                Ok(Some(commit)) => commit,
+                Ok(None) => return None,
+                Err(error) => return Some(error),
+            };
+            let size = commit.checkpoint.size;
+            if let Err(why) = note::open_bare(&commit.checkpoint.text, public_key) {
+                let why = format!("the checkpoint of {size} entries {why}");
+                return Some(walk.unsign(&commit, why));
+            }
+            let whole = &commit.checkpoint.text;
+            self.torn.take_if(|(text, _)| text.len() < whole.len() && whole.starts_with(text.as_str()));
+            for line in commit.lines {
+                self.publisher.line(line.entry.index, &line.bytes);
+                self.known.replay(&line.entry);
+                self.pruned = self.pruned.max(prune::pruned_by(&line.entry).unwrap_or(0));
+                if let (Event::Handoff, Some(migration), Ok(text)) = (line.entry.event, line.entry.migration, String::from_utf8(line.bytes))
+                {
+                    self.handoffs.extend(vec![(migration, line.entry.index, text)]);
+                }
+            }
+            self.publisher.tiles(walk.tree().take_full());
+            self.head = Some(commit.checkpoint);
+            if let Err(error) = self.publisher.write_full(disk) {
+                tracing::warn!(error = %error, "audit log: tiles are behind the log");
+            }
+        }
+    }
+}
+
+/// The tree of the first `size` entries.
+fn tree_of(dir: &Path, size: u64) -> Result<Tree, AuditError> {
+    let mut walk = Walk::new(dir)?;
+    while walk.signed() < size {
+        if walk.next()?.is_none() {
+            break;
+        }
+        walk.tree().take_full();
+    }
+    Ok(walk.tree().clone())
 }
 
 /// The directory exists, is one, and is nobody else's business.
@@ -105,66 +218,43 @@ fn lock(dir: &Path) -> Result<Flock<File>, AuditError> {
 
 const LOCK_ATTEMPTS: usize = 5;
 
+/// The text of the file `checkpoint`; nothing if it is not there or has only zeros. Cut in the middle of a letter, it is what is before.
 pub(super) fn read_checkpoint(dir: &Path) -> Result<Option<String>, AuditError> {
     let path = checkpoint_path(dir);
-    match segment::read_text(&path, limits::AUDIT_CHECKPOINT_BYTES_MAX) {
-        Ok(text) => Ok(Some(text)),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-        Err(error) => Err(AuditError::io("read", &path, error)),
-    }
+    let bytes = match segment::read_file(&path, limits::AUDIT_CHECKPOINT_BYTES_MAX) {
+        Ok(bytes) => bytes,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(AuditError::io("read", &path, error)),
+    };
+    let whole = match std::str::from_utf8(&bytes) {
+        Err(error) if error.error_len().is_none() => bytes.get(..error.valid_up_to()).unwrap_or_default(),
+        _ => &bytes,
+    };
+    let text = String::from_utf8(whole.to_vec()).map_err(|error| AuditError::io("read", &path, io::Error::other(error)))?;
+    Ok(Some(text).filter(|text| text.bytes().any(|byte| byte != 0)))
 }
 
-/// A log begins with a signed head of nothing, so that entries without a checkpoint never are a new log.
-fn begin(disk: &dyn Disk, dir: &Path, origin: &str, signer: &dyn Signer) -> Result<Checkpoint, AuditError> {
-    if let Some(segment) = segment::list(dir)?.first() {
-        return Err(AuditError::damaged(&segment.path, 0, "there are entries but no checkpoint"));
-    }
-    let refuse = |why: String| AuditError::Checkpoint { of: dir.display().to_string(), why };
-    let head = note::sign(signer, origin, Head::EMPTY).map_err(refuse)?;
-    let path = checkpoint_path(dir);
-    replace(disk, dir, &path, head.text.as_bytes()).map_err(|error| match error {
-        Replace::Before(what, error) | Replace::Fatal(what, error) => AuditError::io(what, &path, error),
-    })?;
-    Ok(head)
-}
-
-/// Reads everything that the checkpoint covers, and stops there.
-fn check(dir: &Path, head: &Checkpoint) -> Result<(Walk, BTreeMap<String, Checkpoint>), AuditError> {
-    let mut walk = Walk::new(dir)?;
-    let mut peers = BTreeMap::new();
-    while walk.head().size < head.size {
-        match walk.next()? {
-            Some(entry) => peers::replay(&mut peers, &entry),
-            None => {
-                let size = walk.head().size;
-                return Err(AuditError::damaged(dir, size, format!("the checkpoint covers {} entries, the log has {size}", head.size)));
-            }
-        }
-    }
-    if walk.head() != head.head() {
-        let last = head.size.saturating_sub(1);
-        return Err(AuditError::damaged(dir, last, "the entries are not those that the checkpoint covers"));
-    }
-    Ok((walk, peers))
-}
-
-/// INVARIANT(signed-prefix): opens the last segment at the signed end; what lies behind it is set aside.
-fn resume(disk: &dyn Disk, dir: &Path, walk: &Walk) -> Result<(DiskFile, u64, Option<Entry>), AuditError> {
-    let size = walk.head().size;
-    // A segment that begins where the checkpoint ends holds nothing signed; one is enough, and it is where the log goes on.
+/// INVARIANT(signed-prefix): opens the last segment behind the last commit; what lies behind it is set aside, if a crash can have
+/// left it.
+fn resume(disk: &dyn Disk, dir: &Path, walk: &Walk, damage: Option<AuditError>) -> Result<(DiskFile, u64, Option<Entry>), AuditError> {
+    let size = walk.signed();
+    // A segment that begins where the last commit ends holds nothing acknowledged; one is enough, and it is where the log goes on.
     let (path, signed) = match walk.position() {
         Some((segment, bytes)) => (segment.path.clone(), bytes),
         None => (segment_path(dir, size), 0),
     };
     let mut tail = Vec::new();
-    read_tail(&path, signed, &mut tail)?;
+    let first_damage = |error| damage.clone().unwrap_or(error);
+    read_tail(&path, signed, size, &mut tail).map_err(first_damage)?;
     let ahead: Vec<PathBuf> = walk.ahead().iter().map(|segment| segment.path.clone()).filter(|ahead| *ahead != path).collect();
     for path in &ahead {
-        read_tail(path, 0, &mut tail)?;
+        read_tail(path, 0, size, &mut tail).map_err(first_damage)?;
     }
-    if tail.iter().filter(|byte| **byte == b'\n').count() > limits::AUDIT_BATCH_ENTRIES_MAX {
-        let why = format!("more than {} entries after the last signed one, which no crash leaves", limits::AUDIT_BATCH_ENTRIES_MAX);
-        return Err(AuditError::damaged(&path, size, why));
+    if let Some(why) = no_crash(&tail) {
+        return Err(damage.unwrap_or_else(|| AuditError::damaged(&path, size, why)));
+    }
+    if let Some(error) = damage.filter(|error| tail.is_empty() || !matches!(error, AuditError::Damaged { .. })) {
+        return Err(error);
     }
     let wrap = |what: &'static str, path: &Path| {
         let path = path.to_owned();
@@ -181,8 +271,18 @@ fn resume(disk: &dyn Disk, dir: &Path, walk: &Walk) -> Result<(DiskFile, u64, Op
     Ok((file, signed, recovered))
 }
 
+/// Why no crash can have left these bytes behind the last commit. A commit is one write, of which file systems keep a beginning, so
+/// one that has its checkpoint was whole.
+fn no_crash(tail: &[u8]) -> Option<String> {
+    if tail.iter().filter(|byte| **byte == b'\n').count() > limits::AUDIT_BATCH_ENTRIES_MAX {
+        return Some(format!("more than {} entries after the last signed one, which no crash leaves", limits::AUDIT_BATCH_ENTRIES_MAX));
+    }
+    let signed = |line: &[u8]| is_checkpoint_line(line) && parse_checkpoint_line(line).is_ok();
+    tail.split(|byte| *byte == b'\n').any(signed).then(|| "the entries do not fit the checkpoint behind them".to_owned())
+}
+
 /// More than one commit behind the checkpoint is no crash.
-fn read_tail(path: &Path, from: u64, tail: &mut Vec<u8>) -> Result<(), AuditError> {
+fn read_tail(path: &Path, from: u64, size: u64, tail: &mut Vec<u8>) -> Result<(), AuditError> {
     let wrap = |error| AuditError::io("read", path, error);
     let mut file = match segment::open(path) {
         Ok(file) => file,
@@ -194,7 +294,7 @@ fn read_tail(path: &Path, from: u64, tail: &mut Vec<u8>) -> Result<(), AuditErro
     file.take(limit).read_to_end(tail).map_err(wrap)?;
     if tail.len() > limits::AUDIT_BATCH_BYTES_MAX {
         let why = format!("more than {} bytes after the last signed entry, which no crash leaves", limits::AUDIT_BATCH_BYTES_MAX);
-        return Err(AuditError::damaged(path, 0, why));
+        return Err(AuditError::damaged(path, size, why));
     }
     Ok(())
 }

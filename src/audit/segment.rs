@@ -54,15 +54,17 @@ pub(super) fn open(path: &Path) -> io::Result<File> {
     Ok(file)
 }
 
+/// A small file.
+pub(super) fn read_file(path: &Path, bytes_max: usize) -> io::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    let limit = u64::try_from(bytes_max).unwrap_or(u64::MAX).saturating_add(1);
+    open(path)?.take(limit).read_to_end(&mut bytes)?;
+    if bytes.len() > bytes_max { Err(io::Error::other(format!("longer than {bytes_max} bytes"))) } else { Ok(bytes) }
+}
+
 /// A small file as text.
 pub(super) fn read_text(path: &Path, bytes_max: usize) -> io::Result<String> {
-    let mut text = String::new();
-    let limit = u64::try_from(bytes_max).unwrap_or(u64::MAX).saturating_add(1);
-    open(path)?.take(limit).read_to_string(&mut text)?;
-    if text.len() > bytes_max {
-        return Err(io::Error::other(format!("longer than {bytes_max} bytes")));
-    }
-    Ok(text)
+    String::from_utf8(read_file(path, bytes_max)?).map_err(io::Error::other)
 }
 
 /// What was found where a line should be.

@@ -1,20 +1,20 @@
-//! Offline: is this log what was written, by whom, and is it all of it? And reading it for people.
+//! Offline: is this log what was written, by whom, and is it all of it, and have others seen it?
 
-use std::collections::BTreeMap;
 use std::fmt;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use nix::fcntl::{Flock, FlockArg};
 
-use crate::audit::chain::Head;
-use crate::audit::entry::{Event, StoredEntry, hex, unhex32};
+use crate::audit::entry::{Event, hex, unhex32};
 use crate::audit::error::AuditError;
+use crate::audit::files::Files;
 use crate::audit::note::{self, Checkpoint};
 use crate::audit::open::read_checkpoint;
-use crate::audit::walk::Walk;
-use crate::limits;
-use crate::types::{MigrationId, VmName};
+use crate::audit::prune::pruned_by;
+use crate::audit::tree::Head;
+use crate::audit::walk::{Commit, Line, Walk};
+use crate::audit::witness::Witnesses;
 
 /// What is known from elsewhere about the log to verify.
 #[derive(Debug, Clone, Default)]
@@ -23,6 +23,8 @@ pub struct VerifyOptions {
     pub public_key: Option<[u8; 32]>,
     /// A checkpoint of this log that somebody else kept; the log must still contain what it covers.
     pub checkpoint: Option<String>,
+    /// Keys of peers that must have cosigned this log.
+    pub witness_keys: Vec<[u8; 32]>,
 }
 
 /// One answer.
@@ -69,23 +71,27 @@ impl fmt::Display for Verdict {
 pub struct VerifyReport {
     /// The log's name, from its checkpoint.
     pub origin: Option<String>,
-    /// Entries that are whole and in order.
+    /// The first entry that is kept; those before it were given up.
+    pub first: u64,
+    /// Entries that are whole, in order and under a checkpoint, those that were given up included.
     pub entries: u64,
     /// The hash that stands for them, in hexadecimal.
     pub root: String,
-    /// Whether every entry is as written and follows the one before.
+    /// Whether every entry is as written, in its place, and what the tree and its files say.
     pub content: Verdict,
-    /// Whether the expected key signed exactly this.
+    /// Whether the expected key signed every commit, and exactly this.
     pub signer: Verdict,
     /// Whether anything is missing at the end.
     pub completeness: Verdict,
+    /// Whether peers have seen it, and what it keeps of theirs.
+    pub witnesses: Verdict,
 }
 
 impl VerifyReport {
     /// Whether no answer is no.
     #[must_use]
     pub fn is_ok(&self) -> bool {
-        ![&self.content, &self.signer, &self.completeness].into_iter().any(Verdict::is_bad)
+        ![&self.content, &self.signer, &self.completeness, &self.witnesses].into_iter().any(Verdict::is_bad)
     }
 }
 
@@ -95,165 +101,216 @@ pub fn verify(dir: &Path, options: &VerifyOptions) -> VerifyReport {
     let live = is_live(dir);
     // First the checkpoint: a live log only grows beyond it.
     let own = read_checkpoint(dir);
-    let mut roots = Roots::default();
-    roots.want(0);
-    roots.want_of(own.as_ref().ok().and_then(Option::as_deref));
-    roots.want_of(options.checkpoint.as_deref());
-    let mut read = Read { walk: Walk::new(dir), first: None, roots };
-    let damage = read.run();
-    let head = read.head();
-    let key = options.public_key.or_else(|| read.named_key());
-    let opened = open_own(&own, key);
-    let signed = opened.as_ref().ok().map_or(0, |checkpoint| checkpoint.size);
-    // Behind a live log's checkpoint stands at most a commit that is being made.
-    let unfinished = live && head.size >= signed;
-    let content = match &damage {
-        None => Verdict::Good(format!("{} entries, each follows the one before", head.size)),
-        Some(_) if unfinished => Verdict::Good(format!("{signed} entries, and a commit in the making")),
-        Some(error) => {
-            let why = error.to_string();
-            Verdict::bad(Some(head.size), why)
-        }
+    let own = own.map_err(|error| error.to_string()).and_then(|text| text.ok_or_else(|| "there is no checkpoint".to_owned()));
+    let mut walk = match Walk::new(dir) {
+        Ok(walk) => walk,
+        Err(error) => return unreadable(&error, own),
     };
-    let completeness = completeness(&read, &opened, options, key, damage.is_some());
+    let size_of = |text: &str| note::read(text).ok().map(|checkpoint| checkpoint.size);
+    for size in own.iter().map(String::as_str).chain(options.checkpoint.as_deref()).filter_map(size_of) {
+        walk.want(size);
+    }
+    let key = options.public_key.or_else(|| named_key(dir));
+    let mut read = Read { key, ..Read::default() };
+    let damage = read.run(dir, &mut walk, live);
+    // Behind a live log's checkpoint stands at most a commit that is being made.
+    let own = own.and_then(|text| open_own(&text, key));
+    let published = own.as_ref().map_or(0, |own| own.size);
+    let unfinished = live && walk.signed() >= published;
+    let content = match damage {
+        Some(error) if !(unfinished && is_torn(&error)) => {
+            let entry = if let AuditError::Damaged { index, .. } = &error { *index } else { walk.signed() };
+            Verdict::bad(Some(entry), error.to_string())
+        }
+        _ => read.content(&walk),
+    };
+    let head = read.head.as_ref().map_or_else(|| Head { size: walk.signed(), ..Head::EMPTY }, Checkpoint::head);
     VerifyReport {
-        origin: opened.as_ref().ok().map(|checkpoint| checkpoint.origin.clone()),
+        origin: own.as_ref().ok().or(read.head.as_ref()).map(|checkpoint| checkpoint.origin.clone()),
+        first: walk.first(),
         entries: head.size,
         root: hex(&head.root),
+        signer: read.signer(&walk, &own, options, unfinished),
+        completeness: completeness(&walk, &own, options, key, &read.beyond, content.is_bad()),
+        witnesses: read.witnesses.verdict(dir, &mut walk, key, &options.witness_keys),
         content,
-        signer: signer(&read, &opened, options, unfinished),
-        completeness,
     }
 }
 
-/// The hash at some sizes, noted in passing.
+fn unreadable(error: &AuditError, own: Result<String, String>) -> VerifyReport {
+    let why = error.to_string();
+    let open = || Verdict::Open("the log cannot be read".to_owned());
+    let origin = own.ok().and_then(|text| note::read(&text).ok()).map(|checkpoint| checkpoint.origin);
+    let root = hex(&Head::EMPTY.root);
+    VerifyReport {
+        origin,
+        first: 0,
+        entries: 0,
+        root,
+        content: Verdict::bad(Some(0), why),
+        signer: open(),
+        completeness: open(),
+        witnesses: open(),
+    }
+}
+
+/// Whether the log may just not be written to its end yet.
+pub(super) fn is_torn(error: &AuditError) -> bool {
+    matches!(error, AuditError::Damaged { why, .. } if why == "the line has no end")
+}
+
+/// The key that the log says is its own: in entry 0, or where entry 0 was pruned. Nobody has vouched for it.
+fn named_key(dir: &Path) -> Option<[u8; 32]> {
+    let mut walk = Walk::new(dir).ok()?;
+    let named = |line: &Line| Some((line.entry.event, unhex32(line.entry.detail.get("public_key")?.as_str()?)?));
+    loop {
+        let commit = walk.next();
+        walk.tree().take_full();
+        let lines = commit.as_ref().ok().and_then(Option::as_ref).map_or(walk.open_lines(), |commit| commit.lines.as_slice());
+        for (event, key) in lines.iter().filter_map(named) {
+            if matches!(event, Event::LogCreated | Event::Pruned) {
+                return Some(key);
+            }
+        }
+        if !matches!(commit, Ok(Some(_))) || walk.first() == 0 {
+            return None;
+        }
+    }
+}
+
 #[derive(Default)]
-struct Roots {
-    at: BTreeMap<u64, Option<[u8; 32]>>,
-}
-
-impl Roots {
-    fn want(&mut self, size: u64) {
-        self.at.insert(size, None);
-    }
-
-    /// The size that a checkpoint names, believed or not.
-    fn want_of(&mut self, text: Option<&str>) {
-        if let Some(size) = text.and_then(|text| text.lines().nth(1)?.parse().ok()) {
-            self.want(size);
-        }
-    }
-
-    fn note(&mut self, head: Head) {
-        if let Some(root) = self.at.get_mut(&head.size) {
-            *root = Some(head.root);
-        }
-    }
-}
-
 struct Read {
-    walk: Result<Walk, AuditError>,
-    first: Option<StoredEntry>,
-    roots: Roots,
+    key: Option<[u8; 32]>,
+    /// The last checkpoint in the log.
+    head: Option<Checkpoint>,
+    /// The origin that the log gives itself, and where.
+    origin: Option<(String, u64)>,
+    /// The first checkpoint that is not signed as it must be: its first entry, and why.
+    unsigned: Option<(u64, String)>,
+    /// Up to where entries were given up, as far as the log says.
+    pruned: u64,
+    tiles: u64,
+    beyond: Option<PathBuf>,
+    witnesses: Witnesses,
 }
 
 impl Read {
-    /// Reads to the end, or to the first entry that is wrong.
-    fn run(&mut self) -> Option<AuditError> {
-        let walk = match &mut self.walk {
-            Ok(walk) => walk,
-            Err(error) => return Some(error.clone()),
+    /// Reads to the end, or to the first thing that is wrong.
+    fn run(&mut self, dir: &Path, walk: &mut Walk, live: bool) -> Option<AuditError> {
+        let mut files = match Files::list(dir, live) {
+            Ok(files) => files,
+            Err(error) => return Some(error),
         };
-        self.roots.note(walk.head());
         loop {
             match walk.next() {
-                Ok(Some(entry)) => {
-                    self.first.get_or_insert(entry);
-                    self.roots.note(walk.head());
-                }
-                Ok(None) => return None,
+                Ok(Some(commit)) => self.take_in(commit),
+                Ok(None) => break,
                 Err(error) => return Some(error),
             }
+            if let Err(error) = files.check_full(walk.tree().take_full()) {
+                return Some(error);
+            }
         }
-    }
-
-    fn head(&self) -> Head {
-        self.walk.as_ref().map_or(Head::EMPTY, Walk::head)
-    }
-
-    fn detail(&self, name: &str) -> Option<&str> {
-        self.first.as_ref().filter(|entry| entry.event == Event::LogCreated)?.detail.get(name)?.as_str()
-    }
-
-    /// The key that entry 0 names.
-    fn named_key(&self) -> Option<[u8; 32]> {
-        unhex32(self.detail("public_key")?)
-    }
-
-    /// Whether the log contains exactly what a checkpoint covers.
-    fn covers(&self, checkpoint: &Checkpoint) -> Covered {
-        if checkpoint.size > self.head().size {
-            return Covered::Missing;
+        if walk.first() > self.pruned {
+            let why = format!("entries 0 to {} are missing, and no entry says that they were given up", walk.first() - 1);
+            return Some(AuditError::damaged(dir, 0, why));
         }
-        match self.roots.at.get(&checkpoint.size) {
-            Some(Some(root)) if *root == checkpoint.root => Covered::Yes,
-            _ => Covered::Other,
+        let checked = files.check_rest(walk);
+        self.tiles = files.good;
+        self.beyond = files.beyond;
+        checked.err()
+    }
+
+    fn take_in(&mut self, commit: Commit) {
+        let first = commit.lines.first().map_or(0, |line| line.entry.index);
+        for Line { entry, .. } in commit.lines {
+            let origin = || entry.detail.get("origin").and_then(|origin| origin.as_str()).map(str::to_owned);
+            if matches!(entry.event, Event::LogCreated | Event::Pruned) && self.origin.is_none() {
+                self.origin = origin().map(|origin| (origin, entry.index));
+            }
+            self.pruned = self.pruned.max(pruned_by(&entry).unwrap_or(0));
+            self.witnesses.take_in(entry);
+        }
+        if let (Some(key), None) = (&self.key, &self.unsigned)
+            && let Err(why) = note::open_bare(&commit.checkpoint.text, key)
+        {
+            self.unsigned = Some((first, format!("the checkpoint of {} entries in the log {why}", commit.checkpoint.size)));
+        }
+        self.head = Some(commit.checkpoint);
+    }
+
+    fn content(&self, walk: &Walk) -> Verdict {
+        let entries = walk.signed().saturating_sub(walk.first());
+        let pruned = match walk.first() {
+            0 => String::new(),
+            first => format!("; those before {first} were given up, their hashes are there"),
+        };
+        Verdict::Good(format!("{entries} entries are those of the tree, and {} files of tiles{pruned}", self.tiles))
+    }
+
+    fn signer(&self, walk: &Walk, own: &Result<Checkpoint, String>, options: &VerifyOptions, unfinished: bool) -> Verdict {
+        if self.key.is_none() {
+            return Verdict::bad(None, "no key is given, and the log names none");
+        }
+        if let Some((entry, why)) = &self.unsigned {
+            return Verdict::bad(Some(*entry), why.as_str());
+        }
+        let own = match own {
+            Ok(own) => own,
+            Err(why) => return Verdict::bad(None, why.as_str()),
+        };
+        for checkpoint in [Some(own), self.head.as_ref()].into_iter().flatten() {
+            match &self.origin {
+                Some((origin, entry)) if *origin != checkpoint.origin => {
+                    let why = format!("the checkpoint is of log `{}`, entry {entry} names `{origin}`", checkpoint.origin);
+                    return Verdict::bad(Some(*entry), why);
+                }
+                _ => {}
+            }
+        }
+        let signed = walk.signed();
+        if own.size <= signed && walk.root_at(own.size) != Some(own.root) {
+            return Verdict::bad(own.size.checked_sub(1), "the signature of the file `checkpoint` is over other entries");
+        }
+        if !unfinished && own.size < signed {
+            let why = format!("the file `checkpoint` is of {} entries, the log has a checkpoint of {signed}: it is an older one", own.size);
+            return Verdict::bad(Some(own.size), format!("{why} (a crash leaves that, until the gateway opens the log again)"));
+        }
+        if !unfinished && !walk.open_lines().is_empty() {
+            return Verdict::bad(Some(signed), "nothing signed covers the entries from here on");
+        }
+        match options.public_key {
+            Some(_) => Verdict::Good("every commit is signed by the given key".to_owned()),
+            None => Verdict::Open("signed by the key that the log itself names; give the key to prove whose it is".to_owned()),
         }
     }
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Covered {
-    Yes,
-    Other,
-    Missing,
-}
-
-fn open_own(own: &Result<Option<String>, AuditError>, key: Option<[u8; 32]>) -> Result<Checkpoint, String> {
-    let text = own.as_ref().map_err(ToString::to_string)?.as_deref().ok_or("there is no checkpoint")?;
+fn open_own(text: &str, key: Option<[u8; 32]>) -> Result<Checkpoint, String> {
     let key = key.ok_or("no key is given, and the log names none")?;
-    note::open(text, &key).map_err(|why| format!("the checkpoint {why}"))
+    note::open_bare(text, &key).map_err(|why| format!("the file `checkpoint` {why}"))
 }
 
-fn signer(read: &Read, own: &Result<Checkpoint, String>, options: &VerifyOptions, unfinished: bool) -> Verdict {
-    let checkpoint = match own {
-        Ok(checkpoint) => checkpoint,
-        Err(why) => return Verdict::bad(None, why.as_str()),
-    };
-    let origin = read.detail("origin");
-    if read.head().size > 0 && origin != Some(checkpoint.origin.as_str()) {
-        return Verdict::bad(
-            Some(0),
-            format!("the checkpoint is of log `{}`, entry 0 names `{}`", checkpoint.origin, origin.unwrap_or("none")),
-        );
-    }
-    match read.covers(checkpoint) {
-        Covered::Missing => return Verdict::Open("the checkpoint covers entries that are not there".to_owned()),
-        Covered::Other => {
-            let last = checkpoint.size.saturating_sub(1);
-            return Verdict::bad(Some(last), "the signature is over other entries");
-        }
-        Covered::Yes => {}
-    }
-    if read.head().size > checkpoint.size && !unfinished {
-        return Verdict::bad(Some(checkpoint.size), "nothing signed covers the entries from here on");
-    }
-    match options.public_key {
-        Some(_) => Verdict::Good("signed by the given key".to_owned()),
-        None => Verdict::Open("signed by the key that the log itself names; give the key to prove whose it is".to_owned()),
-    }
-}
-
-fn completeness(read: &Read, own: &Result<Checkpoint, String>, options: &VerifyOptions, key: Option<[u8; 32]>, damaged: bool) -> Verdict {
+fn completeness(
+    walk: &Walk,
+    own: &Result<Checkpoint, String>,
+    options: &VerifyOptions,
+    key: Option<[u8; 32]>,
+    beyond: &Option<PathBuf>,
+    damaged: bool,
+) -> Verdict {
+    let have = walk.signed();
     let missing = |size: u64| {
-        let have = read.head().size;
         let what = if damaged { "are not readable" } else { "are missing" };
         Verdict::bad(Some(have), format!("a checkpoint covers {size} entries, those from {have} on {what}"))
     };
     if let Ok(own) = own
-        && read.covers(own) == Covered::Missing
+        && own.size > have
     {
         return missing(own.size);
+    }
+    if let Some(path) = beyond {
+        return Verdict::bad(Some(have), format!("`{}` is of entries that the log of {have} does not have", path.display()));
     }
     let Some(text) = &options.checkpoint else {
         return Verdict::Open("no checkpoint from elsewhere is given; a log cut back with its own would not show".to_owned());
@@ -263,87 +320,21 @@ fn completeness(read: &Read, own: &Result<Checkpoint, String>, options: &VerifyO
         Ok(given) => given,
         Err(why) => return Verdict::bad(None, format!("the given checkpoint {why}")),
     };
-    if own.as_ref().is_ok_and(|own| own.origin != given.origin) {
-        return Verdict::bad(None, format!("the given checkpoint is of log `{}`", given.origin));
+    if let Some(own) = own.as_ref().ok().filter(|own| own.origin != given.origin) {
+        return Verdict::bad(None, format!("the given checkpoint is of log `{}`, this is `{}`", given.origin, own.origin));
     }
-    match read.covers(&given) {
-        Covered::Yes => Verdict::Good(format!("contains the {} entries that the given checkpoint covers", given.size)),
-        Covered::Missing => missing(given.size),
-        Covered::Other => Verdict::bad(None, format!("the first {} entries are not those that the given checkpoint covers", given.size)),
+    if given.size > have {
+        return missing(given.size);
+    }
+    if walk.root_at(given.size) == Some(given.root) {
+        Verdict::Good(format!("contains the {} entries that the given checkpoint covers", given.size))
+    } else {
+        Verdict::bad(None, format!("the first {} entries are not those that the given checkpoint covers", given.size))
     }
 }
 
 /// Whether a gateway holds the log open now.
-fn is_live(dir: &Path) -> bool {
+pub(super) fn is_live(dir: &Path) -> bool {
     let Ok(file) = File::open(dir) else { return false };
     matches!(Flock::lock(file, FlockArg::LockSharedNonblock), Err((_, nix::errno::Errno::EWOULDBLOCK)))
-}
-
-/// Which entries to show; what is not given matches everything.
-#[derive(Debug, Clone, Default)]
-pub struct Filter {
-    /// The VM, by name.
-    pub vm: Option<VmName>,
-    /// The peer, exactly as recorded.
-    pub peer: Option<String>,
-    /// The attempt.
-    pub migration: Option<MigrationId>,
-    /// What happened.
-    pub event: Option<Event>,
-    /// Not before this time.
-    pub since: Option<jiff::Timestamp>,
-}
-
-impl Filter {
-    fn matches(&self, entry: &StoredEntry) -> bool {
-        self.vm.as_ref().is_none_or(|vm| entry.vm.as_ref() == Some(vm))
-            && self.peer.as_ref().is_none_or(|peer| entry.peer.as_ref() == Some(peer))
-            && self.migration.is_none_or(|migration| entry.migration == Some(migration))
-            && self.event.is_none_or(|event| entry.event == event)
-            && self.since.is_none_or(|since| entry.time >= since)
-    }
-}
-
-/// The entries of the log in `dir` that match, oldest first. Ends at the first line that is wrong, with the error.
-///
-/// # Errors
-///
-/// The directory cannot be read.
-pub fn read(dir: &Path, filter: Filter) -> Result<Entries, AuditError> {
-    Ok(Entries { walk: Some(Walk::new(dir)?), live: is_live(dir), filter, dir: dir.to_owned() })
-}
-
-/// Entries of a log, in order.
-#[derive(Debug)]
-pub struct Entries {
-    walk: Option<Walk>,
-    live: bool,
-    filter: Filter,
-    dir: PathBuf,
-}
-
-impl Iterator for Entries {
-    type Item = Result<StoredEntry, AuditError>;
-
-    fn next(&mut self) -> Option<Self::Item> {
-        let walk = self.walk.as_mut()?;
-        loop {
-            match walk.next() {
-                Ok(Some(entry)) if self.filter.matches(&entry) => return Some(Ok(entry)),
-                Ok(Some(_)) => {}
-                Ok(None) => return None,
-                Err(error) => {
-                    // A live log's last line may be in the making.
-                    let unfinished = self.live && self.walk.take().is_some_and(|walk| is_behind_checkpoint(&self.dir, walk.head().size));
-                    self.walk = None;
-                    return (!unfinished).then_some(Err(error));
-                }
-            }
-        }
-    }
-}
-
-fn is_behind_checkpoint(dir: &Path, size: u64) -> bool {
-    let text = read_checkpoint(dir).ok().flatten().filter(|text| text.len() <= limits::AUDIT_CHECKPOINT_BYTES_MAX);
-    text.and_then(|text| text.lines().nth(1)?.parse::<u64>().ok()).is_some_and(|signed| size >= signed)
 }

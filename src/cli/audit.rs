@@ -1,9 +1,9 @@
 //! `sealane audit`: what is in a log, and whether it is what was written. Works from files alone.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::VecDeque;
 use std::fmt::Write;
 use std::io::Read;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use rustls_pki_types::SubjectPublicKeyInfoDer;
 use rustls_pki_types::pem::PemObject;
@@ -12,8 +12,8 @@ use serde_json::Value;
 
 use super::Ending;
 use super::output::{Out, Tone, printable};
-use super::tools::{AuditCommand, AuditFilterFlags};
-use crate::audit::{self, AuditError, Filter, Outcome, StoredEntry, Verdict, VerifyOptions, VerifyReport};
+use super::tools::{AuditCommand, AuditFilterFlags, AuditFormat};
+use crate::audit::{self, AuditError, ExportFormat, Filter, Outcome, Proof, StoredEntry, Verdict, VerifyOptions, VerifyReport};
 use crate::control::Exit;
 use crate::telemetry::{ErrorClass, Problem, chain, schema_tag};
 
@@ -21,27 +21,106 @@ schema_tag!(
     /// Schema of `audit verify --json`.
     VerifySchema = "sealane.audit-verify/1"
 );
+schema_tag!(
+    /// Schema of `audit verify-proof --json`.
+    ProofSchema = "sealane.audit-proof/1"
+);
 
 pub(super) fn audit(command: &AuditCommand, out: Out) -> Ending {
     match command {
         AuditCommand::Show { directory, last, filter, json: _ } => show(directory, *last, filter, out),
         AuditCommand::Verify { directory, checkpoint, key, peer_key, json: _ } => {
-            let given = Given {
-                options: VerifyOptions {
-                    public_key: key.as_deref().map(public_key).transpose()?,
-                    checkpoint: checkpoint.as_deref().map(text).transpose()?,
-                },
-                peer_key: peer_key.as_deref().map(public_key).transpose()?,
+            let options = VerifyOptions {
+                public_key: key.as_deref().map(public_key).transpose()?,
+                checkpoint: checkpoint.as_deref().map(text).transpose()?,
+                witness_keys: public_keys(peer_key)?,
             };
-            Ok(verify(directory, &given, out))
+            Ok(verify(directory, &options, out))
         }
+        AuditCommand::Prove { directory, index } => {
+            out.data(&audit::prove(directory, *index).map_err(|error| problem(&error))?);
+            Ok(Exit::Done)
+        }
+        AuditCommand::VerifyProof { proof, key, peer_key, json: _ } => {
+            let (given, witnesses) = (public_key(key)?, public_keys(peer_key)?);
+            Ok(verify_proof(proof, &text(proof)?, &given, &witnesses, out))
+        }
+        AuditCommand::Export { directory, format, filter } => export(directory, *format, filter, out),
     }
 }
 
+fn filter_of(flags: &AuditFilterFlags) -> Filter {
+    Filter {
+        vm: flags.vm.clone(),
+        peer: flags.peer.clone(),
+        migration: flags.migration,
+        event: flags.event,
+        since: flags.since,
+        until: flags.until,
+        outcome: flags.outcome,
+    }
+}
+
+fn export(directory: &Path, format: AuditFormat, flags: &AuditFilterFlags, out: Out) -> Ending {
+    let format = match format {
+        AuditFormat::Ocsf => ExportFormat::Ocsf,
+        AuditFormat::Syslog => ExportFormat::Syslog,
+        AuditFormat::Journal => ExportFormat::Journal,
+    };
+    let origin = audit::origin(directory).map_err(|error| problem(&error))?;
+    for entry in audit::read(directory, filter_of(flags)).map_err(|error| problem(&error))? {
+        out.data(&audit::export(&entry.map_err(|error| problem(&error).with_hint(DAMAGED))?, &origin, format));
+    }
+    Ok(Exit::Done)
+}
+
+const DAMAGED: &str = "`sealane audit verify` says what is wrong with the log as a whole";
+
+/// A verdict, and whether it is the yes that was asked for.
+fn verify_proof(path: &Path, text: &str, key: &[u8; 32], witnesses: &[[u8; 32]], out: Out) -> Exit {
+    let bad = |why: String| Verdict::Bad { entry: None, why };
+    let read = Proof::read(text);
+    let content = match &read {
+        Ok(proof) => Verdict::Good(format!("entry {} of log `{}`", proof.entry.index, proof.checkpoint.origin)),
+        Err(why) => bad(why.clone()),
+    };
+    let signer = match &read {
+        Ok(proof) => proof.check_signer(key).map_or_else(bad, |()| Verdict::Good("signed by the given key".to_owned())),
+        Err(_) => Verdict::Open("there is no proof to check it on".to_owned()),
+    };
+    let seen = match &read {
+        Ok(proof) => witnesses.iter().try_for_each(|key| proof.check_witness(key).map(drop)),
+        Err(_) => Ok(()),
+    };
+    let witness = match seen {
+        Err(why) => bad(why),
+        Ok(()) if witnesses.is_empty() || read.is_err() => Verdict::Open("no key of a witness is given".to_owned()),
+        Ok(()) => Verdict::Good("cosigned by every given key".to_owned()),
+    };
+    let passed = matches!((&content, &signer), (Verdict::Good(_), Verdict::Good(_))) && !witness.is_bad();
+    if out.json {
+        out.object(&ProofObject {
+            schema: ProofSchema,
+            proof: path.display().to_string(),
+            verified: passed,
+            entry: read.as_ref().ok().map(|proof| &proof.entry),
+            content: VerdictObject::new(&content),
+            signer: VerdictObject::new(&signer),
+            witnesses: VerdictObject::new(&witness),
+        });
+    } else {
+        out.data(&verdict_lines(&[("content", &content), ("signer", &signer), ("witnesses", &witness)], out));
+        if let Ok(proof) = &read {
+            print(&proof.entry, out);
+        }
+        let end = if passed { out.paint_talk(Tone::Good, "verified") } else { out.paint_talk(Tone::Bad, "NOT verified") };
+        out.talk(&format!("audit proof `{}` {end}", path.display()));
+    }
+    if passed { Exit::Done } else { Exit::Failed }
+}
+
 fn show(directory: &Path, last: Option<usize>, flags: &AuditFilterFlags, out: Out) -> Ending {
-    let filter =
-        Filter { vm: flags.vm.clone(), peer: flags.peer.clone(), migration: flags.migration, event: flags.event, since: flags.since };
-    let entries = audit::read(directory, filter).map_err(|error| problem(&error))?;
+    let entries = audit::read(directory, filter_of(flags)).map_err(|error| problem(&error))?;
     let mut kept = VecDeque::new();
     let mut damage = None;
     for entry in entries {
@@ -58,7 +137,7 @@ fn show(directory: &Path, last: Option<usize>, flags: &AuditFilterFlags, out: Ou
     }
     kept.iter().for_each(|entry| print(entry, out));
     match damage {
-        Some(error) => Err(problem(&error).with_hint("`sealane audit verify` says what is wrong with the log as a whole")),
+        Some(error) => Err(problem(&error).with_hint(DAMAGED)),
         None => Ok(Exit::Done),
     }
 }
@@ -69,14 +148,7 @@ fn problem(error: &AuditError) -> Problem {
 }
 
 fn print(entry: &StoredEntry, out: Out) {
-    out.data(&if out.json { line_of(entry) } else { words_of(entry, out) });
-}
-
-/// The line as it is in the file: sorted by name, without spaces.
-fn line_of(entry: &StoredEntry) -> String {
-    let Ok(Value::Object(fields)) = serde_json::to_value(entry) else { return String::new() };
-    let sorted: BTreeMap<String, Value> = fields.into_iter().collect();
-    serde_json::to_string(&sorted).unwrap_or_default()
+    out.data(&if out.json { audit::canonical_line(entry) } else { words_of(entry, out) });
 }
 
 fn words_of(entry: &StoredEntry, out: Out) -> String {
@@ -87,8 +159,7 @@ fn words_of(entry: &StoredEntry, out: Out) -> String {
             Outcome::Cancelled => Tone::Doubtful,
             Outcome::Deny | Outcome::Refused | Outcome::Failed | Outcome::InDoubt => Tone::Bad,
         };
-        let word = serde_json::to_value(outcome).ok().and_then(|word| word.as_str().map(str::to_owned)).unwrap_or_default();
-        let _ = write!(text, "  {}", out.paint(tone, &word));
+        let _ = write!(text, "  {}", out.paint(tone, outcome.as_str()));
     }
     let mut add = |name: &str, value: String| {
         let _ = write!(text, "  {name}={value}");
@@ -116,45 +187,35 @@ fn one_line(text: &str) -> String {
     printable(text.trim_end()).split('\n').filter(|line| !line.is_empty()).collect::<Vec<_>>().join(" / ")
 }
 
-/// What is known from elsewhere.
-struct Given {
-    options: VerifyOptions,
-    peer_key: Option<[u8; 32]>,
-}
-
-fn verify(directory: &Path, given: &Given, out: Out) -> Exit {
-    let report = audit::verify(directory, &given.options);
-    let peer = given.peer_key.map(|key| audit::verify_peer_heads(directory, &key));
+fn verify(directory: &Path, options: &VerifyOptions, out: Out) -> Exit {
+    let report = audit::verify(directory, options);
     // What was given has to prove something: not proven is good enough only where nothing was given.
     let proven = |given: bool, verdict: &Verdict| matches!(verdict, Verdict::Good(_)) || (!given && !verdict.is_bad());
-    let passed = proven(false, &report.content)
-        && proven(given.options.public_key.is_some(), &report.signer)
-        && proven(given.options.checkpoint.is_some(), &report.completeness)
-        && peer.as_ref().is_none_or(|peer| proven(true, peer));
+    let passed = proven(true, &report.content)
+        && proven(options.public_key.is_some(), &report.signer)
+        && proven(options.checkpoint.is_some(), &report.completeness)
+        && proven(!options.witness_keys.is_empty(), &report.witnesses);
     if out.json {
-        out.object(&VerifyObject::new(directory, &report, peer.as_ref(), passed));
+        out.object(&VerifyObject::new(directory, &report, passed));
     } else {
-        out.data(&verdicts(directory, &report, peer.as_ref(), out));
+        out.data(&verdicts(directory, &report, out));
         let end = if passed { out.paint_talk(Tone::Good, "verified") } else { out.paint_talk(Tone::Bad, "NOT verified") };
         out.talk(&format!("audit log `{}` {end}", directory.display()));
     }
     if passed { Exit::Done } else { Exit::Failed }
 }
 
-fn verdicts(directory: &Path, report: &VerifyReport, peer: Option<&Verdict>, out: Out) -> String {
-    let mut text = match &report.origin {
-        Some(origin) => {
-            format!("log `{}` in `{}`: {} entries, root {}\n", printable(origin), directory.display(), report.entries, report.root)
-        }
-        None => format!("log in `{}`: {} entries, root {}\n", directory.display(), report.entries, report.root),
-    };
-    let all = [
-        ("content", Some(&report.content)),
-        ("signer", Some(&report.signer)),
-        ("completeness", Some(&report.completeness)),
-        ("peer", peer),
-    ];
-    for (name, verdict) in all.into_iter().filter_map(|(name, verdict)| Some((name, verdict?))) {
+fn verdicts(directory: &Path, report: &VerifyReport, out: Out) -> String {
+    let VerifyReport { entries, root, content, signer, completeness, witnesses, .. } = report;
+    let name = report.origin.as_ref().map_or_else(|| "log".to_owned(), |origin| format!("log `{}`", printable(origin)));
+    let head = format!("{name} in `{}`: {entries} entries, root {root}\n", directory.display());
+    let all = [("content", content), ("signer", signer), ("completeness", completeness), ("witnesses", witnesses)];
+    head + &verdict_lines(&all, out)
+}
+
+fn verdict_lines(all: &[(&str, &Verdict)], out: Out) -> String {
+    let mut text = String::new();
+    for (name, verdict) in all {
         let tone = match verdict {
             Verdict::Good(_) => Tone::Good,
             Verdict::Open(_) => Tone::Doubtful,
@@ -188,29 +249,42 @@ struct VerifyObject<'a> {
     schema: VerifySchema,
     directory: String,
     origin: Option<&'a str>,
+    /// The first entry that is kept; those before it were given up.
+    first: u64,
     entries: u64,
     root: &'a str,
     verified: bool,
     content: VerdictObject<'a>,
     signer: VerdictObject<'a>,
     completeness: VerdictObject<'a>,
-    /// Absent when no peer's key was given.
-    peer: Option<VerdictObject<'a>>,
+    witnesses: VerdictObject<'a>,
+}
+
+#[derive(Serialize)]
+struct ProofObject<'a> {
+    schema: ProofSchema,
+    proof: String,
+    verified: bool,
+    entry: Option<&'a StoredEntry>,
+    content: VerdictObject<'a>,
+    signer: VerdictObject<'a>,
+    witnesses: VerdictObject<'a>,
 }
 
 impl<'a> VerifyObject<'a> {
-    fn new(directory: &Path, report: &'a VerifyReport, peer: Option<&'a Verdict>, verified: bool) -> Self {
+    fn new(directory: &Path, report: &'a VerifyReport, verified: bool) -> Self {
         Self {
             schema: VerifySchema,
             directory: directory.display().to_string(),
             origin: report.origin.as_deref(),
+            first: report.first,
             entries: report.entries,
             root: &report.root,
             verified,
             content: VerdictObject::new(&report.content),
             signer: VerdictObject::new(&report.signer),
             completeness: VerdictObject::new(&report.completeness),
-            peer: peer.map(VerdictObject::new),
+            witnesses: VerdictObject::new(&report.witnesses),
         }
     }
 }
@@ -230,6 +304,10 @@ fn text(path: &Path) -> Result<String, Problem> {
 
 /// RFC 8410: what stands before the 32 bytes of an Ed25519 public key.
 const ED25519_SPKI: [u8; 12] = [0x30, 0x2a, 0x30, 0x05, 0x06, 0x03, 0x2b, 0x65, 0x70, 0x03, 0x21, 0x00];
+
+fn public_keys(paths: &[PathBuf]) -> Result<Vec<[u8; 32]>, Problem> {
+    paths.iter().map(|path| public_key(path)).collect()
+}
 
 fn public_key(path: &Path) -> Result<[u8; 32], Problem> {
     let der = SubjectPublicKeyInfoDer::from_pem_slice(text(path)?.as_bytes()).ok();

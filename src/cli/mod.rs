@@ -113,10 +113,13 @@ fn wants_json(command: &Command) -> bool {
             | PolicyCommand::Diff { json, .. }
             | PolicyCommand::Bundle(BundleCommand::Show { json, .. } | BundleCommand::Verify(BundleVerifyFlags { json, .. })),
         )
-        | Command::Audit(AuditCommand::Show { json, .. } | AuditCommand::Verify { json, .. }) => *json,
+        | Command::Audit(AuditCommand::Show { json, .. } | AuditCommand::Verify { json, .. } | AuditCommand::VerifyProof { json, .. }) => {
+            *json
+        }
         #[cfg(feature = "failpoints")]
         Command::Failpoints => false,
         Command::Policy(PolicyCommand::Bundle(BundleCommand::Make { .. }))
+        | Command::Audit(AuditCommand::Prove { .. } | AuditCommand::Export { .. })
         | Command::Gateway(_)
         | Command::Pki(_)
         | Command::Vmm(_)

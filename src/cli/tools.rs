@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use clap::{Args, Subcommand, ValueEnum};
 
 use super::flags::quantity;
-use crate::audit::Event;
+use crate::audit::{Event, Outcome};
 use crate::config::{Bandwidth, ByteSize, Label};
 use crate::control::Compress;
 use crate::limits::{LANES_MAX, VCPUS_MAX};
@@ -384,6 +384,23 @@ pub struct AuditFilterFlags {
     /// Only entries of this time or later, e.g. 2026-12-01T23:00:00Z.
     #[arg(long, value_name = "TIME")]
     pub since: Option<jiff::Timestamp>,
+    /// Only entries before this time.
+    #[arg(long, value_name = "TIME")]
+    pub until: Option<jiff::Timestamp>,
+    /// Only entries with this outcome: done, allow, deny, refused, failed, cancelled or in-doubt.
+    #[arg(long, value_name = "OUTCOME")]
+    pub outcome: Option<Outcome>,
+}
+
+/// A form to export an audit log in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum AuditFormat {
+    /// OCSF 1.9.0, one JSON object a line.
+    Ocsf,
+    /// Syslog, RFC 5424.
+    Syslog,
+    /// The journal export format of systemd.
+    Journal,
 }
 
 /// Commands of `audit`.
@@ -406,7 +423,8 @@ pub enum AuditCommand {
     },
     /// Recompute an audit log from its files and check every signature.
     ///
-    /// Says the first entry that was changed, removed or added.
+    /// Four verdicts: content (every entry as written, in tree and tiles), signer (every commit), completeness (nothing is missing at
+    /// the end) and witnesses (peers have seen it). Says the first entry that was changed, removed or added.
     Verify {
         /// The log's directory.
         #[arg(value_name = "DIR")]
@@ -417,12 +435,48 @@ pub enum AuditCommand {
         /// Public key of the gateway that wrote the log.
         #[arg(long, value_name = "FILE")]
         key: Option<PathBuf>,
-        /// Public key of a peer, to check what it signed.
+        /// Public key of a peer that must have cosigned the log. May be given more than once.
         #[arg(long, value_name = "FILE")]
-        peer_key: Option<PathBuf>,
+        peer_key: Vec<PathBuf>,
         /// Print JSON on stdout.
         #[arg(long)]
         json: bool,
+    },
+    /// Print a proof that an entry is in an audit log (C2SP tlog-proof).
+    Prove {
+        /// The log's directory.
+        #[arg(value_name = "DIR")]
+        directory: PathBuf,
+        /// The entry's index.
+        #[arg(value_name = "INDEX")]
+        index: u64,
+    },
+    /// Check a proof of one entry, such as those that a log keeps of its peers in `proofs/`.
+    VerifyProof {
+        /// The proof.
+        #[arg(value_name = "FILE")]
+        proof: PathBuf,
+        /// Public key of the gateway that wrote the log.
+        #[arg(long, value_name = "FILE")]
+        key: PathBuf,
+        /// Public key of a gateway that must have cosigned it. May be given more than once.
+        #[arg(long, value_name = "FILE")]
+        peer_key: Vec<PathBuf>,
+        /// Print JSON on stdout.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Print the entries of an audit log in the form of a collector.
+    Export {
+        /// The log's directory.
+        #[arg(value_name = "DIR")]
+        directory: PathBuf,
+        /// Which form.
+        #[arg(long, value_enum)]
+        format: AuditFormat,
+        /// Which entries.
+        #[command(flatten)]
+        filter: AuditFilterFlags,
     },
 }
 

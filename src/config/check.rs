@@ -93,6 +93,7 @@ fn gateway(r: &mut Reader, top: &mut Section<'_, '_>) -> Option<Gateway> {
     }
     let state_directory = r.or(&mut s, "state_directory", PathBuf::from("/var/lib/sealane")).value;
     let audit_directory = r.or(&mut s, "audit_directory", PathBuf::from("/var/log/sealane/audit")).value;
+    let audit_keep = r.optional(&mut s, "audit_keep").map(|keep| keep.value);
     let runtime_directory = r.or(&mut s, "runtime_directory", PathBuf::from("/run/sealane"));
     // Room for `/incoming-` + a migration's 32 digits + `.sock`.
     socket_length(r, &s.key("runtime_directory"), &runtime_directory, 48);
@@ -106,6 +107,7 @@ fn gateway(r: &mut Reader, top: &mut Section<'_, '_>) -> Option<Gateway> {
         view_socket: view_socket.map(|path| path.value),
         state_directory,
         audit_directory,
+        audit_keep,
         runtime_directory: runtime_directory.value,
         watch_files,
     })

@@ -79,6 +79,8 @@ pub struct Gateway {
     pub state_directory: PathBuf,
     /// Where the audit log is.
     pub audit_directory: PathBuf,
+    /// How long its entries are kept; for ever if nothing is said.
+    pub audit_keep: Option<TimeSpan>,
     /// Where the sockets of incoming VMMs are.
     pub runtime_directory: PathBuf,
     /// Whether certificates, CRLs and policies are read again when their files change.

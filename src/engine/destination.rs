@@ -17,6 +17,7 @@ use crate::engine::handoff::{Binding, Evidence, blocking, joined};
 use crate::engine::lanes::{Applied, Decoders, LaneReport, ReceiveShared, Seal, decoders, decoders_after_restart, receive_lane};
 use crate::engine::link::send_within;
 use crate::engine::source::{AskCommit, Command};
+use crate::engine::witness::Exchange;
 use crate::engine::{EngineError, Link};
 use crate::hypervisor::PagedDestination;
 use crate::limits;
@@ -27,9 +28,7 @@ use crate::migration::{
 use crate::storage::write_image;
 use crate::transport::LaneGate;
 use crate::types::{LaneIndex, Round};
-use crate::wire::{
-    Accept, AuditHead, Durability, ErrorClass, Failure, FinalDigest, LaneStanding, LaneTotals, Message, Offer, Resumed, RoundApplied,
-};
+use crate::wire::{Accept, Durability, ErrorClass, Failure, FinalDigest, LaneStanding, LaneTotals, Message, Offer, Resumed, RoundApplied};
 
 /// What is to be received.
 pub struct DestinationOrder {
@@ -117,6 +116,7 @@ struct Run {
     seal: Arc<Seal>,
     watch: Watch,
     rounds: Rounds,
+    heads: Exchange,
     state: StateBuffer,
     final_said: Option<FinalDigest>,
     commands: mpsc::Receiver<Command>,
@@ -173,6 +173,7 @@ pub async fn run_destination(order: DestinationOrder) -> DestinationEnd {
         seal: Arc::default(),
         watch: Watch::default(),
         rounds: Rounds { applied: Vec::new(), said: None },
+        heads: Exchange::default(),
         state: StateBuffer::default(),
         final_said: None,
         commands,
@@ -222,16 +223,8 @@ impl Run {
             let reason: String = crate::telemetry::chain(error).chars().take(limits::REASON_BYTES_MAX / 4).collect();
             let _ = self.say(Message::Failure(Failure { class: error.class(), reason })).await;
         }
-        // The source closes when it has read the last word; closing first could lose it on the way. Behind its own last
-        // entry it sends the head of its audit log.
-        let listen = async {
-            while let Ok(message) = self.link.session.receive().await {
-                if let Message::AuditHead(head) = message {
-                    self.evidence.keep_peer_head(&self.link.peer, &head.checkpoint).await;
-                }
-            }
-        };
-        let _ = tokio::time::timeout(LINGER, listen).await;
+        // The source closes when it has read the last word; closing first could lose it on the way.
+        self.evidence.finish_heads(&self.link, self.order.migration, &mut self.heads, true, LINGER).await;
         // Lanes that close before the last word was read look like an outage.
         drop(self.gate.take());
         DestinationEnd { outcome: self.ended.flatten(), error: self.error, address: self.binding.address, decode: self.busy.iter().sum() }
@@ -543,8 +536,7 @@ impl Run {
             }
             HandoffAction::End(outcome) => {
                 if outcome == Outcome::Moved {
-                    let checkpoint = self.evidence.audit.head().text;
-                    let _ = self.say(Message::AuditHead(AuditHead { checkpoint })).await;
+                    self.evidence.show_head(&self.link, self.order.migration).await;
                 }
                 self.ended = Some(Some(outcome));
                 Ok(None)

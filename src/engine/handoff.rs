@@ -6,9 +6,9 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 use crate::audit::{AuditLog, Entry, Event, Outcome as AuditOutcome};
+use crate::engine::EngineError;
 use crate::engine::arbiter::{Arbiter, Ruling, transfer};
 use crate::engine::link::send_within;
-use crate::engine::{EngineError, PeerFacts};
 use crate::hypervisor::{HypervisorError, PagedSource};
 use crate::identity::{Signer, verify_signature};
 use crate::journal::Journal;
@@ -277,20 +277,6 @@ impl Evidence {
             Ruling::Won => Ok(()),
             Ruling::Lost(owner) => Err(EngineError::Lost { vm: binding.vm.clone(), migration: binding.migration, owner }),
         }
-    }
-
-    /// Keeps the head of the peer's audit log in ours. False, and said aloud, when it does not follow the one before.
-    pub(super) async fn keep_peer_head(&self, peer: &PeerFacts, checkpoint: &str) -> bool {
-        let (audit, known, text) = (self.audit.clone(), peer.clone(), checkpoint.to_owned());
-        let noted = tokio::task::spawn_blocking(move || audit.note_peer_head(&known.spiffe, &text, &known.signing_key)).await;
-        match noted {
-            Ok(Ok(())) => return true,
-            Ok(Err(error)) => {
-                tracing::error!(peer = %peer.spiffe, error = %error, "the peer's audit head does not follow the one it showed before");
-            }
-            Err(error) => tracing::error!(error = %error, "audit task failed"),
-        }
-        false
     }
 
     /// Signs and sends. A message that is lost is said again on the next session.

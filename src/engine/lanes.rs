@@ -4,6 +4,7 @@ use std::sync::{Arc, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
+use ring::rand::{SecureRandom, SystemRandom};
 use tokio::sync::{Mutex, OwnedMutexGuard, mpsc, watch};
 
 use crate::engine::EngineError;
@@ -13,9 +14,9 @@ use crate::engine::frames::Frames;
 use crate::engine::handoff::joined;
 use crate::engine::limiter::Limiter;
 use crate::engine::meter::Meter;
-use crate::engine::source::{LaneLedger, Reached};
+use crate::engine::source::{LaneLedger, Manner, Reached};
 use crate::limits;
-use crate::memory::{Adaptation, Decoder, Duplicates, Effort, Encoder, GuestRam, PageCounts, PageSet};
+use crate::memory::{Adaptation, DUPLICATES_KEY_BYTES, Decoder, Duplicates, Effort, Encoder, GuestRam, PageCounts, PageSet};
 use crate::transport::LaneIo;
 use crate::types::{LaneIndex, MigrationId, PAGE_BYTES, PageNumber, Round};
 use crate::wire::{After, Compression, FRAME_HEADER_BYTES, FrameHeader, LaneStanding, LaneTotals, StreamTerms, afters};
@@ -66,6 +67,18 @@ pub(super) struct Packing {
     pub(super) duplicates: Arc<Duplicates>,
     /// Of all lanes.
     pub(super) versions_bytes_max: usize,
+}
+
+impl Packing {
+    pub(super) fn new(terms: &StreamTerms, manner: &Manner, pages: u64) -> Self {
+        let mut key = [0; DUPLICATES_KEY_BYTES];
+        // A guest that knew the key could make pages that are taken for equal.
+        let for_duplicates = manner.table_bytes / 5;
+        let bytes_max = SystemRandom::new().fill(&mut key).map_or(0, |()| for_duplicates);
+        let duplicates = Arc::new(Duplicates::new(pages, bytes_max, key));
+        let versions_bytes_max = manner.table_bytes - for_duplicates;
+        Self { terms: terms.clone(), level: manner.zstd_level, pages, duplicates, versions_bytes_max }
+    }
 }
 
 /// A lane at the source: its encoder, and how far each frame of the round in flight reached, also for whoever comes after this

@@ -23,6 +23,7 @@ mod recovery;
 mod sharing;
 mod source;
 mod standing;
+mod witness;
 
 pub use arbiter::{Arbiter, NoArbiter, Owner, Ruling, Transfer};
 pub use destination::{DestinationEnd, DestinationOrder, Return, run_destination};

@@ -7,6 +7,7 @@ mod tell;
 use std::sync::Arc;
 
 use crate::engine::handoff::{Binding, Evidence, JournalRecord, joined, wake};
+use crate::engine::witness::Exchange;
 use crate::engine::{EngineError, Link};
 use crate::hypervisor::{HypervisorError, PagedDestination, PagedSource, RunState};
 use crate::identity::verify_signature;
@@ -18,7 +19,7 @@ use crate::migration::{
 use crate::storage::{ImageHead, restore_image};
 use crate::transport::{Session, TransportError};
 use crate::types::{MigrationId, SpiffeId, VmName};
-use crate::wire::{AuditHead, ErrorClass, FinalDigest, Handoff, Message, SignedHandoff};
+use crate::wire::{ErrorClass, FinalDigest, Handoff, Message, SignedHandoff};
 
 pub use start::{Interruption, interruption, may_own_twin, repeat_effect, sweep_images, unfinished};
 pub use tell::{Withdrawal, tell, withdraw};
@@ -89,6 +90,8 @@ struct Interrupted {
     /// Its address is where the guest is, or was.
     binding: Binding,
     records: Records,
+    /// Heads of audit logs.
+    heads: Exchange,
 }
 
 enum Records {
@@ -124,7 +127,7 @@ impl Interrupted {
             (_, Some(DestinationRecord::Prepared(record))) => (Binding::from(record.as_ref()), Records::Destination(destinations)),
             _ => return Ok(None),
         };
-        Ok(Some(Self { evidence: evidence.clone(), host: host.clone(), binding, records }))
+        Ok(Some(Self { evidence: evidence.clone(), host: host.clone(), binding, records, heads: Exchange::default() }))
     }
 
     /// Whether nothing more can come of it by itself.
@@ -361,7 +364,9 @@ impl Interrupted {
                         break Step::Received { step: heard.step, incarnation_same: heard.incarnation_same, position: heard.position };
                     }
                     Ok(Message::Ping) => {}
-                    Ok(Message::AuditHead(head)) => drop(self.evidence.keep_peer_head(&link.peer, &head.checkpoint).await),
+                    Ok(message @ (Message::AuditHead(_) | Message::AuditAnswer(_))) => {
+                        self.evidence.hear_of_heads(link, self.binding.migration, &mut self.heads, message).await;
+                    }
                     Ok(other) => return Err(EngineError::OutOfPlace { expected: "a handoff message", got: other.name().to_owned() }),
                     Err(_) if machine.is_settled() => return Ok(Resolved::Settled),
                     Err(source) => return Err(EngineError::Transport { migration: self.binding.migration, source }),
@@ -375,21 +380,10 @@ impl Interrupted {
 impl Interrupted {
     /// As at the end of a migration that nothing interrupted: each side keeps what the other's audit log is bound to, if it comes
     /// soon. Whoever was called stays until the caller goes, or its own might not get there.
-    async fn exchange_heads(&self, link: &Link, called: bool) {
-        let checkpoint = self.evidence.audit.head().text;
-        let exchange = async {
-            link.session.send(&Message::AuditHead(AuditHead { checkpoint })).await?;
-            loop {
-                if let Message::AuditHead(head) = link.session.receive().await? {
-                    self.evidence.keep_peer_head(&link.peer, &head.checkpoint).await;
-                    if !called {
-                        return Ok::<(), TransportError>(());
-                    }
-                }
-            }
-        };
-        // A peer that has ended it may be gone.
-        let _ = tokio::time::timeout(limits::LAST_WORDS, exchange).await;
+    async fn exchange_heads(&mut self, link: &Link, called: bool) {
+        let migration = self.binding.migration;
+        self.evidence.show_head(link, migration).await;
+        self.evidence.finish_heads(link, migration, &mut self.heads, called, limits::LAST_WORDS).await;
     }
 }
 

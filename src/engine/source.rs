@@ -14,7 +14,6 @@ use std::pin::Pin;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use ring::rand::{SecureRandom, SystemRandom};
 use serde::{Deserialize, Serialize};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
@@ -25,10 +24,11 @@ use crate::engine::lanes::{LaneReport, LaneRound, Packing, SourceLane};
 use crate::engine::limiter::{Limiter, Share};
 use crate::engine::link::send_within;
 use crate::engine::meter::{Figures, Meter, Stopwatch};
+use crate::engine::witness::Exchange;
 use crate::engine::{EngineError, Link};
 use crate::hypervisor::PagedSource;
 use crate::limits;
-use crate::memory::{DUPLICATES_KEY_BYTES, Duplicates, GuestRam, PageCounts, Tracker};
+use crate::memory::{GuestRam, PageCounts, Tracker};
 use crate::migration::{Goal, Outcome, Source, SourceAction, SourceEvent, SourceStep};
 use crate::telemetry::{Phase, Progress};
 use crate::transport::{LaneHandle, Session, TransportError};
@@ -214,6 +214,8 @@ struct Run {
     /// REFUSE came, and why comes behind it.
     refused: bool,
     figures: Figures,
+    /// Heads of audit logs.
+    heads: Exchange,
     woken: bool,
     phase: Phase,
     started: Instant,
@@ -254,7 +256,7 @@ impl Run {
             binding: None,
             tracker: None,
             ledger: None,
-            packing: packing(&order, ram.pages()),
+            packing: Packing::new(&order.stream, &order.manner, ram.pages()),
             lanes: Vec::new(),
             encoders: Vec::new(),
             threads: Vec::new(),
@@ -273,6 +275,7 @@ impl Run {
             error: None,
             refused: false,
             figures: Figures::default(),
+            heads: Exchange::default(),
             woken: true,
             phase: Phase::Connect,
             started: Instant::now(),
@@ -581,16 +584,6 @@ impl Run {
             watch.lap(what);
         }
     }
-}
-
-fn packing(order: &SourceOrder, pages: u64) -> Packing {
-    let mut key = [0; DUPLICATES_KEY_BYTES];
-    // A guest that knew the key could make pages that are taken for equal.
-    let for_duplicates = order.manner.table_bytes / 5;
-    let bytes_max = SystemRandom::new().fill(&mut key).map_or(0, |()| for_duplicates);
-    let duplicates = Arc::new(Duplicates::new(pages, bytes_max, key));
-    let versions_bytes_max = order.manner.table_bytes - for_duplicates;
-    Packing { terms: order.stream.clone(), level: order.manner.zstd_level, pages, duplicates, versions_bytes_max }
 }
 
 fn lock(guest: &Guest) -> std::sync::MutexGuard<'_, Box<dyn PagedSource>> {

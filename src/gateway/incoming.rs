@@ -215,7 +215,7 @@ impl Gateway {
         let next = async {
             loop {
                 match link.session.receive().await {
-                    Ok(Message::Ping | Message::AuditHead(_)) => {}
+                    Ok(Message::Ping | Message::AuditHead(_) | Message::AuditAnswer(_)) => {}
                     other => return other,
                 }
             }

@@ -28,6 +28,8 @@ use crate::wire::ErrorClass;
 /// How long a shutdown waits for migrations to end.
 const SHUTDOWN: Duration = Duration::from_secs(30);
 
+/// How often it is looked for entries of the audit log that are too old.
+const PRUNE_EVERY: Duration = Duration::from_secs(3600);
 /// How often those who were turned away are summed up in the audit log.
 const SUM_UP_EVERY: Duration = Duration::from_secs(5);
 
@@ -291,8 +293,10 @@ impl Gateway {
     async fn record_refusals(self: Arc<Self>) {
         let mut tick = tokio::time::interval(Duration::from_millis(200));
         let mut summed_up = Instant::now();
+        let mut pruned = None;
         loop {
             tick.tick().await;
+            self.tend_audit_log(&mut pruned).await;
             if summed_up.elapsed() >= SUM_UP_EVERY {
                 summed_up = Instant::now();
                 self.record_turned_away().await;
@@ -306,6 +310,24 @@ impl Gateway {
                 entry.detail.insert("why".into(), refusal.reason.to_string().into());
                 self.note(entry).await;
             }
+        }
+    }
+
+    /// Other programs find the tiles of the last entries, and entries that are too old go.
+    async fn tend_audit_log(&self, pruned: &mut Option<Instant>) {
+        let audit = self.audit.clone();
+        let keep = self.config.gateway.audit_keep.filter(|_| pruned.is_none_or(|last| last.elapsed() >= PRUNE_EVERY));
+        if keep.is_some() {
+            *pruned = Some(Instant::now());
+        }
+        let tended = tokio::task::spawn_blocking(move || {
+            audit.publish();
+            keep.map(|keep| jiff::Timestamp::now().checked_sub(keep.duration))
+                .and_then(Result::ok)
+                .map_or(Ok(()), |before| audit.prune(before).map(drop))
+        });
+        if let Ok(Err(error)) = tended.await {
+            tracing::warn!(error = %chain(&error), "audit log: not tended");
         }
     }
 

@@ -4,9 +4,9 @@ use crate::limits;
 use crate::types::{Epoch, Incarnation, LaneIndex, MigrationId, RamRegion, Round, VmName, VmUuid};
 use crate::wire::reader::{Reader, Writer};
 use crate::wire::{
-    Accept, AuditHead, Compression, CompressionScope, Durability, ErrorClass, Failure, Feature, FinalDigest, Handoff, HandoffMessage,
-    Hello, Join, LaneStanding, LaneTotals, Message, Offer, Resume, Resumed, RoundApplied, RoundEnd, SignedHandoff, StateChunk, StreamTerms,
-    WireError,
+    Accept, AuditAnswer, AuditHead, Compression, CompressionScope, Durability, ErrorClass, Failure, Feature, FinalDigest, Handoff,
+    HandoffMessage, Hello, Join, LaneStanding, LaneTotals, Message, Offer, Resume, Resumed, RoundApplied, RoundEnd, SignedHandoff,
+    StateChunk, StreamTerms, WireError,
 };
 
 /// Bytes in front of the body of a control message: length and kind.
@@ -25,7 +25,7 @@ const HANDOFF_DOMAIN: &[u8] = b"sealane handoff v1\0";
 const LANES_DOMAIN: &[u8] = b"sealane lanes v1\0";
 
 /// Name of each kind of message; the kind is the place in the list, counted from 1.
-const NAMES: [&str; 12] = [
+const NAMES: [&str; 13] = [
     "hello",
     "offer",
     "accept",
@@ -38,6 +38,7 @@ const NAMES: [&str; 12] = [
     "ping",
     "resume",
     "resumed",
+    "audit-answer",
 ];
 
 /// Kind and body length from the header of a control message.
@@ -55,7 +56,7 @@ pub fn decode_control_header(header: &[u8; CONTROL_HEADER_BYTES]) -> Result<(u8,
 
 fn name_of(kind: u8) -> Result<&'static str, WireError> {
     let name = usize::from(kind).checked_sub(1).and_then(|index| NAMES.get(index)).copied();
-    name.ok_or(WireError::Unknown { message: "control header", field: "kind", expected: "1 to 12", got: u64::from(kind) })
+    name.ok_or(WireError::Unknown { message: "control header", field: "kind", expected: "1 to 13", got: u64::from(kind) })
 }
 
 impl Message {
@@ -75,6 +76,7 @@ impl Message {
             Self::Ping => 10,
             Self::Resume(_) => 11,
             Self::Resumed(_) => 12,
+            Self::AuditAnswer(_) => 13,
         }
     }
 
@@ -115,7 +117,17 @@ impl Message {
                 put_handoff(out, &signed.message);
                 out.put(&signed.signature);
             }
-            Self::AuditHead(head) => out.put_bytes(head.checkpoint.as_bytes()),
+            Self::AuditHead(head) => {
+                out.put_bytes(head.checkpoint.as_bytes());
+                out.put_u64(head.from);
+                out.put_length(head.consistency.len());
+                head.consistency.iter().for_each(|hash| out.put(hash));
+                out.put_bytes(head.proof.as_bytes());
+            }
+            Self::AuditAnswer(answer) => {
+                out.put_u64(answer.entries);
+                out.put_bytes(answer.cosignature.as_bytes());
+            }
             Self::Failure(failure) => {
                 out.put_u16(failure.class.number());
                 out.put_bytes(cut(&failure.reason, limits::REASON_BYTES_MAX).as_bytes());
@@ -174,12 +186,16 @@ impl Message {
             5 => Self::RoundApplied(RoundApplied { migration: migration(reader)?, round: round(reader)?, lanes: lanes(reader)? }),
             6 => Self::StateChunk(state_chunk(reader)?),
             7 => Self::Handoff(SignedHandoff { message: handoff(reader)?, signature: reader.array("signature")? }),
-            8 => Self::AuditHead(AuditHead { checkpoint: reader.text("checkpoint", limits::CHECKPOINT_BYTES_MAX)?.to_owned() }),
+            8 => Self::AuditHead(audit_head(reader)?),
             9 => {
                 Self::Failure(Failure { class: error_class(reader)?, reason: reader.text("reason", limits::REASON_BYTES_MAX)?.to_owned() })
             }
             11 => Self::Resume(Resume { migration: migration(reader)?, round: Round(reader.u32("round")?) }),
             12 => Self::Resumed(Resumed { migration: migration(reader)?, deciding: reader.flag("deciding")?, lanes: standings(reader)? }),
+            13 => Self::AuditAnswer(AuditAnswer {
+                entries: reader.u64("entries")?,
+                cosignature: reader.text("cosignature", limits::COSIGNATURE_BYTES_MAX)?.to_owned(),
+            }),
             _ => Self::Ping,
         };
         reader.finish()?;
@@ -247,6 +263,18 @@ impl Join {
 fn cut(text: &str, bytes_max: usize) -> &str {
     let end = (0..=bytes_max.min(text.len())).rev().find(|end| text.is_char_boundary(*end));
     end.and_then(|end| text.get(..end)).unwrap_or_default()
+}
+
+fn audit_head(reader: &mut Reader<'_>) -> Result<AuditHead, WireError> {
+    let checkpoint = reader.text("checkpoint", limits::CHECKPOINT_BYTES_MAX)?.to_owned();
+    let from = reader.u64("known size")?;
+    let count = reader.length("consistency proof", 0, limits::AUDIT_PROOF_HASHES_MAX)?;
+    let mut consistency = Vec::with_capacity(count);
+    for _ in 0..count {
+        consistency.push(reader.array("hash")?);
+    }
+    let proof = reader.text("proof", limits::AUDIT_PROOF_BYTES_MAX)?.to_owned();
+    Ok(AuditHead { checkpoint, from, consistency, proof })
 }
 
 fn put_hello(out: &mut Vec<u8>, hello: &Hello) {

@@ -30,6 +30,8 @@ pub enum Message {
     Resume(Resume),
     /// Destination: where it goes on.
     Resumed(Resumed),
+    /// What became of the head that the receiver sent.
+    AuditAnswer(AuditAnswer),
 }
 
 /// What a gateway speaks and who it is beyond its certificate.
@@ -289,11 +291,26 @@ pub struct SignedHandoff {
     pub signature: [u8; 64],
 }
 
-/// The head of an audit log.
+/// The head of an audit log, and what ties it to what the receiver knows. Bounded, and opaque here.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct AuditHead {
-    /// The sender's signed checkpoint as text; bounded, opaque here.
+    /// The sender's signed checkpoint as text.
     pub checkpoint: String,
+    /// The size of the log that the receiver should know; 0 for none.
+    pub from: u64,
+    /// That the log of that size is the beginning of this one (RFC 6962 section 2.1.2).
+    pub consistency: Vec<[u8; 32]>,
+    /// The sender's entry about COMMIT or RUN with its proof as text; empty without.
+    pub proof: String,
+}
+
+/// What became of a head.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct AuditAnswer {
+    /// The size of the log whose head the sender of this keeps.
+    pub entries: u64,
+    /// The signature line by which it witnesses that head; empty when it wants to be shown the log from there first.
+    pub cosignature: String,
 }
 
 /// The sender gives up.

@@ -28,8 +28,8 @@ pub mod protocol {}
 pub use code::ErrorClass;
 pub use codec::{CONTROL_HEADER_BYTES, JOIN_BYTES, decode_control_header};
 pub use control::{
-    Accept, AuditHead, Compression, CompressionScope, Durability, Failure, Feature, FinalDigest, Handoff, HandoffMessage, Hello, Join,
-    LaneStanding, LaneTotals, Message, Offer, Resume, Resumed, RoundApplied, RoundEnd, SignedHandoff, StateChunk, StreamTerms,
+    Accept, AuditAnswer, AuditHead, Compression, CompressionScope, Durability, Failure, Feature, FinalDigest, Handoff, HandoffMessage,
+    Hello, Join, LaneStanding, LaneTotals, Message, Offer, Resume, Resumed, RoundApplied, RoundEnd, SignedHandoff, StateChunk, StreamTerms,
 };
 pub use error::WireError;
 pub use frame::{FRAME_HEADER_BYTES, FrameHeader, FrameKind, decode_round_mark, put_round_mark};

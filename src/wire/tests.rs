@@ -42,6 +42,10 @@ fn signed(step: Handoff) -> Message {
     Message::Handoff(SignedHandoff { message, signature: [0x5a; 64] })
 }
 
+fn head(checkpoint: &str) -> AuditHead {
+    AuditHead { checkpoint: checkpoint.to_owned(), from: 0, consistency: Vec::new(), proof: String::new() }
+}
+
 /// One of every message, and of every step of the handoff.
 fn every_message() -> Vec<Message> {
     let digest = FinalDigest { state: [3; 32], lanes: [4; 32], memory: 1 << 100 };
@@ -70,7 +74,7 @@ fn every_message() -> Vec<Message> {
         signed(Handoff::Done),
         signed(Handoff::Abort { class: ErrorClass::Cancelled }),
         signed(Handoff::Refuse { class: ErrorClass::InDoubt }),
-        Message::AuditHead(AuditHead { checkpoint: "gw-a\n1\nAAAA\n".to_owned() }),
+        Message::AuditHead(AuditHead { from: 5, consistency: vec![[1; 32], [2; 32]], proof: "why".to_owned(), ..head("gw-a\n1\nAAAA\n") }),
         Message::Failure(Failure { class: ErrorClass::Denied, reason: "nein, danke – ✗".to_owned() }),
         Message::Ping,
         Message::Resume(Resume { migration: MIGRATION, round: Round(3) }),
@@ -81,6 +85,7 @@ fn every_message() -> Vec<Message> {
         }),
         Message::Offer(Offer { stream: other_terms, ..offer() }),
         Message::RoundEnd(RoundEnd { migration: MIGRATION, round: Round(2), last: false, lanes: totals }),
+        Message::AuditAnswer(AuditAnswer { entries: 6, cosignature: "— w AAAA\n".to_owned() }),
     ]
 }
 
@@ -182,8 +187,8 @@ fn refuses_hostile_control_headers() {
     let length = |got: u32| Err(format!("`body length` of `control header` is out of bounds: expected 0 to {max}, got {got}"));
     assert_eq!(header(max + 1, 2), length(max + 1));
     assert_eq!(header(u32::MAX, 2), length(u32::MAX));
-    for kind in [0, 13, 255] {
-        let unknown = format!("`kind` of `control header` is unknown: expected 1 to 12, got {kind}");
+    for kind in [0, 14, 255] {
+        let unknown = format!("`kind` of `control header` is unknown: expected 1 to 13, got {kind}");
         assert_eq!(header(0, kind), Err(unknown.clone()));
         assert_eq!(Message::decode(kind, &[]).unwrap_err().to_string(), unknown);
     }
@@ -280,7 +285,7 @@ fn refuses_hostile_fields() {
 #[test]
 fn refuses_texts_that_are_too_long_but_cuts_its_own_reason() {
     let long = "ü".repeat(limits::CHECKPOINT_BYTES_MAX);
-    let checkpoint = Message::AuditHead(AuditHead { checkpoint: long.clone() });
+    let checkpoint = Message::AuditHead(head(&long));
     let refused = Message::decode(8, &body(&checkpoint)).unwrap_err();
     assert_eq!(refused.to_string(), "`checkpoint` of `audit-head` is out of bounds: expected 0 to 4096, got 8192");
     let failure = Message::Failure(Failure { class: ErrorClass::Local, reason: format!("x{long}") });

@@ -4,6 +4,9 @@ use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::Duration;
+
+use rustix::process::Signal;
 
 use crate::command::wait_for;
 use crate::gateway::{A, B, Name};
@@ -60,17 +63,38 @@ fn make_room(lab: &mut Lab, name: Name, directory: &str) {
     }
 }
 
+/// What fits behind the end of the log in its last page needs no more room. Reloads are recorded until one is not.
+fn use_up_last_page(lab: &Lab, name: Name) {
+    let log = lab.gateway(name).directory().join("audit/audit-00000000000000000000.jsonl");
+    let bytes = || fs::metadata(&log).unwrap().len();
+    for _ in 0..20 {
+        let before = bytes();
+        lab.gateway(name).signal(Signal::HUP);
+        std::thread::sleep(Duration::from_millis(500));
+        if bytes() == before {
+            return;
+        }
+    }
+    panic!("the log of {name:?} goes on although its disk is full");
+}
+
 /// With no room from the start, and with room that ends in the rounds, the guest stays; with room again it moves.
 #[track_caller]
 fn full(name: Name, directory: &str, object: &str) {
     let Some((mut lab, small)) = lab_with_small(name, directory) else { return };
     let filler = small.fill();
+    if directory == "audit" {
+        use_up_last_page(&lab, name);
+    }
     lab.migrate(A, &[]).expect_stayed(1, &[VM, object]);
     lab.runs_only_on(A);
     fs::remove_file(filler).unwrap();
     make_room(&mut lab, name, directory);
     let (running, id) = lab.start_slow_migration(A, &[]);
     let filler = small.fill();
+    if directory == "audit" {
+        use_up_last_page(&lab, name);
+    }
     lab.gateway(A).command(&["set", &id, "bandwidth=1GiB/s"]).expect(0, &[]);
     running.finish().expect_stayed(1, &[VM, object]);
     lab.runs_only_on(A);

@@ -36,6 +36,10 @@ fn a_running_guest_moves_and_goes_on() {
             lab.gateway(name).audited("decision", "allow", &[&format!("\"action\":\"{action}\"")]);
         }
         lab.gateway(name).audited("migration-finished", "done", &["completed"]);
+        // Each has seen the other's log, and holds the proof of what the other did.
+        lab.gateway(name).audited("head-cosigned", "done", &["spiffe://e2e.sealane.invalid/gateway/"]);
+        let record = if name == A { "run" } else { "commit" };
+        lab.gateway(name).audited("peer-head", "done", &[&format!("-{record}.tlog-proof")]);
     }
     let (left, came) = (lab.vm(A), lab.vm(B));
     assert_eq!((left["state"].as_str(), left["where"].as_str()), (Some("gone"), Some("gw-b")));

@@ -97,7 +97,7 @@ impl Taking<'_> {
     pub async fn hear(&self, what: &str) -> Message {
         loop {
             match within(what, self.session.receive()).await.unwrap_or_else(|error| panic!("{what}: {error:?}")) {
-                Message::Ping | Message::AuditHead(_) | Message::StateChunk(_) => {}
+                Message::Ping | Message::AuditHead(_) | Message::AuditAnswer(_) | Message::StateChunk(_) => {}
                 other => return other,
             }
         }

@@ -8,7 +8,8 @@ use sealane::audit::{Event, Filter};
 use sealane::telemetry::ErrorClass;
 use sealane::types::{Epoch, Round};
 use sealane::wire::{
-    Accept, AuditHead, Failure, Feature, Handoff, HandoffMessage, Hello, LaneTotals, Message, Offer, RoundApplied, RoundEnd, StateChunk,
+    Accept, AuditAnswer, AuditHead, Failure, Feature, Handoff, HandoffMessage, Hello, LaneTotals, Message, Offer, RoundApplied, RoundEnd,
+    StateChunk,
 };
 
 use crate::lab::{EVIL, Gateway, Lab, until, uuid, within};
@@ -158,7 +159,8 @@ async fn only_an_offer_or_a_handoff_opens_a_conversation() {
     }
     // A probe may say these and leave.
     for message in [
-        Message::AuditHead(AuditHead { checkpoint: "x".into() }),
+        Message::AuditHead(AuditHead { checkpoint: "x".into(), from: 0, consistency: Vec::new(), proof: String::new() }),
+        Message::AuditAnswer(AuditAnswer { entries: 1, cosignature: "x".into() }),
         Message::Failure(Failure { class: ErrorClass::Bug, reason: "\u{1b}[2J\nfake line".into() }),
     ] {
         let (session, _) = evil.greet().await;

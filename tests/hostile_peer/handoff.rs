@@ -281,7 +281,7 @@ async fn a_prepared_vm_is_not_taken_a_second_time() {
                 assert_eq!(answer.message.step, Handoff::Running);
                 break;
             }
-            Message::AuditHead(_) => {}
+            Message::AuditHead(_) | Message::AuditAnswer(_) => {}
             other => panic!("{other:?}"),
         }
     }

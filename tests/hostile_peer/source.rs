@@ -266,7 +266,7 @@ impl<'a> Attempt<'a> {
         loop {
             match self.hear(what).await {
                 Message::Handoff(signed) => return signed.message.step,
-                Message::AuditHead(_) => {}
+                Message::AuditHead(_) | Message::AuditAnswer(_) => {}
                 other => panic!("{what}: {other:?}"),
             }
         }

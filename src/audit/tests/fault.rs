@@ -18,14 +18,15 @@ pub(super) enum Fault {
 #[derive(Debug, Default)]
 struct State {
     operations: usize,
+    syncs: usize,
     fault: Option<(usize, Fault)>,
     dead: bool,
     /// Bytes that are free; unlimited if none.
     free: Option<u64>,
     /// Length that survives a power cut, by file.
     durable: BTreeMap<PathBuf, u64>,
-    /// What a rename replaced, until the directory is synced.
-    replaced: Option<(PathBuf, Option<Vec<u8>>)>,
+    /// What renames replaced, the latest first, until their directory is synced.
+    replaced: Vec<(PathBuf, Option<Vec<u8>>)>,
     /// Names that a power cut may take away.
     new_names: BTreeSet<PathBuf>,
 }
@@ -48,20 +49,26 @@ impl FaultDisk {
         self.state.lock().unwrap().operations
     }
 
-    /// The power goes: everything that was not synced is lost, of appended bytes all but `kept`.
-    pub(super) fn cut(&self, kept: u64) {
+    pub(super) fn syncs(&self) -> usize {
+        self.state.lock().unwrap().syncs
+    }
+
+    /// The power goes: of bytes that were not synced all but `kept` are lost, and renames if `rename_lost`.
+    pub(super) fn cut(&self, kept: u64, rename_lost: bool) {
         let mut state = self.state.lock().unwrap();
         state.dead = true;
-        if let Some((path, old)) = state.replaced.take() {
-            match old {
-                Some(old) => std::fs::write(path, old).unwrap(),
-                None => std::fs::remove_file(path).unwrap(),
+        if rename_lost {
+            for (path, old) in std::mem::take(&mut state.replaced) {
+                match old {
+                    Some(old) => drop(std::fs::write(path, old)),
+                    None => drop(std::fs::remove_file(path)),
+                }
             }
         }
         for (path, durable) in &state.durable {
             let Ok(metadata) = std::fs::metadata(path) else { continue };
             let file = std::fs::OpenOptions::new().write(true).open(path).unwrap();
-            file.set_len(metadata.len().min(durable + kept)).unwrap();
+            file.set_len(metadata.len().min(durable.saturating_add(kept))).unwrap();
         }
         for path in std::mem::take(&mut state.new_names) {
             let _ = std::fs::remove_file(path);
@@ -136,7 +143,9 @@ impl Disk for FaultDisk {
 
     fn sync(&self, file: &DiskFile) -> io::Result<()> {
         self.gate()?;
-        self.state.lock().unwrap().durable.insert(file.path.clone(), length(&file.path));
+        let mut state = self.state.lock().unwrap();
+        state.syncs += 1;
+        state.durable.insert(file.path.clone(), length(&file.path));
         Ok(())
     }
 
@@ -162,7 +171,7 @@ impl Disk for FaultDisk {
         RealDisk.rename(from, to)?;
         let mut state = self.state.lock().unwrap();
         state.new_names.remove(from);
-        state.replaced = Some((to.to_owned(), old));
+        state.replaced.insert(0, (to.to_owned(), old));
         let durable = state.durable.remove(from).unwrap();
         state.durable.insert(to.to_owned(), durable);
         Ok(())
@@ -175,11 +184,17 @@ impl Disk for FaultDisk {
         RealDisk.remove(path)
     }
 
-    fn sync_dir(&self, _dir: &Path) -> io::Result<()> {
+    fn create_dir(&self, path: &Path) -> io::Result<()> {
+        self.gate()?;
+        RealDisk.create_dir(path)
+    }
+
+    fn sync_dir(&self, dir: &Path) -> io::Result<()> {
         self.gate()?;
         let mut state = self.state.lock().unwrap();
-        state.new_names.clear();
-        state.replaced = None;
+        state.syncs += 1;
+        state.new_names.retain(|name| name.parent() != Some(dir));
+        state.replaced.retain(|(name, _)| name.parent() != Some(dir));
         Ok(())
     }
 }

@@ -1,7 +1,9 @@
 //! The log under use, under tampering, and on disks that fail.
 
 mod crash;
+mod damage;
 mod fault;
+mod oracle;
 mod peers;
 mod tamper;
 mod writer;
@@ -73,7 +75,7 @@ fn written(entries: usize) -> TempDir {
 }
 
 fn pinned() -> VerifyOptions {
-    VerifyOptions { public_key: Some(TestSigner::new(1).public_key()), checkpoint: None }
+    VerifyOptions { public_key: Some(TestSigner::new(1).public_key()), ..VerifyOptions::default() }
 }
 
 fn segment(dir: &Path) -> PathBuf {

@@ -54,8 +54,8 @@ impl Run {
                 }
                 Err(error) => Some(self.give_up(error)),
             },
-            Message::AuditHead(head) => {
-                self.evidence.keep_peer_head(&self.link.peer, &head.checkpoint).await;
+            message @ (Message::AuditHead(_) | Message::AuditAnswer(_)) => {
+                self.evidence.hear_of_heads(&self.link, self.order.migration, &mut self.heads, message).await;
                 None
             }
             Message::Failure(failure) => {

@@ -3,6 +3,7 @@
 use super::{Host, Interrupted, Records};
 use crate::engine::EngineError;
 use crate::engine::handoff::{Binding, Evidence, JournalRecord, Placement};
+use crate::engine::witness::Exchange;
 use crate::hypervisor::RunState;
 use crate::migration::{DestinationRecord, HandoffAction, Holding, OfferRecord, Outcome, SourceHandoff, SourceRecord};
 use crate::types::{MigrationId, Side, SpiffeId, VmName};
@@ -92,7 +93,13 @@ pub async fn repeat_effect(evidence: &Evidence, host: &Host, migration: Migratio
     }
     let sources: Vec<SourceRecord> =
         records.iter().filter_map(|record| if let JournalRecord::Source(record) = record { Some(record.clone()) } else { None }).collect();
-    let mut interrupted = Interrupted { evidence: evidence.clone(), host: host.clone(), binding, records: Records::Source(Vec::new()) };
+    let mut interrupted = Interrupted {
+        evidence: evidence.clone(),
+        host: host.clone(),
+        binding,
+        records: Records::Source(Vec::new()),
+        heads: Exchange::default(),
+    };
     let holding = interrupted.locate().await?;
     let state = if holding == Holding::Memory { Some(interrupted.state_at(&interrupted.binding.address).await?) } else { None };
     let Some((_, mut actions)) = SourceHandoff::recover(&sources, holding) else { return Ok(()) };

@@ -5,7 +5,7 @@ use crate::engine::EngineError;
 use crate::engine::handoff::Heard;
 use crate::migration::{OfferRecord, SourceEvent, SourceStep};
 use crate::transport::TransportError;
-use crate::wire::{AuditHead, Handoff, Message, SignedHandoff};
+use crate::wire::{Handoff, Message, SignedHandoff};
 
 impl Run {
     pub(super) async fn received(&mut self, message: Result<Message, TransportError>) -> Option<SourceEvent> {
@@ -38,8 +38,8 @@ impl Run {
                 self.round_applied(applied.round, &applied.lanes).await
             }
             Message::Handoff(signed) => self.handoff_received(&signed),
-            Message::AuditHead(head) => {
-                self.keep_peer_head(head).await;
+            message @ (Message::AuditHead(_) | Message::AuditAnswer(_)) => {
+                self.evidence.hear_of_heads(&self.link, self.order.migration, &mut self.heads, message).await;
                 None
             }
             Message::Failure(failure) => {
@@ -80,11 +80,5 @@ impl Run {
             self.refused = true;
         }
         Some(SourceEvent::Handoff(SourceStep::Received { step, incarnation_same, position }))
-    }
-
-    pub(super) async fn keep_peer_head(&mut self, head: AuditHead) {
-        if self.evidence.keep_peer_head(&self.link.peer, &head.checkpoint).await {
-            self.figures.peer_audit_head = Some(head.checkpoint);
-        }
     }
 }

@@ -297,7 +297,7 @@ async fn try_resume(link: Link, migration: MigrationId, round: Option<Round>) ->
             match link.session.receive().await.map_err(transport)? {
                 Message::Resumed(resumed) if resumed.migration == migration => return Ok(resumed),
                 Message::Failure(failure) => return Err(EngineError::peer(migration, failure.class, &failure.reason)),
-                Message::Ping | Message::AuditHead(_) => {}
+                Message::Ping | Message::AuditHead(_) | Message::AuditAnswer(_) => {}
                 other => return Err(EngineError::OutOfPlace { expected: "RESUMED", got: other.name().to_owned() }),
             }
         }

@@ -13,7 +13,7 @@ use crate::migration::{HandoffAction, Outcome, SourceEvent, SourceRecord, Source
 use crate::storage::write_image;
 use crate::telemetry::Phase;
 use crate::types::MigrationId;
-use crate::wire::{AuditHead, ErrorClass, Failure, Handoff, Message, SignedHandoff};
+use crate::wire::{ErrorClass, Failure, Handoff, Message, SignedHandoff};
 
 impl Run {
     pub(super) async fn handoff(&mut self, action: HandoffAction<SourceRecord>) -> Result<Option<SourceEvent>, EngineError> {
@@ -130,8 +130,6 @@ impl Run {
             self.error = None;
             self.figures.verified = self.order.stream.verify;
             self.phase = Phase::Cleanup;
-            let head = self.evidence.audit.head().text;
-            let _ = self.say(Message::AuditHead(AuditHead { checkpoint: head })).await;
             self.last_words().await;
         } else if outcome.is_some() {
             if self.refused {
@@ -187,15 +185,11 @@ impl Run {
         }
     }
 
-    /// The destination's audit head behind its last entry, if it comes soon.
+    /// Heads of both audit logs behind their last entries, if the destination's comes soon.
     pub(super) async fn last_words(&mut self) {
-        let listen = async {
-            while let Ok(message) = self.link.session.receive().await {
-                if let Message::AuditHead(head) = message {
-                    return self.keep_peer_head(head).await;
-                }
-            }
-        };
-        let _ = tokio::time::timeout(limits::LAST_WORDS, listen).await;
+        let migration = self.order.migration;
+        self.evidence.show_head(&self.link, migration).await;
+        self.evidence.finish_heads(&self.link, migration, &mut self.heads, false, limits::LAST_WORDS).await;
+        self.figures.peer_audit_head = self.heads.theirs.take();
     }
 }
