@@ -324,11 +324,7 @@ fn vm(
         socket
     });
     let template = r.optional::<Label>(&mut s, "template");
-    let known = |name: &Label| templates.is_none_or(|templates| templates.iter().any(|template| template.name == *name));
-    if let Some(template) = template.as_ref().filter(|template| !known(&template.value)) {
-        let hint = "`[[template]]` tables have the names".to_owned();
-        r.problem(template.at, &s.key("template"), format!("unknown template `{}`", template.value), Some(hint));
-    }
+    known_template(r, &s, template.as_ref(), templates);
     either(r, &s, ["socket", "qmp"], socket.is_some(), qmp.as_ref());
     either(r, &s, ["template", "incoming_qmp"], template.is_some(), incoming_qmp.as_ref());
     let tenant = r.required::<Label>(&mut s, "tenant");
@@ -367,6 +363,16 @@ fn vm(
         postcopy_ok,
         groups,
     })
+}
+
+fn known_template(r: &mut Reader, s: &Section<'_, '_>, template: Option<&Located<Label>>, templates: Option<&[Template]>) {
+    let (Some(template), Some(templates)) = (template, templates) else { return };
+    let names: Vec<_> = templates.iter().map(|template| template.name.as_str()).collect();
+    if !names.contains(&template.value.as_str()) {
+        let hint =
+            if names.is_empty() { "there is no `[[template]]` here".to_owned() } else { format!("templates here: {}", names.join(", ")) };
+        r.problem(template.at, &s.key("template"), format!("unknown template `{}`", template.value), Some(hint));
+    }
 }
 
 /// One of two keys, not both.
