@@ -7,8 +7,8 @@ use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use sealane::hypervisor::{RunState, qemu};
@@ -47,20 +47,22 @@ fn arguments(rom: &Path) -> Vec<String> {
     arguments
 }
 
-/// The guest's image; nothing, and a word on it, where it cannot be made or run.
-fn rom(directory: &Path) -> Option<PathBuf> {
+/// The guest's image, made once; nothing, and a word on it, where it cannot be made or run.
+fn rom() -> Option<PathBuf> {
+    static MADE: OnceLock<Option<PathBuf>> = OnceLock::new();
+    MADE.get_or_init(make_rom).clone()
+}
+
+fn make_rom() -> Option<PathBuf> {
+    let directory = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("qemu-{}", std::process::id() % 16));
+    std::fs::create_dir_all(&directory).unwrap();
     let (object, image) = (directory.join("guest.o"), directory.join("guest.rom"));
     let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/e2e/qemu_guest.S");
-    let made = Command::new("as").args(["--32", "-o"]).args([&object, &source]).status().ok()?.success()
-        && Command::new("ld")
-            .args(["-m", "elf_i386", "-Ttext", "0", "--oformat", "binary", "-o"])
-            .args([&image, &object])
-            .status()
-            .ok()?
-            .success();
-    let version = Command::new(QEMU).arg("--version").output();
-    if !made || version.is_err() {
-        println!("SKIPPED: no qemu-system-x86_64, `as` or `ld`");
+    let done = |command: &mut Command| command.status().is_ok_and(|status| status.success());
+    let made = done(Command::new("as").args(["--32", "-o"]).args([&object, &source]))
+        && done(Command::new("ld").args(["-m", "elf_i386", "-Ttext", "0", "--oformat", "binary", "-o"]).args([&image, &object]));
+    if !made || Command::new(QEMU).arg("--version").output().is_err() {
+        println!("SKIPPED: no {QEMU}, `as` or `ld`");
         return None;
     }
     Some(image)
@@ -73,19 +75,14 @@ impl Qemus {
 
     /// `here` is A's QEMU; `there` changes how B starts one.
     fn start_with(setup: Setup, here: &str, there: fn(Vec<String>) -> Vec<String>) -> Option<Self> {
-        let files = tempfile::tempdir().unwrap();
-        let rom = rom(files.path())?;
+        let rom = rom()?;
         let template = |program: &str, arguments: Vec<String>| {
             let waits = ["-incoming", "defer", "-S"].map(str::to_owned).to_vec();
             let command = [vec![program.to_owned()], arguments, waits].concat();
             format!("\n[[template]]\nname = \"small\"\ncommand = {command:?}\nmax_memory = \"1GiB\"\n")
         };
         let program = here;
-        // It lives as long as the lab does.
-        let rom = rom.clone();
-        let kept = std::env::temp_dir().join(format!("e2e-qemu-{}.rom", std::process::id()));
-        std::fs::copy(&rom, &kept).unwrap();
-        let (here, there) = (template(program, arguments(&kept)), template(QEMU, there(arguments(&kept))));
+        let (here, there) = (template(program, arguments(&rom)), template(QEMU, there(arguments(&rom))));
         let setup = setup
             .replace(A, "socket = \"run/guest.sock\"\n", "qmp = \"run/first.qmp\"\ntemplate = \"small\"\n")
             .edit(A, move |text| text + &here)
@@ -97,7 +94,7 @@ impl Qemus {
             let argument = argument.replace("{uuid}", UUID).replace("{socket}", run.join("first.qmp").to_str().unwrap());
             argument.replace("{serial}", lab.console(A).to_str().unwrap())
         };
-        let first = Command::new(program).args(arguments(&kept).into_iter().map(fill)).stdin(Stdio::null()).spawn().unwrap();
+        let first = Command::new(program).args(arguments(&rom).into_iter().map(fill)).stdin(Stdio::null()).spawn().unwrap();
         wait_for("a QEMU that answers", || qemu::observe(&run.join("first.qmp.look"), "first", LOOK).ok());
         for name in [A, B] {
             lab.gateway_mut(name).start();
@@ -331,8 +328,7 @@ fn a_guest_moves_into_a_qemu_that_waits_already() {
         let argument = argument.replace("{uuid}", UUID).replace("{socket}", run.join("waits.qmp").to_str().unwrap());
         argument.replace("{serial}", qemus.lab.console(B).to_str().unwrap())
     };
-    let rom = std::env::temp_dir().join(format!("e2e-qemu-{}.rom", std::process::id()));
-    let arguments = arguments(&rom).into_iter().map(fill).chain(["-incoming".to_owned(), "defer".to_owned()]);
+    let arguments = arguments(&rom().unwrap()).into_iter().map(fill).chain(["-incoming".to_owned(), "defer".to_owned()]);
     let mut waits = Command::new(QEMU).args(arguments).stdin(Stdio::null()).spawn().unwrap();
     wait_for("a QEMU that waits", || qemu::observe(&run.join("waits.qmp.look"), "waits", LOOK).ok());
     moved(&qemus.lab.migrate(A, &[]).expect_moved());
