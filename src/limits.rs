@@ -30,6 +30,11 @@ pub const LANES_MAX: u16 = 16;
 pub const FRAME_BODY_BYTES_MAX: usize = 512 * 1024;
 /// LIMIT: pages that one frame names: 256 MiB of zeroes in nine bytes is as much work as a frame may ask for.
 pub const FRAME_PAGES_MAX: u64 = 1 << 16;
+/// LIMIT: a piece of a hypervisor's stream: codecs gain little beyond it, and a slow link needs a piece to be over soon.
+pub const STREAM_CHUNK_BYTES_MAX: usize = 256 * 1024;
+/// LIMIT: a stream's bytes that were sent and that the destination's hypervisor does not have: at the source they are kept to be sent
+/// again, at the destination they wait for those before them. 1 Gbit/s over 150 ms takes 19 MB.
+pub const STREAM_WINDOW_BYTES: u64 = 24 << 20;
 /// LIMIT: one control message; the largest is a machine description.
 pub const CONTROL_BODY_BYTES_MAX: usize = 1 << 20;
 /// LIMIT: reason texts from a peer, shown to people as the peer's claim.
@@ -193,6 +198,10 @@ pub const IDLE_TIMEOUT_MAX: std::time::Duration = std::time::Duration::from_secs
 
 // --- attach protocol and reference VMM ----------------------------------------------------------
 
+/// LIMIT: one line of QEMU's monitor; lists of machines and devices take some ten KiB.
+pub const QMP_LINE_BYTES_MAX: usize = 1 << 20;
+/// LIMIT: devices by which two QEMUs are compared; a PC bus has room for a few hundred.
+pub const QEMU_DEVICES_MAX: usize = 1024;
 /// LIMIT: vCPUs of the reference VMM.
 pub const VCPUS_MAX: u32 = 8;
 /// LIMIT: JSON header of an attach message; the largest carries a machine description.
@@ -316,6 +325,7 @@ pub const COMMAND_QUEUE: usize = 8;
 /// LIMIT: lines of progress that wait for one slow watcher; it then sees fewer of them.
 pub const EVENT_QUEUE_LINES: usize = 16;
 const _: () = assert!(MACHINE_BYTES_MAX + 64 * 1024 < CONTROL_BODY_BYTES_MAX);
+const _: () = assert!(STREAM_CHUNK_BYTES_MAX + 64 <= FRAME_BODY_BYTES_MAX && STREAM_CHUNK_BYTES_MAX as u64 * 8 < STREAM_WINDOW_BYTES);
 const _: () = assert!(STATE_CHUNK_BYTES_MAX < CONTROL_BODY_BYTES_MAX);
 const _: () = assert!(FRAME_BODY_BYTES_MAX > 64 * crate::types::PAGE_BYTES);
 const _: () = assert!((CONTROL_WINDOW_BYTES as usize) > 2 * CONTROL_BODY_BYTES_MAX);

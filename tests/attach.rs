@@ -9,7 +9,8 @@ mod smallest_vmm;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use sealane::hypervisor::attach::{AttachedDestination, AttachedSource, LaunchTemplate, LaunchVariables, LaunchedVmm, Timeouts, observe};
+use sealane::hypervisor::attach::{AttachedDestination, AttachedSource, Timeouts, observe};
+use sealane::hypervisor::{Guest, LaunchTemplate, LaunchVariables, LaunchedVmm};
 use sealane::hypervisor::{HypervisorError, PagedDestination, PagedSource, RunState};
 use sealane::memory::{GuestRam, PageSet};
 use sealane::types::VmUuid;

@@ -1,6 +1,7 @@
 //! `sealane demo`: a whole migration on this machine, with nothing prepared and nothing left behind.
 
 mod lab;
+mod linux;
 
 use std::path::Path;
 use std::process::ExitStatus;
@@ -27,6 +28,8 @@ schema_tag!(
 const BEATS: u64 = 5;
 /// How long a guest may take for them. A guest that is emulated slowly needs a while.
 const PATIENCE: Duration = Duration::from_secs(30);
+/// How long Linux may take to boot where it is emulated.
+const BOOT_PATIENCE: Duration = Duration::from_secs(240);
 
 /// The report of the migration, and what only the demo can see.
 #[derive(Debug, Serialize)]
@@ -73,7 +76,7 @@ pub(super) fn demo(flags: &DemoFlags, out: Out) -> Ending {
 /// KVM where it can be used; where not, that is said.
 fn choose(wanted: Option<DemoHypervisor>, out: Out) -> Result<DemoHypervisor, Problem> {
     match (wanted, crate::vmm::usable()) {
-        (Some(DemoHypervisor::Synthetic), _) => Ok(DemoHypervisor::Synthetic),
+        (Some(wanted @ (DemoHypervisor::Synthetic | DemoHypervisor::Qemu)), _) => Ok(wanted),
         (_, Ok(())) => Ok(DemoHypervisor::Kvm),
         (Some(DemoHypervisor::Kvm), Err(error)) => {
             Err(Problem::new(ErrorClass::Local, crate::telemetry::chain(&error)).with_hint("`--hypervisor synthetic` needs no KVM"))
@@ -92,7 +95,8 @@ async fn show(lab: &Lab, flags: &DemoFlags, out: Out) -> Ending {
     let source = Client::new(lab.source.socket());
     lab.source.ready(&source).await?;
     lab.destination.ready(&Client::new(lab.destination.socket())).await?;
-    let before = lab.wait_for_beats(Side::Source, BEATS, PATIENCE).await?;
+    let patience = if lab.boots() { BOOT_PATIENCE } else { PATIENCE };
+    let before = lab.wait_for_beats(Side::Source, BEATS, patience).await?;
     out.talk(&format!("two gateways are up; the guest beats on the source (beat {before})"));
 
     let mut request = MigrateRequest::new(VM.parse().map_err(bug)?, "gw-b".parse().map_err(bug)?);

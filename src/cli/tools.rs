@@ -43,6 +43,8 @@ pub struct DemoFlags {
 pub enum DemoHypervisor {
     /// A real guest under KVM.
     Kvm,
+    /// Linux in an unmodified QEMU, which emulates its processor: Debian's cloud kernel and a shell.
+    Qemu,
     /// Threads that write memory as a guest would.
     Synthetic,
 }

@@ -8,7 +8,7 @@ use std::time::Duration;
 use super::problem::ConfigError;
 use super::raw::{FileKind, FileMention, Located, Reader, Section};
 use super::settings::{
-    Config, Gateway, Identity, Incoming, Limits, Migration, Operator, PLACEHOLDERS, Peer, Policies, PolicyBundle, Trust, Vm,
+    Config, Gateway, Identity, Incoming, Limits, Migration, Operator, PLACEHOLDERS, Peer, Policies, PolicyBundle, Template, Trust, Vm,
 };
 use super::typed::TrustDomain;
 use super::{ByteSize, Classification, Compression, Durability, Label, Role, TimeSpan};
@@ -55,7 +55,8 @@ pub(super) fn draft(text: &str, file: &Path) -> Draft {
         .as_ref()
         .zip(peers.as_ref())
         .map(|(gateway, peers)| peers.iter().map(|peer| peer.site.clone()).chain([gateway.site.clone()]).collect::<BTreeSet<Label>>());
-    let vms = vms(r, &mut top, gateway.as_ref(), sites.as_ref());
+    let templates = templates(r, &mut top);
+    let vms = vms(r, &mut top, gateway.as_ref(), sites.as_ref(), templates.as_deref());
     let incoming = incoming(r, &mut top);
     let operators = operators(r, &mut top);
     let limits = limits(r, &mut top);
@@ -71,6 +72,7 @@ pub(super) fn draft(text: &str, file: &Path) -> Draft {
             peers: peers?,
             vms: vms?,
             incoming: incoming.ok()?,
+            templates: templates?,
             operators: operators?,
             limits,
             settings: Vec::new(),
@@ -320,11 +322,17 @@ fn peers(r: &mut Reader, top: &mut Section<'_, '_>, gateway: Option<&Gateway>, t
     peers
 }
 
-fn vms(r: &mut Reader, top: &mut Section<'_, '_>, gateway: Option<&Gateway>, sites: Option<&BTreeSet<Label>>) -> Option<Vec<Vm>> {
+fn vms(
+    r: &mut Reader,
+    top: &mut Section<'_, '_>,
+    gateway: Option<&Gateway>,
+    sites: Option<&BTreeSet<Label>>,
+    templates: Option<&[Template]>,
+) -> Option<Vec<Vm>> {
     let mut seen = [HashMap::new(), HashMap::new(), HashMap::new()];
     let mut vms = Some(Vec::new());
     for s in r.sections(top, "vm") {
-        let vm = vm(r, s, gateway, sites, &mut seen);
+        let vm = vm(r, s, gateway, sites, templates, &mut seen);
         vms = vms.zip(vm).map(|(mut vms, vm)| {
             vms.push(vm);
             vms
@@ -338,18 +346,26 @@ fn vm(
     mut s: Section<'_, '_>,
     gateway: Option<&Gateway>,
     sites: Option<&BTreeSet<Label>>,
+    templates: Option<&[Template]>,
     [names, uuids, sockets]: &mut [HashMap<String, usize>; 3],
 ) -> Option<Vm> {
     let name = r.required::<VmName>(&mut s, "name");
     unique(r, &s, "name", name.as_ref(), names, "VM name");
     let uuid = r.required::<VmUuid>(&mut s, "uuid");
     unique(r, &s, "uuid", uuid.as_ref(), uuids, "UUID");
-    let socket = r.optional::<PathBuf>(&mut s, "socket");
-    if let Some(socket) = &socket {
-        socket_length(r, &s.key("socket"), socket, 0);
-        let shown = Located { value: socket.value.display().to_string(), at: socket.at };
-        unique(r, &s, "socket", Some(&shown), sockets, "socket");
-    }
+    let [socket, qmp, incoming_qmp] = ["socket", "qmp", "incoming_qmp"].map(|key| {
+        let socket = r.optional::<PathBuf>(&mut s, key);
+        if let Some(socket) = &socket {
+            socket_length(r, &s.key(key), socket, 0);
+            let shown = Located { value: socket.value.display().to_string(), at: socket.at };
+            unique(r, &s, key, Some(&shown), sockets, "socket");
+        }
+        socket
+    });
+    let template = r.optional::<Label>(&mut s, "template");
+    known_template(r, &s, template.as_ref(), templates);
+    either(r, &s, ["socket", "qmp"], socket.is_some(), qmp.as_ref());
+    either(r, &s, ["template", "incoming_qmp"], template.is_some(), incoming_qmp.as_ref());
     let tenant = r.required::<Label>(&mut s, "tenant");
     let classification = r.required::<Classification>(&mut s, "classification");
     let home = gateway.map(|gateway| gateway.site.clone());
@@ -382,6 +398,9 @@ fn vm(
         name: name?.value,
         uuid: uuid?.value,
         socket: socket.map(|socket| socket.value),
+        qmp: qmp.map(|qmp| qmp.value),
+        template: template.map(|template| template.value),
+        incoming_qmp: incoming_qmp.map(|qmp| qmp.value),
         tenant: tenant?.value,
         classification: classification?.value,
         home_site: home_site?.value,
@@ -397,6 +416,23 @@ fn vm(
 
 fn is_lower_hex(byte: u8) -> bool {
     byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte)
+}
+
+fn known_template(r: &mut Reader, s: &Section<'_, '_>, template: Option<&Located<Label>>, templates: Option<&[Template]>) {
+    let (Some(template), Some(templates)) = (template, templates) else { return };
+    let names: Vec<_> = templates.iter().map(|template| template.name.as_str()).collect();
+    if !names.contains(&template.value.as_str()) {
+        let hint =
+            if names.is_empty() { "there is no `[[template]]` here".to_owned() } else { format!("templates here: {}", names.join(", ")) };
+        r.problem(template.at, &s.key("template"), format!("unknown template `{}`", template.value), Some(hint));
+    }
+}
+
+/// One of two keys, not both.
+fn either(r: &mut Reader, s: &Section<'_, '_>, [one, other]: [&str; 2], has_one: bool, found: Option<&Located<PathBuf>>) {
+    if let Some(found) = found.filter(|_| has_one) {
+        r.problem(found.at, &s.key(other), format!("expected either `{one}` or `{other}`, got both"), None);
+    }
 }
 
 fn known_site(r: &mut Reader, key: &str, site: &Label, at: usize, sites: &BTreeSet<Label>) {
@@ -417,13 +453,43 @@ fn incoming(r: &mut Reader, top: &mut Section<'_, '_>) -> Result<Option<Incoming
     if let Some(command) = &command {
         placeholders(r, &s.key("command"), command);
     }
-    let max_memory = r.or(&mut s, "max_memory", ByteSize { bytes: 64 << 30 });
+    let max_memory = max_memory(r, &mut s);
+    r.finish(s);
+    command.map(|command| Some(Incoming { command: command.value, max_memory })).ok_or(())
+}
+
+fn max_memory(r: &mut Reader, s: &mut Section<'_, '_>) -> ByteSize {
+    let max_memory = r.or(s, "max_memory", ByteSize { bytes: 64 << 30 });
     if max_memory.value.bytes == 0 || max_memory.value.bytes > RAM_BYTES_MAX {
         let most = ByteSize { bytes: RAM_BYTES_MAX };
         r.problem(max_memory.at, &s.key("max_memory"), format!("expected 1B to {most}, got {}", max_memory.value), None);
     }
-    r.finish(s);
-    command.map(|command| Some(Incoming { command: command.value, max_memory: max_memory.value })).ok_or(())
+    max_memory.value
+}
+
+fn templates(r: &mut Reader, top: &mut Section<'_, '_>) -> Option<Vec<Template>> {
+    let mut names = HashMap::new();
+    let mut templates = Some(Vec::new());
+    for mut s in r.sections(top, "template") {
+        let name = r.required::<Label>(&mut s, "name");
+        unique(r, &s, "name", name.as_ref(), &mut names, "template name");
+        let command = r.required::<Vec<String>>(&mut s, "command");
+        if let Some(command) = &command {
+            placeholders(r, &s.key("command"), command);
+            if !command.value.windows(2).any(|pair| pair == ["-incoming", "defer"]) {
+                let hint = "a QEMU without them would boot instead of waiting for the guest".to_owned();
+                r.problem(command.at, &s.key("command"), "expected `-incoming` and `defer` among the arguments".to_owned(), Some(hint));
+            }
+        }
+        let max_memory = max_memory(r, &mut s);
+        r.finish(s);
+        let template = || Some(Template { name: name?.value, command: command?.value, max_memory });
+        templates = templates.zip(template()).map(|(mut templates, template)| {
+            templates.push(template);
+            templates
+        });
+    }
+    templates
 }
 
 fn placeholders(r: &mut Reader, key: &str, command: &Located<Vec<String>>) {

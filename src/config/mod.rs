@@ -22,7 +22,7 @@ use std::path::Path;
 
 pub use problem::{ConfigError, ConfigProblem};
 pub use raw::{Origin, Setting};
-pub use settings::{Config, Gateway, Identity, Incoming, Limits, Migration, Operator, Peer, Policies, PolicyBundle, Trust, Vm};
+pub use settings::{Config, Gateway, Identity, Incoming, Limits, Migration, Operator, Peer, Policies, PolicyBundle, Template, Trust, Vm};
 pub use units::{Bandwidth, ByteSize, InvalidQuantity, TimeSpan};
 pub use values::{Address, Classification, Compression, Durability, Label, Role};
 

@@ -25,8 +25,10 @@ pub struct Config {
     pub peers: Vec<Peer>,
     /// The VMs it may move away, or has a name for.
     pub vms: Vec<Vm>,
-    /// How an empty VMM for an incoming VM is started; without it nothing is accepted.
+    /// How an empty VMM for an incoming VM is started; without it none is accepted.
     pub incoming: Option<Incoming>,
+    /// How empty QEMUs are started.
+    pub templates: Vec<Template>,
     /// Who may use the control socket, besides root and the gateway's own user.
     pub operators: Vec<Operator>,
     /// How much at once.
@@ -193,6 +195,12 @@ pub struct Vm {
     pub uuid: VmUuid,
     /// Socket of its running VMM, attached to at start.
     pub socket: Option<PathBuf>,
+    /// Monitor of its running QEMU, instead of `socket`.
+    pub qmp: Option<PathBuf>,
+    /// The `[[template]]` of the QEMU that is started for it when it arrives.
+    pub template: Option<Label>,
+    /// Monitor of a QEMU that waits for it already, instead of `template`.
+    pub incoming_qmp: Option<PathBuf>,
     /// Whose it is.
     pub tenant: Label,
     /// How sensitive it is.
@@ -225,7 +233,19 @@ pub struct Incoming {
     pub max_memory: ByteSize,
 }
 
-/// The words that may stand in braces in [`Incoming::command`].
+/// `[[template]]`: how an empty QEMU is started, for VMs that name it.
+#[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
+pub struct Template {
+    /// What VMs call it.
+    pub name: Label,
+    /// Program and arguments with placeholders.
+    pub command: Vec<String>,
+    /// Largest guest that is accepted.
+    pub max_memory: ByteSize,
+}
+
+/// The words that may stand in braces in [`Incoming::command`] and [`Template::command`].
 pub(super) const PLACEHOLDERS: [&str; 6] = ["socket", "vm", "uuid", "memory_bytes", "vcpus", "serial"];
 
 /// `[[operator]]`: somebody who may use the control socket.

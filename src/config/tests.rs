@@ -285,6 +285,31 @@ fn an_empty_file_says_all_that_is_missing() {
 }
 
 #[test]
+fn a_qemu_and_its_template_are_checked_together() {
+    let template = |name: &str, arguments: &str| format!("[[template]]\nname = \"{name}\"\ncommand = [\"qemu\", {arguments}]\n");
+    let waits = "\"unix:{socket}\", \"-incoming\", \"defer\"";
+    let with =
+        |vm: &str, templates: &str| problems(&(GOOD.replacen("tenant = \"shop\"", &format!("{vm}\ntenant = \"shop\""), 1) + templates));
+    assert_eq!(with("qmp = \"a\"\ntemplate = \"small\"", &template("small", waits)), [""; 0]);
+    let one = |vm: &str, templates: &str, says: &str| {
+        let found = with(vm, templates);
+        assert!(found.len() == 1 && found[0].contains(says), "{found:?}: {says}");
+    };
+    one("qmp = \"a\"\nsocket = \"b\"", "", "vm[0].qmp: expected either `socket` or `qmp`, got both");
+    one(
+        "incoming_qmp = \"a\"\ntemplate = \"small\"",
+        &template("small", waits),
+        "vm[0].incoming_qmp: expected either `template` or `incoming_qmp`, got both",
+    );
+    one("template = \"big\"", &template("small", waits), "vm[0].template: unknown template `big` // templates here: small");
+    one("template = \"big\"", "", "unknown template `big` // there is no `[[template]]` here");
+    one("", &template("small", "\"unix:{socket}\", \"-incoming\", \"tcp:0:1\""), "expected `-incoming` and `defer` among the arguments");
+    one("", &template("small", "\"-incoming\", \"defer\""), "template[0].command: expected `{socket}` in one of the arguments");
+    one("", &(template("small", waits) + &template("small", waits)), "template[1].name");
+    one("qmp = \"a\"\nincoming_qmp = \"a\"", "", "vm[0].incoming_qmp");
+}
+
+#[test]
 fn the_number_of_problems_is_bounded() {
     let text = "x = 1\n".replace('x', "k") + &(0..5000).map(|n| format!("k{n} = 1\n")).collect::<String>();
     assert_eq!(problems(&text).len(), crate::limits::CONFIG_PROBLEMS_MAX);

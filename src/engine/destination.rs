@@ -1,6 +1,7 @@
 //! The destination end of one migration.
 
 mod messages;
+mod order;
 mod outage;
 mod progress;
 mod watch;
@@ -30,66 +31,10 @@ use crate::transport::LaneGate;
 use crate::types::{LaneIndex, Round};
 use crate::wire::{Accept, Durability, ErrorClass, Failure, FinalDigest, LaneStanding, LaneTotals, Message, Offer, Resumed, RoundApplied};
 
-/// What is to be received.
-pub struct DestinationOrder {
-    /// The offer, permitted by policy.
-    pub offer: Offer,
-    /// Lanes granted.
-    pub lanes: u16,
-    /// Journal, audit log, signing key.
-    pub evidence: Evidence,
-    /// The session with the source.
-    pub link: Link,
-    /// The empty twin.
-    pub twin: Box<dyn PagedDestination>,
-    /// Policy at commit.
-    pub ask_commit: AskCommit,
-    /// SHA-256 of the policy set that permitted the offer.
-    pub policy_digest: [u8; 32],
-    /// [`Command::Cancel`] says that this gateway is shutting down; everything else is steered at the source.
-    pub commands: mpsc::Receiver<Command>,
-    /// New sessions in which the source comes back for this migration.
-    pub returns: mpsc::Receiver<Return>,
-    /// The longest outage of the link that is waited out.
-    pub outage_max: Duration,
-    /// Where it is noted how far each lane has come, for a gateway that is started anew; nowhere without.
-    pub progress: Option<PathBuf>,
-    /// The round in which the source comes back to a twin that an earlier gateway left.
-    pub comes_back_in: Option<Round>,
-}
-
-/// The source comes back in a new session, with this as its first message.
-#[derive(Debug)]
-pub struct Return {
-    /// The session.
-    pub link: Link,
-    /// OFFER, RESUME or a handoff message.
-    pub first: Message,
-}
-
-/// How it ended here.
-#[derive(Debug)]
-pub struct DestinationEnd {
-    /// `Moved`: the VM runs here. `Stayed`: it never will, from this attempt. `None`: the twin is
-    /// prepared and the source has to say; the journal knows.
-    pub outcome: Option<Outcome>,
-    /// Why it did not move.
-    pub error: Option<EngineError>,
-    /// Where the twin's VMM is attached.
-    pub address: String,
-    /// Time that lanes spent to make pages of frames, all of them together.
-    pub decode: Duration,
-}
-
-impl std::fmt::Debug for DestinationOrder {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("DestinationOrder").field("migration", &self.offer.migration).field("vm", &self.offer.vm).finish_non_exhaustive()
-    }
-}
-
 use messages::StateBuffer;
+pub use order::{DestinationEnd, DestinationOrder, Return};
 pub(super) use progress::Progress;
-use watch::Watch;
+pub(in crate::engine) use watch::Watch;
 
 type Twin = Arc<Mutex<Box<dyn PagedDestination>>>;
 

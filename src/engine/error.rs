@@ -244,6 +244,11 @@ pub enum EngineError {
     Bug(String),
 }
 
+/// A destination that was started anew knows none of its lanes; whether it knows the migration it says when asked.
+pub(super) fn may_be_forgotten(error: &EngineError) -> bool {
+    matches!(error, EngineError::Transport { source: TransportError::Closed { class: Some(ErrorClass::Unauthenticated), .. }, .. })
+}
+
 impl EngineError {
     /// The peer gave up. What it says reaches terminals and logs, so it does so without control characters.
     pub(super) fn peer(migration: MigrationId, class: ErrorClass, words: &str) -> Self {

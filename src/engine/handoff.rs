@@ -9,7 +9,6 @@ use crate::audit::{AuditLog, Entry, Event, Outcome as AuditOutcome};
 use crate::engine::EngineError;
 use crate::engine::arbiter::{Arbiter, Ruling, transfer};
 use crate::engine::link::send_within;
-use crate::hypervisor::{HypervisorError, PagedSource};
 use crate::identity::{Signer, verify_signature};
 use crate::journal::Journal;
 use crate::limits;
@@ -406,16 +405,4 @@ pub(super) fn joined<T>(result: Result<T, tokio::task::JoinError>) -> Result<T, 
 /// Runs `work` off the async threads.
 pub(super) async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T, EngineError> + Send + 'static) -> Result<T, EngineError> {
     joined(tokio::task::spawn_blocking(work).await)?
-}
-
-/// Lets a guest go on as if nothing had happened.
-pub(super) fn wake(guest: &mut dyn PagedSource) -> Result<(), HypervisorError> {
-    guest.resume()?;
-    // A guest that runs matters more than what it was measured with.
-    for (what, result) in [("throttle", guest.throttle(0)), ("dirty log", guest.stop_tracking())] {
-        if let Err(error) = result {
-            tracing::warn!(what, error = %error, "not switched off after resume");
-        }
-    }
-    Ok(())
 }

@@ -7,7 +7,7 @@ use crate::engine::EngineError;
 use crate::limits;
 use crate::transport::{Session, TransportError};
 use crate::types::{Incarnation, MigrationId, SpiffeId};
-use crate::wire::{Hello, Message, Negotiated, negotiate};
+use crate::wire::{Failure, Handoff, Hello, Message, Negotiated, SignedHandoff, negotiate};
 
 /// What the peer said in its HELLO, bound to the certificate that the session authenticated.
 #[derive(Debug, Clone)]
@@ -76,4 +76,32 @@ pub async fn greet(session: Session, own: &Hello) -> Result<Link, EngineError> {
 pub(super) async fn send_within(session: &Session, message: &Message, within: Duration) -> Result<(), TransportError> {
     let timed_out = |_| TransportError::TimedOut { address: session.peer_address(), awaited: "read a control message", after: within };
     tokio::time::timeout(within, session.send(message)).await.map_err(timed_out)?
+}
+
+/// A close that overtakes ABORT would leave a destination that has prepared waiting for a word; it answers with REFUSE.
+pub(super) async fn until_abort_is_heard(session: &Session) -> bool {
+    let listen = async {
+        while let Ok(message) = session.receive().await {
+            if let Message::Handoff(SignedHandoff { message, .. }) = message
+                && matches!(message.step, Handoff::Refuse { .. })
+            {
+                return true;
+            }
+        }
+        false
+    };
+    tokio::time::timeout(limits::LAST_WORDS, listen).await.unwrap_or(false)
+}
+
+/// REFUSE has a class and no words; the words follow, if they come soon.
+pub(super) async fn hear_why(session: &Session) -> Option<Failure> {
+    let listen = async {
+        while let Ok(message) = session.receive().await {
+            if let Message::Failure(failure) = message {
+                return Some(failure);
+            }
+        }
+        None
+    };
+    tokio::time::timeout(limits::LAST_WORDS, listen).await.ok().flatten()
 }

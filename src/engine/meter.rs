@@ -93,3 +93,12 @@ impl Stopwatch {
         &self.laps
     }
 }
+
+/// So many bytes in so many seconds, as a rate.
+pub(super) fn per_second(bytes: u64, seconds: f64) -> u64 {
+    let micros = (seconds * 1e6).max(1.0);
+    // Both are far below 2^53; the quotient of two non-negative numbers fits.
+    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a display value; saturates")]
+    let rate = (bytes as f64 * 1e6 / micros) as u64;
+    rate
+}

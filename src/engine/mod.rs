@@ -20,10 +20,12 @@ mod limiter;
 mod link;
 mod meter;
 mod recovery;
+mod search;
 mod sharing;
 mod source;
 mod standing;
 mod witness;
+mod stream;
 
 pub use arbiter::{Arbiter, NoArbiter, Owner, Ruling, Transfer};
 pub use destination::{DestinationEnd, DestinationOrder, Return, run_destination};
@@ -38,3 +40,4 @@ pub use recovery::{
 };
 pub use source::{AskCommit, Command, Manner, Redial, SourceEnd, SourceOrder, SourcePorts, continue_guest, continue_source, run_source};
 pub use standing::{RecordNote, Standing, decisions, doubts, notes, owners, standing};
+pub use stream::{run_stream_destination, run_stream_source};

@@ -6,10 +6,10 @@ mod tell;
 
 use std::sync::Arc;
 
-use crate::engine::handoff::{Binding, Evidence, JournalRecord, joined, wake};
+use crate::engine::handoff::{Binding, Evidence, JournalRecord, joined};
 use crate::engine::witness::Exchange;
 use crate::engine::{EngineError, Link};
-use crate::hypervisor::{HypervisorError, PagedDestination, PagedSource, RunState};
+use crate::hypervisor::{Guest, HypervisorError, PagedDestination, RunState};
 use crate::identity::verify_signature;
 use crate::limits;
 use crate::migration::{
@@ -25,7 +25,7 @@ pub use start::{Interruption, interruption, may_own_twin, repeat_effect, sweep_i
 pub use tell::{Withdrawal, tell, withdraw};
 
 /// Re-attaches to a guest by the address in a record.
-pub type Attach = Arc<dyn Fn(&str, &VmName) -> Result<Box<dyn PagedSource>, HypervisorError> + Send + Sync>;
+pub type Attach = Arc<dyn Fn(&str, &VmName) -> Result<Box<dyn Guest>, HypervisorError> + Send + Sync>;
 /// Looks at the VMM at an address, without taking control of it.
 pub type Look = Arc<dyn Fn(&str, &VmName) -> Result<RunState, HypervisorError> + Send + Sync>;
 /// Starts a VMM at an address and lets it build an empty twin of what an image is of. One that an earlier try left there,
@@ -269,7 +269,7 @@ impl Interrupted {
         Ok((resolved, Some(machine)))
     }
 
-    async fn with_guest(&self, what: fn(&mut dyn PagedSource) -> Result<(), HypervisorError>) -> Result<(), EngineError> {
+    async fn with_guest(&self, what: fn(&mut dyn Guest) -> Result<(), HypervisorError>) -> Result<(), EngineError> {
         let (attach, address, vm) = (Arc::clone(&self.host.attach), self.binding.address.clone(), self.binding.vm.clone());
         crate::failpoint::hit!("recovery.effect.before");
         joined(tokio::task::spawn_blocking(move || what(attach(&address, &vm)?.as_mut())).await)??;
@@ -291,7 +291,7 @@ impl Interrupted {
                         self.evidence.send(session, &self.binding, step).await;
                     }
                 }
-                HandoffAction::Resume => match (self.with_guest(wake).await, &self.records) {
+                HandoffAction::Resume => match (self.with_guest(|guest| guest.wake()).await, &self.records) {
                     // RUN is the fact, whatever became of the guest since; the source has to hear it.
                     (Err(error), Records::Destination(_)) => {
                         tracing::error!(vm = %self.binding.vm, error = %crate::telemetry::chain(&error), "the guest is not resumed");
@@ -388,7 +388,7 @@ impl Interrupted {
 }
 
 /// One that runs has what it needs: it was renewed before it ran.
-fn renew(guest: &mut dyn PagedSource) -> Result<(), HypervisorError> {
+fn renew(guest: &mut dyn Guest) -> Result<(), HypervisorError> {
     match guest.status()?.state {
         RunState::Running => Ok(()),
         _ => guest.renew(),
@@ -494,6 +494,10 @@ pub async fn decide(evidence: &Evidence, host: &Host, migration: MigrationId, de
     let (resolved, machine) = interrupted.settle().await?;
     match (&resolved, machine) {
         (Resolved::Open { .. }, Some(mut machine)) => {
+            // INVARIANT(no-past-twice): a guest that cannot be given a new generation is not one that may go on here.
+            if decision == Decision::Reclaim && interrupted.locate().await? == Holding::Memory {
+                interrupted.with_guest(|guest| if guest.can_renew() { Ok(()) } else { guest.renew() }).await?;
+            }
             let ended = interrupted.step(&mut machine, Step::Decided(decision), None).await?;
             Ok(ended.map_or(resolved, Resolved::Ended))
         }

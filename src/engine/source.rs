@@ -19,24 +19,25 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 
 use crate::engine::digest::KeptUp;
+use crate::engine::error::may_be_forgotten;
 use crate::engine::handoff::{Binding, Evidence, blocking, joined};
 use crate::engine::lanes::{LaneReport, LaneRound, Packing, SourceLane};
 use crate::engine::limiter::{Limiter, Share};
 use crate::engine::link::send_within;
 use crate::engine::meter::{Figures, Meter, Stopwatch};
 use crate::engine::witness::Exchange;
+use crate::engine::search::{self, Outage};
 use crate::engine::{EngineError, Link};
 use crate::hypervisor::PagedSource;
 use crate::limits;
 use crate::memory::{GuestRam, PageCounts, Tracker};
 use crate::migration::{Goal, Outcome, Source, SourceAction, SourceEvent, SourceStep};
 use crate::telemetry::{Phase, Progress};
-use crate::transport::{LaneHandle, Session, TransportError};
+use crate::transport::{LaneHandle, Session};
 use crate::types::{Epoch, MigrationId, Round, VmName, VmUuid};
-use crate::wire::{ErrorClass, Failure, FinalDigest, Message, Offer, StreamTerms};
+use crate::wire::{Failure, FinalDigest, Message, Offer, Resumed, StreamTerms};
 use ledger::Ledger;
 pub(in crate::engine) use ledger::{LaneLedger, Reached};
-use outage::Outage;
 pub use restart::{continue_guest, continue_source};
 use rounds::{Finals, RoundUnderWay};
 
@@ -105,14 +106,14 @@ pub type AskCommit = Arc<dyn Fn(&Session) -> Result<(), EngineError> + Send + Sy
 /// Opens a new session with the same destination, greets it, and sees to it that it may still have the VM.
 pub type Redial = Arc<dyn Fn() -> Pin<Box<dyn Future<Output = Result<Link, EngineError>> + Send>> + Send + Sync>;
 
-/// The collaborators of one migration.
-pub struct SourcePorts {
+/// The collaborators of one migration. `G` is the driver's shape.
+pub struct SourcePorts<G: ?Sized = dyn PagedSource> {
     /// Journal, audit log, signing key.
     pub evidence: Evidence,
     /// The session with the destination.
     pub link: Link,
     /// The guest.
-    pub guest: Box<dyn PagedSource>,
+    pub guest: Box<G>,
     /// Policy at commit.
     pub ask_commit: AskCommit,
     /// A new session, when the old one is gone.
@@ -159,7 +160,7 @@ pub struct SourceEnd {
     pub commands: mpsc::Receiver<Command>,
 }
 
-impl std::fmt::Debug for SourcePorts {
+impl<G: ?Sized> std::fmt::Debug for SourcePorts<G> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("SourcePorts").field("peer", &self.link.peer.spiffe).finish_non_exhaustive()
     }
@@ -223,7 +224,7 @@ struct Run {
     pause_ends: Option<Instant>,
     /// When a destination that was given the VM and does not answer is left to the gateway.
     doubt_ends: Option<Instant>,
-    outage: Option<Outage>,
+    outage: Option<Outage<Resumed>>,
     /// When outages are no longer waited out, since something came of a session.
     patience: Option<Instant>,
     /// Why the link was lost, until that is dealt with.
@@ -416,12 +417,8 @@ impl Run {
 
     /// What an outage may explain is waited out; anything else ends the attempt.
     fn broken(&mut self, error: EngineError) -> SourceEvent {
-        // A destination that was started anew knows none of its lanes; whether it knows the migration it says when asked.
-        let forgotten = matches!(
-            &error,
-            EngineError::Transport { source: TransportError::Closed { class: Some(ErrorClass::Unauthenticated), .. }, .. }
-        );
-        if error.is_outage() || forgotten || (self.machine.is_committed() && matches!(error, EngineError::Transport { .. })) {
+        if error.is_outage() || may_be_forgotten(&error) || (self.machine.is_committed() && matches!(error, EngineError::Transport { .. }))
+        {
             self.note_cause(error);
             return SourceEvent::LinkLost;
         }
@@ -474,7 +471,7 @@ impl Run {
                 Some(Err(error)) => Some(self.broken(error)),
                 None => None,
             },
-            back = outage::back(&mut self.outage) => self.back(back).await,
+            back = search::back(&mut self.outage) => self.back(back).await,
             message = self.link.session.receive(), if self.outage.is_none() => self.received(message).await,
             command = commands.recv() => self.commanded(command),
             () = timed_out => self.deadline_passed(),

@@ -1,14 +1,18 @@
-//! How handoffs reach the guests of this host, and build one from its image: always over the attach protocol.
+//! How handoffs reach the guests of this host, whatever holds them, and build one from its image.
 
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::config;
 use crate::engine::Host;
 use crate::gateway::Gateway;
 use crate::gateway::kept::twin_file;
-use crate::hypervisor::attach::{AttachedDestination, AttachedSource, LaunchTemplate, LaunchVariables, Timeouts, discard, observe};
-use crate::hypervisor::{HypervisorError, Machine, PagedDestination, PagedSource};
+use crate::hypervisor::attach::{self, AttachedDestination, AttachedSource, Timeouts};
+use crate::hypervisor::qemu::{self, QemuSource};
+use crate::hypervisor::{
+    Address, Guest, GuestStatus, HypervisorError, LaunchTemplate, LaunchVariables, Machine, PagedDestination, RunState,
+};
 use crate::storage::ImageHead;
 
 /// How long a VMM may take to listen.
@@ -20,13 +24,45 @@ impl Gateway {
         let (template, files) = (self.incoming.clone(), Arc::clone(&runtime));
         Host {
             attach: Arc::new(|address, vm| {
-                let source = AttachedSource::attach(Path::new(address), vm.as_str(), Timeouts::default())?;
-                Ok(Box::new(source) as Box<dyn PagedSource>)
+                Ok(match Address::parse(address) {
+                    Address::Attach(path) => Box::new(AttachedSource::attach(&path, vm.as_str(), Timeouts::default())?) as Box<dyn Guest>,
+                    Address::Qemu(path) => Box::new(QemuSource::attach(&path, vm.as_str(), qemu::ANSWER_WITHIN)?),
+                })
             }),
-            look: Arc::new(|address, vm| Ok(observe(Path::new(address), vm.as_str(), Timeouts::default())?.1.state)),
+            look: Arc::new(|address, vm| observe(&Address::parse(address), vm.as_str())),
             rebuild: Arc::new(move |address, head| rebuild(template.as_ref(), &files, Path::new(address), head)),
             rebuilt_at: Arc::new(move |migration| twin_file(&runtime, migration, "sock").display().to_string()),
         }
+    }
+}
+
+/// Where a VM is that is here by the configuration.
+pub(super) fn home(vm: &config::Vm) -> Option<String> {
+    let attach = vm.socket.clone().map(Address::Attach);
+    attach.or_else(|| vm.qmp.clone().map(Address::Qemu)).map(|address| address.to_string())
+}
+
+/// How the guest at an address is, without taking control of it.
+pub(super) fn observe(address: &Address, vm: &str) -> Result<RunState, HypervisorError> {
+    match address {
+        Address::Attach(path) => Ok(attach::observe(path, vm, Timeouts::default())?.1.state),
+        Address::Qemu(path) => Ok(qemu::observe(path, vm, qemu::ANSWER_WITHIN)?.state),
+    }
+}
+
+/// The same, and what the guest is made of, where the VMM tells.
+pub(super) fn inspect(address: &Address, vm: &str) -> Result<(Option<Machine>, GuestStatus), HypervisorError> {
+    match address {
+        Address::Attach(path) => attach::inspect(path, vm, Timeouts::default()),
+        Address::Qemu(path) => qemu::inspect(path, vm, qemu::LOOK_WITHIN).map(|(machine, status)| (Some(machine), status)),
+    }
+}
+
+/// Ends a VMM in which no guest runs.
+pub(super) fn discard(address: &Address, vm: &str) -> Result<(), HypervisorError> {
+    match address {
+        Address::Attach(path) => attach::discard(path, vm, Timeouts::default()),
+        Address::Qemu(path) => qemu::discard(path, vm, qemu::ANSWER_WITHIN),
     }
 }
 
@@ -42,7 +78,7 @@ fn rebuild(
     let machine: Machine =
         serde_json::from_slice(&head.machine).map_err(|error| local("cannot read the machine of an image", &error.to_string()))?;
     // What an earlier try left there never ran; one that runs refuses.
-    match discard(address, vm, Timeouts::default()) {
+    match attach::discard(address, vm, Timeouts::default()) {
         Ok(()) | Err(HypervisorError::Unreachable { .. }) => {}
         Err(error) => return Err(error),
     }

@@ -1,6 +1,5 @@
 //! A VM arrives: from a stranger's datagram to a running guest.
 
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
@@ -9,14 +8,13 @@ use tokio::sync::{mpsc, watch};
 use crate::audit::{Entry, Event, Outcome};
 use crate::config;
 use crate::engine::{self, Command, DestinationEnd, DestinationOrder, Link, Placement, Return};
-use crate::gateway::host::LAUNCH;
 use crate::gateway::judge::Case;
 use crate::gateway::kept::{PROGRESS, twin_file};
 use crate::gateway::machine::check_machine;
 use crate::gateway::registry::{Busy, Claim, Migration};
+use crate::gateway::twins::{Leavings, Twin, end_twin};
 use crate::gateway::{Gateway, put_class, report};
-use crate::hypervisor::attach::{AttachedDestination, LaunchTemplate, LaunchVariables, LaunchedVmm, Timeouts};
-use crate::hypervisor::{HypervisorError, Machine, PagedDestination};
+use crate::hypervisor::{HypervisorError, LaunchedVmm, Machine};
 use crate::limits;
 use crate::memory::MemoryLayout;
 use crate::migration::Outcome as Place;
@@ -28,8 +26,6 @@ use crate::wire::{ErrorClass, Failure, LaneStanding, Message, Offer, Resume, Res
 
 /// How long the source may take to read why it is refused.
 const LAST_WORDS: Duration = Duration::from_secs(2);
-/// How long a VMM may take to quit.
-const TWIN_QUITS: Duration = Duration::from_secs(5);
 
 /// An offer that is refused, in words for the source.
 pub(super) struct Refusal {
@@ -55,30 +51,13 @@ pub(super) struct Arrival {
     pub(super) offer: Offer,
     pub(super) lanes: u16,
     pub(super) case: Case,
-    pub(super) twin: Box<dyn PagedDestination>,
+    pub(super) twin: Twin,
     pub(super) leavings: Leavings,
     /// Our child, unless an earlier gateway started it.
     pub(super) vmm: Option<LaunchedVmm>,
     pub(super) policy_digest: [u8; 32],
     pub(super) policy_ids: Vec<String>,
     pub(super) claim: Claim,
-}
-
-/// Files that a VMM leaves behind when it ends.
-pub(super) struct Leavings([PathBuf; 2]);
-
-impl Leavings {
-    pub(super) fn of(runtime: &std::path::Path, migration: MigrationId) -> Self {
-        Self(["sock", "log"].map(|what| twin_file(runtime, migration, what)))
-    }
-
-    /// A peer could fill the runtime directory with them.
-    fn remove(&self) {
-        for path in &self.0 {
-            // Whichever of them was made.
-            let _ = std::fs::remove_file(path);
-        }
-    }
 }
 
 fn used_before(migration: MigrationId) -> Refusal {
@@ -268,26 +247,25 @@ impl Gateway {
         // As few as policy asks for; the switch is judged by what is granted.
         let lanes = permit.stream().map_or(1, |stream| stream.lanes).clamp(1, limits::LANES_MAX);
         case.terms.lanes = lanes;
-        let template = self
-            .incoming
-            .clone()
-            .ok_or_else(|| Refusal::new(ErrorClass::Denied, "this gateway accepts no VMs: its configuration has no [incoming]"))?;
-        let most = self.config.incoming.as_ref().map_or(0, |incoming| incoming.max_memory.bytes);
-        if memory_bytes > most {
+        let hosting = self.hosting(&offer, link)?;
+        if memory_bytes > hosting.memory_bytes_max {
+            let most = hosting.memory_bytes_max;
             let why = format!("VM `{}` needs {memory_bytes} bytes of memory: this gateway accepts {most}", offer.vm);
             return Err(Refusal::new(ErrorClass::PeerIncompatible, why));
         }
         crate::failpoint::hit!("destination.offer-judged");
         let claim = self.claim_for(link, &offer).await?;
         self.check_place(&offer).await?;
-        let (twin, vmm, leavings) = self.build_twin(template, &offer, machine).await?;
+        let (twin, vmm, leavings) = self.build_twin(hosting, &offer, machine).await?;
         crate::failpoint::hit!("destination.twin-launched");
-        if let Err(error) = self.note_arrival(&offer, lanes, &link.peer) {
+        // What a hypervisor loads of its own stream nobody can go on with but who began.
+        let goes_on = matches!(twin, Twin::Pages(_));
+        if let Err(error) = if goes_on { self.note_arrival(&offer, lanes, &link.peer) } else { Ok(()) } {
             // Without it a restart costs what was received.
             tracing::warn!(migration = %offer.migration, %error, "the offer is not noted beside its twin");
         }
         let (policy_digest, policy_ids) = (*permit.set_digest(), permit.policy_ids().to_vec());
-        Ok(Arrival { offer, lanes, case, twin: Box::new(twin), vmm: Some(vmm), leavings, policy_digest, policy_ids, claim })
+        Ok(Arrival { offer, lanes, case, twin, vmm, leavings, policy_digest, policy_ids, claim })
     }
 
     pub(super) async fn ask_accept(self: &Arc<Self>, case: &Case, link: &Link) -> Result<Permit<Accept>, Refusal> {
@@ -369,45 +347,6 @@ impl Gateway {
         Ok((machine, layout.bytes()))
     }
 
-    /// Starts an empty VMM and lets it say what this host lacks.
-    async fn build_twin(
-        &self,
-        template: LaunchTemplate,
-        offer: &Offer,
-        machine: Machine,
-    ) -> Result<(AttachedDestination, LaunchedVmm, Leavings), Refusal> {
-        let runtime = &self.config.gateway.runtime_directory;
-        // A Unix socket's path has at most 107 bytes: the id alone names it, and says whose twin it is.
-        let file = |what| twin_file(runtime, offer.migration, what);
-        let variables = LaunchVariables {
-            socket: file("sock"),
-            vm: offer.vm.clone(),
-            uuid: offer.uuid,
-            memory_bytes: machine.regions.iter().map(|region| region.bytes).sum(),
-            vcpus: machine.vcpus,
-            serial: runtime.join(format!("{}.serial", offer.vm)),
-            log: file("log"),
-        };
-        let leavings = Leavings::of(runtime, offer.migration);
-        let built = tokio::task::spawn_blocking(move || -> Result<(AttachedDestination, LaunchedVmm), HypervisorError> {
-            let mut vmm = template.launch(&variables, LAUNCH)?;
-            match AttachedDestination::prepare(&vmm.socket.clone(), variables.vm.as_str(), &machine, Timeouts::default()) {
-                Ok(twin) => Ok((twin, vmm)),
-                Err(error) => {
-                    // An empty twin is nobody's guest.
-                    let _ = vmm.kill();
-                    Err(error)
-                }
-            }
-        });
-        let built = match built.await {
-            Ok(built) => built.map_err(Refusal::from),
-            Err(error) => Err(Refusal::new(ErrorClass::Bug, error.to_string())),
-        };
-        let (twin, vmm) = built.inspect_err(|_| leavings.remove())?;
-        Ok((twin, vmm, leavings))
-    }
-
     /// A VM can come if it is not here, was not given away without an answer, and comes at an epoch that follows what is
     /// known of it. The id of its migration is new.
     async fn check_place(&self, offer: &Offer) -> Result<(), Refusal> {
@@ -443,9 +382,7 @@ impl Gateway {
     ) {
         let Arrival { offer, lanes, case, twin, vmm, leavings, policy_digest, policy_ids, claim } = arrival;
         let (migration, vm, kind) = (offer.migration, offer.vm.clone(), offer.hypervisor.clone());
-        let mut shown = Progress::new(migration);
-        shown.phase = Phase::Memory;
-        shown.memory_total_bytes = case.memory_bytes;
+        let shown = Progress { phase: Phase::Memory, memory_total_bytes: case.memory_bytes, ..Progress::new(migration) };
         let (_progress, progress) = watch::channel(shown);
         let (ended_in, ended) = watch::channel(false);
         let (commands_in, commands) = mpsc::channel(limits::COMMAND_QUEUE);
@@ -471,7 +408,7 @@ impl Gateway {
             lanes,
             evidence,
             link,
-            twin,
+            twin: Box::new(()),
             ask_commit,
             policy_digest,
             commands,
@@ -480,7 +417,10 @@ impl Gateway {
             progress,
             comes_back_in,
         };
-        let end = engine::run_destination(order).await;
+        let end = match twin {
+            Twin::Pages(twin) => engine::run_destination(order.into_twin(twin)).await,
+            Twin::Stream(twin) => engine::run_stream_destination(order.into_twin(twin)).await,
+        };
         self.forget_arrival(migration);
         let report = self.arrival_report(&case, kind, &end, (source_spiffe, policy_ids), started);
         self.refresh_place(&vm);
@@ -555,25 +495,6 @@ impl Gateway {
             }
         }
         self.load_places();
-    }
-}
-
-/// A twin that will never run was told to quit; one that does not is ended, with the guest's memory that it holds.
-async fn end_twin(mut vmm: LaunchedVmm) {
-    let ended = tokio::task::spawn_blocking(move || {
-        let told = std::time::Instant::now();
-        while told.elapsed() < TWIN_QUITS {
-            if !matches!(vmm.try_wait(), Ok(None)) {
-                return Ok(());
-            }
-            std::thread::sleep(Duration::from_millis(20));
-        }
-        vmm.kill()
-    });
-    match ended.await {
-        Ok(Ok(())) => {}
-        Ok(Err(error)) => tracing::error!(%error, "a twin that nobody needs is not ended"),
-        Err(error) => tracing::error!(%error, "task of a twin's end"),
     }
 }
 

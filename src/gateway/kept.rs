@@ -11,9 +11,10 @@ use serde::{Deserialize, Serialize};
 
 use crate::engine::{Link, PeerFacts};
 use crate::gateway::Gateway;
-use crate::gateway::incoming::{Arrival, Leavings, Refusal};
+use crate::gateway::incoming::{Arrival, Refusal};
 use crate::gateway::judge::Case;
 use crate::gateway::registry::Claim;
+use crate::gateway::twins::{Leavings, Twin};
 use crate::hypervisor::RunState;
 use crate::hypervisor::attach::{AttachedDestination, Timeouts, discard, observe};
 use crate::identity::verify_signature;
@@ -228,6 +229,6 @@ impl Gateway {
             return Err(Refusal::new(ErrorClass::Local, "the twin is not of the VM that was offered"));
         }
         let (policy_digest, policy_ids) = (*permit.set_digest(), permit.policy_ids().to_vec());
-        Ok(Arrival { offer, lanes, case, twin: Box::new(twin), vmm: None, leavings, policy_digest, policy_ids, claim })
+        Ok(Arrival { offer, lanes, case, twin: Twin::Pages(Box::new(twin)), vmm: None, leavings, policy_digest, policy_ids, claim })
     }
 }

@@ -29,6 +29,7 @@ mod resumption;
 mod serve;
 mod start;
 mod turns;
+mod twins;
 mod why;
 
 pub use start::run;
@@ -41,12 +42,13 @@ pub(crate) use policies::{
 pub(crate) use report::{put_figures, report};
 pub(crate) use start::audit_signer;
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use crate::audit::{AuditLog, Entry, Event, Outcome};
-use crate::config::Config;
+use crate::config::{Config, Label};
 use crate::engine::{Evidence, NoArbiter, TotalBandwidth};
-use crate::hypervisor::attach::LaunchTemplate;
+use crate::hypervisor::LaunchTemplate;
 use crate::identity::Credentials;
 use crate::journal::Journal;
 use crate::transport::Endpoint;
@@ -64,6 +66,8 @@ struct Gateway {
     judge: Arc<Judge>,
     registry: Arc<Registry>,
     incoming: Option<LaunchTemplate>,
+    /// How empty QEMUs are started, by the template's name.
+    templates: BTreeMap<Label, LaunchTemplate>,
     peers: peers::Reachability,
     /// Told when a peer came back for an interrupted handoff.
     taken_up: tokio::sync::Notify,

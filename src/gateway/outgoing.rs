@@ -1,6 +1,6 @@
 //! A VM leaves: from an operator's request to the report.
 
-use std::path::Path;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
@@ -19,14 +19,15 @@ use crate::gateway::queue::QueueFull;
 use crate::gateway::registry::{Busy, Claim, Migration};
 use crate::gateway::turns::{Turns, begun};
 use crate::gateway::{Gateway, put_class, report};
-use crate::hypervisor::PagedSource;
 use crate::hypervisor::attach::{AttachedSource, Timeouts};
+use crate::hypervisor::qemu::{self, QemuSource};
+use crate::hypervisor::{Address, HypervisorError, Machine, PagedSource, StreamSource};
 use crate::limits;
 use crate::migration::{Goal, Outcome as Place};
 use crate::policy::{Permit, Release, Route};
 use crate::telemetry::{self, Mode, Monotone, Problem, Progress, Report, RunningOn};
 use crate::types::{Epoch, MigrationId, Side, Verify};
-use crate::wire::ErrorClass;
+use crate::wire::{Durability, ErrorClass, StreamTerms};
 
 /// A request that was found sensible: the VM is claimed, the peer is known.
 pub(super) struct Departure {
@@ -56,6 +57,38 @@ impl Departure {
         }
         let compared = if self.manner.verify_in_pause { bytes as f64 / VERIFY_BYTES_PER_SECOND } else { 0.0 };
         self.goal.fixed_cost = PAUSE_FIXED + Duration::from_secs_f64(compared);
+    }
+}
+
+/// A guest that leaves, by how.
+enum Leaving {
+    /// We read its pages.
+    Pages(Box<AttachedSource>),
+    /// Its hypervisor sends it.
+    Stream(Box<QemuSource>),
+}
+
+impl Leaving {
+    fn attach(address: &Address, vm: &str) -> Result<Self, HypervisorError> {
+        Ok(match address {
+            Address::Attach(path) => Self::Pages(Box::new(AttachedSource::attach(path, vm, Timeouts::default())?)),
+            Address::Qemu(path) => Self::Stream(Box::new(QemuSource::attach(path, vm, qemu::ANSWER_WITHIN)?)),
+        })
+    }
+
+    fn machine(&self) -> &Machine {
+        match self {
+            Self::Pages(guest) => guest.machine(),
+            Self::Stream(guest) => guest.machine(),
+        }
+    }
+
+    /// The process that holds it, where a migration can be taken up again with the same.
+    fn instance(&self) -> String {
+        match self {
+            Self::Pages(guest) => guest.attachment().instance.clone(),
+            Self::Stream(_) => String::new(),
+        }
     }
 }
 
@@ -111,7 +144,7 @@ impl Gateway {
         if let Some(compress) = request.compress {
             terms.compression = compression(compress);
         }
-        let zstd_level = request.compress.and_then(zstd_level);
+        carried(&vm, &Address::parse(&address), &terms)?;
         let verify = request.verify.unwrap_or(defaults.verify);
         terms.verify = verify != Verify::No;
         let positive = |seconds: f64, what: &str| {
@@ -128,7 +161,7 @@ impl Gateway {
         let case = Case { migration, vm: vm.name.clone(), uuid: vm.uuid, terms, memory_bytes: 0, bandwidth_max: None, side: Side::Source };
         let goal = Goal { downtime_max, throttle: request.throttle, fixed_cost: PAUSE_FIXED };
         let table_bytes = usize::try_from(defaults.tables.bytes).unwrap_or(usize::MAX);
-        let manner = Manner { verify_in_pause: verify == Verify::Full, zstd_level, table_bytes };
+        let manner = Manner { verify_in_pause: verify == Verify::Full, zstd_level: request.compress.and_then(zstd_level), table_bytes };
         Ok(Departure {
             migration,
             case,
@@ -164,8 +197,11 @@ impl Gateway {
             )
             .with_hint("if it is gone for good, see `sealane resolve`")
             .with_running_on(RunningOn::NeitherYet)),
-            None => Err(misuse(format!("VM `{}` is not attached here: its configuration has no `socket` and it has not arrived", vm.name))
-                .with_code("vm-not-here")),
+            None => Err(misuse(format!(
+                "VM `{}` is not attached here: its configuration has neither `socket` nor `qmp`, and it has not arrived",
+                vm.name
+            ))
+            .with_code("vm-not-here")),
         }
     }
 
@@ -321,10 +357,19 @@ impl Gateway {
                 set_out => set_out?,
             };
             let kind = guest.machine().kind.clone();
-            let ports = self.source_ports(&departure, link, Box::new(guest), progress.clone(), commands);
+            let (order, shown) = (note.order.clone(), progress.clone());
             let end = {
                 let begun = begun(progress.subscribe());
-                let mut run = std::pin::pin!(engine::run_source(note.order.clone(), ports, began));
+                let mut run: Pin<Box<dyn Future<Output = SourceEnd> + Send>> = match guest {
+                    Leaving::Pages(guest) => {
+                        let ports = self.source_ports::<dyn PagedSource>(&departure, link, guest, shown, commands);
+                        Box::pin(engine::run_source(order, ports, began))
+                    }
+                    Leaving::Stream(guest) => {
+                        let ports = self.source_ports::<dyn StreamSource>(&departure, link, guest, shown, commands);
+                        Box::pin(engine::run_stream_source(order, ports, began))
+                    }
+                };
                 tokio::select! {
                     end = &mut run => end,
                     () = begun => {
@@ -344,7 +389,7 @@ impl Gateway {
     }
 
     /// Attaches to the guest, reaches the destination and asks whether it may have the VM. What is offered is noted.
-    async fn set_out(self: &Arc<Self>, departure: &mut Departure, started: SystemTime) -> Result<(AttachedSource, Link, Note), Problem> {
+    async fn set_out(self: &Arc<Self>, departure: &mut Departure, started: SystemTime) -> Result<(Leaving, Link, Note), Problem> {
         let guest = self.attach_to(departure).await?;
         crate::failpoint::hit!("source.attached");
         let link = self.dial(&departure.peer).await?;
@@ -367,7 +412,7 @@ impl Gateway {
             policy_digest: *permit.set_digest(),
             ledger: Some(self.ledger(departure.migration)),
         };
-        let instance = guest.attachment().instance.clone();
+        let instance = guest.instance();
         let (peer, policy_ids) = (departure.peer.spiffe.clone(), permit.policy_ids().to_vec());
         let note = Note { order, peer, instance, operator: departure.operator, policy_ids, started };
         if let Err(error) = self.note_departure(&note) {
@@ -401,19 +446,18 @@ impl Gateway {
     }
 
     /// Attaches to the guest and sees to it that it is the VM that was judged.
-    async fn attach_to(&self, departure: &mut Departure) -> Result<AttachedSource, Problem> {
-        let (address, name) = (departure.address.clone(), departure.vm.name.clone());
-        let guest = tokio::task::spawn_blocking(move || AttachedSource::attach(Path::new(&address), name.as_str(), Timeouts::default()))
-            .await
-            .map_err(bug)?
-            .map_err(|error| Problem::new(ErrorClass::Local, telemetry::chain(&error)).with_code("vmm-unreachable"))?;
+    async fn attach_to(&self, departure: &mut Departure) -> Result<Leaving, Problem> {
+        let (address, name) = (Address::parse(&departure.address), departure.vm.name.clone());
+        let unreachable = |error: HypervisorError| Problem::new(ErrorClass::Local, telemetry::chain(&error)).with_code("vmm-unreachable");
+        let guest =
+            tokio::task::spawn_blocking(move || Leaving::attach(&address, name.as_str())).await.map_err(bug)?.map_err(unreachable)?;
         let (found, vm) = (guest.machine().uuid, &departure.vm);
         if found != vm.uuid {
             let message = format!("the guest at `{}` is `{found}`, not VM `{}` with UUID `{}`", departure.address, vm.name, vm.uuid);
             return Err(Problem::new(ErrorClass::Denied, message));
         }
         check_machine(vm, guest.machine()).map_err(|why| Problem::new(ErrorClass::Denied, why).with_code("machine-differs"))?;
-        departure.has_memory(guest.ram().layout().bytes());
+        departure.has_memory(guest.machine().regions.iter().map(|region| region.bytes).sum());
         Ok(guest)
     }
 
@@ -435,14 +479,14 @@ impl Gateway {
         Ok(permit)
     }
 
-    pub(super) fn source_ports(
+    pub(super) fn source_ports<G: ?Sized>(
         self: &Arc<Self>,
         departure: &Departure,
         link: Link,
-        guest: Box<dyn PagedSource>,
+        guest: Box<G>,
         progress: watch::Sender<Progress>,
         commands: mpsc::Receiver<engine::Command>,
-    ) -> SourcePorts {
+    ) -> SourcePorts<G> {
         let ask_commit = self.commit_question(&departure.case);
         let (gateway, peer, case) = (Arc::clone(self), departure.peer.clone(), departure.case.clone());
         let redial: engine::Redial = Arc::new(move || {
@@ -474,6 +518,17 @@ impl Gateway {
 fn not_permitted(link: &Link, no: &NoPermit) -> Problem {
     link.session.close(Some(no.class()), "not permitted");
     no.problem()
+}
+
+/// What cannot be had of a guest that its hypervisor sends.
+fn carried(vm: &config::Vm, address: &Address, terms: &StreamTerms) -> Result<(), Problem> {
+    let what = match address {
+        Address::Qemu(_) if terms.length_padding => "padded frames",
+        Address::Qemu(_) if terms.durability != Durability::None => "an image on disk before the switch",
+        _ => return Ok(()),
+    };
+    let why = format!("VM `{}` is a QEMU's, which sends a stream of its own: {what} of it is not built", vm.name);
+    Err(Problem::new(ErrorClass::Misuse, why).with_code("not-built").with_running_on(RunningOn::Source))
 }
 
 /// Hands progress on so that it never runs backwards.

@@ -1,6 +1,5 @@
 //! What a migration would do: every check that exists, in order, without moving anything.
 
-use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -8,7 +7,8 @@ use crate::control::{Check, CheckVerdict, Estimate, MigrateRequest, PlanView};
 use crate::gateway::outgoing::bug;
 use crate::gateway::{Gateway, outgoing::Departure};
 use crate::hypervisor::attach::{AttachedSource, Timeouts};
-use crate::hypervisor::{PagedSource, RunState};
+use crate::hypervisor::qemu::{self, QemuSource};
+use crate::hypervisor::{Address, Guest, PagedSource, RunState, StreamSource};
 use crate::telemetry::{Problem, RunningOn, chain};
 use crate::wire::ErrorClass;
 
@@ -18,7 +18,8 @@ const WATCH: Duration = Duration::from_millis(500);
 /// What the guest told.
 struct Seen {
     memory_bytes: u64,
-    dirty_bytes_per_second: f64,
+    /// Unknown of a hypervisor whose pages are not seen.
+    dirty_bytes_per_second: Option<f64>,
     running: bool,
 }
 
@@ -32,9 +33,9 @@ impl Gateway {
         let seen = self.look_at_guest(&departure).await;
         let seen = match seen {
             Ok(seen) => {
-                let rate = seen.dirty_bytes_per_second / f64::from(1 << 20);
+                let rate = seen.dirty_bytes_per_second.map(|rate| format!(", dirties {:.1} MiB/s", rate / f64::from(1 << 20)));
                 let how = if seen.running { "running" } else { "not running" };
-                plan.pass("guest", format!("{how}, {} MiB of memory, dirties {rate:.1} MiB/s", seen.memory_bytes >> 20));
+                plan.pass("guest", format!("{how}, {} MiB of memory{}", seen.memory_bytes >> 20, rate.unwrap_or_default()));
                 departure.has_memory(seen.memory_bytes);
                 Some(seen)
             }
@@ -83,7 +84,18 @@ impl Gateway {
         tokio::task::spawn_blocking(move || {
             let local =
                 |error: crate::hypervisor::HypervisorError| Problem::new(ErrorClass::Local, chain(&error)).with_code("vmm-unreachable");
-            let mut guest = AttachedSource::attach(Path::new(&address), vm.as_str(), Timeouts::default()).map_err(local)?;
+            let path = match Address::parse(&address) {
+                Address::Attach(path) => path,
+                Address::Qemu(path) => {
+                    let guest = QemuSource::attach(&path, vm.as_str(), qemu::ANSWER_WITHIN).map_err(local)?;
+                    if let Some(why) = guest.blocked().map_err(local)? {
+                        return Err(Problem::new(ErrorClass::Local, format!("QEMU of VM `{vm}` cannot send its guest: {why}")));
+                    }
+                    let memory_bytes = guest.machine().regions.iter().map(|region| region.bytes).sum();
+                    return Ok(Seen { memory_bytes, dirty_bytes_per_second: None, running: true });
+                }
+            };
+            let mut guest = AttachedSource::attach(&path, vm.as_str(), Timeouts::default()).map_err(local)?;
             let running = guest.status().map_err(local)?.state == RunState::Running;
             guest.start_tracking().map_err(local)?;
             std::thread::sleep(WATCH);
@@ -92,7 +104,7 @@ impl Gateway {
             let dirty_bytes = dirty?.len() * crate::types::PAGE_BYTES as u64;
             Ok(Seen {
                 memory_bytes: guest.ram().layout().bytes(),
-                dirty_bytes_per_second: dirty_bytes as f64 / WATCH.as_secs_f64(),
+                dirty_bytes_per_second: Some(dirty_bytes as f64 / WATCH.as_secs_f64()),
                 running,
             })
         })
@@ -104,14 +116,15 @@ impl Gateway {
 /// A bandwidth limit makes time and pause predictable; without one the link is only known once it was used.
 fn estimate(seen: &Seen, bandwidth: Option<u64>) -> Option<Estimate> {
     let rate = bandwidth.filter(|rate| *rate > 0)? as f64;
+    let dirty = seen.dirty_bytes_per_second?;
     // Pages are assumed to be sent as they are: an upper bound until the encoder has seen them.
     let total = seen.memory_bytes as f64;
     let first = total / rate;
-    let left = seen.dirty_bytes_per_second.min(rate * 0.9) * first;
-    let duration = first + left / (rate - seen.dirty_bytes_per_second.min(rate * 0.9));
+    let left = dirty.min(rate * 0.9) * first;
+    let duration = first + left / (rate - dirty.min(rate * 0.9));
     #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a non-negative estimate")]
     let wire_bytes = (rate * duration) as u64;
-    Some(Estimate { duration_seconds: duration, downtime_seconds: (seen.dirty_bytes_per_second * 0.05 / rate).max(0.01), wire_bytes })
+    Some(Estimate { duration_seconds: duration, downtime_seconds: (dirty * 0.05 / rate).max(0.01), wire_bytes })
 }
 
 #[derive(Default)]

@@ -7,10 +7,10 @@ use std::time::{Duration, SystemTime};
 use tokio::sync::watch;
 
 use crate::engine::{self, Interruption, Placement, Resolved};
+use crate::gateway::host::{discard, home, observe};
 use crate::gateway::registry::{Claim, Migration};
 use crate::gateway::{Gateway, report};
-use crate::hypervisor::RunState;
-use crate::hypervisor::attach::{Timeouts, discard, observe};
+use crate::hypervisor::{Address, RunState};
 use crate::migration::Outcome;
 use crate::telemetry::{self, Phase, Progress, Report};
 use crate::types::{Epoch, MigrationId, Side, VmName};
@@ -41,8 +41,8 @@ impl Gateway {
             }
         }
         for vm in self.config.vms.iter().filter(|vm| !recorded.contains(&vm.name)) {
-            if let (None, Some(socket)) = (self.registry.place(&vm.name), &vm.socket) {
-                let place = Placement::Here { address: socket.display().to_string(), epoch: Epoch(1), attempt: None };
+            if let (None, Some(address)) = (self.registry.place(&vm.name), home(vm)) {
+                let place = Placement::Here { address, epoch: Epoch(1), attempt: None };
                 self.registry.set_place(vm.name.clone(), place);
             }
         }
@@ -50,8 +50,8 @@ impl Gateway {
 
     /// A VM that has to be started from its disks is where the configuration says, once somebody has started it there.
     fn started_again(&self, vm: &VmName, place: Placement) -> Placement {
-        match (place, self.config.vm(vm).and_then(|vm| vm.socket.as_ref())) {
-            (Placement::Cold { epoch }, Some(socket)) => Placement::Here { address: socket.display().to_string(), epoch, attempt: None },
+        match (place, self.config.vm(vm).and_then(home)) {
+            (Placement::Cold { epoch }, Some(address)) => Placement::Here { address, epoch, attempt: None },
             (place, _) => place,
         }
     }
@@ -139,8 +139,13 @@ impl Gateway {
     fn sweep_twins(&self) {
         let Ok(entries) = std::fs::read_dir(&self.config.gateway.runtime_directory) else { return };
         for path in entries.flatten().map(|entry| entry.path()) {
-            let name = path.file_name().and_then(|name| name.to_str()).and_then(|name| name.strip_suffix(".sock"));
-            let Some(Ok(migration)) = name.map(str::parse::<MigrationId>) else { continue };
+            let name = path.file_name().and_then(|name| name.to_str()).and_then(|name| name.split_once('.'));
+            let Some((Ok(migration), what)) = name.map(|(name, what)| (name.parse::<MigrationId>(), what)) else { continue };
+            let address = match what {
+                "sock" => Address::Attach(path.clone()),
+                "qmp" => Address::Qemu(path.clone()),
+                _ => continue,
+            };
             let vm = "twin";
             if self.kept.has(migration) {
                 continue;
@@ -150,12 +155,12 @@ impl Gateway {
                 continue;
             }
             // What nobody serves is only a file.
-            let Ok((_, status)) = observe(&path, vm, Timeouts::default()) else { continue };
-            if status.state == RunState::Running {
+            let Ok(state) = observe(&address, vm) else { continue };
+            if state == RunState::Running {
                 tracing::error!(vm, %migration, address = %path.display(), "a guest runs that no record speaks of; it is not touched");
                 continue;
             }
-            match discard(&path, vm, Timeouts::default()) {
+            match discard(&address, vm) {
                 Ok(()) => tracing::warn!(vm, %migration, "ended the twin of a migration that was cut off"),
                 Err(error) => tracing::warn!(vm, %migration, error = %telemetry::chain(&error), "a twin of nobody is not ended"),
             }

@@ -1,6 +1,5 @@
 //! Departures that an earlier gateway of this host had under way when it was killed: they go on.
 
-use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -14,8 +13,8 @@ use crate::gateway::outgoing::{Departure, Strings};
 use crate::gateway::recovery::{FIRST_PAUSE, LONGEST_PAUSE};
 use crate::gateway::registry::Ticket;
 use crate::gateway::report;
-use crate::hypervisor::PagedSource;
 use crate::hypervisor::attach::{AttachedSource, Timeouts};
+use crate::hypervisor::{Address, PagedSource};
 use crate::migration::{Goal, OfferRecord};
 use crate::telemetry::{Phase, Problem, Progress, RunningOn, chain};
 use crate::types::{MigrationId, Side};
@@ -57,7 +56,9 @@ impl Gateway {
         let peer = self.config.peer_of(&note.peer).cloned()?;
         let (address, instance, name) = (note.order.address.clone(), note.instance.clone(), vm.name.clone());
         let attached = tokio::task::spawn_blocking(move || {
-            let guest = AttachedSource::attach(Path::new(&address), name.as_str(), Timeouts::default()).ok()?;
+            // A stream that was cut off cannot be taken up again.
+            let Address::Attach(path) = Address::parse(&address) else { return None };
+            let guest = AttachedSource::attach(&path, name.as_str(), Timeouts::default()).ok()?;
             let left = guest.attachment();
             // A VMM that was started anew, or forgot which pages were written, has another past than the destination's twin.
             let same = left.instance == instance && left.tracking;

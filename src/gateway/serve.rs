@@ -27,11 +27,12 @@ use crate::control::{
 };
 use crate::engine::{self, Command, Placement, Standing};
 use crate::gateway::Gateway;
+use crate::gateway::host::inspect;
 use crate::gateway::judge::hex;
 use crate::gateway::registry::Migration;
 use crate::gateway::resolution::record_view;
+use crate::hypervisor::Address;
 use crate::hypervisor::RunState;
-use crate::hypervisor::attach::{Timeouts, inspect};
 use crate::limits;
 use crate::telemetry::{Outcome, Problem, Progress, Report};
 use crate::types::{Epoch, MigrationId, Side};
@@ -285,7 +286,10 @@ fn vm_view(gateway: &Gateway, vm: &crate::config::Vm, standing: Option<&Standing
         Some(Placement::Here { address, epoch, .. }) => {
             view.place = "here".to_owned();
             view.owner_epoch = epoch;
-            match inspect(std::path::Path::new(&address), vm.name.as_str(), Timeouts::default()) {
+            // A QEMU's monitor has one client at a time, and while it moves that is the migration.
+            let busy = moving.is_some() && matches!(Address::parse(&address), Address::Qemu(_));
+            match inspect(&Address::parse(&address), vm.name.as_str()) {
+                Err(_) if busy => view.state = VmState::Leaving,
                 Ok((machine, status)) => {
                     if let Some(machine) = machine {
                         view.memory_bytes = Some(machine.regions.iter().map(|region| region.bytes).sum());

@@ -15,7 +15,7 @@ use crate::gateway::policies::{entities, read_policies};
 use crate::gateway::registry::Registry;
 use crate::gateway::serve::SocketKind;
 use crate::gateway::{Gateway, IMAGES, kept, peers, put_class, renewal, serve};
-use crate::hypervisor::attach::LaunchTemplate;
+use crate::hypervisor::LaunchTemplate;
 use crate::identity::{Credentials, IdentityConfig, PostQuantum, Signer, TrustDomainConfig};
 use crate::journal::Journal;
 use crate::limits;
@@ -80,9 +80,13 @@ fn build(config: Arc<Config>) -> Result<Arc<Gateway>, Problem> {
     // Images hold guest memory.
     let images = config.gateway.state_directory.join(IMAGES);
     std::fs::DirBuilder::new().recursive(true).mode(0o700).create(images).map_err(|error| local("directory of images", &error))?;
-    let incoming = config.incoming.as_ref().map(|incoming| LaunchTemplate::new(&incoming.command)).transpose();
-    let incoming =
-        incoming.map_err(|error| Problem::new(ErrorClass::Misuse, format!("incoming.command: {error}")).with_code("configuration"))?;
+    let launch = |key: &str, command: &[String]| {
+        let wrong = |error| Problem::new(ErrorClass::Misuse, format!("{key}.command: {error}")).with_code("configuration");
+        LaunchTemplate::new(command).map_err(wrong)
+    };
+    let incoming = config.incoming.as_ref().map(|incoming| launch("incoming", &incoming.command)).transpose()?;
+    let templates = config.templates.iter().map(|template| Ok((template.name.clone(), launch("template", &template.command)?)));
+    let templates = templates.collect::<Result<_, Problem>>()?;
     let endpoint = Endpoint::bind(TransportConfig::new(config.gateway.listen), Arc::clone(&credentials))
         .map_err(|error| local("listening port", &error))?;
     let registry = Registry::new(config.limits.migrations_max, config.migration.parallel);
@@ -96,6 +100,7 @@ fn build(config: Arc<Config>) -> Result<Arc<Gateway>, Problem> {
         audit,
         registry: Arc::new(registry),
         incoming,
+        templates,
         peers: peers::Reachability::default(),
         taken_up: tokio::sync::Notify::new(),
         proposals: tokio::sync::Mutex::default(),

@@ -13,7 +13,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use crate::hypervisor::synthetic::{Content, generate};
-use crate::hypervisor::{Generation, GuestStatus, HypervisorError, Machine, PagedDestination, PagedSource, RunState};
+use crate::hypervisor::{Generation, Guest, GuestStatus, HypervisorError, Machine, PagedDestination, PagedSource, RunState, wake_paged};
 use crate::memory::{GuestRam, MemoryLayout, PageSet, RamError};
 use crate::types::{PAGE_BYTES, PageNumber, VmUuid};
 
@@ -193,6 +193,29 @@ fn refused(vm: &str, request: &'static str, reason: &str) -> HypervisorError {
     HypervisorError::Refused { vm: vm.to_owned(), request, reason: reason.to_owned() }
 }
 
+impl Guest for ImageSource {
+    fn wake(&mut self) -> Result<(), HypervisorError> {
+        wake_paged(self)
+    }
+    fn can_renew(&self) -> bool {
+        true
+    }
+    fn renew(&mut self) -> Result<(), HypervisorError> {
+        if self.state != RunState::Paused {
+            return Err(refused(&self.name, "renew", "the guest is not paused"));
+        }
+        self.generation = self.generation.renewed().map_err(no_random(&self.name))?;
+        Ok(())
+    }
+    fn status(&mut self) -> Result<GuestStatus, HypervisorError> {
+        Ok(status_of(self.state, Some(self.generation)))
+    }
+    fn destroy(&mut self) -> Result<(), HypervisorError> {
+        self.state = RunState::Ended;
+        Ok(())
+    }
+}
+
 impl PagedSource for ImageSource {
     fn machine(&self) -> &Machine {
         &self.machine
@@ -240,22 +263,8 @@ impl PagedSource for ImageSource {
         self.state = RunState::Running;
         Ok(())
     }
-    fn renew(&mut self) -> Result<(), HypervisorError> {
-        if self.state != RunState::Paused {
-            return Err(refused(&self.name, "renew", "the guest is not paused"));
-        }
-        self.generation = self.generation.renewed().map_err(no_random(&self.name))?;
-        Ok(())
-    }
     fn save_state(&mut self) -> Result<Vec<u8>, HypervisorError> {
         Ok(state_of(self.generation))
-    }
-    fn status(&mut self) -> Result<GuestStatus, HypervisorError> {
-        Ok(status_of(self.state, Some(self.generation)))
-    }
-    fn destroy(&mut self) -> Result<(), HypervisorError> {
-        self.state = RunState::Ended;
-        Ok(())
     }
 }
 
@@ -301,6 +310,29 @@ impl ImageDestination {
     }
 }
 
+impl Guest for ImageDestination {
+    fn wake(&mut self) -> Result<(), HypervisorError> {
+        self.resume()
+    }
+    fn can_renew(&self) -> bool {
+        true
+    }
+    fn renew(&mut self) -> Result<(), HypervisorError> {
+        let (RunState::Paused, Some(generation)) = (self.state, self.generation) else {
+            return Err(refused(&self.name, "renew", "the guest is not paused"));
+        };
+        self.generation = Some(generation.renewed().map_err(no_random(&self.name))?);
+        Ok(())
+    }
+    fn status(&mut self) -> Result<GuestStatus, HypervisorError> {
+        Ok(status_of(self.state, self.generation))
+    }
+    fn destroy(&mut self) -> Result<(), HypervisorError> {
+        self.state = RunState::Ended;
+        Ok(())
+    }
+}
+
 impl PagedDestination for ImageDestination {
     fn ram(&self) -> &Arc<GuestRam> {
         &self.ram
@@ -324,20 +356,6 @@ impl PagedDestination for ImageDestination {
             self.generation = self.generation.map(Generation::disrupted);
         }
         self.state = RunState::Running;
-        Ok(())
-    }
-    fn renew(&mut self) -> Result<(), HypervisorError> {
-        let (RunState::Paused, Some(generation)) = (self.state, self.generation) else {
-            return Err(refused(&self.name, "renew", "the guest is not paused"));
-        };
-        self.generation = Some(generation.renewed().map_err(no_random(&self.name))?);
-        Ok(())
-    }
-    fn status(&mut self) -> Result<GuestStatus, HypervisorError> {
-        Ok(status_of(self.state, self.generation))
-    }
-    fn destroy(&mut self) -> Result<(), HypervisorError> {
-        self.state = RunState::Ended;
         Ok(())
     }
     fn address(&self) -> String {

@@ -1,21 +1,28 @@
 //! The gateway's side of every hypervisor: what a driver must provide, and the drivers.
 //!
-//! *Owns:* the paged driver traits and the drivers `attach` (any VMM that serves the attach
-//! protocol), `image` and `synthetic`. *Never:* transport, policy, decisions about a migration.
+//! *Owns:* the driver traits, of hypervisors whose pages are seen and of those that send a stream of their own, and the drivers
+//! `attach` (any VMM that serves the attach protocol), `image`, `synthetic` and `qemu`. *Never:* transport, policy, decisions
+//! about a migration.
 //! *Invariants:* `harvest-owned` (reading the dirty log destroys it: the set returned is owned by the
 //! caller, which gives it back when it gives up), `paused-stays-paused` (only `resume` starts vCPUs), `no-past-twice` (a
 //! guest that may repeat a part of its past gets a new generation id before it runs: `renew`, then `resume`).
 
+use std::os::unix::net::UnixStream;
 use std::sync::Arc;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
+use tokio::sync::watch;
 
 pub mod attach;
 mod generation;
 pub mod image;
+mod launch;
+pub mod qemu;
 pub mod synthetic;
 
 pub use generation::{Generation, InvalidGeneration};
+pub use launch::{LaunchTemplate, LaunchVariables, LaunchedVmm, TemplateError};
 
 use crate::memory::{GuestRam, PageSet};
 use crate::types::{RamRegion, VmUuid};
@@ -25,7 +32,7 @@ use crate::types::{RamRegion, VmUuid};
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Machine {
-    /// Which family of driver can host it: `kvm`, `synthetic`, `image`.
+    /// Which family of driver can host it: `kvm`, `synthetic`, `image`, `qemu`.
     pub kind: String,
     /// The VM's UUID.
     pub uuid: VmUuid,
@@ -89,8 +96,8 @@ pub enum HypervisorError {
         /// The VMM's words, bounded.
         reason: String,
     },
-    /// The VMM broke the attach protocol.
-    #[error("VMM of `{vm}` broke the attach protocol: {reason}")]
+    /// The VMM broke the protocol of its driver.
+    #[error("VMM of `{vm}` broke its protocol: {reason}")]
     Protocol {
         /// Which VM.
         vm: String,
@@ -127,9 +134,36 @@ pub enum HypervisorError {
     },
 }
 
-/// The source end of a driver that sees pages and dirty bits. Calls block; run them off the
-/// async threads.
-pub trait PagedSource: Send {
+/// What can be done with a guest, however it moves. Calls block; run them off the async threads.
+pub trait Guest: Send {
+    /// Lets the guest run where it is, and takes back what was set up to move it: dirty log, throttle, the hypervisor's own
+    /// migration. Idempotent. The generation stays as it is.
+    ///
+    /// # Errors
+    /// The VMM is gone, or the guest does not run.
+    fn wake(&mut self) -> Result<(), HypervisorError>;
+    /// Whether [`renew`](Self::renew) can be done at all.
+    fn can_renew(&self) -> bool;
+    /// Gives the paused guest a new generation id. Before a resume that may repeat a part of its past: when the guest may have
+    /// gone on elsewhere from this moment.
+    ///
+    /// # Errors
+    /// The VMM is gone, the guest is not paused, or the VMM cannot do it: then the guest must not be resumed.
+    fn renew(&mut self) -> Result<(), HypervisorError>;
+    /// How the guest is.
+    ///
+    /// # Errors
+    /// The VMM is gone.
+    fn status(&mut self) -> Result<GuestStatus, HypervisorError>;
+    /// Ends the VMM and frees the guest's memory. Only of a copy that never runs again.
+    ///
+    /// # Errors
+    /// The VMM is gone already.
+    fn destroy(&mut self) -> Result<(), HypervisorError>;
+}
+
+/// The source end of a driver that sees pages and dirty bits.
+pub trait PagedSource: Guest {
     /// What the destination has to provide.
     fn machine(&self) -> &Machine;
     /// The guest's RAM.
@@ -164,31 +198,27 @@ pub trait PagedSource: Send {
     /// # Errors
     /// The VMM is gone.
     fn resume(&mut self) -> Result<(), HypervisorError>;
-    /// Gives the paused guest a new generation id. Before a resume that may repeat a part of its past: when the guest may have
-    /// gone on elsewhere from this moment.
-    ///
-    /// # Errors
-    /// The VMM is gone, the guest is not paused, or the VMM cannot do it: then the guest must not be resumed.
-    fn renew(&mut self) -> Result<(), HypervisorError>;
     /// All vCPU and device state of the paused guest.
     ///
     /// # Errors
     /// The VMM is gone or the guest is not paused.
     fn save_state(&mut self) -> Result<Vec<u8>, HypervisorError>;
-    /// How the guest is.
-    ///
-    /// # Errors
-    /// The VMM is gone.
-    fn status(&mut self) -> Result<GuestStatus, HypervisorError>;
-    /// Ends the VMM and frees the guest's memory. Only after the destination runs it.
-    ///
-    /// # Errors
-    /// The VMM is gone already.
-    fn destroy(&mut self) -> Result<(), HypervisorError>;
+}
+
+/// [`Guest::wake`] of a guest whose pages were watched.
+fn wake_paged(guest: &mut dyn PagedSource) -> Result<(), HypervisorError> {
+    guest.resume()?;
+    // A guest that runs matters more than what it was measured with.
+    for (what, result) in [("throttle", guest.throttle(0)), ("dirty log", guest.stop_tracking())] {
+        if let Err(error) = result {
+            tracing::warn!(what, error = %error, "not switched off after resume");
+        }
+    }
+    Ok(())
 }
 
 /// The destination end: an empty twin that is filled, then started or thrown away.
-pub trait PagedDestination: Send {
+pub trait PagedDestination: Guest {
     /// The twin's RAM.
     fn ram(&self) -> &Arc<GuestRam>;
     /// Checks all state first, then applies it; the guest stays paused.
@@ -206,22 +236,137 @@ pub trait PagedDestination: Send {
     /// # Errors
     /// The VMM is gone.
     fn resume(&mut self) -> Result<(), HypervisorError>;
-    /// Gives the restored guest a new generation id. Before it is resumed from state that may have been resumed before, such as
-    /// an image on disk.
-    ///
-    /// # Errors
-    /// As [`PagedSource::renew`].
-    fn renew(&mut self) -> Result<(), HypervisorError>;
-    /// How the guest is.
-    ///
-    /// # Errors
-    /// The VMM is gone.
-    fn status(&mut self) -> Result<GuestStatus, HypervisorError>;
-    /// Throws the twin away.
-    ///
-    /// # Errors
-    /// The VMM is gone already.
-    fn destroy(&mut self) -> Result<(), HypervisorError>;
     /// Where the running guest can be attached to from now on, for the gateway's records.
     fn address(&self) -> String;
+}
+
+/// How far the migration of a hypervisor that sends a stream of its own has come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum StreamStage {
+    /// Nothing was begun.
+    Idle,
+    /// The guest runs and is sent, or is being loaded.
+    Flowing,
+    /// At the source: the guest stands still, and the rest of it waits for [`StreamSource::go_on`].
+    Stopped,
+    /// All of it is in the stream, or loaded. The guest stays paused until it is told otherwise.
+    Complete,
+    /// It ended without; [`failure`](StreamSource::failure) says why.
+    Failed,
+}
+
+/// What is asked of a hypervisor that decides by itself when its guest is paused.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct StreamGoal {
+    /// The longest pause that the guest may see.
+    pub downtime_max: Duration,
+    /// Whether vCPUs may be slowed down to get there.
+    pub throttle: bool,
+}
+
+/// What a hypervisor says of its stream.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct StreamProgress {
+    /// Guest RAM, bytes.
+    pub total_bytes: u64,
+    /// What of it is not sent, bytes.
+    pub remaining_bytes: u64,
+    /// What the guest dirties, bytes a second.
+    pub dirty_bytes_per_second: u64,
+    /// Passes over dirty pages.
+    pub rounds: u32,
+    /// The pause to expect, once it is known.
+    pub downtime_expected: Option<Duration>,
+}
+
+/// The source end of a hypervisor that sends its guest itself.
+pub trait StreamSource: Guest {
+    /// What the destination has to provide.
+    fn machine(&self) -> &Machine;
+    /// Begins to send the guest, which runs on; where its stream is read from.
+    ///
+    /// # Errors
+    /// The hypervisor is gone or refuses.
+    fn begin(&mut self, goal: StreamGoal) -> Result<UnixStream, HypervisorError>;
+    /// How far it has come, from now on. Ends with the driver.
+    fn stages(&self) -> watch::Receiver<StreamStage>;
+    /// Lets a guest that is [`Stopped`](StreamStage::Stopped) be sent to its end.
+    ///
+    /// # Errors
+    /// The hypervisor is gone or refuses.
+    fn go_on(&mut self) -> Result<(), HypervisorError>;
+    /// Changes what is asked of the pause.
+    ///
+    /// # Errors
+    /// The hypervisor is gone or refuses.
+    fn set_goal(&mut self, goal: StreamGoal) -> Result<(), HypervisorError>;
+    /// Says what the path takes, bytes a second, also ahead of [`begin`](Self::begin): the socket takes more for a moment.
+    ///
+    /// # Errors
+    /// The hypervisor is gone or refuses.
+    fn set_path_rate(&mut self, bytes_per_second: u64) -> Result<(), HypervisorError>;
+    /// What it says of the stream.
+    ///
+    /// # Errors
+    /// The hypervisor is gone.
+    fn progress(&mut self) -> Result<StreamProgress, HypervisorError>;
+    /// Sees for itself that all of the guest is in the stream and that it does not run by itself any more.
+    ///
+    /// # Errors
+    /// It may run, or the hypervisor is gone.
+    fn ensure_complete(&mut self) -> Result<(), HypervisorError>;
+    /// Why it failed.
+    fn failure(&mut self) -> HypervisorError;
+}
+
+/// The destination end: an empty hypervisor that loads a stream, then runs the guest or is thrown away.
+pub trait StreamDestination: Guest {
+    /// Begins to load; where the stream is written to.
+    ///
+    /// # Errors
+    /// The hypervisor is gone or refuses.
+    fn begin(&mut self) -> Result<UnixStream, HypervisorError>;
+    /// How far it has come, from now on. Ends with the driver.
+    fn stages(&self) -> watch::Receiver<StreamStage>;
+    /// Sees for itself that the guest is loaded and paused.
+    ///
+    /// # Errors
+    /// It is not, or the hypervisor is gone.
+    fn ensure_complete(&mut self) -> Result<(), HypervisorError>;
+    /// Why it failed.
+    fn failure(&mut self) -> HypervisorError;
+    /// Where the guest can be reached from now on, for the gateway's records.
+    fn address(&self) -> String;
+}
+
+/// Where a guest is, as a gateway keeps it: which driver reaches it, and its socket.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Address {
+    /// A VMM that serves the attach protocol.
+    Attach(std::path::PathBuf),
+    /// The monitor of a QEMU.
+    Qemu(std::path::PathBuf),
+}
+
+/// What stands in front of the path of a QEMU's monitor. Without, a path is one of the attach protocol.
+const QEMU_SCHEME: &str = "qmp:";
+
+impl Address {
+    /// The address in a record.
+    #[must_use]
+    pub fn parse(text: &str) -> Self {
+        match text.strip_prefix(QEMU_SCHEME) {
+            Some(path) => Self::Qemu(path.into()),
+            None => Self::Attach(text.into()),
+        }
+    }
+}
+
+impl std::fmt::Display for Address {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Attach(path) => write!(f, "{}", path.display()),
+            Self::Qemu(path) => write!(f, "{QEMU_SCHEME}{}", path.display()),
+        }
+    }
 }

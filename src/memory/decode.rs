@@ -27,6 +27,12 @@ pub enum DecodeError {
         #[source]
         source: WireError,
     },
+    /// A piece of a stream among pages.
+    #[error("frame of lane {lane} has a piece of a stream: expected pages")]
+    Stream {
+        /// The lane.
+        lane: LaneIndex,
+    },
     /// The body is not as long as the header says.
     #[error("frame has a body of {got} bytes: expected {expected}")]
     BodyLength {
@@ -220,6 +226,9 @@ impl Decoder {
     pub fn apply(&mut self, header: &FrameHeader, body: &[u8], ram: &GuestRam) -> Result<Option<Round>, DecodeError> {
         self.check_header(header, body)?;
         let malformed = |source| DecodeError::Frame { lane: header.lane, sequence: header.sequence, source };
+        if header.kind == FrameKind::Stream {
+            return Err(DecodeError::Stream { lane: self.lane });
+        }
         if header.kind == FrameKind::RoundMark {
             // SPEC: PROTOCOL.md#must-mark-totals
             let got = decode_round_mark(body).map_err(malformed)?;

@@ -1,6 +1,6 @@
 //! What to send and how small it gets: guest RAM, page sets, dirty accounting, encoder, decoder.
 //!
-//! *Owns:* the mapping of guest RAM, the set of pages owed to the destination, the page codecs.
+//! *Owns:* the mapping of guest RAM, the set of pages owed to the destination, the codecs of pages and of streams.
 //! *Never:* async, sockets, hypervisors, clocks; nothing here is shared between two VMs.
 //! *Invariants:* `one-copy` (a guest page is read once per send and everything after works on our
 //! copy), `no-lost-dirt` (owed + in flight + applied = harvested), `lane-affinity` (a page always
@@ -10,6 +10,7 @@
 //! *Read first:* `layout.rs`, `pages.rs`, `ram.rs`, then `tracker.rs`, `encode.rs`, `decode.rs`.
 
 mod adapt;
+mod chunk;
 mod decode;
 mod digest;
 mod duplicates;
@@ -31,6 +32,7 @@ use serde::{Deserialize, Serialize};
 use crate::wire::Compression;
 
 pub use adapt::Adaptation;
+pub use chunk::{ChunkPacker, ChunkUnpacker};
 pub use decode::{DecodeError, Decoder};
 pub use digest::{KeptDigests, StripeDigest, combine_digests, differing_stripes, digest_ram, digest_stripe, digest_stripes, stripe_count};
 pub use duplicates::{DUPLICATES_KEY_BYTES, Duplicates};

@@ -9,13 +9,14 @@
 //! run past it), `journal-wire-effect` (a record is durable before the message that tells it and
 //! before the effect that it permits: actions are performed strictly in order and a failed journal
 //! action cuts off those behind it).
-//! *Read first:* `handoff.rs`, then `source.rs`, `destination.rs`, `convergence.rs`.
+//! *Read first:* `handoff.rs`, then `source.rs`, `destination.rs`, `convergence.rs`; `stream.rs` for hypervisors that send by themselves.
 //! `transitions.txt` holds every state against every event, as the tests found them.
 
 mod convergence;
 mod destination;
 mod handoff;
 mod source;
+mod stream;
 #[cfg(test)]
 mod transitions;
 
@@ -28,6 +29,7 @@ pub use handoff::{
     SourceDecision, SourceHandoff, SourceRecord, SourceState, SourceStep,
 };
 pub use source::{Source, SourceAction, SourceEvent, Standing};
+pub use stream::{StreamDestination, StreamDestinationAction, StreamDestinationEvent, StreamSource, StreamSourceAction, StreamSourceEvent};
 
 /// An event that a machine does not take in its state.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

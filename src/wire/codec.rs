@@ -6,7 +6,7 @@ use crate::wire::reader::{Reader, Writer};
 use crate::wire::{
     Accept, AuditAnswer, AuditHead, Compression, CompressionScope, Durability, ErrorClass, Failure, Feature, FinalDigest, Handoff,
     HandoffMessage, Hello, Join, LaneStanding, LaneTotals, Message, Offer, Resume, Resumed, RoundApplied, RoundEnd, SignedHandoff,
-    StateChunk, StreamTerms, WireError,
+    StateChunk, StreamApplied, StreamEnd, StreamResumed, StreamTerms, WireError,
 };
 
 /// Bytes in front of the body of a control message: length and kind.
@@ -25,7 +25,7 @@ const HANDOFF_DOMAIN: &[u8] = b"sealane handoff v1\0";
 const LANES_DOMAIN: &[u8] = b"sealane lanes v1\0";
 
 /// Name of each kind of message; the kind is the place in the list, counted from 1.
-const NAMES: [&str; 13] = [
+const NAMES: [&str; 16] = [
     "hello",
     "offer",
     "accept",
@@ -39,7 +39,13 @@ const NAMES: [&str; 13] = [
     "resume",
     "resumed",
     "audit-answer",
+    "stream-end",
+    "stream-applied",
+    "stream-resumed",
 ];
+
+/// And for the digest over the length of a stream.
+const STREAM_DOMAIN: &[u8] = b"sealane stream v1\0";
 
 /// Kind and body length from the header of a control message.
 ///
@@ -56,7 +62,7 @@ pub fn decode_control_header(header: &[u8; CONTROL_HEADER_BYTES]) -> Result<(u8,
 
 fn name_of(kind: u8) -> Result<&'static str, WireError> {
     let name = usize::from(kind).checked_sub(1).and_then(|index| NAMES.get(index)).copied();
-    name.ok_or(WireError::Unknown { message: "control header", field: "kind", expected: "1 to 13", got: u64::from(kind) })
+    name.ok_or(WireError::Unknown { message: "control header", field: "kind", expected: "1 to 16", got: u64::from(kind) })
 }
 
 impl Message {
@@ -77,6 +83,9 @@ impl Message {
             Self::Resume(_) => 11,
             Self::Resumed(_) => 12,
             Self::AuditAnswer(_) => 13,
+            Self::StreamEnd(_) => 14,
+            Self::StreamApplied(_) => 15,
+            Self::StreamResumed(_) => 16,
         }
     }
 
@@ -146,6 +155,15 @@ impl Message {
                     out.put_u64(lane.frames);
                 }
             }
+            Self::StreamEnd(StreamEnd { migration, bytes }) | Self::StreamApplied(StreamApplied { migration, bytes }) => {
+                out.put(&migration.0);
+                out.put_u64(*bytes);
+            }
+            Self::StreamResumed(resumed) => {
+                out.put(&resumed.migration.0);
+                out.put_u8(u8::from(resumed.deciding));
+                out.put_u64(resumed.bytes);
+            }
         }
     }
 
@@ -196,6 +214,13 @@ impl Message {
                 entries: reader.u64("entries")?,
                 cosignature: reader.text("cosignature", limits::COSIGNATURE_BYTES_MAX)?.to_owned(),
             }),
+            14 => Self::StreamEnd(StreamEnd { migration: migration(reader)?, bytes: reader.u64("bytes")? }),
+            15 => Self::StreamApplied(StreamApplied { migration: migration(reader)?, bytes: reader.u64("bytes")? }),
+            16 => Self::StreamResumed(StreamResumed {
+                migration: migration(reader)?,
+                deciding: reader.flag("deciding")?,
+                bytes: reader.u64("bytes")?,
+            }),
             _ => Self::Ping,
         };
         reader.finish()?;
@@ -220,6 +245,16 @@ impl LaneTotals {
     pub fn canonical_bytes(lanes: &[Self]) -> Vec<u8> {
         let mut out = LANES_DOMAIN.to_vec();
         put_lanes(&mut out, lanes);
+        out
+    }
+}
+
+impl StreamEnd {
+    /// What the lanes digest of the final state is taken over where a stream was carried: a domain, then its length.
+    #[must_use]
+    pub fn canonical_bytes(&self) -> Vec<u8> {
+        let mut out = STREAM_DOMAIN.to_vec();
+        out.put_u64(self.bytes);
         out
     }
 }

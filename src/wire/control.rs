@@ -32,6 +32,12 @@ pub enum Message {
     Resumed(Resumed),
     /// What became of the head that the receiver sent.
     AuditAnswer(AuditAnswer),
+    /// Source: the hypervisor's stream has ended.
+    StreamEnd(StreamEnd),
+    /// Destination: so much of the stream is with its hypervisor.
+    StreamApplied(StreamApplied),
+    /// Destination of a stream: where it goes on.
+    StreamResumed(StreamResumed),
 }
 
 /// What a gateway speaks and who it is beyond its certificate.
@@ -69,7 +75,7 @@ pub struct Offer {
     pub uuid: VmUuid,
     /// The epoch at which the source owns the VM.
     pub epoch: Epoch,
-    /// Which driver speaks to the hypervisor: `kvm`, `synthetic`, `image`.
+    /// Which driver speaks to the hypervisor: `kvm`, `synthetic`, `image`, `qemu`.
     pub hypervisor: String,
     /// Guest RAM.
     pub regions: Vec<RamRegion>,
@@ -340,6 +346,35 @@ pub struct Resumed {
     pub deciding: bool,
     /// What each lane has applied.
     pub lanes: Vec<LaneStanding>,
+}
+
+/// All of a hypervisor's stream was read.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StreamEnd {
+    /// The attempt.
+    pub migration: MigrationId,
+    /// Bytes of the whole stream.
+    pub bytes: u64,
+}
+
+/// How much of a stream the destination's hypervisor was given, without a gap from its beginning.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StreamApplied {
+    /// The attempt.
+    pub migration: MigrationId,
+    /// Bytes.
+    pub bytes: u64,
+}
+
+/// What the destination of a stream is at.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StreamResumed {
+    /// The attempt.
+    pub migration: MigrationId,
+    /// Whether FINAL and all of the stream came, so that the handoff decides.
+    pub deciding: bool,
+    /// What its hypervisor was given, bytes; the stream goes on behind that.
+    pub bytes: u64,
 }
 
 /// What one lane has applied since its last join.

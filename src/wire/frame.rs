@@ -3,13 +3,16 @@
 use crate::limits;
 use crate::types::{LaneIndex, Round};
 use crate::wire::reader::{Reader, Writer};
-use crate::wire::{LaneTotals, WireError};
+use crate::wire::{Codec, LaneTotals, WireError};
 
 /// Bytes of a frame's header.
 pub const FRAME_HEADER_BYTES: usize = 24;
 
 /// Bytes of the body of a round mark.
 pub(super) const ROUND_MARK_BYTES: usize = 40;
+
+/// Bytes in front of a piece of a stream: codec, offset, length.
+const STREAM_HEAD_BYTES: usize = 13;
 
 /// What a frame carries.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -18,6 +21,8 @@ pub enum FrameKind {
     Pages,
     /// The end of a round on this lane, with the lane's totals up to the frame before this one.
     RoundMark,
+    /// A piece of a hypervisor's stream.
+    Stream,
 }
 
 impl FrameKind {
@@ -25,11 +30,12 @@ impl FrameKind {
         match self {
             Self::Pages => 1,
             Self::RoundMark => 2,
+            Self::Stream => 3,
         }
     }
 
     fn from_number(number: u8) -> Option<Self> {
-        [Self::Pages, Self::RoundMark].into_iter().find(|kind| kind.number() == number)
+        [Self::Pages, Self::RoundMark, Self::Stream].into_iter().find(|kind| kind.number() == number)
     }
 }
 
@@ -77,7 +83,7 @@ impl FrameHeader {
     pub fn decode(bytes: &[u8; FRAME_HEADER_BYTES]) -> Result<Self, WireError> {
         let mut reader = Reader::new("frame", bytes);
         let number = reader.u8("kind")?;
-        let kind = reader.known("kind", "1 (pages) or 2 (round mark)", u64::from(number), FrameKind::from_number(number))?;
+        let kind = reader.known("kind", "1 (pages), 2 (round mark) or 3 (stream)", u64::from(number), FrameKind::from_number(number))?;
         let reserved = reader.u8("reserved byte")?;
         reader.bounded("reserved byte", reserved, 0, 0)?;
         let lane = reader.u16("lane")?;
@@ -88,6 +94,7 @@ impl FrameHeader {
         let (records_min, records_max, body_min, body_max) = match kind {
             FrameKind::Pages => (1, limits::FRAME_PAGES_MAX, 1, limits::FRAME_BODY_BYTES_MAX),
             FrameKind::RoundMark => (0, 0, ROUND_MARK_BYTES, ROUND_MARK_BYTES),
+            FrameKind::Stream => (1, 1, STREAM_HEAD_BYTES + 1, STREAM_HEAD_BYTES + limits::STREAM_CHUNK_BYTES_MAX),
         };
         let records = reader.u32("records")?;
         let records = reader.bounded("records", records, records_min, records_max)?;
@@ -113,4 +120,58 @@ pub fn decode_round_mark(body: &[u8]) -> Result<LaneTotals, WireError> {
     let totals = reader.totals()?;
     reader.finish()?;
     Ok(totals)
+}
+
+/// A piece of a hypervisor's stream, as it stands in a frame.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct StreamChunk<'a> {
+    /// Where in the stream it begins.
+    pub offset: u64,
+    /// Bytes of the stream that it is.
+    pub bytes: usize,
+    /// How they are packed; nothing when they are as they were.
+    pub codec: Option<Codec>,
+    /// The bytes, packed or not.
+    pub block: &'a [u8],
+}
+
+impl<'a> StreamChunk<'a> {
+    /// Appends the whole frame.
+    pub fn put(&self, out: &mut Vec<u8>, lane: LaneIndex, sequence: u64) {
+        let body_bytes = STREAM_HEAD_BYTES + self.block.len();
+        let header = FrameHeader { kind: FrameKind::Stream, lane, round: Round(1), sequence, records: 1, body_bytes };
+        out.put(&header.encode());
+        out.put_u8(match self.codec {
+            None => 0,
+            Some(Codec::Lz4) => 1,
+            Some(_) => 2,
+        });
+        out.put_u64(self.offset);
+        out.put_length(self.bytes);
+        out.put(self.block);
+    }
+
+    /// The piece in the body of a frame. Its end is a number that exists, and its length at most
+    /// [`limits::STREAM_CHUNK_BYTES_MAX`].
+    ///
+    /// # Errors
+    /// A number is out of bounds.
+    pub fn decode(body: &'a [u8]) -> Result<Self, WireError> {
+        let mut reader = Reader::new("stream frame", body);
+        let codec = match reader.u8("codec")? {
+            0 => None,
+            1 => Some(Codec::Lz4),
+            2 => Some(Codec::Zstd),
+            other => return reader.known("codec", "0 (none), 1 (lz4) or 2 (zstd)", u64::from(other), None),
+        };
+        let offset = reader.u64("offset")?;
+        let offset = reader.bounded("offset", offset, 0, u64::MAX - limits::STREAM_CHUNK_BYTES_MAX as u64)?;
+        let bytes = reader.length("length", 1, limits::STREAM_CHUNK_BYTES_MAX)?;
+        let (min, max) = if codec.is_none() { (bytes, bytes) } else { (1, bytes) };
+        let block = reader.take("block", body.len().saturating_sub(STREAM_HEAD_BYTES))?;
+        let length = u32::try_from(block.len()).unwrap_or(u32::MAX);
+        reader.bounded("block", length, min as u64, max as u64)?;
+        reader.finish()?;
+        Ok(Self { offset, bytes, codec, block })
+    }
 }

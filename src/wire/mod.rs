@@ -29,9 +29,10 @@ pub use code::ErrorClass;
 pub use codec::{CONTROL_HEADER_BYTES, JOIN_BYTES, decode_control_header};
 pub use control::{
     Accept, AuditAnswer, AuditHead, Compression, CompressionScope, Durability, Failure, Feature, FinalDigest, Handoff, HandoffMessage,
-    Hello, Join, LaneStanding, LaneTotals, Message, Offer, Resume, Resumed, RoundApplied, RoundEnd, SignedHandoff, StateChunk, StreamTerms,
+    Hello, Join, LaneStanding, LaneTotals, Message, Offer, Resume, Resumed, RoundApplied, RoundEnd, SignedHandoff, StateChunk,
+    StreamApplied, StreamEnd, StreamResumed, StreamTerms,
 };
 pub use error::WireError;
-pub use frame::{FRAME_HEADER_BYTES, FrameHeader, FrameKind, decode_round_mark, put_round_mark};
-pub use negotiate::{Negotiated, VERSION_MAX, VERSION_MIN, negotiate};
+pub use frame::{FRAME_HEADER_BYTES, FrameHeader, FrameKind, StreamChunk, decode_round_mark, put_round_mark};
+pub use negotiate::{Negotiated, STREAM_FEATURE, VERSION_MAX, VERSION_MIN, negotiate};
 pub use page::{After, Batch, Codec, PagesFrame, Record, Records, Run, afters};

@@ -3,12 +3,15 @@
 use crate::limits;
 use crate::types::Incarnation;
 use crate::wire::error::printable;
-use crate::wire::{Hello, WireError};
+use crate::wire::{Feature, Hello, WireError};
 
 /// Lowest protocol version spoken here.
 pub const VERSION_MIN: u16 = 1;
 /// Highest protocol version spoken here.
 pub const VERSION_MAX: u16 = 1;
+
+/// Streams of hypervisors that send their guests themselves.
+pub const STREAM_FEATURE: &str = "stream";
 
 /// What both sides speak.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -28,10 +31,11 @@ impl Negotiated {
 }
 
 impl Hello {
-    /// The greeting of this build, which has no optional features yet.
+    /// The greeting of this build.
     #[must_use]
     pub fn new(incarnation: Incarnation, signing_key: [u8; 32]) -> Self {
-        Self { version_min: VERSION_MIN, version_max: VERSION_MAX, features: Vec::new(), incarnation, signing_key }
+        let features = vec![Feature { name: STREAM_FEATURE.to_owned(), critical: false }];
+        Self { version_min: VERSION_MIN, version_max: VERSION_MAX, features, incarnation, signing_key }
     }
 
     /// Checks what does not depend on the other side: versions in order, names well-formed, and no
@@ -93,7 +97,7 @@ pub fn negotiate(own: &Hello, peer: &Hello) -> Result<Negotiated, WireError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::wire::{ErrorClass, Feature};
+    use crate::wire::ErrorClass;
 
     fn hello(versions: (u16, u16), features: &[(&str, bool)]) -> Hello {
         let features = features.iter().map(|(name, critical)| Feature { name: (*name).to_owned(), critical: *critical }).collect();

@@ -86,6 +86,9 @@ fn every_message() -> Vec<Message> {
         Message::Offer(Offer { stream: other_terms, ..offer() }),
         Message::RoundEnd(RoundEnd { migration: MIGRATION, round: Round(2), last: false, lanes: totals }),
         Message::AuditAnswer(AuditAnswer { entries: 6, cosignature: "— w AAAA\n".to_owned() }),
+        Message::StreamEnd(StreamEnd { migration: MIGRATION, bytes: 1 << 40 }),
+        Message::StreamApplied(StreamApplied { migration: MIGRATION, bytes: 3 }),
+        Message::StreamResumed(StreamResumed { migration: MIGRATION, deciding: true, bytes: 7 }),
     ]
 }
 
@@ -111,6 +114,13 @@ fn frames() -> Vec<u8> {
     out
 }
 
+/// A frame with a piece of a stream.
+fn piece() -> Vec<u8> {
+    let mut out = Vec::new();
+    StreamChunk { offset: 1 << 33, bytes: 9, codec: Some(Codec::Zstd), block: &[1, 2, 3] }.put(&mut out, LaneIndex(2), 4);
+    out
+}
+
 fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
@@ -123,7 +133,7 @@ fn the_bytes_of_version_1_do_not_change() {
     for message in every_message() {
         transcript += &format!("{} {}\n", message.name(), hex(&message.encode_framed()));
     }
-    transcript += &format!("join {}\nframes {}\n", hex(&join().encode()), hex(&frames()));
+    transcript += &format!("join {}\nframes {}\npiece {}\n", hex(&join().encode()), hex(&frames()), hex(&piece()));
     let Message::Handoff(signed) = signed(Handoff::Commit { digest: FinalDigest { state: [3; 32], lanes: [4; 32], memory: 5 } }) else {
         panic!()
     };
@@ -187,8 +197,8 @@ fn refuses_hostile_control_headers() {
     let length = |got: u32| Err(format!("`body length` of `control header` is out of bounds: expected 0 to {max}, got {got}"));
     assert_eq!(header(max + 1, 2), length(max + 1));
     assert_eq!(header(u32::MAX, 2), length(u32::MAX));
-    for kind in [0, 14, 255] {
-        let unknown = format!("`kind` of `control header` is unknown: expected 1 to 13, got {kind}");
+    for kind in [0, 17, 255] {
+        let unknown = format!("`kind` of `control header` is unknown: expected 1 to 16, got {kind}");
         assert_eq!(header(0, kind), Err(unknown.clone()));
         assert_eq!(Message::decode(kind, &[]).unwrap_err().to_string(), unknown);
     }
@@ -379,5 +389,37 @@ proptest! {
         if let Ok(join) = Join::decode(&bytes) {
             prop_assert_eq!(join.encode(), bytes);
         }
+    }
+}
+
+#[test]
+fn a_piece_of_a_stream_comes_back_as_it_was_and_a_hostile_one_does_not() {
+    for (codec, bytes) in [(None, 3), (Some(Codec::Lz4), 9), (Some(Codec::Zstd), 9)] {
+        let chunk = StreamChunk { offset: 7, bytes, codec, block: &[1, 2, 3] };
+        let mut frame = Vec::new();
+        chunk.put(&mut frame, LaneIndex(2), 4);
+        let (header, body) = frame.split_first_chunk().unwrap();
+        let header = FrameHeader::decode(header).unwrap();
+        assert_eq!((header.kind, header.lane, header.sequence, header.body_bytes), (FrameKind::Stream, LaneIndex(2), 4, body.len()));
+        assert_eq!(StreamChunk::decode(body).unwrap(), chunk);
+    }
+    let body =
+        |codec: u8, offset: u64, bytes: u32, block: &[u8]| [&[codec][..], &offset.to_le_bytes(), &bytes.to_le_bytes(), block].concat();
+    let most = u32::try_from(limits::STREAM_CHUNK_BYTES_MAX).unwrap();
+    for (body, field) in [
+        (body(3, 0, 1, &[0]), "codec"),
+        (body(0, u64::MAX, 1, &[0]), "offset"),
+        (body(0, 0, 0, &[]), "length"),
+        (body(2, 0, most + 1, &[0]), "length"),
+        (body(2, 0, u32::MAX, &[0]), "length"),
+        (body(0, 0, 2, &[0]), "block"),
+        (body(0, 0, 2, &[0; 3]), "block"),
+        (body(1, 0, 2, &[0; 3]), "block"),
+        (body(1, 0, 2, &[]), "block"),
+        (vec![0; 12], "length"),
+        (vec![], "codec"),
+    ] {
+        let refused = StreamChunk::decode(&body).unwrap_err().to_string();
+        assert!(refused.contains(&format!("`{field}`")) || refused.contains(field), "{refused}: {field}");
     }
 }

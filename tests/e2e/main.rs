@@ -40,6 +40,7 @@ mod outages;
 mod peers;
 mod picky_vmm;
 mod policy;
+mod qemu;
 mod queue;
 mod random;
 mod relay;

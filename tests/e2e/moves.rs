@@ -1,7 +1,7 @@
 //! What has to work.
 
 use sealane::hypervisor::attach::{AttachedSource, Timeouts};
-use sealane::hypervisor::{Generation, PagedSource};
+use sealane::hypervisor::{Generation, Guest, PagedSource};
 
 use crate::command::run;
 use crate::gateway::{A, B, Name};

@@ -66,7 +66,7 @@ impl Side {
             lanes,
             evidence: self.evidence.clone(),
             link,
-            twin: Box::new(twin),
+            twin: Box::new(twin) as Box<dyn PagedDestination>,
             ask_commit: Arc::new(|_| Ok(())),
             policy_digest: [0; 32],
             commands,

@@ -269,7 +269,7 @@ impl Side {
         let ports = SourcePorts {
             evidence: self.evidence.clone(),
             link,
-            guest,
+            guest: guest as Box<dyn PagedSource>,
             ask_commit: Arc::new(|_| Ok(())),
             redial: Arc::new(|| Box::pin(async { Err(EngineError::Bug("the session ended".into())) })),
             progress,

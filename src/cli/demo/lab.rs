@@ -11,10 +11,12 @@ use std::time::{Duration, Instant};
 use ring::rand::{SecureRandom, SystemRandom};
 use serde::Serialize;
 
+use super::linux::Linux;
 use super::{bug, ended, until};
 use crate::control::Client;
 use crate::hypervisor::attach::{AttachedSource, Timeouts, observe};
-use crate::hypervisor::{GuestStatus, HypervisorError, PagedSource};
+use crate::hypervisor::qemu::{self, QemuSource};
+use crate::hypervisor::{Guest, GuestStatus, HypervisorError};
 use crate::identity::authority;
 use crate::telemetry::{ErrorClass, Problem, chain};
 use crate::types::{PAGE_BYTES, Side};
@@ -37,6 +39,7 @@ pub(super) struct Lab {
     keep: bool,
     guest: Child,
     guest_socket: PathBuf,
+    boots: bool,
 }
 
 /// One gateway process.
@@ -73,14 +76,25 @@ impl Lab {
         }
         let ports = [free_port()?, free_port()?];
         let guest_socket = directory.join("gw-a/run/guest.sock");
-        write(&directory.join("gw-a/gateway.toml"), &config(&program, "gw-a", ports, Some(&guest_socket)))?;
-        write(&directory.join("gw-b/gateway.toml"), &config(&program, "gw-b", ports, None))?;
-        let mut guest = start_guest(&program, &directory, &guest_socket, flags, hypervisor)?;
+        let linux = if hypervisor == DemoHypervisor::Qemu { Some(Linux::find(&directory)?) } else { None };
+        let template = linux.as_ref().map(|linux| linux.template(flags)).unwrap_or_default();
+        let place = guest_socket.display().to_string();
+        let here = if linux.is_some() { format!("qmp = {place:?}\n") } else { format!("socket = {place:?}\n") };
+        let there = if linux.is_some() { "template = \"linux\"\n" } else { "" };
+        write(&directory.join("gw-a/gateway.toml"), &(config(&program, "gw-a", ports, &here) + &template))?;
+        write(&directory.join("gw-b/gateway.toml"), &(config(&program, "gw-b", ports, there) + &template))?;
+        let mut guest = match &linux {
+            Some(linux) => linux.start(UUID, &guest_socket, &directory.join("gw-a/run"), flags)?,
+            None => start_guest(&program, &directory, &guest_socket, flags, hypervisor)?,
+        };
         wait_for_socket(&guest_socket, &mut guest, &directory.join("gw-a/run/guest.log"))?;
         let source = Gateway::start(&program, directory.join("gw-a"));
         let destination = Gateway::start(&program, directory.join("gw-b"));
         match (source, destination) {
-            (Ok(source), Ok(destination)) => Ok(Self { source, destination, directory, keep: flags.keep.is_some(), guest, guest_socket }),
+            (Ok(source), Ok(destination)) => {
+                let (keep, boots) = (flags.keep.is_some(), linux.is_some());
+                Ok(Self { source, destination, directory, keep, guest, guest_socket, boots })
+            }
             (one, other) => {
                 // Nobody will attach to it.
                 let _ = guest.kill();
@@ -97,6 +111,11 @@ impl Lab {
         self.keep.then(|| self.directory.clone())
     }
 
+    /// Whether the guest is an operating system, which has to start first.
+    pub(super) fn boots(&self) -> bool {
+        self.boots
+    }
+
     fn console(&self, side: Side) -> PathBuf {
         match side {
             Side::Source => self.directory.join("gw-a/run").join(format!("{VM}.serial")),
@@ -106,10 +125,12 @@ impl Lab {
 
     /// Heartbeats on a console, in order. A synthetic guest has no console: its last line is asked for.
     fn beats(&self, side: Side) -> Vec<u64> {
-        let text = fs::read_to_string(self.console(side)).unwrap_or_default();
-        // The last line may still be growing.
-        let complete = text.rfind('\n').map_or("", |end| &text[..end]);
-        complete.lines().filter_map(crate::vmm::heartbeat_number).collect()
+        numbers(&self.said(side))
+    }
+
+    /// All that a console has.
+    fn said(&self, side: Side) -> String {
+        fs::read(self.console(side)).map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).unwrap_or_default()
     }
 
     /// Waits until the guest has printed `count` more heartbeats there; returns the last number.
@@ -134,7 +155,8 @@ impl Lab {
 
     pub(super) fn heartbeats(&self) -> Heartbeats {
         let (source, destination) = (self.beats(Side::Source), self.beats(Side::Destination));
-        let all: Vec<u64> = source.iter().chain(&destination).copied().collect();
+        // A line that was begun on one console may end on the other.
+        let all = numbers(&(self.said(Side::Source) + &self.said(Side::Destination)));
         let followed = all.windows(2).all(|pair| matches!(pair, [one, next] if *next == one + 1));
         Heartbeats {
             first_on_source: source.first().copied(),
@@ -153,7 +175,7 @@ impl Lab {
                 entries
                     .flatten()
                     .map(|entry| entry.path())
-                    .find(|path| path.extension().is_some_and(|extension| extension == "sock") && !path.ends_with("api.sock"))
+                    .find(|path| path.extension().is_some_and(|ending| ending == "sock" || ending == "qmp") && !path.ends_with("api.sock"))
             }
         }
     }
@@ -164,7 +186,8 @@ impl Lab {
             address: "(none)".to_owned(),
             source: std::io::Error::from(std::io::ErrorKind::NotFound),
         };
-        observe(&self.address(side).ok_or_else(nowhere)?, VM, Timeouts::default()).map(|(_, status)| status)
+        let address = self.address(side).ok_or_else(nowhere)?;
+        if self.boots { qemu::observe(&address, VM, qemu::ANSWER_WITHIN) } else { Ok(observe(&address, VM, Timeouts::default())?.1) }
     }
 
     /// CPU time of both gateways so far.
@@ -179,10 +202,14 @@ impl Drop for Lab {
             gateway.stop();
         }
         for side in [Side::Source, Side::Destination] {
-            if let Some(Ok(mut guest)) = self
-                .address(side)
-                .map(|path| AttachedSource::attach(&path, VM, Timeouts { request: Duration::from_secs(2), state: Duration::from_secs(2) }))
-            {
+            let Some(path) = self.address(side) else { continue };
+            let timeouts = Timeouts { request: Duration::from_secs(2), state: Duration::from_secs(2) };
+            let guest: Result<Box<dyn Guest>, HypervisorError> = if self.boots {
+                QemuSource::attach(&path, VM, timeouts.request).map(|guest| Box::new(guest) as _)
+            } else {
+                AttachedSource::attach(&path, VM, timeouts).map(|guest| Box::new(guest) as _)
+            };
+            if let Ok(mut guest) = guest {
                 // The demo is over; nobody needs the guest.
                 let _ = guest.destroy();
             }
@@ -256,7 +283,7 @@ impl Gateway {
     }
 }
 
-fn local(what: &str, error: &dyn std::error::Error) -> Problem {
+pub(super) fn local(what: &str, error: &dyn std::error::Error) -> Problem {
     Problem::new(ErrorClass::Local, format!("cannot {what}: {}", chain(error)))
 }
 
@@ -302,7 +329,7 @@ fn start_guest(program: &Path, directory: &Path, socket: &Path, flags: &DemoFlag
     let log = fs::File::create(run.join("guest.log")).map_err(|error| local("write a log", &error))?;
     let payload = match hypervisor {
         DemoHypervisor::Kvm => "heartbeat",
-        DemoHypervisor::Synthetic => "synthetic",
+        DemoHypervisor::Synthetic | DemoHypervisor::Qemu => "synthetic",
     };
     let mut command = Command::new(program);
     command
@@ -335,10 +362,16 @@ fn wait_for_socket(socket: &Path, guest: &mut Child, log: &Path) -> Result<(), P
     Err(Problem::new(ErrorClass::Local, "the guest's VMM does not listen"))
 }
 
-fn config(program: &Path, name: &str, ports: [u16; 2], guest: Option<&Path>) -> String {
+/// Numbers of the heartbeats in a console's text; its last line may still be growing.
+fn numbers(text: &str) -> Vec<u64> {
+    let complete = text.rfind('\n').map_or("", |end| &text[..end]);
+    complete.lines().filter_map(crate::vmm::heartbeat_number).collect()
+}
+
+/// `guest` says where the VM is, or how one is started for it.
+fn config(program: &Path, name: &str, ports: [u16; 2], guest: &str) -> String {
     let (other, site, other_site, own_port, other_port) =
         if name == "gw-a" { ("gw-b", "site-a", "site-b", ports[0], ports[1]) } else { ("gw-a", "site-b", "site-a", ports[1], ports[0]) };
-    let socket = guest.map(|path| format!("socket = {:?}\n", path.display().to_string())).unwrap_or_default();
     let program = format!("{:?}", program.display().to_string());
     format!(
         r#"# Made by `sealane demo`; not for production.
@@ -376,7 +409,7 @@ site = "{other_site}"
 [[vm]]
 name = "{VM}"
 uuid = "{UUID}"
-{socket}tenant = "demo"
+{guest}tenant = "demo"
 classification = "internal"
 home_site = "site-a"
 allowed_sites = ["site-a", "site-b"]

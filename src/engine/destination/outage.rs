@@ -5,11 +5,12 @@ use std::time::{Duration, Instant};
 use super::messages::StateBuffer;
 use super::{Return, Run};
 use crate::audit::{Entry, Event, Outcome};
+use crate::engine::handoff::Binding;
 use crate::engine::link::send_within;
 use crate::engine::{EngineError, Link};
 use crate::limits;
 use crate::migration::DestinationEvent;
-use crate::wire::{ErrorClass, Failure, LaneStanding, Message, Resume, Resumed};
+use crate::wire::{ErrorClass, Failure, LaneStanding, Message, Offer, Resume, Resumed};
 
 /// Waits until an outage has lasted too long; for ever when there is none.
 pub(super) async fn over(lost: Option<Instant>, outage_max: Duration) {
@@ -48,15 +49,8 @@ impl Run {
 
     /// The source comes back in a new session. One that is not the very peer of the first is sent away, and changes nothing.
     pub(super) async fn source_is_back(&mut self, back: Return) -> Option<DestinationEvent> {
-        let Return { link, first } = back;
         // SPEC: PROTOCOL.md#must-resume-same
-        let same = link.peer.spiffe == self.binding.peer
-            && link.peer.incarnation == self.binding.peer_incarnation
-            && link.peer.signing_key == self.binding.peer_key;
-        if !same {
-            refuse(link, "the migration belongs to another peer or journal".into());
-            return None;
-        }
+        let Return { link, first } = back.of(&self.binding)?;
         match first {
             Message::Offer(offer) if offer == self.order && self.machine.has_nothing() && self.lost.is_some() => {
                 self.adopt(link).await;
@@ -77,17 +71,8 @@ impl Run {
                 self.adopt(link).await;
                 self.received(Ok(message)).await
             }
-            Message::Handoff(_) => {
-                link.session.close(Some(ErrorClass::Local), UNDER_WAY);
-                None
-            }
-            // The source may have missed its session before this side does; it comes again.
-            Message::Offer(offer) if offer == self.order => {
-                link.session.close(Some(ErrorClass::PeerUnreachable), UNDER_WAY);
-                None
-            }
-            other => {
-                refuse(link, format!("{} does not continue the migration under way", other.name()));
+            first => {
+                Return { link, first }.send_away(&self.order);
                 None
             }
         }
@@ -154,6 +139,28 @@ impl Run {
         entry.peer = Some(self.binding.peer.to_string());
         entry.detail.insert(name.to_owned(), value);
         self.evidence.note(entry).await;
+    }
+}
+
+impl Return {
+    /// What comes of the very peer of a handoff; another one is sent away.
+    pub(in crate::engine) fn of(self, binding: &Binding) -> Option<Self> {
+        let peer = &self.link.peer;
+        if peer.spiffe == binding.peer && peer.incarnation == binding.peer_incarnation && peer.signing_key == binding.peer_key {
+            return Some(self);
+        }
+        refuse(self.link, "the migration belongs to another peer or journal".into());
+        None
+    }
+
+    /// It does not fit where the migration is.
+    pub(in crate::engine) fn send_away(self, order: &Offer) {
+        match self.first {
+            Message::Handoff(_) => self.link.session.close(Some(ErrorClass::Local), UNDER_WAY),
+            // The source may have missed its session before this side does; it comes again.
+            Message::Offer(offer) if offer == *order => self.link.session.close(Some(ErrorClass::PeerUnreachable), UNDER_WAY),
+            other => refuse(self.link, format!("{} does not continue the migration under way", other.name())),
+        }
     }
 }
 

@@ -7,11 +7,11 @@ use crate::engine::meter::Meter;
 use crate::limits;
 
 /// When the source was last heard, and when it last led on.
-pub(super) struct Watch {
-    pub(super) meter: Arc<Meter>,
+pub(in crate::engine) struct Watch {
+    pub(in crate::engine) meter: Arc<Meter>,
     bytes: u64,
-    pub(super) heard: Instant,
-    pub(super) led_on: Instant,
+    pub(in crate::engine) heard: Instant,
+    pub(in crate::engine) led_on: Instant,
 }
 
 impl Default for Watch {
@@ -23,7 +23,7 @@ impl Default for Watch {
 
 impl Watch {
     /// What is missing, if it has been for too long.
-    pub(super) fn look(&mut self) -> Option<(&'static str, Duration)> {
+    pub(in crate::engine) fn look(&mut self) -> Option<(&'static str, Duration)> {
         let (now, bytes) = (Instant::now(), self.meter.frame_bytes());
         if bytes != self.bytes {
             (self.bytes, self.heard, self.led_on) = (bytes, now, now);

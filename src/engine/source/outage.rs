@@ -1,81 +1,21 @@
 //! An outage: the link is gone, the destination is looked for, and the migration goes on where it was.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use ring::rand::{SecureRandom, SystemRandom};
 use tokio::sync::mpsc;
-use tokio::task::JoinHandle;
 
 use super::rounds::RoundUnderWay;
 use super::{Run, blocking, lock};
 use crate::audit::{Entry, Event, Outcome};
-use crate::engine::link::send_within;
+use crate::engine::search::{Back, Outage, Search, Wanted, changed};
 use crate::engine::{EngineError, Link};
 use crate::limits;
 use crate::memory::{PageCounts, PageSet};
 use crate::migration::{SourceEvent, Standing};
 use crate::telemetry::Phase;
-use crate::transport::TransportError;
-use crate::types::{MigrationId, Round};
-use crate::wire::{ErrorClass, Message, Resume, Resumed};
-
-/// The outage under way.
-#[derive(Debug)]
-pub(super) struct Outage {
-    since: Instant,
-    /// When it is no longer waited out.
-    pub(super) ends: Instant,
-    search: Search,
-    cause: Option<EngineError>,
-}
-
-/// Looks for the destination; dropped, it stops.
-#[derive(Debug)]
-pub(super) struct Search(JoinHandle<Result<Back, EngineError>>);
-
-impl Drop for Search {
-    fn drop(&mut self) {
-        self.0.abort();
-    }
-}
-
-impl Outage {
-    pub(super) fn new(since: Instant, ends: Instant, search: Search) -> Self {
-        Self { since, ends, search, cause: None }
-    }
-}
-
-/// A session stands again.
-#[derive(Debug)]
-pub(super) struct Back {
-    link: Link,
-    /// What the destination says it has; nothing when nothing was accepted yet.
-    resumed: Option<Resumed>,
-}
-
-/// Waits for the end of an outage; for ever when there is none. May be dropped and called again.
-pub(super) async fn back(outage: &mut Option<Outage>) -> Result<Back, EngineError> {
-    match outage {
-        Some(outage) => (&mut outage.search.0).await.unwrap_or_else(|error| Err(EngineError::Bug(error.to_string()))),
-        None => std::future::pending().await,
-    }
-}
-
-/// Exponential, with jitter, so that many migrations that lost one link do not all come back at once.
-struct Backoff(Duration);
-
-impl Backoff {
-    /// How long to wait now: between half of the step and the whole.
-    fn next(&mut self) -> Duration {
-        let step = self.0;
-        self.0 = (step * 2).min(LONGEST);
-        let mut random = [0; 2];
-        // Without random numbers there is no jitter, which does no harm to one migration.
-        let _ = SystemRandom::new().fill(&mut random);
-        step / 2 + step / 2 * u32::from(u16::from_le_bytes(random)) / u32::from(u16::MAX)
-    }
-}
+use crate::types::Round;
+use crate::wire::{Message, Resumed};
 
 impl Run {
     /// What the link was lost of; the first that was seen.
@@ -126,36 +66,24 @@ impl Run {
     }
 
     /// With `first` a session stands already, and is the one that is tried first.
-    pub(super) fn search(&self, again: bool, mut first: Option<Link>) -> Search {
-        let (redial, migration) = (Arc::clone(&self.redial), self.order.migration);
-        let round = self.binding.is_some().then(|| self.tracker.as_ref().map_or(Round(0), |tracker| tracker.round()));
-        let committed = self.machine.is_committed();
-        Search(tokio::spawn(async move {
-            let mut pause = Backoff(if again { LONGEST / 2 } else { FIRST });
-            loop {
-                let link = match first.take() {
-                    Some(link) => Ok(link),
-                    None => {
-                        tokio::time::sleep(pause.next()).await;
-                        redial().await
-                    }
-                };
-                let back = match link {
-                    Ok(link) => try_resume(link, migration, round).await,
-                    Err(error) => Err(error),
-                };
-                match back {
-                    Ok(back) => return Ok(back),
-                    // The peer is there and will have none of it; after COMMIT it is asked for as long as it takes.
-                    Err(error) if !committed && is_final(&error) => return Err(error),
-                    Err(error) => tracing::debug!(%migration, error = %crate::telemetry::chain(&error), "destination not back yet"),
-                }
-            }
-        }))
+    pub(super) fn search(&self, again: bool, first: Option<Link>) -> Search<Resumed> {
+        let migration = self.order.migration;
+        let wanted = Wanted {
+            redial: Arc::clone(&self.redial),
+            migration,
+            round: self.binding.is_some().then(|| self.tracker.as_ref().map_or(Round(0), |tracker| tracker.round())),
+            committed: self.machine.is_committed(),
+            again,
+            answer: |message| match message {
+                Message::Resumed(resumed) => Ok(resumed),
+                other => Err(other),
+            },
+        };
+        wanted.search(first)
     }
 
     /// The search has ended.
-    pub(super) async fn back(&mut self, back: Result<Back, EngineError>) -> Option<SourceEvent> {
+    pub(super) async fn back(&mut self, back: Result<Back<Resumed>, EngineError>) -> Option<SourceEvent> {
         let outage = self.outage.take()?;
         let Back { link, resumed } = match back {
             Ok(back) => back,
@@ -192,6 +120,9 @@ impl Run {
 
     async fn take_standing(&mut self, resumed: Option<Resumed>) -> Result<Standing, EngineError> {
         let Some(resumed) = resumed else { return Ok(Standing::Unknown) };
+        if resumed.migration != self.order.migration {
+            return Err(EngineError::OutOfPlace { expected: "RESUMED of this migration", got: format!("one of `{}`", resumed.migration) });
+        }
         if resumed.deciding {
             return Ok(Standing::Deciding);
         }
@@ -284,54 +215,3 @@ impl Run {
         sum
     }
 }
-
-/// One session, and the destination's word on it.
-async fn try_resume(link: Link, migration: MigrationId, round: Option<Round>) -> Result<Back, EngineError> {
-    crate::failpoint::hit!("source.redialled");
-    let Some(round) = round else { return Ok(Back { link, resumed: None }) };
-    let transport = |source| EngineError::Transport { migration, source };
-    send_within(&link.session, &Message::Resume(Resume { migration, round }), limits::SEND_WITHIN).await.map_err(transport)?;
-    crate::failpoint::hit!("source.resume-sent");
-    let answer = async {
-        loop {
-            match link.session.receive().await.map_err(transport)? {
-                Message::Resumed(resumed) if resumed.migration == migration => return Ok(resumed),
-                Message::Failure(failure) => return Err(EngineError::peer(migration, failure.class, &failure.reason)),
-                Message::Ping | Message::AuditHead(_) | Message::AuditAnswer(_) => {}
-                other => return Err(EngineError::OutOfPlace { expected: "RESUMED", got: other.name().to_owned() }),
-            }
-        }
-    };
-    let resumed = tokio::time::timeout(limits::ANSWER_WITHIN, answer).await.unwrap_or_else(|_| {
-        let (address, after) = (link.session.peer_address(), limits::ANSWER_WITHIN);
-        Err(transport(TransportError::TimedOut { address, awaited: "say where the migration goes on", after }))
-    })?;
-    crate::failpoint::hit!("source.resumed-heard");
-    Ok(Back { link, resumed: Some(resumed) })
-}
-
-/// Whether asking again can change nothing.
-fn is_final(error: &EngineError) -> bool {
-    match error {
-        EngineError::Peer { class, .. } => *class != ErrorClass::PeerUnreachable,
-        error => matches!(
-            error.class(),
-            ErrorClass::Unauthenticated | ErrorClass::Denied | ErrorClass::PeerMisbehaved | ErrorClass::PeerIncompatible
-        ),
-    }
-}
-
-/// What of the peer is not what it was.
-fn changed(before: &Link, now: &Link) -> Option<&'static str> {
-    let (before, now) = (&before.peer, &now.peer);
-    [
-        ("identity", before.spiffe == now.spiffe),
-        ("journal", before.incarnation == now.incarnation),
-        ("signing key", before.signing_key == now.signing_key),
-    ]
-    .into_iter()
-    .find_map(|(what, same)| (!same).then_some(what))
-}
-
-const FIRST: Duration = Duration::from_millis(100);
-const LONGEST: Duration = Duration::from_secs(5);

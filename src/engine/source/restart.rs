@@ -6,12 +6,12 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::ledger::{LaneLedger, Ledger};
-use super::outage::Outage;
 use super::rounds::RoundUnderWay;
 use super::{Run, SourceEnd, SourceOrder, SourcePorts};
 use crate::audit::Event;
 use crate::engine::handoff::{Binding, Evidence, joined};
 use crate::engine::lanes::SourceLane;
+use crate::engine::search::Outage;
 use crate::engine::{EngineError, Link, PeerFacts};
 use crate::hypervisor::{HypervisorError, PagedSource};
 use crate::memory::{PageCounts, Tracker};

@@ -1,6 +1,7 @@
 //! How far a departure is, for whoever watches it.
 
 use super::Run;
+use crate::engine::meter::per_second;
 use crate::telemetry::{Phase, Progress};
 
 impl Run {
@@ -32,12 +33,4 @@ impl Run {
         change(&mut next);
         self.progress.send_replace(next);
     }
-}
-
-fn per_second(bytes: u64, seconds: f64) -> u64 {
-    let micros = (seconds * 1e6).max(1.0);
-    // Both are far below 2^53; the quotient of two non-negative numbers fits.
-    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a display value; saturates")]
-    let rate = (bytes as f64 * 1e6 / micros) as u64;
-    rate
 }

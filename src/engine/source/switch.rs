@@ -7,13 +7,14 @@ use tokio::sync::mpsc;
 
 use super::{Command, Run, SourceEnd, blocking, lock};
 use crate::engine::EngineError;
-use crate::engine::handoff::{Evidence, joined, wake};
+use crate::engine::handoff::{Evidence, joined};
+use crate::engine::link::{hear_why, until_abort_is_heard};
 use crate::limits;
 use crate::migration::{HandoffAction, Outcome, SourceEvent, SourceRecord, SourceStep};
 use crate::storage::write_image;
 use crate::telemetry::Phase;
 use crate::types::MigrationId;
-use crate::wire::{ErrorClass, Failure, Handoff, Message, SignedHandoff};
+use crate::wire::{ErrorClass, Failure};
 
 impl Run {
     pub(super) async fn handoff(&mut self, action: HandoffAction<SourceRecord>) -> Result<Option<SourceEvent>, EngineError> {
@@ -46,7 +47,7 @@ impl Run {
                     tracing::debug!(migration = %binding.migration, pages = tracker.give_back().len(), "pages given back");
                 }
                 crate::failpoint::hit!("source.resume");
-                let woken = blocking(move || Ok(wake(lock(&guest).as_mut())?)).await;
+                let woken = blocking(move || Ok(lock(&guest).wake()?)).await;
                 self.lap("resume");
                 if let Err(error) = woken {
                     // Worse than whatever made the attempt fail; the gateway tries on.
@@ -132,12 +133,14 @@ impl Run {
             self.phase = Phase::Cleanup;
             self.last_words().await;
         } else if outcome.is_some() {
-            if self.refused {
-                self.hear_why().await;
+            if self.refused
+                && let Some(Failure { class, reason }) = hear_why(&self.link.session).await
+            {
+                self.error = Some(EngineError::peer(self.order.migration, class, &reason));
             }
             self.say_failure().await;
             if self.binding.is_some() && !self.refused {
-                told = self.until_abort_is_heard().await;
+                told = until_abort_is_heard(&self.link.session).await;
             }
         }
         // Nothing was journaled of an offer that was not answered; the destination may have it all the same.
@@ -153,36 +156,6 @@ impl Run {
         self.lanes.clear();
         self.link.session.close(None, "migration ended");
         SourceEnd { outcome, woken: self.woken, told, error: self.error, figures: self.figures, busy, commands }
-    }
-
-    /// A close that overtakes ABORT would leave a destination that has prepared waiting for a word; it answers with REFUSE.
-    async fn until_abort_is_heard(&mut self) -> bool {
-        let listen = async {
-            while let Ok(message) = self.link.session.receive().await {
-                if let Message::Handoff(SignedHandoff { message, .. }) = message
-                    && matches!(message.step, Handoff::Refuse { .. })
-                {
-                    return true;
-                }
-            }
-            false
-        };
-        tokio::time::timeout(limits::LAST_WORDS, listen).await.unwrap_or(false)
-    }
-
-    /// REFUSE has a class and no words; the words follow, if they come soon.
-    async fn hear_why(&mut self) {
-        let listen = async {
-            while let Ok(message) = self.link.session.receive().await {
-                if let Message::Failure(failure) = message {
-                    return Some(failure);
-                }
-            }
-            None
-        };
-        if let Ok(Some(Failure { class, reason })) = tokio::time::timeout(limits::LAST_WORDS, listen).await {
-            self.error = Some(EngineError::peer(self.order.migration, class, &reason));
-        }
     }
 
     /// Heads of both audit logs behind their last entries, if the destination's comes soon.

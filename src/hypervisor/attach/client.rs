@@ -10,7 +10,7 @@ use std::time::Duration;
 use super::protocol::{ATTACH_VERSION, Answer, AnswerHeader, Attachment, RefusalCode, Request, RequestHeader, Role, parse, printable};
 use super::ram_file::check_memory_file;
 use super::wire::{Deadline, WireError, after, receive_header, receive_payload, send_message};
-use crate::hypervisor::{GuestStatus, HypervisorError, Machine, PagedDestination, PagedSource, RunState};
+use crate::hypervisor::{Guest, GuestStatus, HypervisorError, Machine, PagedDestination, PagedSource, RunState, wake_paged};
 use crate::limits;
 use crate::memory::{GuestRam, MemoryLayout, PageSet};
 
@@ -92,6 +92,24 @@ impl AttachedSource {
     }
 }
 
+impl Guest for AttachedSource {
+    fn wake(&mut self) -> Result<(), HypervisorError> {
+        wake_paged(self)
+    }
+    fn can_renew(&self) -> bool {
+        true
+    }
+    fn renew(&mut self) -> Result<(), HypervisorError> {
+        self.link.done(&Request::Renew)
+    }
+    fn status(&mut self) -> Result<GuestStatus, HypervisorError> {
+        self.link.status()
+    }
+    fn destroy(&mut self) -> Result<(), HypervisorError> {
+        self.link.done(&Request::Quit)
+    }
+}
+
 impl PagedSource for AttachedSource {
     fn machine(&self) -> &Machine {
         &self.machine
@@ -117,17 +135,8 @@ impl PagedSource for AttachedSource {
     fn resume(&mut self) -> Result<(), HypervisorError> {
         self.link.done(&Request::Resume)
     }
-    fn renew(&mut self) -> Result<(), HypervisorError> {
-        self.link.done(&Request::Renew)
-    }
     fn save_state(&mut self) -> Result<Vec<u8>, HypervisorError> {
         self.link.save_state()
-    }
-    fn status(&mut self) -> Result<GuestStatus, HypervisorError> {
-        self.link.status()
-    }
-    fn destroy(&mut self) -> Result<(), HypervisorError> {
-        self.link.done(&Request::Quit)
     }
 }
 
@@ -169,6 +178,24 @@ impl AttachedDestination {
     }
 }
 
+impl Guest for AttachedDestination {
+    fn wake(&mut self) -> Result<(), HypervisorError> {
+        self.resume()
+    }
+    fn can_renew(&self) -> bool {
+        true
+    }
+    fn renew(&mut self) -> Result<(), HypervisorError> {
+        self.link.done(&Request::Renew)
+    }
+    fn status(&mut self) -> Result<GuestStatus, HypervisorError> {
+        self.link.status()
+    }
+    fn destroy(&mut self) -> Result<(), HypervisorError> {
+        self.link.done(&Request::Quit)
+    }
+}
+
 impl PagedDestination for AttachedDestination {
     fn ram(&self) -> &Arc<GuestRam> {
         &self.ram
@@ -185,15 +212,6 @@ impl PagedDestination for AttachedDestination {
     }
     fn resume(&mut self) -> Result<(), HypervisorError> {
         self.link.done(&Request::Resume)
-    }
-    fn renew(&mut self) -> Result<(), HypervisorError> {
-        self.link.done(&Request::Renew)
-    }
-    fn status(&mut self) -> Result<GuestStatus, HypervisorError> {
-        self.link.status()
-    }
-    fn destroy(&mut self) -> Result<(), HypervisorError> {
-        self.link.done(&Request::Quit)
     }
     fn address(&self) -> String {
         self.link.address()
@@ -438,7 +456,7 @@ fn receive_reply(stream: &UnixStream, payload_max: usize, deadline: Deadline) ->
 }
 
 /// Connects with an end to the wait: a VMM that does not accept must not hold up its gateway.
-pub(super) fn dial(path: &Path, within: Duration) -> io::Result<UnixStream> {
+pub(in crate::hypervisor) fn dial(path: &Path, within: Duration) -> io::Result<UnixStream> {
     use rustix::net::sockopt::{Timeout, set_socket_timeout};
     use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 

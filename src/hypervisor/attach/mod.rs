@@ -1,7 +1,7 @@
 //! The attach protocol: how a gateway reaches a guest that lives in its VMM's process.
 //!
 //! *Owns:* messages and their bytes, the VMM's side (`serve`), the gateway's side (`AttachedSource`,
-//! `AttachedDestination`), and the start of VMM processes. *Never:* decisions about a migration; guest
+//! `AttachedDestination`). *Never:* decisions about a migration; guest
 //! bytes in a message (pages are read and written in the shared memory file).
 //!
 //! ```text
@@ -18,7 +18,6 @@
 
 mod client;
 mod guest;
-mod launch;
 mod protocol;
 mod ram_file;
 mod server;
@@ -30,7 +29,9 @@ mod tests;
 
 pub use client::{AttachedDestination, AttachedSource, Timeouts, discard, inspect, observe};
 pub use guest::{AttachedGuest, Refusal};
-pub use launch::{LaunchTemplate, LaunchVariables, LaunchedVmm, TemplateError};
 pub use protocol::{ATTACH_VERSION, Attachment};
 pub use ram_file::memory_file;
 pub use server::{bind, serve};
+
+pub(in crate::hypervisor) use client::dial;
+pub(in crate::hypervisor) use protocol::printable;

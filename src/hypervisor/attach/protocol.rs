@@ -148,7 +148,7 @@ pub(super) fn parse<T: DeserializeOwned>(header: &[u8]) -> Result<T, WireError> 
 }
 
 /// Text from the other side, cut to `bytes_max` and without control characters.
-pub(super) fn printable(text: &str, bytes_max: usize) -> String {
+pub(in crate::hypervisor) fn printable(text: &str, bytes_max: usize) -> String {
     let mut out = String::new();
     for character in text.chars() {
         let mut piece = String::new();

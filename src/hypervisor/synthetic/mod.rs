@@ -22,7 +22,7 @@ pub use vmm::SyntheticVmm;
 use writers::{Plan, Progress, Writers};
 
 use crate::hypervisor::attach::memory_file;
-use crate::hypervisor::{Generation, GuestStatus, HypervisorError, Machine, PagedDestination, PagedSource, RunState};
+use crate::hypervisor::{Generation, Guest, GuestStatus, HypervisorError, Machine, PagedDestination, PagedSource, RunState, wake_paged};
 use crate::limits;
 use crate::memory::{GuestRam, MemoryLayout, PageSet};
 use crate::types::{PAGE_BYTES, RamRegion, VmUuid};
@@ -268,6 +268,25 @@ fn check(machine: &Machine) -> Result<(Plan, MemoryLayout), Vec<String>> {
     }
 }
 
+impl Guest for SyntheticGuest {
+    fn wake(&mut self) -> Result<(), HypervisorError> {
+        wake_paged(self)
+    }
+    fn can_renew(&self) -> bool {
+        true
+    }
+    fn renew(&mut self) -> Result<(), HypervisorError> {
+        self.take_new_generation()
+    }
+    fn status(&mut self) -> Result<GuestStatus, HypervisorError> {
+        Ok(self.read_status())
+    }
+    fn destroy(&mut self) -> Result<(), HypervisorError> {
+        (self.writers, self.destroyed) = (None, true);
+        Ok(())
+    }
+}
+
 impl PagedSource for SyntheticGuest {
     fn machine(&self) -> &Machine {
         &self.machine
@@ -297,18 +316,8 @@ impl PagedSource for SyntheticGuest {
     fn resume(&mut self) -> Result<(), HypervisorError> {
         self.start_or_go_on()
     }
-    fn renew(&mut self) -> Result<(), HypervisorError> {
-        self.take_new_generation()
-    }
     fn save_state(&mut self) -> Result<Vec<u8>, HypervisorError> {
         self.encode_state()
-    }
-    fn status(&mut self) -> Result<GuestStatus, HypervisorError> {
-        Ok(self.read_status())
-    }
-    fn destroy(&mut self) -> Result<(), HypervisorError> {
-        (self.writers, self.destroyed) = (None, true);
-        Ok(())
     }
 }
 
@@ -324,15 +333,6 @@ impl PagedDestination for SyntheticGuest {
     }
     fn resume(&mut self) -> Result<(), HypervisorError> {
         self.start_or_go_on()
-    }
-    fn renew(&mut self) -> Result<(), HypervisorError> {
-        self.take_new_generation()
-    }
-    fn status(&mut self) -> Result<GuestStatus, HypervisorError> {
-        Ok(self.read_status())
-    }
-    fn destroy(&mut self) -> Result<(), HypervisorError> {
-        PagedSource::destroy(self)
     }
     fn address(&self) -> String {
         format!("synthetic:{}", self.machine.uuid)

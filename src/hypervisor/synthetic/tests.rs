@@ -62,7 +62,7 @@ fn a_guest_moves_while_it_writes_and_goes_on_exactly() {
     assert_eq!((source.wrong_pages().unwrap(), destination.wrong_pages().unwrap()), (0, 0));
     let before = beat(&source.read_status());
     assert_eq!(beat(&destination.read_status()), before);
-    PagedSource::destroy(&mut source).unwrap();
+    source.destroy().unwrap();
     assert_eq!(source.read_status().state, RunState::Ended);
     assert!(PagedSource::resume(&mut source).is_err(), "a destroyed guest never runs");
     PagedDestination::resume(&mut destination).unwrap();
@@ -174,7 +174,7 @@ fn machines_and_states_that_do_not_fit_are_refused() {
         let mut twin = SyntheticGuest::incoming("vm-1", &good).unwrap();
         assert!(twin.restore_state(&bad).is_err());
         assert!(PagedDestination::resume(&mut twin).is_err(), "a twin without state never runs");
-        assert!(PagedDestination::renew(&mut twin).is_err() && twin.read_status().generation.is_none());
+        assert!(twin.renew().is_err() && twin.read_status().generation.is_none());
     }
     let mut twin = SyntheticGuest::incoming("vm-1", &good).unwrap();
     twin.restore_state(&serde_json::to_vec(&right).unwrap()).unwrap();
@@ -185,17 +185,17 @@ fn machines_and_states_that_do_not_fit_are_refused() {
 fn a_renewed_guest_has_another_generation_and_a_running_one_is_refused() {
     let mut guest = SyntheticGuest::start("vm-1", &config(0)).unwrap();
     let first = guest.read_status().generation.unwrap();
-    assert!(PagedSource::renew(&mut guest).is_err());
+    assert!(guest.renew().is_err());
     guest.pause().unwrap();
     assert_eq!(guest.read_status().generation, Some(first));
-    PagedSource::renew(&mut guest).unwrap();
+    guest.renew().unwrap();
     PagedSource::resume(&mut guest).unwrap();
     let renewed = guest.read_status().generation.unwrap();
     assert!(renewed.id != first.id && (renewed.count, renewed.disruptions) == (2, 0), "{renewed:?}");
     let mut other = SyntheticGuest::incoming("vm-1", &guest.machine.clone()).unwrap();
     guest.pause().unwrap();
     other.restore_state(&PagedSource::save_state(&mut guest).unwrap()).unwrap();
-    PagedDestination::renew(&mut other).unwrap();
+    other.renew().unwrap();
     let restored = other.read_status().generation.unwrap();
     assert!(restored.id != renewed.id && (restored.count, restored.disruptions) == (3, 0), "{restored:?}");
 }

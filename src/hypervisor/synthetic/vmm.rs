@@ -4,7 +4,7 @@ use std::fs::File;
 
 use super::{SyntheticConfig, SyntheticGuest};
 use crate::hypervisor::attach::{AttachedGuest, Refusal};
-use crate::hypervisor::{GuestStatus, HypervisorError, Machine, PagedDestination, PagedSource, RunState};
+use crate::hypervisor::{Guest, GuestStatus, HypervisorError, Machine, PagedDestination, PagedSource, RunState};
 use crate::memory::PageSet;
 
 /// A VMM process around a [`SyntheticGuest`].
@@ -65,7 +65,7 @@ impl AttachedGuest for SyntheticVmm {
         Ok(PagedSource::resume(self.guest_mut()?)?)
     }
     fn renew(&mut self) -> Result<(), Refusal> {
-        Ok(PagedSource::renew(self.guest_mut()?)?)
+        Ok(self.guest_mut()?.renew()?)
     }
     fn save_state(&mut self) -> Result<Vec<u8>, Refusal> {
         Ok(PagedSource::save_state(self.guest_mut()?)?)

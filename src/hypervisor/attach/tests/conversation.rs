@@ -1,5 +1,5 @@
 use super::*;
-use crate::hypervisor::{HypervisorError, PagedDestination, PagedSource};
+use crate::hypervisor::{Guest, HypervisorError, PagedDestination, PagedSource};
 
 fn pages_of(set: &PageSet) -> Vec<u64> {
     set.iter().map(|page| page.0).collect()

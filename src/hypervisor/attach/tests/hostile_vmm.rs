@@ -94,7 +94,7 @@ fn an_honest_vmm_is_believed() {
 #[test]
 fn lengths_that_lie_are_refused() {
     check("machine", |s, _| raw(s, u32::MAX, 0, b""), "header has");
-    check("pause", |s, _| raw(s, 29, u32::MAX, br#"{"sequence":6,"answer":"done"}"#), "broke the attach protocol");
+    check("pause", |s, _| raw(s, 29, u32::MAX, br#"{"sequence":6,"answer":"done"}"#), "broke its protocol");
     check("pause", |s, n| send(s, n, &json!("done"), b"x", None), "payload has 1 bytes");
     check("harvest", |s, n| send(s, n, &json!({"harvest": {"pages": PAGES}}), &[0; 16], None), "bitmap has 16 bytes: expected 24");
     check("harvest", |s, n| send(s, n, &json!({"harvest": {"pages": PAGES}}), &[0; 32], None), "payload has 32 bytes");

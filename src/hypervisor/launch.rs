@@ -6,13 +6,12 @@
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom};
 use std::os::unix::process::CommandExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
-use super::client::dial;
-use super::protocol::printable;
 use crate::hypervisor::HypervisorError;
+use crate::hypervisor::attach::{dial, printable};
 use crate::limits;
 use crate::types::{VmName, VmUuid};
 
@@ -185,6 +184,14 @@ fn pieces(argument: &str) -> Result<Vec<Piece>, TemplateError> {
     Ok(pieces)
 }
 
+/// The end of a VMM's log.
+pub(super) fn log_tail_of(path: &Path) -> String {
+    match File::open(path) {
+        Ok(log) => log_tail(log, 0),
+        Err(error) => format!("(its log cannot be read: {error})"),
+    }
+}
+
 fn log_tail(mut log: File, start: u64) -> String {
     let mut tail = Vec::new();
     let max = u64::try_from(limits::LAUNCH_LOG_TAIL_BYTES_MAX).unwrap_or(u64::MAX);
@@ -321,7 +328,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let variables = variables(dir.path());
         assert!(template(&["/no/such/vmm", "{socket}"]).unwrap().launch(&variables, Duration::from_secs(1)).is_err());
-        let _listener = super::super::bind(&variables.socket).unwrap();
+        let _listener = crate::hypervisor::attach::bind(&variables.socket).unwrap();
         let error = template(&["/bin/true", "{socket}"]).unwrap().launch(&variables, Duration::from_secs(1)).unwrap_err();
         assert!(std::error::Error::source(&error).unwrap().to_string().contains("another VMM"));
     }

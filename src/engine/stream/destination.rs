@@ -1,0 +1,561 @@
+//! The destination end of a stream.
+
+mod outage;
+
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use tokio::sync::{mpsc, watch};
+use tokio::task::JoinHandle;
+
+use super::Whole;
+use super::inflow::Inflow;
+use super::lanes::{ReceiveShared, receive_lane};
+use crate::engine::destination::{DestinationEnd, DestinationOrder, Return, Watch};
+use crate::engine::handoff::{Binding, Evidence, Heard, blocking, joined};
+use crate::engine::link::send_within;
+use crate::engine::source::{AskCommit, Command};
+use crate::engine::witness::Exchange;
+use crate::engine::{EngineError, Link};
+use crate::hypervisor::{HypervisorError, StreamDestination, StreamStage};
+use crate::limits;
+use crate::migration::{
+    DestinationRecord, DestinationStep, HandoffAction, Outcome, PreparedRecord, StreamDestination as Machine, StreamDestinationAction,
+    StreamDestinationEvent,
+};
+use crate::telemetry::chain;
+use crate::transport::{LaneGate, TransportError};
+use crate::wire::{Accept, ErrorClass, Failure, FinalDigest, Handoff, Message, Offer, StreamApplied};
+
+type Twin = Arc<Mutex<Box<dyn StreamDestination>>>;
+
+struct Run {
+    order: Offer,
+    lanes: u16,
+    evidence: Evidence,
+    link: Link,
+    twin: Twin,
+    stages: watch::Receiver<StreamStage>,
+    ask_commit: AskCommit,
+    binding: Binding,
+    machine: Machine,
+    gate: Option<LaneGate>,
+    flow: Arc<Inflow>,
+    given: watch::Receiver<u64>,
+    writing: Option<JoinHandle<std::io::Result<Whole>>>,
+    /// All of the stream, once the hypervisor was given it.
+    whole: Option<Whole>,
+    /// Waits until the hypervisor has loaded it.
+    loading: Option<JoinHandle<Result<(), EngineError>>>,
+    final_said: Option<FinalDigest>,
+    heads: Exchange,
+    /// What the source knows to be applied, and when it hears of the rest.
+    acknowledged: u64,
+    tells_at: Option<Instant>,
+    failures: mpsc::Receiver<EngineError>,
+    watch: Watch,
+    commands: mpsc::Receiver<Command>,
+    returns: mpsc::Receiver<Return>,
+    outage_max: Duration,
+    /// Since when the link is away.
+    lost: Option<Instant>,
+    policy_digest: [u8; 32],
+    error: Option<EngineError>,
+    ended: Option<Option<Outcome>>,
+}
+
+/// Runs the destination end of a hypervisor's own stream until the VM's place is decided, or the source has to be waited for.
+pub async fn run_stream_destination(order: DestinationOrder<dyn StreamDestination>) -> DestinationEnd {
+    let DestinationOrder { offer, lanes, evidence, link, twin, ask_commit, policy_digest, commands, returns, outage_max, .. } = order;
+    let binding = Binding {
+        migration: offer.migration,
+        vm: offer.vm.clone(),
+        uuid: offer.uuid,
+        epoch: offer.epoch.next(),
+        peer: link.peer.spiffe.clone(),
+        peer_incarnation: link.peer.incarnation,
+        peer_key: link.peer.signing_key,
+        address: twin.address(),
+    };
+    let flow = Arc::new(Inflow::new());
+    let mut run = Run {
+        lanes,
+        evidence,
+        link,
+        stages: twin.stages(),
+        twin: Arc::new(Mutex::new(twin)),
+        ask_commit,
+        binding,
+        machine: Machine::default(),
+        gate: None,
+        given: flow.given(),
+        flow,
+        writing: None,
+        whole: None,
+        loading: None,
+        final_said: None,
+        heads: Exchange::default(),
+        acknowledged: 0,
+        tells_at: None,
+        failures: mpsc::channel(1).1,
+        watch: Watch::default(),
+        commands,
+        returns,
+        outage_max,
+        lost: None,
+        policy_digest,
+        error: None,
+        ended: None,
+        order: offer,
+    };
+    let first = run.begin().await;
+    run.run(first).await
+}
+
+impl Run {
+    async fn run(mut self, first: Result<(), EngineError>) -> DestinationEnd {
+        crate::failpoint::hit!("destination.accept.after");
+        let mut events = VecDeque::new();
+        if let Err(error) = first {
+            events.extend(self.broken(error).await);
+        }
+        let mut tick = tokio::time::interval(WATCH_INTERVAL);
+        tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        while self.ended.is_none() {
+            let Some(event) = events.pop_front() else {
+                let next = self.next(&mut tick).await;
+                events.extend(next);
+                continue;
+            };
+            match self.machine.step(event) {
+                Ok(actions) => self.perform_all(actions, &mut events).await,
+                Err(refusal) if self.machine.is_prepared() => {
+                    tracing::warn!(migration = %self.order.migration, %refusal, "ignored after PREPARED")
+                }
+                Err(refusal) => events.push_back(self.give_up(refusal.into())),
+            }
+        }
+        if let Some(writing) = self.writing.take() {
+            writing.abort();
+        }
+        if let Some(error) = &self.error {
+            let reason: String = chain(error).chars().take(limits::REASON_BYTES_MAX / 4).collect();
+            let _ = self.say(Message::Failure(Failure { class: error.class(), reason })).await;
+        }
+        // The source closes when it has read the last word; closing first could lose it on the way.
+        self.evidence.finish_heads(&self.link, self.order.migration, &mut self.heads, true, LINGER).await;
+        // Lanes that close before the last word was read look like an outage.
+        drop(self.gate.take());
+        DestinationEnd { outcome: self.ended.flatten(), error: self.error, address: self.binding.address, decode: Duration::ZERO }
+    }
+
+    /// Lets the hypervisor wait for its stream, and takes the offer.
+    async fn begin(&mut self) -> Result<(), EngineError> {
+        let twin = Arc::clone(&self.twin);
+        let stream = blocking(move || Ok(lock(&twin).begin()?)).await?;
+        let local = |source| {
+            let what = "cannot write the hypervisor's stream";
+            EngineError::Hypervisor(HypervisorError::Local { vm: self.order.vm.to_string(), what, source })
+        };
+        stream.set_nonblocking(true).map_err(local)?;
+        let stream = tokio::net::UnixStream::from_std(stream).map_err(local)?;
+        let flow = Arc::clone(&self.flow);
+        self.writing = Some(tokio::spawn(async move { flow.write_to(stream).await }));
+        self.expect_lanes()?;
+        self.accept().await
+    }
+
+    async fn accept(&mut self) -> Result<(), EngineError> {
+        crate::failpoint::hit!("destination.accept.before");
+        self.say(Message::Accept(Accept { migration: self.order.migration, lanes: self.lanes, policy_digest: self.policy_digest })).await
+    }
+
+    /// Lets every lane join, on the session that stands now.
+    fn expect_lanes(&mut self) -> Result<(), EngineError> {
+        let migration = self.order.migration;
+        let (failures_in, failures) = mpsc::channel(usize::from(limits::LANES_MAX));
+        self.failures = failures;
+        let shared = ReceiveShared { migration, flow: Arc::clone(&self.flow), meter: Arc::clone(&self.watch.meter), failures: failures_in };
+        let handler = Arc::new(move |io| Box::pin(receive_lane(io, shared.clone())) as _);
+        let gate = self.link.session.expect_lanes(migration, self.lanes, handler);
+        self.gate = Some(gate.map_err(|source| EngineError::Transport { migration, source })?);
+        Ok(())
+    }
+
+    async fn say(&mut self, message: Message) -> Result<(), EngineError> {
+        let migration = self.order.migration;
+        let sent = send_within(&self.link.session, &message, limits::SEND_WITHIN).await;
+        sent.map_err(|source| EngineError::Transport { migration, source })
+    }
+
+    fn give_up(&mut self, error: EngineError) -> StreamDestinationEvent {
+        let class = error.class();
+        self.error.get_or_insert(error);
+        StreamDestinationEvent::GiveUp(class)
+    }
+
+    async fn next(&mut self, tick: &mut tokio::time::Interval) -> Option<StreamDestinationEvent> {
+        let written = wait(&mut self.writing);
+        let loaded = wait(&mut self.loading);
+        let given = async {
+            match self.given.changed().await {
+                Ok(()) => {}
+                Err(_) => std::future::pending().await,
+            }
+        };
+        let staged = async {
+            match self.stages.changed().await {
+                Ok(()) => {}
+                Err(_) => std::future::pending().await,
+            }
+        };
+        let tells = async {
+            match self.tells_at {
+                Some(at) => tokio::time::sleep_until(at.into()).await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            () = given => self.was_given().await,
+            () = tells => self.tell_applied().await,
+            () = staged => self.staged().await,
+            written = written => {
+                self.writing = None;
+                self.was_written(written).await
+            }
+            loaded = loaded => {
+                self.loading = None;
+                match joined(loaded).and_then(|loaded| loaded) {
+                    Ok(()) => self.complete(),
+                    Err(error) => Some(self.give_up(error)),
+                }
+            }
+            // The gate holds the other end for as long as this runs.
+            Some(error) = self.failures.recv() => self.lane_failed(error),
+            Some(back) = self.returns.recv() => self.source_is_back(back).await,
+            () = outage::over(self.lost, self.outage_max) => Some(self.outage_too_long()),
+            message = self.link.session.receive(), if self.lost.is_none() => {
+                self.watch.heard = Instant::now();
+                if !matches!(message, Ok(Message::Ping)) {
+                    self.watch.led_on = self.watch.heard;
+                }
+                self.received(message).await
+            }
+            _ = tick.tick(), if self.lost.is_none() => match self.watch.look() {
+                Some((expected, limit)) => {
+                    let error = EngineError::Silent { migration: self.order.migration, expected, limit };
+                    self.left_alone().then(|| self.give_up(error))
+                }
+                None => None,
+            },
+            Some(command) = self.commands.recv() => match command {
+                // After PREPARED only the source decides, and it is about to.
+                Command::Cancel if !self.machine.is_prepared() && !self.machine.is_running() => {
+                    Some(self.give_up(EngineError::ShuttingDown { vm: self.order.vm.clone() }))
+                }
+                Command::CheckPeer if !self.machine.is_prepared() && !self.machine.is_running() => {
+                    self.link.admitted().err().map(|error| self.give_up(error))
+                }
+                Command::Superseded if self.lost.is_some() && self.machine.is_receiving() => {
+                    Some(self.give_up(EngineError::Cancelled { vm: self.order.vm.clone() }))
+                }
+                Command::Cancel | Command::CheckPeer | Command::Superseded => None,
+                Command::Bandwidth(_) | Command::DowntimeMax(_) => None,
+            },
+        }
+    }
+
+    async fn was_given(&mut self) -> Option<StreamDestinationEvent> {
+        let given = *self.given.borrow_and_update();
+        if given - self.acknowledged >= TELL_EVERY_BYTES {
+            return self.tell_applied().await;
+        }
+        self.tells_at.get_or_insert(Instant::now() + TELL_WITHIN);
+        None
+    }
+
+    async fn was_written(&mut self, written: Result<std::io::Result<Whole>, tokio::task::JoinError>) -> Option<StreamDestinationEvent> {
+        match joined(written) {
+            Ok(Ok(whole)) => {
+                self.whole = Some(whole);
+                self.final_when_ready()
+            }
+            // Whatever the hypervisor says of itself explains more.
+            Ok(Err(source)) => {
+                let (vm, what) = (self.order.vm.to_string(), "cannot write the hypervisor's stream");
+                let why = self.why_failed(HypervisorError::Local { vm, what, source }).await;
+                Some(self.give_up(why))
+            }
+            Err(error) => Some(self.give_up(error)),
+        }
+    }
+
+    /// What was promised is not taken back for a lane that can do no harm any more. One that is gone is the source's to open again.
+    fn lane_failed(&mut self, error: EngineError) -> Option<StreamDestinationEvent> {
+        let may_join_again = matches!(
+            &error,
+            EngineError::Transport { source, .. } if !matches!(source.class(), ErrorClass::PeerMisbehaved | ErrorClass::Unauthenticated)
+        );
+        if !self.machine.is_receiving() || may_join_again {
+            tracing::warn!(migration = %self.order.migration, error = %chain(&error), "lane lost");
+            return None;
+        }
+        Some(self.give_up(error))
+    }
+
+    async fn tell_applied(&mut self) -> Option<StreamDestinationEvent> {
+        self.tells_at = None;
+        if self.lost.is_some() {
+            return None;
+        }
+        self.acknowledged = self.flow.given_bytes();
+        let applied = StreamApplied { migration: self.order.migration, bytes: self.acknowledged };
+        match self.say(Message::StreamApplied(applied)).await {
+            Ok(()) => None,
+            Err(error) => self.broken(error).await,
+        }
+    }
+
+    async fn staged(&mut self) -> Option<StreamDestinationEvent> {
+        let stage = *self.stages.borrow_and_update();
+        tracing::debug!(migration = %self.order.migration, ?stage, "hypervisor");
+        // One that loads is waited for where it is said to be complete.
+        if stage != StreamStage::Failed || self.loading.is_some() {
+            return None;
+        }
+        if self.machine.is_prepared() || self.machine.is_running() {
+            tracing::error!(migration = %self.order.migration, vm = %self.order.vm, "the hypervisor of the twin has ended");
+            return None;
+        }
+        let vm = self.order.vm.to_string();
+        let why = self.why_failed(HypervisorError::Refused { vm, request: "migrate-incoming", reason: "it failed".into() }).await;
+        Some(self.give_up(why))
+    }
+
+    async fn why_failed(&self, otherwise: HypervisorError) -> EngineError {
+        let twin = Arc::clone(&self.twin);
+        let asked = blocking(move || Ok(lock(&twin).failure())).await;
+        asked.map_or_else(|_| otherwise.into(), EngineError::from)
+    }
+
+    /// FINAL counts once the hypervisor was given everything that it is about.
+    fn final_when_ready(&mut self) -> Option<StreamDestinationEvent> {
+        let ready = self.machine.is_receiving() && self.whole.is_some();
+        self.final_said.filter(|_| ready).map(StreamDestinationEvent::Final)
+    }
+
+    async fn received(&mut self, message: Result<Message, TransportError>) -> Option<StreamDestinationEvent> {
+        let message = match message {
+            Ok(message) => message,
+            Err(source) => return self.broken(EngineError::Transport { migration: self.order.migration, source }).await,
+        };
+        match message {
+            Message::StreamEnd(end) if end.migration == self.order.migration => match self.flow.ends_at(end.bytes) {
+                Ok(()) => None,
+                Err(error) => Some(self.give_up(error)),
+            },
+            Message::Handoff(signed) => match self.evidence.check(&self.binding, &signed) {
+                Ok(heard) if !heard.incarnation_same => {
+                    Some(self.give_up(EngineError::NotAuthentic { migration: self.order.migration, why: "sender's journal" }))
+                }
+                // Until it is loaded it may be said again, by a source that lost its link.
+                Ok(Heard { step: Handoff::Final { digest, lanes }, .. })
+                    if lanes == self.lanes && self.final_said.is_none_or(|said| said == digest) && !self.machine.is_prepared() =>
+                {
+                    self.final_said = Some(digest);
+                    self.final_when_ready()
+                }
+                Ok(Heard { step, .. }) => {
+                    if let (Handoff::Abort { class }, None) = (&step, &self.error) {
+                        self.error = Some(EngineError::peer(self.order.migration, *class, "the source keeps the VM"));
+                    }
+                    Some(StreamDestinationEvent::Handoff(DestinationStep::Received(step)))
+                }
+                Err(error) => Some(self.give_up(error)),
+            },
+            message @ (Message::AuditHead(_) | Message::AuditAnswer(_)) => {
+                self.evidence.hear_of_heads(&self.link, self.order.migration, &mut self.heads, message).await;
+                None
+            }
+            Message::Failure(failure) => {
+                let error = EngineError::peer(self.order.migration, failure.class, &failure.reason);
+                Some(self.give_up(error))
+            }
+            Message::Ping => None,
+            other => Some(self.give_up(EngineError::OutOfPlace { expected: self.machine.name(), got: other.name().to_owned() })),
+        }
+    }
+
+    /// Whether a source that is gone means to give up. After PREPARED only its word counts, which comes on another session; after
+    /// RUN the VM is here whatever it says.
+    fn left_alone(&mut self) -> bool {
+        if self.machine.is_prepared() {
+            self.error = Some(EngineError::Undecided { vm: self.order.vm.clone(), migration: self.order.migration });
+            self.ended = Some(None);
+        } else if self.machine.is_running() {
+            self.ended = Some(Some(Outcome::Moved));
+        }
+        self.ended.is_none()
+    }
+
+    async fn perform_all(&mut self, actions: Vec<StreamDestinationAction>, events: &mut VecDeque<StreamDestinationEvent>) {
+        for action in actions {
+            let durable = matches!(&action, StreamDestinationAction::Handoff(step) if step.is_durable());
+            match self.perform(action).await {
+                Ok(event) => events.extend(event),
+                // Not a disk that failed: whose the VM is, is not for this end to say. The guest stays as it is.
+                Err(error @ EngineError::Lost { .. }) => {
+                    self.error = Some(error);
+                    self.ended = Some(None);
+                    return;
+                }
+                Err(error) if durable => {
+                    tracing::error!(migration = %self.order.migration, error = %chain(&error), "not durable");
+                    self.error.get_or_insert(error);
+                    events.push_back(StreamDestinationEvent::Handoff(DestinationStep::Failed));
+                    return;
+                }
+                Err(error) if self.machine.is_running() => {
+                    // RUN is on disk: the guest is started when this gateway starts again.
+                    self.error = Some(error);
+                    self.ended = Some(None);
+                    return;
+                }
+                Err(error) => {
+                    events.extend(self.broken(error).await);
+                    return;
+                }
+            }
+        }
+    }
+
+    async fn perform(&mut self, action: StreamDestinationAction) -> Result<Option<StreamDestinationEvent>, EngineError> {
+        match action {
+            StreamDestinationAction::Load(said) => {
+                crate::failpoint::hit!("destination.compare");
+                let differs = |what| EngineError::Digest { vm: self.order.vm.clone(), what };
+                let held = self.whole.ok_or_else(|| EngineError::Bug("FINAL of a stream that is not there".into()))?.final_digest();
+                if held != said {
+                    return Err(differs("stream"));
+                }
+                // What is promised has to be kept, also on a disk that fills up.
+                let journal = Arc::clone(&self.evidence.journal);
+                joined(tokio::task::spawn_blocking(move || journal.reserve()).await)??;
+                self.loading = Some(tokio::spawn(load(Arc::clone(&self.twin), self.stages.clone())));
+                Ok(None)
+            }
+            StreamDestinationAction::Handoff(action) => self.handoff(action).await,
+        }
+    }
+
+    /// `INVARIANT(loaded-before-prepared)`
+    fn complete(&mut self) -> Option<StreamDestinationEvent> {
+        crate::failpoint::hit!("destination.state-restored");
+        let digest = self.whole?.final_digest();
+        Some(StreamDestinationEvent::Handoff(DestinationStep::TwinComplete(Box::new(PreparedRecord {
+            migration: self.binding.migration,
+            vm: self.binding.vm.clone(),
+            uuid: self.binding.uuid,
+            epoch: self.binding.epoch,
+            peer: self.binding.peer.clone(),
+            peer_incarnation: self.binding.peer_incarnation,
+            peer_key: self.binding.peer_key,
+            digest,
+            address: self.binding.address.clone(),
+            durability: self.order.stream.durability,
+        }))))
+    }
+
+    async fn handoff(&mut self, action: HandoffAction<DestinationRecord>) -> Result<Option<StreamDestinationEvent>, EngineError> {
+        match action {
+            HandoffAction::Journal(record) => self.evidence.record(&self.binding, record).await.map(|()| None),
+            HandoffAction::Send(step) => {
+                self.evidence.send(&self.link.session, &self.binding, step).await;
+                Ok(None)
+            }
+            HandoffAction::AskCommit => {
+                let (ask, session) = (Arc::clone(&self.ask_commit), Arc::clone(&self.link.session));
+                let answer = joined(tokio::task::spawn_blocking(move || ask(&session)).await)?;
+                crate::failpoint::hit!("destination.policy-asked");
+                Ok(Some(StreamDestinationEvent::Handoff(match answer {
+                    Ok(()) => DestinationStep::CommitPermitted,
+                    Err(why) => {
+                        let class = why.class();
+                        self.error.get_or_insert(why);
+                        if class == ErrorClass::Denied { DestinationStep::CommitDenied } else { DestinationStep::GiveUp(class) }
+                    }
+                })))
+            }
+            HandoffAction::Resume => {
+                let twin = Arc::clone(&self.twin);
+                crate::failpoint::hit!("destination.resume.before");
+                blocking(move || Ok(lock(&twin).wake()?)).await?;
+                crate::failpoint::hit!("destination.resume.after");
+                Ok(None)
+            }
+            HandoffAction::Destroy => {
+                // One that is still being loaded ends with its socket.
+                if let Some(writing) = self.writing.take() {
+                    writing.abort();
+                    let _ = writing.await;
+                }
+                let twin = Arc::clone(&self.twin);
+                crate::failpoint::hit!("destination.destroy.before");
+                if let Err(error) = blocking(move || Ok(lock(&twin).destroy()?)).await {
+                    tracing::warn!(vm = %self.order.vm, error = %error, "the twin is gone already");
+                }
+                crate::failpoint::hit!("destination.destroy.after");
+                Ok(None)
+            }
+            HandoffAction::End(outcome) => {
+                if outcome == Outcome::Moved {
+                    self.evidence.show_head(&self.link, self.order.migration).await;
+                }
+                self.ended = Some(Some(outcome));
+                Ok(None)
+            }
+            HandoffAction::Renew => {
+                let twin = Arc::clone(&self.twin);
+                blocking(move || Ok(lock(&twin).renew()?)).await.map(|()| None)
+            }
+            HandoffAction::Keep | HandoffAction::Forget | HandoffAction::Restore => {
+                Err(EngineError::Bug("a stream has no image on disk".into()))
+            }
+            HandoffAction::LeaveToJournal => {
+                self.ended = Some(None);
+                Ok(None)
+            }
+        }
+    }
+}
+
+/// Waits until the hypervisor has loaded what it was given, and sees for itself that the guest is paused.
+async fn load(twin: Twin, mut stages: watch::Receiver<StreamStage>) -> Result<(), EngineError> {
+    let ends = |stage: &StreamStage| matches!(stage, StreamStage::Complete | StreamStage::Failed);
+    let waited = tokio::time::timeout(limits::STALL_MAX, async { stages.wait_for(ends).await.map(|stage| *stage) }).await;
+    let complete = matches!(waited, Ok(Ok(StreamStage::Complete)));
+    blocking(move || {
+        let mut twin = lock(&twin);
+        if complete { Ok(twin.ensure_complete()?) } else { Err(twin.failure().into()) }
+    })
+    .await
+}
+
+async fn wait<T>(task: &mut Option<JoinHandle<T>>) -> Result<T, tokio::task::JoinError> {
+    match task {
+        Some(task) => task.await,
+        None => std::future::pending().await,
+    }
+}
+
+fn lock(twin: &Twin) -> MutexGuard<'_, Box<dyn StreamDestination>> {
+    twin.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+const WATCH_INTERVAL: Duration = Duration::from_secs(1);
+const LINGER: Duration = Duration::from_secs(2);
+/// WHY: a source with a full window waits for this; several fit into the smallest.
+const TELL_EVERY_BYTES: u64 = 256 * 1024;
+/// WHY: what is left is told soon enough not to be missed, and not with a message for every piece.
+const TELL_WITHIN: Duration = Duration::from_millis(2);

@@ -1,0 +1,195 @@
+//! What came of a stream and is not with the hypervisor yet.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use bytes::Bytes;
+use ring::digest::{Context, SHA256};
+use tokio::io::AsyncWriteExt;
+use tokio::net::UnixStream;
+use tokio::sync::{Notify, watch};
+
+use super::Whole;
+use crate::engine::EngineError;
+use crate::limits;
+
+/// Pieces that wait for those before them.
+#[derive(Debug)]
+pub(super) struct Inflow {
+    state: Mutex<State>,
+    arrived: Notify,
+    /// Bytes that the hypervisor was given.
+    given: watch::Sender<u64>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    pieces: BTreeMap<u64, Bytes>,
+    given: u64,
+    end: Option<u64>,
+}
+
+impl Inflow {
+    pub(super) fn new() -> Self {
+        Self { state: Mutex::default(), arrived: Notify::new(), given: watch::Sender::new(0) }
+    }
+
+    // SPEC: PROTOCOL.md#must-stream-window
+    // SPEC: PROTOCOL.md#must-no-overlap
+    /// Takes a piece from a lane. One that was there before is dropped: an outage brings it again.
+    ///
+    /// # Errors
+    /// It lies outside of the window, or overlaps another one.
+    pub(super) fn take_in(&self, offset: u64, bytes: Bytes) -> Result<(), EngineError> {
+        let mut state = self.lock();
+        let refuse = |got: String| Err(EngineError::OutOfPlace { expected: "a piece of the stream within its window", got });
+        let end = offset.saturating_add(bytes.len() as u64);
+        if end > state.given.saturating_add(limits::STREAM_WINDOW_BYTES) || state.end.is_some_and(|last| end > last) {
+            return refuse(format!("{} bytes at {offset}, where {} are applied", bytes.len(), state.given));
+        }
+        if end <= state.given || state.pieces.get(&offset).is_some_and(|there| there.len() == bytes.len()) {
+            return Ok(());
+        }
+        let before = state.pieces.range(..=offset).next_back().map_or(state.given, |(at, there)| at + there.len() as u64);
+        let after = state.pieces.range(offset..).next().map_or(u64::MAX, |(at, _)| *at);
+        if offset < before || end > after {
+            return refuse(format!("{} bytes at {offset}, which overlap others", bytes.len()));
+        }
+        state.pieces.insert(offset, bytes);
+        drop(state);
+        self.arrived.notify_one();
+        Ok(())
+    }
+
+    /// The stream has so many bytes.
+    ///
+    /// # Errors
+    /// More came already, or it was said to have another end.
+    pub(super) fn ends_at(&self, end: u64) -> Result<(), EngineError> {
+        let mut state = self.lock();
+        let came = state.pieces.last_key_value().map_or(state.given, |(at, piece)| at + piece.len() as u64);
+        if end < came || state.end.is_some_and(|before| before != end) {
+            let got = format!("one of {end} bytes, where {came} came");
+            return Err(EngineError::OutOfPlace { expected: "the end of the stream", got });
+        }
+        state.end = Some(end);
+        drop(state);
+        self.arrived.notify_one();
+        Ok(())
+    }
+
+    // SPEC: PROTOCOL.md#must-any-lane
+    /// Gives the hypervisor the stream, to its end. `INVARIANT(in-order-once)`
+    pub(super) async fn write_to(&self, mut stream: UnixStream) -> io::Result<Whole> {
+        let mut digest = Context::new(&SHA256);
+        while let Some(piece) = self.next().await {
+            stream.write_all(&piece).await?;
+            digest.update(&piece);
+            let given = {
+                let mut state = self.lock();
+                state.given += piece.len() as u64;
+                state.given
+            };
+            self.given.send_replace(given);
+        }
+        stream.shutdown().await?;
+        let mut whole = Whole { bytes: self.given_bytes(), digest: [0; 32] };
+        whole.digest.copy_from_slice(digest.finish().as_ref());
+        Ok(whole)
+    }
+
+    /// The piece that the hypervisor lacks; nothing at the end.
+    async fn next(&self) -> Option<Bytes> {
+        loop {
+            {
+                let mut state = self.lock();
+                let given = state.given;
+                if let Some(piece) = state.pieces.remove(&given) {
+                    return Some(piece);
+                }
+                if state.end == Some(given) {
+                    return None;
+                }
+            }
+            self.arrived.notified().await;
+        }
+    }
+
+    pub(super) fn given_bytes(&self) -> u64 {
+        self.lock().given
+    }
+
+    /// Tells how much the hypervisor was given.
+    pub(super) fn given(&self) -> watch::Receiver<u64> {
+        self.given.subscribe()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+    use tokio::io::AsyncReadExt;
+
+    fn piece(bytes: &[u8]) -> Bytes {
+        Bytes::copy_from_slice(bytes)
+    }
+
+    #[tokio::test]
+    async fn the_hypervisor_gets_every_byte_once_and_in_order() {
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        let flow = Arc::new(Inflow::new());
+        let writing = tokio::spawn({
+            let flow = Arc::clone(&flow);
+            async move { flow.write_to(ours).await.unwrap() }
+        });
+        flow.take_in(5, piece(b"world")).unwrap();
+        flow.take_in(5, piece(b"world")).unwrap();
+        flow.take_in(0, piece(b"hello")).unwrap();
+        let mut given = flow.given();
+        given.wait_for(|given| *given == 10).await.unwrap();
+        flow.take_in(0, piece(b"HELLO")).unwrap();
+        flow.ends_at(11).unwrap();
+        flow.ends_at(11).unwrap();
+        flow.take_in(10, piece(b"!")).unwrap();
+        let mut text = String::new();
+        theirs.read_to_string(&mut text).await.unwrap();
+        assert_eq!(text, "helloworld!");
+        let whole = writing.await.unwrap();
+        assert_eq!((whole.bytes, whole.digest), (11, crate::engine::digest::sha256(b"helloworld!")));
+    }
+
+    #[test]
+    fn pieces_out_of_the_window_or_over_others_are_refused() {
+        let flow = Inflow::new();
+        flow.take_in(10, piece(b"0123456789")).unwrap();
+        for (offset, bytes) in [
+            (limits::STREAM_WINDOW_BYTES, piece(b"x")),
+            (u64::MAX - 1, piece(b"xx")),
+            (5, piece(b"012345")),
+            (10, piece(b"012345678")),
+            (15, piece(b"01")),
+            (19, piece(b"0123")),
+        ] {
+            let refused = flow.take_in(offset, bytes.clone()).unwrap_err();
+            assert_eq!(refused.class(), crate::wire::ErrorClass::PeerMisbehaved, "{offset}: {refused}");
+        }
+        flow.take_in(limits::STREAM_WINDOW_BYTES - 1, piece(b"x")).unwrap();
+    }
+
+    #[test]
+    fn an_end_before_what_came_and_a_second_one_are_refused() {
+        let flow = Inflow::new();
+        flow.take_in(10, piece(b"01234")).unwrap();
+        assert!(flow.ends_at(14).is_err());
+        flow.ends_at(15).unwrap();
+        assert!(flow.ends_at(16).is_err());
+        assert!(flow.take_in(15, piece(b"x")).is_err());
+    }
+}

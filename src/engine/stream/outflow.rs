@@ -1,0 +1,252 @@
+//! What was read of a hypervisor's stream and is not with the other hypervisor yet.
+
+use std::collections::VecDeque;
+use std::io;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use bytes::Bytes;
+use ring::digest::{Context, SHA256};
+use tokio::io::AsyncReadExt;
+use tokio::net::UnixStream;
+use tokio::sync::Notify;
+
+use super::Whole;
+use crate::limits;
+
+/// A piece of the stream, which any lane may carry.
+#[derive(Debug, Clone)]
+pub(super) struct Piece {
+    pub(super) offset: u64,
+    pub(super) bytes: Bytes,
+}
+
+/// Pieces on their way. `INVARIANT(stream-window)`: together they are at most the window.
+#[derive(Debug)]
+pub(super) struct Outflow {
+    state: Mutex<State>,
+    /// A piece waits for a lane.
+    ready: Notify,
+    /// There is room for another piece.
+    room: Notify,
+}
+
+#[derive(Debug)]
+struct State {
+    pieces: VecDeque<Piece>,
+    /// Of these pieces so many were given to lanes.
+    sent: usize,
+    read: u64,
+    applied: u64,
+    window: u64,
+    /// Whether the window was full since somebody looked.
+    was_full: bool,
+}
+
+impl Outflow {
+    /// For a path that takes at most so many bytes a second, where that is known.
+    pub(super) fn new(rate_max: Option<u64>) -> Self {
+        let window = rate_max.map_or(FIRST_WINDOW_BYTES, |rate| (rate / 10).clamp(WINDOW_BYTES_MIN, FIRST_WINDOW_BYTES));
+        let state = State { pieces: VecDeque::new(), sent: 0, read: 0, applied: 0, window, was_full: false };
+        Self { state: Mutex::new(state), ready: Notify::new(), room: Notify::new() }
+    }
+
+    /// Reads the hypervisor's stream to its end, no faster than there is room.
+    pub(super) async fn read_from(&self, mut stream: UnixStream) -> io::Result<Whole> {
+        let mut digest = Context::new(&SHA256);
+        let mut buffer = vec![0; limits::STREAM_CHUNK_BYTES_MAX];
+        loop {
+            let room = self.wait_for_room().await;
+            let part = buffer.get_mut(..room).unwrap_or_default();
+            let count = stream.read(part).await?;
+            let bytes = part.get(..count).unwrap_or_default();
+            if bytes.is_empty() {
+                break;
+            }
+            digest.update(bytes);
+            self.put(Bytes::copy_from_slice(bytes));
+        }
+        let mut whole = Whole { bytes: self.read_bytes(), digest: [0; 32] };
+        whole.digest.copy_from_slice(digest.finish().as_ref());
+        Ok(whole)
+    }
+
+    /// How many bytes the next piece may have.
+    async fn wait_for_room(&self) -> usize {
+        loop {
+            // Told or not since: whoever makes room leaves a permit.
+            let room = {
+                let mut state = self.lock();
+                let room = state.window.saturating_sub(state.read - state.applied);
+                state.was_full |= room == 0;
+                usize::try_from(room).unwrap_or(usize::MAX).min(limits::STREAM_CHUNK_BYTES_MAX)
+            };
+            if room > 0 {
+                return room;
+            }
+            self.room.notified().await;
+        }
+    }
+
+    fn put(&self, bytes: Bytes) {
+        let mut state = self.lock();
+        let piece = Piece { offset: state.read, bytes };
+        state.read += piece.bytes.len() as u64;
+        state.pieces.push_back(piece);
+        drop(state);
+        self.ready.notify_one();
+    }
+
+    /// The next piece for a lane. May be dropped and called again.
+    pub(super) async fn next(&self) -> Piece {
+        loop {
+            let (piece, more) = {
+                let mut state = self.lock();
+                let piece = state.pieces.get(state.sent).cloned();
+                state.sent += usize::from(piece.is_some());
+                (piece, state.sent < state.pieces.len())
+            };
+            // One permit is kept at most, and there may be more pieces than that.
+            if more {
+                self.ready.notify_one();
+            }
+            match piece {
+                Some(piece) => return piece,
+                None => self.ready.notified().await,
+            }
+        }
+    }
+
+    /// The other hypervisor has so much. False when that cannot be.
+    #[must_use]
+    pub(super) fn applied(&self, bytes: u64) -> bool {
+        let mut state = self.lock();
+        if bytes < state.applied || bytes > state.read {
+            return false;
+        }
+        // A piece is kept until all of it is there.
+        while state.pieces.front().is_some_and(|piece| piece.offset + piece.bytes.len() as u64 <= bytes) {
+            state.pieces.pop_front();
+            state.sent = state.sent.saturating_sub(1);
+        }
+        state.applied = bytes;
+        drop(state);
+        self.room.notify_one();
+        true
+    }
+
+    /// Everything that is not applied goes out again, on new lanes. How many bytes that is of what was sent before.
+    pub(super) fn send_again(&self) -> u64 {
+        let mut state = self.lock();
+        let again = state.pieces.iter().take(state.sent).map(|piece| piece.bytes.len() as u64).sum();
+        state.sent = 0;
+        drop(state);
+        self.ready.notify_one();
+        again
+    }
+
+    /// Whether all that was read until now is applied.
+    pub(super) fn read_bytes(&self) -> u64 {
+        self.lock().read
+    }
+
+    pub(super) fn applied_bytes(&self) -> u64 {
+        self.lock().applied
+    }
+
+    /// Sets how much may be on its way, within its bounds.
+    pub(super) fn set_window(&self, bytes: u64) {
+        self.lock().window = bytes.clamp(WINDOW_BYTES_MIN, limits::STREAM_WINDOW_BYTES);
+        self.room.notify_one();
+    }
+
+    /// Whether the window has held the hypervisor up since this was asked last.
+    pub(super) fn was_full(&self) -> bool {
+        std::mem::take(&mut self.lock().was_full)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// WHY: what waits here when the guest is paused goes out before the rest of it, so it is no more than the path needs; what that
+/// is shows within a few looks.
+const FIRST_WINDOW_BYTES: u64 = 1 << 20;
+/// WHY: one piece.
+const WINDOW_BYTES_MIN: u64 = limits::STREAM_CHUNK_BYTES_MAX as u64;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokio::io::AsyncWriteExt;
+
+    async fn filled(bytes: usize) -> (Outflow, UnixStream, UnixStream) {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let flow = Outflow::new(None);
+        for piece in vec![7; bytes].chunks(1000) {
+            flow.put(Bytes::copy_from_slice(piece));
+        }
+        (flow, ours, theirs)
+    }
+
+    #[tokio::test]
+    async fn pieces_go_out_once_in_order_and_again_only_when_they_were_lost() {
+        let (flow, ..) = filled(2500).await;
+        let offsets = [flow.next().await.offset, flow.next().await.offset];
+        assert_eq!(offsets, [0, 1000]);
+        assert!(flow.applied(1000));
+        assert_eq!(flow.send_again(), 1000, "one of the two that were sent");
+        assert_eq!(flow.next().await.offset, 1000);
+        let last = flow.next().await;
+        assert_eq!((last.offset, last.bytes.len()), (2000, 500));
+    }
+
+    #[tokio::test]
+    async fn a_part_of_a_piece_keeps_all_of_it() {
+        let (flow, ..) = filled(2000).await;
+        flow.next().await;
+        assert!(flow.applied(999));
+        flow.send_again();
+        assert_eq!(flow.next().await.offset, 0);
+    }
+
+    #[tokio::test]
+    async fn what_cannot_have_been_applied_is_refused() {
+        let (flow, ..) = filled(1000).await;
+        assert!(!flow.applied(1001));
+        assert!(flow.applied(700) && flow.applied(700) && !flow.applied(699));
+    }
+
+    /// `INVARIANT(stream-window)`
+    #[tokio::test]
+    async fn a_full_window_is_felt_by_the_writer() {
+        let (flow, ours, mut theirs) = filled(0).await;
+        flow.set_window(0);
+        let flow = std::sync::Arc::new(flow);
+        let reading = tokio::spawn({
+            let flow = std::sync::Arc::clone(&flow);
+            async move { flow.read_from(ours).await.unwrap() }
+        });
+        let piece = vec![1; 64 * 1024];
+        let writing = tokio::spawn(async move {
+            for _ in 0..64 {
+                theirs.write_all(&piece).await.unwrap();
+            }
+        });
+        while flow.read_bytes() < WINDOW_BYTES_MIN {
+            tokio::task::yield_now().await;
+        }
+        for _ in 0..1000 {
+            tokio::task::yield_now().await;
+        }
+        assert_eq!(flow.read_bytes(), WINDOW_BYTES_MIN);
+        assert!(!writing.is_finished() && flow.was_full());
+        while !reading.is_finished() {
+            assert!(flow.applied(flow.read_bytes()));
+            tokio::task::yield_now().await;
+        }
+        let whole = reading.await.unwrap();
+        assert_eq!(whole.bytes, 64 * 64 * 1024);
+        assert_eq!(whole.digest, crate::engine::digest::sha256(&vec![1; 64 * 64 * 1024]));
+    }
+}

@@ -1,0 +1,582 @@
+//! The source end of a stream.
+
+mod outage;
+mod switch;
+
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use tokio::sync::{mpsc, watch};
+use tokio::task::JoinHandle;
+
+use super::Whole;
+use super::lanes::{SendShared, send_lane};
+use super::outflow::Outflow;
+use crate::engine::error::may_be_forgotten;
+use crate::engine::frames::Frames;
+use crate::engine::handoff::{Binding, Evidence, blocking, joined};
+use crate::engine::limiter::Limiter;
+use crate::engine::link::send_within;
+use crate::engine::meter::{Figures, Meter, Stopwatch};
+use crate::engine::search::{self, Outage};
+use crate::engine::source::{AskCommit, Command, Redial, SourceEnd, SourceOrder, SourcePorts};
+use crate::engine::witness::Exchange;
+use crate::engine::{EngineError, Link};
+use crate::hypervisor::{HypervisorError, StreamGoal, StreamProgress, StreamSource, StreamStage};
+use crate::limits;
+use crate::migration::{Outcome, SourceStep, StreamSource as Machine, StreamSourceAction, StreamSourceEvent};
+use crate::telemetry::{Phase, Progress, chain};
+use crate::transport::{LaneHandle, TransportError};
+use crate::types::LaneIndex;
+use crate::wire::{Failure, Message, Offer, STREAM_FEATURE, StreamEnd, StreamResumed};
+
+type Guest = Arc<Mutex<Box<dyn StreamSource>>>;
+
+struct Run {
+    order: SourceOrder,
+    evidence: Evidence,
+    link: Link,
+    guest: Guest,
+    ask_commit: AskCommit,
+    redial: Redial,
+    progress: watch::Sender<Progress>,
+    machine: Machine,
+    binding: Option<Binding>,
+    flow: Arc<Outflow>,
+    stages: watch::Receiver<StreamStage>,
+    reading: Option<JoinHandle<std::io::Result<Whole>>>,
+    /// All of the stream, once it was read.
+    whole: Option<Whole>,
+    goal: StreamGoal,
+    lanes: u16,
+    /// Keeps the lanes' threads alive.
+    threads: Vec<LaneHandle<()>>,
+    failures: mpsc::Receiver<EngineError>,
+    failures_in: mpsc::Sender<EngineError>,
+    limiter: Arc<Limiter>,
+    meter: Arc<Meter>,
+    /// UDP payload of connections that are gone.
+    carried_before: u64,
+    said: StreamProgress,
+    /// When the path was looked at, and what was applied then.
+    looked: (Instant, u64),
+    asked: Instant,
+    pause: Option<Stopwatch>,
+    error: Option<EngineError>,
+    /// REFUSE came, and why comes behind it.
+    refused: bool,
+    heads: Exchange,
+    figures: Figures,
+    woken: bool,
+    phase: Phase,
+    started: Instant,
+    /// When the guest that is paused goes on here, come what may.
+    pause_ends: Option<Instant>,
+    /// When a destination that was given the VM and does not answer is left to the gateway.
+    doubt_ends: Option<Instant>,
+    outage: Option<Outage<StreamResumed>>,
+    /// When outages are no longer waited out, since something came of a session.
+    patience: Option<Instant>,
+    lost: Option<EngineError>,
+    heard_from_us: Instant,
+    /// What came while the hypervisor was asked something.
+    backlog: VecDeque<Result<Message, TransportError>>,
+    ended: Option<Option<Outcome>>,
+}
+
+/// Runs the source end of a hypervisor's own stream until the VM's place is decided or in doubt. The attempt has begun at `began`,
+/// from which its timeout counts.
+pub async fn run_stream_source(order: SourceOrder, ports: SourcePorts<dyn StreamSource>, began: Instant) -> SourceEnd {
+    let SourcePorts { evidence, link, guest, ask_commit, redial, progress, commands, share } = ports;
+    let (failures_in, failures) = mpsc::channel(usize::from(limits::LANES_MAX));
+    let goal = StreamGoal { downtime_max: order.goal.downtime_max, throttle: order.goal.throttle };
+    let mut run = Run {
+        limiter: Arc::new(Limiter::new(order.bandwidth, share)),
+        stages: guest.stages(),
+        guest: Arc::new(Mutex::new(guest)),
+        machine: Machine::default(),
+        binding: None,
+        flow: Arc::new(Outflow::new(order.bandwidth)),
+        reading: None,
+        whole: None,
+        goal,
+        lanes: 0,
+        threads: Vec::new(),
+        meter: Arc::default(),
+        carried_before: 0,
+        said: StreamProgress::default(),
+        looked: (began, 0),
+        asked: began,
+        pause: None,
+        error: None,
+        refused: false,
+        heads: Exchange::default(),
+        figures: Figures::default(),
+        woken: true,
+        phase: Phase::Connect,
+        started: began,
+        pause_ends: None,
+        doubt_ends: None,
+        outage: None,
+        patience: None,
+        lost: None,
+        heard_from_us: Instant::now(),
+        backlog: VecDeque::new(),
+        ended: None,
+        order,
+        evidence,
+        link,
+        ask_commit,
+        redial,
+        progress,
+        failures,
+        failures_in,
+    };
+    let mut events = VecDeque::new();
+    if let Err(error) = run.offer().await {
+        events.push_back(run.broken(error));
+    }
+    run.run(commands, events).await
+}
+
+impl Run {
+    async fn run(mut self, mut commands: mpsc::Receiver<Command>, mut events: VecDeque<StreamSourceEvent>) -> SourceEnd {
+        let mut tick = tokio::time::interval(PROGRESS_INTERVAL);
+        tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Skip);
+        while self.ended.is_none() {
+            let Some(event) = events.pop_front() else {
+                let next = self.next(&mut commands, &mut tick).await;
+                events.extend(next);
+                continue;
+            };
+            let given_up_early = matches!(event, StreamSourceEvent::GiveUp(_)) && self.binding.is_none();
+            let committed = self.machine.is_committed();
+            match self.machine.step(event) {
+                Ok(actions) => self.perform_all(actions, committed, &mut events).await,
+                Err(refusal) if self.machine.is_committed() => {
+                    tracing::warn!(migration = %self.order.migration, %refusal, "ignored after COMMIT")
+                }
+                Err(refusal) => events.push_back(self.give_up(refusal.into())),
+            }
+            if given_up_early {
+                self.say_failure().await;
+                self.ended = Some(Some(Outcome::Stayed));
+            }
+        }
+        self.finish(commands).await
+    }
+
+    async fn offer(&mut self) -> Result<(), EngineError> {
+        self.show();
+        if !self.link.negotiated.has(STREAM_FEATURE) {
+            let reason = "it does not carry streams of hypervisors";
+            return Err(EngineError::peer(self.order.migration, crate::wire::ErrorClass::PeerIncompatible, reason));
+        }
+        let machine = lock(&self.guest).machine().clone();
+        let offer = Offer {
+            migration: self.order.migration,
+            vm: self.order.vm.clone(),
+            uuid: self.order.uuid,
+            epoch: self.order.epoch,
+            hypervisor: machine.kind.clone(),
+            regions: machine.regions.clone(),
+            machine: serde_json::to_vec(&machine).map_err(|error| EngineError::Bug(error.to_string()))?,
+            stream: self.order.stream.clone(),
+            policy_digest: self.order.policy_digest,
+        };
+        self.say(Message::Offer(offer)).await
+    }
+
+    async fn say(&mut self, message: Message) -> Result<(), EngineError> {
+        let migration = self.order.migration;
+        let left = self.deadline().map_or(limits::SEND_WITHIN, |at| at.saturating_duration_since(Instant::now()));
+        let sent = send_within(&self.link.session, &message, left.min(limits::SEND_WITHIN)).await;
+        self.heard_from_us = Instant::now();
+        sent.map_err(|source| EngineError::Transport { migration, source })
+    }
+
+    /// When this has to be over as it is now: the migration, an outage, the pause, or the wait for an answer to COMMIT.
+    fn deadline(&self) -> Option<Instant> {
+        let outage = self.outage.as_ref().map(|outage| outage.ends);
+        if self.machine.is_committed() {
+            return outage.or(self.doubt_ends);
+        }
+        let end = self.order.timeout.map(|limit| self.started + limit);
+        // Unlike one whose pages are read, a guest that its hypervisor has stopped stays so in an outage: the pause has an end.
+        [end, outage, self.pause_ends].into_iter().flatten().min()
+    }
+
+    fn deadline_passed(&mut self) -> Option<StreamSourceEvent> {
+        let (vm, now) = (self.order.vm.clone(), Instant::now());
+        if self.machine.is_committed() {
+            self.error = Some(EngineError::InDoubt { vm, migration: self.order.migration });
+            self.ended = Some(None);
+            return None;
+        }
+        if self.outage.as_ref().is_some_and(|outage| outage.ends <= now) {
+            let source = self.outage.as_mut().and_then(|outage| outage.cause.take()).map(Box::new);
+            let (migration, limit) = (self.order.migration, self.order.outage_max);
+            return Some(self.give_up(EngineError::Outage { vm, migration, limit, source }));
+        }
+        let paused_too_long = self.pause_ends.take_if(|at| *at <= now).is_some();
+        let error = match self.order.timeout.take_if(|_| !paused_too_long) {
+            Some(limit) => EngineError::TimedOut { vm, limit },
+            None => EngineError::PausedTooLong { vm, limit: self.pause_max() },
+        };
+        Some(self.give_up(error))
+    }
+
+    fn pause_max(&self) -> Duration {
+        limits::PAUSE_SLACK + (self.goal.downtime_max + self.order.goal.fixed_cost) * 10
+    }
+
+    /// What an outage may explain is waited out; anything else ends the attempt.
+    fn broken(&mut self, error: EngineError) -> StreamSourceEvent {
+        let committed = self.machine.is_committed() && matches!(error, EngineError::Transport { .. });
+        if error.is_outage() || may_be_forgotten(&error) || committed {
+            tracing::warn!(migration = %self.order.migration, state = self.machine.name(), error = %chain(&error), "link lost");
+            match &mut self.outage {
+                Some(outage) => drop(outage.cause.get_or_insert(error)),
+                None => self.lost = Some(error),
+            }
+            return StreamSourceEvent::LinkLost;
+        }
+        self.give_up(error)
+    }
+
+    /// Keeps the first error, which is the cause, and asks the machine to give up.
+    fn give_up(&mut self, error: EngineError) -> StreamSourceEvent {
+        let class = error.class();
+        tracing::debug!(migration = %self.order.migration, state = self.machine.name(), error = %chain(&error), "gives up");
+        self.error.get_or_insert(error);
+        StreamSourceEvent::GiveUp(class)
+    }
+
+    async fn say_failure(&mut self) {
+        if let Some(error) = &self.error {
+            let reason: String = chain(error).chars().take(limits::REASON_BYTES_MAX / 4).collect();
+            let _ = self.say(Message::Failure(Failure { class: error.class(), reason })).await;
+        }
+    }
+
+    /// Waits for whatever happens next.
+    async fn next(&mut self, commands: &mut mpsc::Receiver<Command>, tick: &mut tokio::time::Interval) -> Option<StreamSourceEvent> {
+        if let Some(message) = self.backlog.pop_front() {
+            return self.received(message).await;
+        }
+        let deadline = self.deadline();
+        let read = async {
+            match &mut self.reading {
+                Some(task) => task.await,
+                None => std::future::pending().await,
+            }
+        };
+        let timed_out = async {
+            match deadline {
+                Some(at) => tokio::time::sleep_until(at.into()).await,
+                None => std::future::pending().await,
+            }
+        };
+        let staged = async {
+            match self.stages.changed().await {
+                Ok(()) => {}
+                Err(_) => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            biased;
+            () = staged => self.staged().await,
+            read = read => {
+                self.reading = None;
+                self.was_read(read).await
+            }
+            Some(error) = self.failures.recv() => self.lane_failed(error),
+            back = search::back(&mut self.outage) => self.back(back).await,
+            message = self.link.session.receive(), if self.outage.is_none() => self.received(message).await,
+            command = commands.recv() => self.commanded(command).await,
+            () = timed_out => self.deadline_passed(),
+            _ = tick.tick() => {
+                self.look_at_path().await;
+                self.show();
+                self.sign_of_life().await
+            }
+        }
+    }
+
+    fn lane_failed(&mut self, error: EngineError) -> Option<StreamSourceEvent> {
+        // Once the destination has all of it lanes may close as they like.
+        let has_all = self.whole.is_some_and(|whole| whole.bytes == self.flow.applied_bytes());
+        if has_all || self.machine.is_committed() { None } else { Some(self.broken(error)) }
+    }
+
+    /// The hypervisor has come further. `Complete` and the end of its stream come in any order.
+    async fn staged(&mut self) -> Option<StreamSourceEvent> {
+        let stage = *self.stages.borrow_and_update();
+        tracing::debug!(migration = %self.order.migration, ?stage, "hypervisor");
+        match stage {
+            StreamStage::Stopped => {
+                self.phase = Phase::Switchover;
+                self.pause = Some(Stopwatch::start());
+                self.pause_ends = Some(Instant::now() + self.pause_max());
+                self.limiter.set_final(true);
+                Some(StreamSourceEvent::Stopped)
+            }
+            StreamStage::Complete => self.finalised().await,
+            StreamStage::Failed if self.reading.is_some() || self.whole.is_some() => {
+                let why = self.why_failed().await;
+                Some(self.give_up(why))
+            }
+            StreamStage::Failed | StreamStage::Idle | StreamStage::Flowing => None,
+        }
+    }
+
+    async fn why_failed(&self) -> EngineError {
+        let guest = Arc::clone(&self.guest);
+        let asked = blocking(move || Ok(lock(&guest).failure())).await;
+        asked.map_or_else(|error| error, EngineError::from)
+    }
+
+    async fn was_read(&mut self, read: Result<std::io::Result<Whole>, tokio::task::JoinError>) -> Option<StreamSourceEvent> {
+        match joined(read) {
+            Ok(Ok(whole)) => {
+                self.whole = Some(whole);
+                self.finalised().await
+            }
+            Ok(Err(source)) => {
+                let what = "cannot read the hypervisor's stream";
+                let error = HypervisorError::Local { vm: self.order.vm.to_string(), what, source };
+                Some(self.give_up(error.into()))
+            }
+            Err(error) => Some(self.give_up(error)),
+        }
+    }
+
+    /// FINAL can be said when the stream has ended, and the hypervisor says itself that its guest does not run by itself any more.
+    async fn finalised(&mut self) -> Option<StreamSourceEvent> {
+        let whole = self.whole.filter(|_| *self.stages.borrow() == StreamStage::Complete)?;
+        let guest = Arc::clone(&self.guest);
+        if let Err(error) = blocking(move || Ok(lock(&guest).ensure_complete()?)).await {
+            return Some(self.give_up(error));
+        }
+        self.lap("rest");
+        if let Err(error) = self.say_end(whole).await {
+            // It is said again with FINAL when the link stands.
+            let lost = self.broken(error);
+            if !matches!(lost, StreamSourceEvent::LinkLost) {
+                return Some(lost);
+            }
+            self.link_lost().await;
+        }
+        self.phase = Phase::Verify;
+        Some(StreamSourceEvent::Finalised(whole.final_digest()))
+    }
+
+    async fn say_end(&mut self, whole: Whole) -> Result<(), EngineError> {
+        if self.outage.is_some() {
+            return Ok(());
+        }
+        self.say(Message::StreamEnd(StreamEnd { migration: self.order.migration, bytes: whole.bytes })).await
+    }
+
+    async fn commanded(&mut self, command: Option<Command>) -> Option<StreamSourceEvent> {
+        match command {
+            Some(Command::Bandwidth(limit)) => {
+                self.limiter.set(limit);
+                None
+            }
+            Some(Command::DowntimeMax(downtime_max)) => {
+                self.goal.downtime_max = downtime_max;
+                let goal = self.goal;
+                if self.phase == Phase::Memory
+                    && let Err(error) = self.beside(move |guest| guest.set_goal(goal)).await
+                {
+                    tracing::warn!(migration = %self.order.migration, error = %chain(&error), "the hypervisor does not take another goal");
+                }
+                None
+            }
+            // From COMMIT on the peer is owed an answer, whoever it is now.
+            Some(Command::CheckPeer) if self.machine.is_committed() => None,
+            Some(Command::CheckPeer) => self.link.admitted().err().map(|error| self.give_up(error)),
+            Some(Command::Superseded) => None,
+            // The registry keeps the other end until the migration has ended; without it nobody can cancel.
+            Some(Command::Cancel) | None => Some(self.give_up(EngineError::Cancelled { vm: self.order.vm.clone() })),
+        }
+    }
+
+    /// A destination that hears nothing for too long takes this for lost.
+    async fn sign_of_life(&mut self) -> Option<StreamSourceEvent> {
+        if self.outage.is_some() || self.heard_from_us.elapsed() < limits::PING_EVERY {
+            return None;
+        }
+        match self.say(Message::Ping).await {
+            Err(error) => Some(self.broken(error)),
+            Ok(()) => None,
+        }
+    }
+
+    /// Fits the window to the path, and tells the hypervisor of a path that is slower than its socket seems.
+    async fn look_at_path(&mut self) {
+        let (at, before) = self.looked;
+        let applied = self.flow.applied_bytes();
+        self.looked = (Instant::now(), applied);
+        let running = self.reading.is_some() && self.outage.is_none();
+        let rtt = self.threads.iter().map(|handle| handle.stats().rtt).max();
+        let path = rtt.filter(|_| running && self.flow.was_full()).map(|rtt| {
+            let rate = (applied - before) as f64 / at.elapsed().as_secs_f64().max(1e-3);
+            #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a rate of bytes; saturates")]
+            let (rate, window) = (rate as u64, (rate * (rtt * 2 + WINDOW_SLACK).as_secs_f64()) as u64);
+            self.flow.set_window(window);
+            rate.max(1)
+        });
+        // WHY: QEMU answers nothing while it writes the rest of a guest that it has stopped.
+        if !running || self.phase != Phase::Memory || (path.is_none() && self.asked.elapsed() < ASK_EVERY) {
+            return;
+        }
+        self.asked = Instant::now();
+        let told = self.beside(move |guest| {
+            path.map_or(Ok(()), |rate| guest.set_path_rate(rate))?;
+            guest.progress()
+        });
+        match told.await {
+            Ok(said) => self.said = said,
+            Err(error) => tracing::debug!(migration = %self.order.migration, error = %chain(&error), "the hypervisor says nothing"),
+        }
+    }
+
+    /// Asks the hypervisor something. It may not answer before its socket takes more, so what the destination says is heard
+    /// meanwhile: applied bytes at once, the rest afterwards.
+    async fn beside<T: Send + 'static>(
+        &mut self,
+        ask: impl FnOnce(&mut dyn StreamSource) -> Result<T, HypervisorError> + Send + 'static,
+    ) -> Result<T, EngineError> {
+        let guest = Arc::clone(&self.guest);
+        let asked = blocking(move || Ok(ask(lock(&guest).as_mut())?));
+        tokio::pin!(asked);
+        loop {
+            let listens = self.outage.is_none() && self.backlog.is_empty();
+            tokio::select! {
+                answer = &mut asked => return answer,
+                message = self.link.session.receive(), if listens => match message {
+                    Ok(Message::StreamApplied(applied)) if applied.migration == self.order.migration && self.flow.applied(applied.bytes) => {}
+                    message => self.backlog.push_back(message),
+                },
+            }
+        }
+    }
+
+    async fn perform_all(&mut self, actions: Vec<StreamSourceAction>, committed: bool, events: &mut VecDeque<StreamSourceEvent>) {
+        for action in actions {
+            let durable = matches!(&action, StreamSourceAction::Handoff(step) if step.is_durable());
+            match self.perform(action).await {
+                Ok(event) => events.extend(event),
+                // Not a disk that failed: whose the VM is, is not for this end to say. The guest stays as it is.
+                Err(error @ EngineError::Lost { .. }) => {
+                    self.error = Some(error);
+                    self.ended = Some(None);
+                    return;
+                }
+                Err(error) if durable => {
+                    tracing::error!(migration = %self.order.migration, error = %chain(&error), "not durable");
+                    self.error.get_or_insert(error);
+                    events.push_back(StreamSourceEvent::Handoff(SourceStep::Failed));
+                    return;
+                }
+                Err(error) => {
+                    if committed || self.machine.is_committed() {
+                        self.error = Some(error);
+                        self.ended = Some(None);
+                    } else {
+                        events.push_back(self.broken(error));
+                    }
+                    return;
+                }
+            }
+        }
+    }
+
+    async fn perform(&mut self, action: StreamSourceAction) -> Result<Option<StreamSourceEvent>, EngineError> {
+        match action {
+            StreamSourceAction::Offer => self.offer().await.map(|()| None),
+            StreamSourceAction::Begin { lanes } => self.begin(lanes).await.map(|()| None),
+            StreamSourceAction::GoOn => {
+                // A journal that cannot be written any more is found before COMMIT, behind which only a restart could tell who
+                // owns the guest.
+                let journal = Arc::clone(&self.evidence.journal);
+                joined(tokio::task::spawn_blocking(move || journal.reserve()).await)??;
+                self.beside(|guest| guest.go_on()).await?;
+                self.lap("pause");
+                Ok(None)
+            }
+            StreamSourceAction::Reconnect => {
+                self.link_lost().await;
+                Ok(None)
+            }
+            StreamSourceAction::Handoff(action) => self.handoff(action).await,
+        }
+    }
+
+    async fn begin(&mut self, lanes: u16) -> Result<(), EngineError> {
+        self.lanes = lanes;
+        let journal = Arc::clone(&self.evidence.journal);
+        joined(tokio::task::spawn_blocking(move || journal.reserve()).await)??;
+        let (guest, goal) = (Arc::clone(&self.guest), self.goal);
+        // What was said before this migration is none of its affair.
+        self.stages.borrow_and_update();
+        let rate_max = self.order.bandwidth;
+        let begun = blocking(move || {
+            let mut guest = lock(&guest);
+            rate_max.map_or(Ok(()), |rate| guest.set_path_rate(rate))?;
+            Ok(guest.begin(goal)?)
+        });
+        let stream = begun.await?;
+        let local = |source| {
+            let what = "cannot read the hypervisor's stream";
+            EngineError::Hypervisor(HypervisorError::Local { vm: self.order.vm.to_string(), what, source })
+        };
+        stream.set_nonblocking(true).map_err(local)?;
+        let stream = tokio::net::UnixStream::from_std(stream).map_err(local)?;
+        let flow = Arc::clone(&self.flow);
+        self.reading = Some(tokio::spawn(async move { flow.read_from(stream).await }));
+        self.phase = Phase::Memory;
+        self.open_lanes().await
+    }
+
+    /// Every lane joins, on the session that stands now.
+    async fn open_lanes(&mut self) -> Result<(), EngineError> {
+        let migration = self.order.migration;
+        let shared = SendShared {
+            migration,
+            flow: Arc::clone(&self.flow),
+            terms: self.order.stream.clone(),
+            level: self.order.manner.zstd_level,
+            limiter: Arc::clone(&self.limiter),
+            meter: Arc::clone(&self.meter),
+            frames: Frames::default(),
+            failures: self.failures_in.clone(),
+        };
+        for lane in (0..self.lanes).map(LaneIndex) {
+            let shared = shared.clone();
+            let opened = self.link.session.open_lane(migration, lane, move |io| send_lane(io, shared)).await;
+            self.threads.push(opened.map_err(|source| EngineError::Transport { migration, source })?);
+        }
+        crate::failpoint::hit!("source.lanes-open");
+        Ok(())
+    }
+
+    fn lap(&mut self, what: &'static str) {
+        if let Some(watch) = &mut self.pause {
+            watch.lap(what);
+        }
+    }
+}
+
+fn lock(guest: &Guest) -> MutexGuard<'_, Box<dyn StreamSource>> {
+    guest.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// WHY: people look at it once a second at most.
+const ASK_EVERY: Duration = Duration::from_secs(1);
+const PROGRESS_INTERVAL: Duration = Duration::from_millis(200);
+/// WHY: acknowledgements are not sent for every piece, and hypervisors take some milliseconds for theirs.
+const WINDOW_SLACK: Duration = Duration::from_millis(30);

@@ -1,0 +1,39 @@
+//! The driver for an unmodified QEMU: its monitor, and the stream in which it sends its guest.
+//!
+//! *Owns:* QMP, what of two QEMUs has to be equal, the order of QEMU's own migration. *Never:* what is in the stream, decisions
+//! about a migration. QEMU gets one end of a socket pair by its monitor, so no path exists that others could connect to.
+//!
+//! ```text
+//! source                                                  destination
+//! capabilities: events, pause-before-switchover           capabilities: events, late-block-activate
+//! getfd, migrate fd:            ── stream ──>             stop (no start by itself), getfd, migrate-incoming fd:
+//! pre-switchover: the guest stands still
+//! migrate-continue              ── rest ──>               completed, paused; the disks are nobody's
+//! completed, postmigrate
+//! (COMMIT)                                                cont takes the disks, announce-self
+//! quit, or migrate_cancel and cont before COMMIT
+//! ```
+//!
+//! *Invariants:* `no-self-start` (a destination is told to stop before it gets a byte, so that it is paused once loaded),
+//! `as-it-was` (what was set at a source is set back when its guest goes on there).
+//! *Read first:* `qmp.rs`, `facts.rs`, `monitor.rs`, `source.rs`, `destination.rs`.
+
+mod destination;
+mod facts;
+mod monitor;
+mod qmp;
+mod source;
+
+#[cfg(test)]
+mod tests;
+
+use std::time::Duration;
+
+pub use destination::QemuDestination;
+pub use facts::QEMU_KIND;
+pub use source::{QemuSource, discard, inspect, observe};
+
+/// How long a monitor may take for an answer. QEMU does nothing that is long inside a command of ours.
+pub const ANSWER_WITHIN: Duration = Duration::from_secs(10);
+/// How long somebody who only looks waits for a monitor that another client may have.
+pub const LOOK_WITHIN: Duration = Duration::from_secs(1);

@@ -1,0 +1,213 @@
+//! A monitor with what both ends of a migration do on it.
+
+use std::collections::BTreeMap;
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use serde::Deserialize;
+use serde_json::{Value, json};
+use tokio::sync::watch;
+
+use super::facts::{run_state, status};
+use super::qmp::{Notice, Qmp, by};
+use crate::hypervisor::{GuestStatus, HypervisorError, RunState, StreamStage};
+
+/// What the monitor keeps the descriptor of a stream under, until a migration takes it.
+const STREAM_NAME: &str = "sealane";
+/// Between two looks at something that QEMU has no event for.
+const LOOK_PAUSE: Duration = Duration::from_millis(10);
+
+/// `query-migrate`, as far as it is of use. Everything is missing before the first migration.
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "kebab-case", default)]
+pub(super) struct Migration {
+    pub(super) status: Option<String>,
+    pub(super) error_desc: Option<String>,
+    pub(super) expected_downtime: Option<u64>,
+    pub(super) blocked_reasons: Vec<String>,
+    pub(super) ram: Option<Ram>,
+}
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(rename_all = "kebab-case", default)]
+pub(super) struct Ram {
+    pub(super) total: u64,
+    pub(super) remaining: u64,
+    pub(super) dirty_pages_rate: u64,
+    pub(super) page_size: u64,
+    pub(super) dirty_sync_count: u64,
+}
+
+#[derive(Debug)]
+pub(super) struct Monitor {
+    pub(super) qmp: Qmp,
+    stage: watch::Receiver<StreamStage>,
+    within: Duration,
+}
+
+impl Monitor {
+    pub(super) fn connect(path: &Path, vm: &str, within: Duration) -> Result<Self, HypervisorError> {
+        let (stages, stage) = watch::channel(StreamStage::Idle);
+        let listener = move |notice: Notice<'_>| {
+            let next = match notice {
+                Notice::Event { name: "MIGRATION", data } => data.get("status").and_then(Value::as_str).and_then(stage_of),
+                Notice::Event { .. } => None,
+                Notice::Ended(why) => {
+                    tracing::debug!(why, "monitor ended");
+                    (*stages.borrow() != StreamStage::Complete).then_some(StreamStage::Failed)
+                }
+            };
+            if let Some(next) = next {
+                stages.send_replace(next);
+            }
+        };
+        let qmp = Qmp::connect(path, vm, within, Box::new(listener))?;
+        Ok(Self { qmp, stage, within })
+    }
+
+    pub(super) fn stages(&self) -> watch::Receiver<StreamStage> {
+        self.stage.clone()
+    }
+
+    pub(super) fn migration(&self) -> Result<Migration, HypervisorError> {
+        self.qmp.ask("query-migrate", Value::Null)
+    }
+
+    /// Switches capabilities that this QEMU has; what they were before.
+    pub(super) fn set_capabilities(&self, wanted: &[(&str, bool)]) -> Result<Vec<(String, bool)>, HypervisorError> {
+        #[derive(Deserialize)]
+        struct Capability {
+            capability: String,
+            state: bool,
+        }
+        let known: Vec<Capability> = self.qmp.ask("query-migrate-capabilities", Value::Null)?;
+        let mut before = Vec::new();
+        let mut set = Vec::new();
+        for (name, state) in wanted {
+            match known.iter().find(|known| known.capability == *name) {
+                Some(now) if now.state != *state => {
+                    before.push((now.capability.clone(), now.state));
+                    set.push(json!({ "capability": name, "state": state }));
+                }
+                None if *state => return Err(self.qmp.refused("migrate-set-capabilities", &format!("this QEMU has no `{name}`"))),
+                _ => {}
+            }
+        }
+        if !set.is_empty() {
+            self.qmp.execute("migrate-set-capabilities", json!({ "capabilities": set }))?;
+        }
+        Ok(before)
+    }
+
+    /// Sets parameters that this QEMU has; what they were before.
+    pub(super) fn set_parameters(&self, wanted: &[(&str, u64)]) -> Result<Vec<(String, u64)>, HypervisorError> {
+        let known: BTreeMap<String, Value> = self.qmp.ask("query-migrate-parameters", Value::Null)?;
+        let mut before = Vec::new();
+        let mut set = serde_json::Map::new();
+        for (name, value) in wanted {
+            if let Some(now) = known.get(*name).and_then(Value::as_u64).filter(|now| now != value) {
+                before.push(((*name).to_owned(), now));
+                set.insert((*name).to_owned(), (*value).into());
+            }
+        }
+        if !set.is_empty() {
+            self.qmp.execute("migrate-set-parameters", Value::Object(set))?;
+        }
+        Ok(before)
+    }
+
+    /// Hands QEMU one end of a new stream and tells it to use it; the other end.
+    pub(super) fn stream(&self, command: &'static str) -> Result<UnixStream, HypervisorError> {
+        let local = |source| HypervisorError::Local { vm: self.qmp.vm().to_owned(), what: "cannot make a socket pair", source };
+        let (ours, theirs) = UnixStream::pair().map_err(local)?;
+        self.qmp.execute_with("getfd", json!({ "fdname": STREAM_NAME }), theirs.as_fd())?;
+        drop(theirs);
+        if let Err(error) = self.qmp.execute(command, json!({ "uri": format!("fd:{STREAM_NAME}") })) {
+            // What was not used stays with the monitor.
+            let _ = self.qmp.execute("closefd", json!({ "fdname": STREAM_NAME }));
+            return Err(error);
+        }
+        Ok(ours)
+    }
+
+    /// Lets the guest execute, and looks that it does. A migration that is under way is cancelled first.
+    pub(super) fn run(&self) -> Result<(), HypervisorError> {
+        let until = by(self.within);
+        loop {
+            let migration = self.migration()?.status.unwrap_or_default();
+            if is_under_way(&migration) {
+                // One that ends at this moment is another state in a moment.
+                let _ = self.qmp.execute("migrate_cancel", Value::Null);
+            } else {
+                match status(&self.qmp)?.state {
+                    RunState::Running => return Ok(()),
+                    RunState::Ended => return Err(self.qmp.refused("cont", "the guest has ended")),
+                    RunState::Incoming => return Err(self.qmp.refused("cont", "the guest is not loaded")),
+                    // It may not be taken while a migration winds down.
+                    RunState::Paused => drop(self.qmp.execute("cont", Value::Null)),
+                }
+                if status(&self.qmp)?.state == RunState::Running {
+                    return Ok(());
+                }
+            }
+            if Instant::now() >= until {
+                // In QEMU's words, if it has some.
+                self.qmp.execute("cont", Value::Null)?;
+                return Err(self.qmp.refused("cont", &format!("the guest is `{}`, its migration `{migration}`", run_state(&self.qmp)?)));
+            }
+            std::thread::sleep(LOOK_PAUSE);
+        }
+    }
+
+    /// Sees that a migration is complete and that the guest is in this state.
+    pub(super) fn ensure(&self, request: &'static str, wanted: &str) -> Result<(), HypervisorError> {
+        let until = by(self.within);
+        loop {
+            let (migration, run) = (self.migration()?.status.unwrap_or_default(), run_state(&self.qmp)?);
+            if migration == "completed" && run == wanted {
+                return Ok(());
+            }
+            // The event comes a moment before the state.
+            if Instant::now() >= until {
+                let why = format!("expected a completed migration and a guest `{wanted}`, got `{migration}` and `{run}`");
+                return Err(self.qmp.refused(request, &why));
+            }
+            std::thread::sleep(LOOK_PAUSE);
+        }
+    }
+
+    /// Why a migration failed, in QEMU's words if it says so.
+    pub(super) fn failure(&self, request: &'static str) -> HypervisorError {
+        match self.migration() {
+            Ok(Migration { error_desc: Some(why), .. }) => self.qmp.refused(request, &why),
+            Ok(Migration { status, .. }) => self.qmp.refused(request, &format!("it ended as `{}`", status.unwrap_or_default())),
+            Err(error) => error,
+        }
+    }
+
+    pub(super) fn status(&self) -> Result<GuestStatus, HypervisorError> {
+        status(&self.qmp)
+    }
+
+    pub(super) fn quit(&self) -> Result<(), HypervisorError> {
+        self.qmp.execute("quit", Value::Null).map(drop)
+    }
+}
+
+/// What an event says of the stream. A state that is not known changes nothing.
+fn stage_of(status: &str) -> Option<StreamStage> {
+    match status {
+        "setup" | "wait-unplug" | "active" | "device" => Some(StreamStage::Flowing),
+        "pre-switchover" => Some(StreamStage::Stopped),
+        "completed" => Some(StreamStage::Complete),
+        "failed" | "cancelled" => Some(StreamStage::Failed),
+        _ => None,
+    }
+}
+
+/// Whether a migration in this state goes on by itself. One that is not known does until it is known to have ended.
+fn is_under_way(status: &str) -> bool {
+    !matches!(status, "" | "none" | "completed" | "failed" | "cancelled" | "colo")
+}

@@ -1,0 +1,218 @@
+//! A running QEMU whose guest leaves.
+
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::time::Duration;
+
+use serde_json::{Value, json};
+use tokio::sync::watch;
+
+use super::facts;
+use super::monitor::{Migration, Monitor};
+use crate::hypervisor::{Guest, GuestStatus, HypervisorError, Machine, RunState, StreamGoal, StreamProgress, StreamSource, StreamStage};
+
+/// What a stream that a gateway carries has, and what it must not have: each of these either needs a channel of its own, leaves a
+/// part of the guest out of the stream, or changes what the end of the stream means.
+const CAPABILITIES: [(&str, bool); 15] = [
+    ("events", true),
+    ("pause-before-switchover", true),
+    ("late-block-activate", false),
+    ("validate-uuid", false),
+    ("multifd", false),
+    ("postcopy-ram", false),
+    ("postcopy-preempt", false),
+    ("return-path", false),
+    ("switchover-ack", false),
+    ("release-ram", false),
+    ("x-ignore-shared", false),
+    ("x-colo", false),
+    ("background-snapshot", false),
+    ("mapped-ram", false),
+    ("dirty-bitmaps", false),
+];
+/// The gateway limits the rate; QEMU's own limit of 128 MiB/s would only be in the way.
+const BANDWIDTH: u64 = 1 << 40;
+/// What `downtime-limit` may be, milliseconds.
+const DOWNTIME_MAX: u64 = 2_000_000;
+
+/// A QEMU at the source.
+#[derive(Debug)]
+pub struct QemuSource {
+    monitor: Monitor,
+    machine: Machine,
+    /// What was set before this driver set it.
+    capabilities: Vec<(String, bool)>,
+    parameters: Vec<(String, u64)>,
+    /// What the path takes, bytes a second; 0 as long as nobody knows.
+    path_rate: u64,
+    begun: bool,
+}
+
+impl QemuSource {
+    /// Takes the monitor at `path`; `vm` is for messages. Every answer may take `within`.
+    ///
+    /// # Errors
+    /// Nobody listens, another client has the monitor, or it breaks the protocol.
+    pub fn attach(path: &Path, vm: &str, within: Duration) -> Result<Self, HypervisorError> {
+        let monitor = Monitor::connect(path, vm, within)?;
+        let machine = facts::machine(&monitor.qmp)?;
+        Ok(Self { monitor, machine, capabilities: Vec::new(), parameters: Vec::new(), path_rate: 0, begun: false })
+    }
+
+    /// What keeps the guest from leaving now, in QEMU's words; nothing when it can.
+    ///
+    /// # Errors
+    /// QEMU is gone.
+    pub fn blocked(&self) -> Result<Option<String>, HypervisorError> {
+        if self.monitor.status()?.state != RunState::Running {
+            return Ok(Some(format!("its guest is `{}`: expected `running`", facts::run_state(&self.monitor.qmp)?)));
+        }
+        let Migration { blocked_reasons, .. } = self.monitor.migration()?;
+        Ok((!blocked_reasons.is_empty()).then(|| blocked_reasons.join("; ")))
+    }
+
+    /// Sets one parameter, and keeps what it was before anything was set.
+    fn set(&mut self, name: &str, value: u64) -> Result<(), HypervisorError> {
+        let before = self.monitor.set_parameters(&[(name, value)])?;
+        let first = before.into_iter().filter(|(name, _)| self.parameters.iter().all(|(known, _)| known != name)).collect::<Vec<_>>();
+        self.parameters.extend(first);
+        Ok(())
+    }
+
+    /// Sets back what this driver has set. One that was interrupted left its own behind.
+    fn restore(&mut self) {
+        let mut capabilities: Vec<(&str, bool)> = self.capabilities.iter().map(|(name, state)| (name.as_str(), *state)).collect();
+        if capabilities.is_empty() {
+            // WHY: with it left on, the next migration of somebody else would wait for ever before its switch.
+            capabilities.push(("pause-before-switchover", false));
+        }
+        let parameters: Vec<(&str, u64)> = self.parameters.iter().map(|(name, value)| (name.as_str(), *value)).collect();
+        let restored = self.monitor.set_capabilities(&capabilities).and_then(|_| self.monitor.set_parameters(&parameters));
+        if let Err(error) = restored {
+            // The guest runs, which matters more.
+            tracing::warn!(%error, "QEMU's migration settings are not set back");
+        }
+        self.capabilities.clear();
+        self.parameters.clear();
+    }
+}
+
+fn downtime(goal: StreamGoal) -> u64 {
+    u64::try_from(goal.downtime_max.as_millis()).unwrap_or(DOWNTIME_MAX).clamp(1, DOWNTIME_MAX)
+}
+
+impl Guest for QemuSource {
+    fn wake(&mut self) -> Result<(), HypervisorError> {
+        self.monitor.run()?;
+        self.restore();
+        // Behind a move neighbours have to learn where the guest is; elsewhere it does no harm.
+        let announce = json!({ "initial": 50, "max": 550, "rounds": 5, "step": 100 });
+        let _ = self.monitor.qmp.execute("announce-self", announce);
+        Ok(())
+    }
+
+    fn can_renew(&self) -> bool {
+        false
+    }
+
+    fn renew(&mut self) -> Result<(), HypervisorError> {
+        // A guest's VM generation id is fixed on QEMU's command line.
+        Err(self.monitor.qmp.refused("renew", "QEMU cannot give a guest that exists a new generation"))
+    }
+
+    fn status(&mut self) -> Result<GuestStatus, HypervisorError> {
+        self.monitor.status()
+    }
+
+    fn destroy(&mut self) -> Result<(), HypervisorError> {
+        self.monitor.quit()
+    }
+}
+
+impl StreamSource for QemuSource {
+    fn machine(&self) -> &Machine {
+        &self.machine
+    }
+
+    fn begin(&mut self, goal: StreamGoal) -> Result<UnixStream, HypervisorError> {
+        if let Some(why) = self.blocked()? {
+            return Err(self.monitor.qmp.refused("migrate", &why));
+        }
+        let wanted: Vec<(&str, bool)> = CAPABILITIES.into_iter().chain([("auto-converge", goal.throttle)]).collect();
+        self.capabilities = self.monitor.set_capabilities(&wanted)?;
+        let wanted = [("max-bandwidth", BANDWIDTH), ("downtime-limit", downtime(goal)), ("avail-switchover-bandwidth", self.path_rate)];
+        self.parameters = self.monitor.set_parameters(&wanted)?;
+        self.begun = true;
+        self.monitor.stream("migrate")
+    }
+
+    fn stages(&self) -> watch::Receiver<StreamStage> {
+        self.monitor.stages()
+    }
+
+    fn go_on(&mut self) -> Result<(), HypervisorError> {
+        self.monitor.qmp.execute("migrate-continue", json!({ "state": "pre-switchover" })).map(drop)
+    }
+
+    fn set_goal(&mut self, goal: StreamGoal) -> Result<(), HypervisorError> {
+        self.set("downtime-limit", downtime(goal))
+    }
+
+    fn set_path_rate(&mut self, bytes_per_second: u64) -> Result<(), HypervisorError> {
+        self.path_rate = bytes_per_second;
+        if !self.begun {
+            return Ok(());
+        }
+        self.set("avail-switchover-bandwidth", bytes_per_second)
+    }
+
+    fn progress(&mut self) -> Result<StreamProgress, HypervisorError> {
+        let Migration { ram, expected_downtime, .. } = self.monitor.migration()?;
+        let ram = ram.unwrap_or_default();
+        Ok(StreamProgress {
+            total_bytes: ram.total,
+            remaining_bytes: ram.remaining,
+            dirty_bytes_per_second: ram.dirty_pages_rate.saturating_mul(ram.page_size),
+            rounds: u32::try_from(ram.dirty_sync_count).unwrap_or(u32::MAX),
+            downtime_expected: expected_downtime.map(Duration::from_millis),
+        })
+    }
+
+    fn ensure_complete(&mut self) -> Result<(), HypervisorError> {
+        // Only from here on the guest does not go on by itself when its stream breaks.
+        self.monitor.ensure("migrate", "postmigrate")
+    }
+
+    fn failure(&mut self) -> HypervisorError {
+        self.monitor.failure("migrate")
+    }
+}
+
+/// How the guest behind a monitor is, and what it is made of.
+///
+/// # Errors
+/// QEMU is gone, or another client has its monitor.
+pub fn inspect(path: &Path, vm: &str, within: Duration) -> Result<(Machine, GuestStatus), HypervisorError> {
+    let monitor = Monitor::connect(path, vm, within)?;
+    Ok((facts::machine(&monitor.qmp)?, monitor.status()?))
+}
+
+/// How the guest behind a monitor is.
+///
+/// # Errors
+/// As [`inspect`].
+pub fn observe(path: &Path, vm: &str, within: Duration) -> Result<GuestStatus, HypervisorError> {
+    Monitor::connect(path, vm, within)?.status()
+}
+
+/// Ends a QEMU in which no guest runs.
+///
+/// # Errors
+/// A guest runs in it, or as [`inspect`].
+pub fn discard(path: &Path, vm: &str, within: Duration) -> Result<(), HypervisorError> {
+    let monitor = Monitor::connect(path, vm, within)?;
+    if monitor.status()?.state == RunState::Running {
+        return Err(monitor.qmp.refused("quit", "a guest runs in it"));
+    }
+    monitor.qmp.execute("quit", Value::Null).map(drop)
+}
