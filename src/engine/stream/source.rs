@@ -359,7 +359,7 @@ impl Run {
         if let Err(error) = blocking(move || Ok(lock(&guest).ensure_complete()?)).await {
             return Some(self.give_up(error));
         }
-        self.lap("rest");
+        self.lap("last-pages");
         if let Err(error) = self.say_end(whole).await {
             // It is said again with FINAL when the link stands.
             let lost = self.broken(error);
