@@ -388,11 +388,7 @@ fn vm(
     let groups = r.or(&mut s, "groups", Vec::new()).value;
     let vcpus = r.optional(&mut s, "vcpus").map(|vcpus| vcpus.value);
     let devices = r.optional(&mut s, "devices").map(|devices| devices.value);
-    let machine = r.optional::<String>(&mut s, "machine");
-    if let Some(machine) = machine.as_ref().filter(|machine| machine.value.len() != 64 || !machine.value.bytes().all(is_lower_hex)) {
-        let hint = "`sealane audit show` has it as `machine` of `migration-offered`".to_owned();
-        r.problem(machine.at, &s.key("machine"), "expected 64 digits of lower-case hex".to_owned(), Some(hint));
-    }
+    let machine = machine_digest(r, &mut s);
     r.finish(s);
     Some(Vm {
         name: name?.value,
@@ -410,8 +406,17 @@ fn vm(
         groups,
         vcpus,
         devices,
-        machine: machine.map(|machine| machine.value),
+        machine,
     })
+}
+
+fn machine_digest(r: &mut Reader, s: &mut Section<'_, '_>) -> Option<String> {
+    let machine = r.optional::<String>(s, "machine")?;
+    if machine.value.len() != 64 || !machine.value.bytes().all(is_lower_hex) {
+        let hint = "`sealane audit show` has it as `machine` of `migration-offered`".to_owned();
+        r.problem(machine.at, &s.key("machine"), "expected 64 digits of lower-case hex".to_owned(), Some(hint));
+    }
+    Some(machine.value)
 }
 
 fn is_lower_hex(byte: u8) -> bool {

@@ -24,8 +24,8 @@ mod search;
 mod sharing;
 mod source;
 mod standing;
-mod witness;
 mod stream;
+mod witness;
 
 pub use arbiter::{Arbiter, NoArbiter, Owner, Ruling, Transfer};
 pub use destination::{DestinationEnd, DestinationOrder, Return, run_destination};

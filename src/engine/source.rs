@@ -25,8 +25,8 @@ use crate::engine::lanes::{LaneReport, LaneRound, Packing, SourceLane};
 use crate::engine::limiter::{Limiter, Share};
 use crate::engine::link::send_within;
 use crate::engine::meter::{Figures, Meter, Stopwatch};
-use crate::engine::witness::Exchange;
 use crate::engine::search::{self, Outage};
+use crate::engine::witness::Exchange;
 use crate::engine::{EngineError, Link};
 use crate::hypervisor::PagedSource;
 use crate::limits;
@@ -79,7 +79,7 @@ pub struct SourceOrder {
 
 impl SourceOrder {
     /// What is wanted, as far as policy permits it. 0 is no limit.
-    fn limited(&self, wanted: Option<u64>) -> Option<u64> {
+    pub(super) fn limited(&self, wanted: Option<u64>) -> Option<u64> {
         wanted.filter(|bytes| *bytes > 0).into_iter().chain(self.bandwidth_max).min()
     }
 }

@@ -394,6 +394,8 @@ impl Gateway {
         crate::failpoint::hit!("source.attached");
         let link = self.dial(&departure.peer).await?;
         let permit = self.release(departure, &link, machine_digest(guest.machine())).await?;
+        // Policy may have asked for more than the request.
+        carried(&departure.vm, &Address::parse(&departure.address), &departure.case.terms)?;
         crate::failpoint::hit!("source.released");
         let order = SourceOrder {
             migration: departure.migration,

@@ -92,7 +92,7 @@ pub async fn run_stream_source(order: SourceOrder, ports: SourcePorts<dyn Stream
     let (failures_in, failures) = mpsc::channel(usize::from(limits::LANES_MAX));
     let goal = StreamGoal { downtime_max: order.goal.downtime_max, throttle: order.goal.throttle };
     let mut run = Run {
-        limiter: Arc::new(Limiter::new(order.bandwidth, share)),
+        limiter: Arc::new(Limiter::new(order.limited(order.bandwidth), share)),
         stages: guest.stages(),
         guest: Arc::new(Mutex::new(guest)),
         machine: Machine::default(),
@@ -382,7 +382,7 @@ impl Run {
     async fn commanded(&mut self, command: Option<Command>) -> Option<StreamSourceEvent> {
         match command {
             Some(Command::Bandwidth(limit)) => {
-                self.limiter.set(limit);
+                self.limiter.set(self.order.limited(limit));
                 None
             }
             Some(Command::DowntimeMax(downtime_max)) => {
