@@ -101,8 +101,10 @@ impl Gateway {
     pub(super) fn check_peers(&self) {
         let under_way = self.registry.migrations().into_iter().filter(|migration| migration.report.is_none());
         for commands in under_way.filter_map(|migration| migration.commands) {
-            // One that has so much to hear hears it the next time.
-            let _ = commands.try_send(Command::CheckPeer);
+            // One that does not listen now hears it the next time, and keeps its room for what operators say.
+            if commands.capacity() == commands.max_capacity() {
+                let _ = commands.try_send(Command::CheckPeer);
+            }
         }
     }
 }

@@ -152,22 +152,28 @@ impl Gateway {
         let until = Instant::now() + departure.outage_max;
         let mut pause = Duration::ZERO;
         loop {
+            let rest = tokio::time::sleep(pause);
             let found = async {
-                tokio::time::sleep(pause).await;
+                rest.await;
                 self.dial_again(&departure.peer, &departure.case).await
             };
-            tokio::select! {
-                link = found => match link {
-                    Ok(link) => return Ok(link),
-                    Err(error) if NO_USE.contains(&error.class) => return Err(error),
-                    Err(error) => tracing::debug!(%migration, why = error.message, "destination not back yet"),
-                },
-                command = commands.recv() => match command {
-                    Some(Command::Bandwidth(limit)) => note.order.bandwidth = limit,
-                    Some(Command::DowntimeMax(downtime_max)) => note.order.goal = Goal { downtime_max, ..note.order.goal },
-                    Some(Command::CheckPeer | Command::Superseded) => {}
-                    Some(Command::Cancel) | None => return Err(problem(EngineError::Cancelled { vm })),
-                },
+            tokio::pin!(found);
+            // What is said meanwhile does not begin the search anew.
+            let link = loop {
+                tokio::select! {
+                    link = &mut found => break link,
+                    command = commands.recv() => match command {
+                        Some(Command::Bandwidth(limit)) => note.order.bandwidth = limit,
+                        Some(Command::DowntimeMax(downtime_max)) => note.order.goal = Goal { downtime_max, ..note.order.goal },
+                        Some(Command::CheckPeer | Command::Superseded) => {}
+                        Some(Command::Cancel) | None => return Err(problem(EngineError::Cancelled { vm })),
+                    },
+                }
+            };
+            match link {
+                Ok(link) => return Ok(link),
+                Err(error) if NO_USE.contains(&error.class) => return Err(error),
+                Err(error) => tracing::debug!(%migration, why = error.message, "destination not back yet"),
             }
             if Instant::now() >= until {
                 return Err(problem(EngineError::Outage { vm, migration, limit: departure.outage_max, source: None }));
