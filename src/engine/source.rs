@@ -28,7 +28,7 @@ use crate::engine::meter::{Figures, Meter, Stopwatch};
 use crate::engine::search::{self, Outage};
 use crate::engine::witness::Exchange;
 use crate::engine::{EngineError, Link};
-use crate::hypervisor::PagedSource;
+use crate::hypervisor::{Machine, PagedSource};
 use crate::limits;
 use crate::memory::{GuestRam, PageCounts, Tracker};
 use crate::migration::{Goal, Outcome, Source, SourceAction, SourceEvent, SourceStep};
@@ -81,6 +81,21 @@ impl SourceOrder {
     /// What is wanted, as far as policy permits it. 0 is no limit.
     pub(super) fn limited(&self, wanted: Option<u64>) -> Option<u64> {
         wanted.filter(|bytes| *bytes > 0).into_iter().chain(self.bandwidth_max).min()
+    }
+
+    /// What the destination is offered: this guest, on these terms.
+    pub(super) fn offer(&self, machine: &Machine) -> Result<Offer, EngineError> {
+        Ok(Offer {
+            migration: self.migration,
+            vm: self.vm.clone(),
+            uuid: self.uuid,
+            epoch: self.epoch,
+            hypervisor: machine.kind.clone(),
+            regions: machine.regions.clone(),
+            machine: serde_json::to_vec(machine).map_err(|error| EngineError::Bug(error.to_string()))?,
+            stream: self.stream.clone(),
+            policy_digest: self.policy_digest,
+        })
     }
 }
 
@@ -330,17 +345,7 @@ impl Run {
         self.show(|_| {});
         let guest = Arc::clone(&self.guest);
         let machine = blocking(move || Ok(lock(&guest).machine().clone())).await?;
-        let offer = Offer {
-            migration: self.order.migration,
-            vm: self.order.vm.clone(),
-            uuid: self.order.uuid,
-            epoch: self.order.epoch,
-            hypervisor: machine.kind.clone(),
-            regions: machine.regions.clone(),
-            machine: serde_json::to_vec(&machine).map_err(|error| EngineError::Bug(error.to_string()))?,
-            stream: self.order.stream.clone(),
-            policy_digest: self.order.policy_digest,
-        };
+        let offer = self.order.offer(&machine)?;
         self.say(Message::Offer(offer)).await
     }
 

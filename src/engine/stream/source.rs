@@ -29,7 +29,7 @@ use crate::migration::{Outcome, SourceStep, StreamSource as Machine, StreamSourc
 use crate::telemetry::{Phase, Progress, chain};
 use crate::transport::{LaneHandle, TransportError};
 use crate::types::LaneIndex;
-use crate::wire::{Failure, Message, Offer, STREAM_FEATURE, StreamEnd, StreamResumed};
+use crate::wire::{Failure, Message, STREAM_FEATURE, StreamEnd, StreamResumed};
 
 type Guest = Arc<Mutex<Box<dyn StreamSource>>>;
 
@@ -174,17 +174,7 @@ impl Run {
             return Err(EngineError::peer(self.order.migration, crate::wire::ErrorClass::PeerIncompatible, reason));
         }
         let machine = lock(&self.guest).machine().clone();
-        let offer = Offer {
-            migration: self.order.migration,
-            vm: self.order.vm.clone(),
-            uuid: self.order.uuid,
-            epoch: self.order.epoch,
-            hypervisor: machine.kind.clone(),
-            regions: machine.regions.clone(),
-            machine: serde_json::to_vec(&machine).map_err(|error| EngineError::Bug(error.to_string()))?,
-            stream: self.order.stream.clone(),
-            policy_digest: self.order.policy_digest,
-        };
+        let offer = self.order.offer(&machine)?;
         self.say(Message::Offer(offer)).await
     }
 
