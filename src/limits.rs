@@ -269,6 +269,19 @@ pub const MIGRATIONS_MAX: u32 = 64;
 pub const DEPARTURES_QUEUED_MAX: usize = 1024;
 /// LIMIT: a request to the control API; all of them are a few short values.
 pub const CONTROL_REQUEST_BYTES_MAX: usize = 64 * 1024;
+/// LIMIT: connections of one user to the control sockets: a `watch` for each of a hundred VMs, and room beside.
+pub const CALLERS_PER_USER_MAX: usize = 256;
+/// LIMIT: connections of all users but root and the gateway's own. Each takes a descriptor, of which a process has 1024 unless more are
+/// given to it, and some 16 KiB.
+pub const CALLERS_MAX: usize = 384;
+/// LIMIT: callers who are being told that they are too many; further ones find the connection closed.
+pub const CALLERS_REFUSED_MAX: usize = 8;
+/// LIMIT: how long a caller may take to say what it wants: programs say it at once, people who type HTTP are patient with machines.
+pub const CALLER_SPEAKS_WITHIN: std::time::Duration = std::time::Duration::from_secs(10);
+/// LIMIT: how long an answer waits for a caller who reads none of it, such as a terminal that was stopped.
+pub const CALLER_READS_WITHIN: std::time::Duration = std::time::Duration::from_secs(60);
+/// LIMIT: how long is waited when a caller cannot be taken, for want of descriptors.
+pub const ACCEPT_PAUSE: std::time::Duration = std::time::Duration::from_millis(100);
 /// LIMIT: an answer of the control API; the largest lists ten thousand VMs.
 pub const CONTROL_RESPONSE_BYTES_MAX: usize = 16 << 20;
 /// LIMIT: one line of an event stream; the largest is a report.
@@ -330,6 +343,7 @@ const _: () = assert!(STATE_CHUNK_BYTES_MAX < CONTROL_BODY_BYTES_MAX);
 const _: () = assert!(FRAME_BODY_BYTES_MAX > 64 * crate::types::PAGE_BYTES);
 const _: () = assert!((CONTROL_WINDOW_BYTES as usize) > 2 * CONTROL_BODY_BYTES_MAX);
 const _: () = assert!(HALF_OPEN_PER_HOST_MAX < HALF_OPEN_PER_NETWORK_MAX && HALF_OPEN_PER_NETWORK_MAX < HALF_OPEN_MAX);
+const _: () = assert!(CALLERS_PER_USER_MAX < CALLERS_MAX);
 const _: () = assert!(CONTROL_EVENT_BYTES_MAX <= CONTROL_RESPONSE_BYTES_MAX);
 const _: () = assert!(FRAME_BODY_BYTES_MAX > BATCH_PAGES_MAX * (crate::types::PAGE_BYTES + 64));
 const _: () = assert!(RAM_BYTES_MAX / (crate::types::PAGE_BYTES as u64) < 1 << 40);

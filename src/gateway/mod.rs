@@ -8,6 +8,7 @@
 //! *Read first:* `outgoing.rs`, then `incoming.rs`, `recovery.rs`, `serve.rs`.
 
 mod bundles;
+mod callers;
 mod crowd;
 mod departures;
 mod host;

@@ -7,17 +7,16 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 
 use axum::body::{Body, Bytes};
-use axum::extract::connect_info::{ConnectInfo, Connected};
-use axum::extract::{DefaultBodyLimit, Path, State};
+use axum::extract::connect_info::ConnectInfo;
+use axum::extract::{Path, State};
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
-use axum::serve::{IncomingStream, Listener};
 use axum::{Json, Router};
 use hyper::body::Frame;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use tokio::net::{UnixListener, UnixStream};
+use tokio::net::UnixListener;
 use tokio::sync::{mpsc, watch};
 
 use crate::config::Role;
@@ -40,9 +39,9 @@ use crate::wire::ErrorClass;
 
 /// Who is at the other end of a connection, as the kernel says.
 #[derive(Debug, Clone, Copy)]
-struct Caller {
-    uid: Option<u32>,
-    kind: SocketKind,
+pub(super) struct Caller {
+    pub(super) uid: Option<u32>,
+    pub(super) kind: SocketKind,
 }
 
 /// What a socket is for.
@@ -54,33 +53,8 @@ pub(super) enum SocketKind {
     View,
 }
 
-struct Socket {
-    listener: UnixListener,
-    kind: SocketKind,
-}
-
-impl Listener for Socket {
-    type Io = UnixStream;
-    type Addr = SocketKind;
-
-    async fn accept(&mut self) -> (UnixStream, SocketKind) {
-        let (stream, _) = Listener::accept(&mut self.listener).await;
-        (stream, self.kind)
-    }
-
-    fn local_addr(&self) -> std::io::Result<SocketKind> {
-        Ok(self.kind)
-    }
-}
-
-impl Connected<IncomingStream<'_, Socket>> for Caller {
-    fn connect_info(stream: IncomingStream<'_, Socket>) -> Self {
-        Self { uid: stream.io().peer_cred().ok().map(|credentials| credentials.uid()), kind: *stream.remote_addr() }
-    }
-}
-
 /// A refusal as an answer.
-struct Refused(Problem);
+pub(super) struct Refused(pub(super) Problem);
 
 impl From<Problem> for Refused {
     fn from(problem: Problem) -> Self {
@@ -116,14 +90,9 @@ pub(super) fn bind(path: &std::path::Path) -> std::io::Result<UnixListener> {
     Ok(listener)
 }
 
-/// Serves until `stop` is done.
-pub(super) async fn serve(
-    gateway: Arc<Gateway>,
-    listener: UnixListener,
-    kind: SocketKind,
-    stop: impl Future<Output = ()> + Send + 'static,
-) {
-    let routes = Router::new()
+/// Every verb.
+pub(super) fn routes(gateway: Arc<Gateway>) -> Router {
+    Router::new()
         .route(paths::GATEWAY, get(gateway_view))
         .route(paths::RELOAD, post(reload))
         .route(paths::VMS, get(vms))
@@ -140,13 +109,7 @@ pub(super) async fn serve(
         .fallback(|| async {
             Refused(Problem::new(ErrorClass::Misuse, "no such path in this version of the API").with_code("unknown-path"))
         })
-        .layer(DefaultBodyLimit::max(limits::CONTROL_REQUEST_BYTES_MAX))
-        .with_state(gateway);
-    let served =
-        axum::serve(Socket { listener, kind }, routes.into_make_service_with_connect_info::<Caller>()).with_graceful_shutdown(stop).await;
-    if let Err(error) = served {
-        tracing::error!(error = %error, "control socket");
-    }
+        .with_state(gateway)
 }
 
 impl Gateway {

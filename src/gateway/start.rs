@@ -10,11 +10,12 @@ use crate::audit::{self, AuditLog, Entry, Event, Outcome};
 use crate::config::{self, Config, Policies};
 use crate::engine::{Command, TotalBandwidth};
 use crate::gateway::bundles::{Candidate, Vault};
+use crate::gateway::callers::{Callers, Patience};
 use crate::gateway::judge::Judge;
 use crate::gateway::policies::{entities, read_policies};
 use crate::gateway::registry::Registry;
 use crate::gateway::serve::SocketKind;
-use crate::gateway::{Gateway, IMAGES, kept, peers, put_class, renewal, serve};
+use crate::gateway::{Gateway, IMAGES, callers, kept, peers, put_class, renewal, serve};
 use crate::hypervisor::LaunchTemplate;
 use crate::identity::{Credentials, IdentityConfig, PostQuantum, Signer, TrustDomainConfig};
 use crate::journal::Journal;
@@ -223,11 +224,9 @@ async fn live(gateway: Arc<Gateway>) -> Result<(), Problem> {
     let (stop_in, stop) = tokio::sync::watch::channel(false);
     let mut served = tokio::task::JoinSet::new();
     let mut paths = Vec::new();
+    let everybody = Callers::new(Patience::default());
     for (path, listener, kind) in sockets {
-        let mut stopped = stop.clone();
-        served.spawn(serve::serve(Arc::clone(&gateway), listener, kind, async move {
-            let _ = stopped.wait_for(|stop| *stop).await;
-        }));
+        served.spawn(callers::serve(listener, kind, serve::routes(Arc::clone(&gateway)), Arc::clone(&everybody), stop.clone()));
         paths.push(path);
     }
     let accepting = tokio::spawn(Arc::clone(&gateway).accept_sessions());
