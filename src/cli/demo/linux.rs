@@ -61,6 +61,9 @@ impl Linux {
         let [kernel, initramfs] = paths;
         let memory = format!("{}B", flags.memory.bytes);
         let own = [
+            // WHY: with `cmpxchg16b` the emulation of QEMU 7.2 leaves the flags undefined, and Linux, which allocates with it where it
+            // can, crashes before its first line, sooner or later.
+            ("-cpu", "qemu64,-cx16".to_owned()),
             ("-smp", flags.vcpus.to_string()),
             ("-m", memory),
             ("-kernel", kernel),
