@@ -4,6 +4,7 @@ pub mod failpoint;
 pub mod limits;
 pub mod types;
 
+pub mod condense;
 pub mod memory;
 pub mod migration;
 pub mod policy;

@@ -35,6 +35,8 @@ pub const STREAM_CHUNK_BYTES_MAX: usize = 256 * 1024;
 /// LIMIT: a stream's bytes that were sent and that the destination's hypervisor does not have: at the source they are kept to be sent
 /// again, at the destination they wait for those before them. 1 Gbit/s over 150 ms takes 19 MB.
 pub const STREAM_WINDOW_BYTES: u64 = 24 << 20;
+/// LIMIT: pages of a stream that each end remembers, to find equal ones and send differences: what the tables of a migration take.
+pub const STREAM_PAST_BYTES_MAX: usize = 1 << 30;
 /// LIMIT: one control message; the largest is a machine description.
 pub const CONTROL_BODY_BYTES_MAX: usize = 1 << 20;
 /// LIMIT: reason texts from a peer, shown to people as the peer's claim.
@@ -202,6 +204,8 @@ pub const IDLE_TIMEOUT_MAX: std::time::Duration = std::time::Duration::from_secs
 pub const QMP_LINE_BYTES_MAX: usize = 1 << 20;
 /// LIMIT: devices by which two QEMUs are compared; a PC bus has room for a few hundred.
 pub const QEMU_DEVICES_MAX: usize = 1024;
+/// LIMIT: blocks of memory in a QEMU's stream: a guest's DIMMs, and a ROM or two of each device.
+pub const QEMU_BLOCKS_MAX: usize = 2048;
 /// LIMIT: vCPUs of the reference VMM.
 pub const VCPUS_MAX: u32 = 8;
 /// LIMIT: JSON header of an attach message; the largest carries a machine description.

@@ -57,6 +57,15 @@ pub enum EngineError {
         /// Frames by the destination's count.
         applied: u64,
     },
+    /// The peer sent a stream that its hypervisor would not have sent.
+    #[error("the stream of `{vm}` was refused")]
+    Unsound {
+        /// Which VM.
+        vm: VmName,
+        /// Why.
+        #[source]
+        source: crate::condense::Unsound,
+    },
     /// The final comparison failed.
     #[error("{what} of `{vm}` at the destination differs from the source's")]
     Digest {
@@ -275,7 +284,7 @@ impl EngineError {
             Self::OutOfPlace { .. } | Self::Refused(_) | Self::Frame { .. } | Self::Totals { .. } | Self::Digest { .. } => {
                 ErrorClass::PeerMisbehaved
             }
-            Self::Layout(_) | Self::NotAuthentic { .. } | Self::Changed { .. } => ErrorClass::PeerMisbehaved,
+            Self::Layout(_) | Self::NotAuthentic { .. } | Self::Changed { .. } | Self::Unsound { .. } => ErrorClass::PeerMisbehaved,
             Self::Hypervisor(HypervisorError::Incompatible { .. }) => ErrorClass::PeerIncompatible,
             // The network between the two is nobody's fault and nobody's to mend but the operator's.
             Self::Outage { .. } | Self::Progress { .. } | Self::Image(_) => ErrorClass::Local,

@@ -54,6 +54,8 @@ pub struct Figures {
     pub stalled: Duration,
     /// Bytes of frames that were sent again because an outage took them.
     pub resent_bytes: u64,
+    /// Why some of a hypervisor's own stream went as it is, if it did.
+    pub opaque: Option<&'static str>,
     /// Whether memory and state were compared and equal.
     pub verified: bool,
     /// The destination's last audit head.

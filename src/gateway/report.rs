@@ -100,6 +100,7 @@ pub(crate) fn put_figures(report: &mut Report, figures: &Figures) {
     report.stalled_seconds = figures.stalled.as_secs_f64();
     report.resent_bytes = figures.resent_bytes;
     report.table_bytes = figures.table_bytes;
+    report.stream_opaque = figures.opaque.map(str::to_owned);
     report.verified = figures.verified;
     report.downtime_seconds = figures.downtime.map(|downtime| downtime.as_secs_f64());
     report.audit.destination_head.clone_from(&figures.peer_audit_head);

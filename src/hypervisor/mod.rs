@@ -24,6 +24,7 @@ pub mod synthetic;
 pub use generation::{Generation, InvalidGeneration};
 pub use launch::{LaunchTemplate, LaunchVariables, LaunchedVmm, TemplateError};
 
+use crate::condense::Grammar;
 use crate::memory::{GuestRam, PageSet};
 use crate::types::{RamRegion, VmUuid};
 
@@ -283,6 +284,8 @@ pub struct StreamProgress {
 pub trait StreamSource: Guest {
     /// What the destination has to provide.
     fn machine(&self) -> &Machine;
+    /// What its stream is written in, and has to say of the guest.
+    fn grammar(&self) -> Grammar;
     /// Begins to send the guest, which runs on; where its stream is read from.
     ///
     /// # Errors
@@ -321,6 +324,8 @@ pub trait StreamSource: Guest {
 
 /// The destination end: an empty hypervisor that loads a stream, then runs the guest or is thrown away.
 pub trait StreamDestination: Guest {
+    /// What the stream that it loads is written in, and has to say of the guest that was offered.
+    fn grammar(&self) -> Grammar;
     /// Begins to load; where the stream is written to.
     ///
     /// # Errors

@@ -1,50 +1,50 @@
-//! Codecs for pieces of a stream whose content is not known here: each by itself, so that they can travel on any lane.
+//! Codecs for pieces of a stream: each lane packs those that it carries, and any lane may carry any.
 
-use lz4_flex::block::{CompressTable, compress_into_with_table, get_maximum_output_size};
-use zstd_safe::{CCtx, CParameter};
-
+use super::Effort;
+use super::pack::Packer;
 use super::unpack::Unpacker;
-use crate::limits::STREAM_CHUNK_BYTES_MAX;
 use crate::wire::{Codec, Compression, CompressionScope, StreamTerms};
 
-/// WHY: a piece that shrinks by less costs the other end more than it saves.
-const PACKED_PERCENT_MAX: usize = 94;
 /// WHY: a stream that does not get smaller now, such as one of encrypted memory, will not in the next pieces either.
 const SKIP_AFTER_FAILURE: u32 = 7;
-/// WHY: a machine whose guest is leaving has better things to do than to look harder.
-const ZSTD_LEVEL: i32 = 1;
 
-/// Packs the pieces of one lane.
+/// Packs the pieces of one lane, from its join on.
 pub struct ChunkPacker {
-    codec: Option<Codec>,
-    level: i32,
+    packer: Packer,
     /// Pieces that are not tried.
     skip: u32,
-    table: CompressTable,
-    context: Option<CCtx<'static>>,
-    packed: Box<[u8]>,
 }
 
 impl std::fmt::Debug for ChunkPacker {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("ChunkPacker").field("codec", &self.codec).finish_non_exhaustive()
+        f.debug_struct("ChunkPacker").field("effort", &self.packer.effort()).finish_non_exhaustive()
     }
 }
 
 impl ChunkPacker {
-    /// For these terms; `level` is of Zstandard, where that is asked for.
+    /// For these terms, on a lane that carries about `lane_bytes`; `level` is of Zstandard, where that is asked for.
     #[must_use]
-    pub fn new(terms: &StreamTerms, level: Option<u8>) -> Self {
-        let codec = match terms.compression {
-            // INVARIANT(page-scope): where pages begin is not known, so none can be packed by itself.
-            _ if terms.compression_scope == CompressionScope::Page => None,
-            Compression::None => None,
-            Compression::Lz4 => Some(Codec::Lz4),
-            Compression::Zstd | Compression::Auto => Some(Codec::Zstd),
+    pub fn new(terms: &StreamTerms, level: Option<u8>, lane_bytes: u64) -> Self {
+        let effort = match (terms.compression, terms.compression_scope) {
+            // INVARIANT(page-scope): a piece has many pages, so it is not packed.
+            (_, CompressionScope::Page) => Effort::None,
+            (Compression::Zstd, _) => level.map_or(Effort::of(Compression::Zstd), |level| Effort::Zstd(i32::from(level))),
+            (compression, _) => Effort::of(compression),
         };
-        let bytes = get_maximum_output_size(STREAM_CHUNK_BYTES_MAX).max(zstd_safe::compress_bound(STREAM_CHUNK_BYTES_MAX));
-        let level = level.map_or(ZSTD_LEVEL, i32::from);
-        Self { codec, level, skip: 0, table: CompressTable::large(), context: None, packed: vec![0; bytes].into() }
+        Self { packer: Packer::new(terms.compression_scope, effort, lane_bytes), skip: 0 }
+    }
+
+    /// How hard to try from the next piece on, where pieces may be packed.
+    pub fn set_effort(&mut self, effort: Effort) {
+        if !self.packer.page_by_page() {
+            self.packer.set_effort(effort);
+        }
+    }
+
+    /// How hard it tries.
+    #[must_use]
+    pub fn effort(&self) -> Effort {
+        self.packer.effort()
     }
 
     /// The codec and what it made of `piece`; the piece itself when that is not worth it.
@@ -53,26 +53,18 @@ impl ChunkPacker {
             self.skip -= 1;
             return (None, piece);
         }
-        let Some(codec) = self.codec else { return (None, piece) };
-        let packed =
-            if codec == Codec::Lz4 { compress_into_with_table(piece, &mut self.packed, &mut self.table).ok() } else { self.zstd(piece) };
-        match packed.filter(|packed| *packed * 100 < piece.len() * PACKED_PERCENT_MAX).and_then(|packed| self.packed.get(..packed)) {
-            Some(block) => (Some(codec), block),
+        match self.packer.compress(piece) {
+            Some((codec, bytes)) => (Some(codec), self.packer.packed(bytes)),
             None => {
-                self.skip = SKIP_AFTER_FAILURE;
+                self.skip = if self.packer.effort() == Effort::None { 0 } else { SKIP_AFTER_FAILURE };
                 (None, piece)
             }
         }
     }
 
-    fn zstd(&mut self, piece: &[u8]) -> Option<usize> {
-        if self.context.is_none() {
-            let mut context = CCtx::try_create()?;
-            let plain = [CParameter::CompressionLevel(self.level), CParameter::ContentSizeFlag(false), CParameter::DictIdFlag(false)];
-            plain.into_iter().try_for_each(|parameter| context.set_parameter(parameter).map(drop)).ok()?;
-            self.context = Some(context);
-        }
-        self.context.as_mut()?.compress2(&mut *self.packed, piece).ok()
+    /// How many bytes of `piece` are left when packed fast, for whoever wonders whether packing would pay.
+    pub fn probe(&mut self, piece: &[u8]) -> usize {
+        self.packer.probe(piece)
     }
 }
 
@@ -105,6 +97,7 @@ impl ChunkUnpacker {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::limits::STREAM_CHUNK_BYTES_MAX;
     use crate::wire::Durability;
 
     fn terms(compression: Compression, compression_scope: CompressionScope) -> StreamTerms {
@@ -120,13 +113,20 @@ mod tests {
         (0..bytes).map(|_| next()).collect()
     }
 
+    fn packer(compression: Compression, scope: CompressionScope) -> ChunkPacker {
+        ChunkPacker::new(&terms(compression, scope), None, 1 << 26)
+    }
+
     #[test]
     fn pieces_come_back_as_they_were() {
-        let pieces = [vec![0; STREAM_CHUNK_BYTES_MAX], b"x".to_vec(), noise(5000), b"abc".repeat(1000)];
+        let pieces = [vec![0; STREAM_CHUNK_BYTES_MAX], b"x".to_vec(), noise(5000), b"abc".repeat(1000), noise(5000)];
         for compression in [Compression::None, Compression::Lz4, Compression::Zstd, Compression::Auto] {
             for scope in [CompressionScope::Page, CompressionScope::Batch, CompressionScope::Stream] {
-                let (mut packer, mut unpacker) = (ChunkPacker::new(&terms(compression, scope), None), ChunkUnpacker::default());
-                for piece in &pieces {
+                let (mut packer, mut unpacker) = (packer(compression, scope), ChunkUnpacker::default());
+                for (number, piece) in pieces.iter().chain(&pieces).enumerate() {
+                    if compression == Compression::Auto {
+                        packer.set_effort([Effort::None, Effort::Zstd(1), Effort::Lz4, Effort::Zstd(3)][number % 4]);
+                    }
                     let (codec, block) = packer.pack(piece);
                     assert!(codec.is_none() || scope != CompressionScope::Page);
                     let mut back = vec![1; piece.len()];
@@ -138,8 +138,15 @@ mod tests {
     }
 
     #[test]
+    fn in_a_stream_a_piece_is_small_when_the_lane_had_it_before() {
+        let (mut packer, piece) = (packer(Compression::Zstd, CompressionScope::Stream), noise(100_000));
+        assert!(packer.pack(&piece).1.len() > 90_000);
+        assert!(packer.pack(&piece).1.len() < 1_000);
+    }
+
+    #[test]
     fn what_does_not_get_smaller_is_not_tried_for_a_while() {
-        let mut packer = ChunkPacker::new(&terms(Compression::Auto, CompressionScope::Stream), None);
+        let mut packer = packer(Compression::Zstd, CompressionScope::Batch);
         let (noise, zeroes) = (noise(100_000), vec![0; 100_000]);
         assert_eq!(packer.pack(&noise).0, None);
         for _ in 0..SKIP_AFTER_FAILURE {
@@ -151,12 +158,13 @@ mod tests {
     #[test]
     fn a_block_of_another_length_or_of_nothing_is_refused() {
         let mut unpacker = ChunkUnpacker::default();
-        let mut packer = ChunkPacker::new(&terms(Compression::Zstd, CompressionScope::Stream), None);
+        let mut packer = packer(Compression::Zstd, CompressionScope::Batch);
         let block = packer.pack(&[0; 1000]).1.to_vec();
         for (codec, block, bytes) in [
             (Some(Codec::Zstd), block.as_slice(), 999),
             (Some(Codec::Zstd), block.as_slice(), 1001),
             (Some(Codec::Zstd), b"garbage".as_slice(), 1000),
+            (Some(Codec::ZstdStream), block.as_slice(), 1000),
             (Some(Codec::Lz4), b"garbage".as_slice(), 1000),
             (Some(Codec::Zstd), b"".as_slice(), 1000),
             (None, b"abc".as_slice(), 2),

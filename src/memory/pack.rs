@@ -138,7 +138,9 @@ impl Packer {
         self.lz4(bytes).unwrap_or(bytes.len()).min(bytes.len())
     }
 
-    fn compress(&mut self, bytes: &[u8]) -> Option<(Codec, usize)> {
+    /// Packs at most [`BATCH_PAGES_MAX`] pages of bytes, and says how; the bytes are in [`packed`](Self::packed). Nothing when it is
+    /// not worth it.
+    pub(super) fn compress(&mut self, bytes: &[u8]) -> Option<(Codec, usize)> {
         let worth = |packed: &usize| *packed * 100 < bytes.len() * PACKED_PERCENT_MAX;
         match self.effort {
             Effort::None => None,
@@ -146,6 +148,11 @@ impl Packer {
             Effort::Zstd(level) if self.scope == CompressionScope::Stream => self.stream.next(level, bytes, &mut self.packed),
             Effort::Zstd(level) => self.zstd(level, bytes).filter(worth).map(|packed| (Codec::Zstd, packed)),
         }
+    }
+
+    /// What was packed last.
+    pub(super) fn packed(&self, bytes: usize) -> &[u8] {
+        self.packed.get(..bytes).unwrap_or_default()
     }
 
     fn lz4(&mut self, bytes: &[u8]) -> Option<usize> {

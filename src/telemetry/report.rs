@@ -51,6 +51,9 @@ pub struct Report {
     pub table_bytes: u64,
     /// Pages by how they were sent.
     pub pages: PageCounts,
+    /// Why some of a hypervisor's own stream went as it is, not as pages, if it did.
+    #[serde(default)]
+    pub stream_opaque: Option<String>,
     /// True only when destination memory and device state were compared with the source's.
     pub verified: bool,
     /// Who was authenticated as whom.
@@ -87,6 +90,7 @@ impl Report {
             resent_bytes: 0,
             table_bytes: 0,
             pages: PageCounts::default(),
+            stream_opaque: None,
             verified: false,
             authenticated: Authenticated::default(),
             policy: PolicyVerdict::default(),
@@ -214,7 +218,7 @@ mod tests {
             downtime_breakdown.pause_seconds downtime_breakdown.resume_seconds downtime_breakdown.state_seconds \
             downtime_breakdown.verify_seconds downtime_seconds duration_seconds error.class error.code error.hint error.message \
             error.running_on guest_memory_bytes hypervisor migration_id mode pages.compressed pages.delta pages.duplicate pages.raw \
-            pages.zero policy.decision policy.policy_ids reconnects resent_bytes rounds running_on schema stalled_seconds state table_bytes verified vm wire_bytes";
+            pages.zero policy.decision policy.policy_ids reconnects resent_bytes rounds running_on schema stalled_seconds state stream_opaque table_bytes verified vm wire_bytes";
         assert_eq!(found.join(" "), expected.split_whitespace().collect::<Vec<_>>().join(" "));
     }
 

@@ -14,6 +14,9 @@ pub(super) const ROUND_MARK_BYTES: usize = 40;
 /// Bytes in front of a piece of a stream: codec, offset, length.
 const STREAM_HEAD_BYTES: usize = 13;
 
+/// The longest piece, in a Zstandard stream that does not make it smaller.
+const STREAM_BODY_BYTES_MAX: usize = STREAM_HEAD_BYTES + limits::STREAM_CHUNK_BYTES_MAX + limits::STREAM_OVERHEAD_BYTES_MAX;
+
 /// What a frame carries.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum FrameKind {
@@ -94,7 +97,7 @@ impl FrameHeader {
         let (records_min, records_max, body_min, body_max) = match kind {
             FrameKind::Pages => (1, limits::FRAME_PAGES_MAX, 1, limits::FRAME_BODY_BYTES_MAX),
             FrameKind::RoundMark => (0, 0, ROUND_MARK_BYTES, ROUND_MARK_BYTES),
-            FrameKind::Stream => (1, 1, STREAM_HEAD_BYTES + 1, STREAM_HEAD_BYTES + limits::STREAM_CHUNK_BYTES_MAX),
+            FrameKind::Stream => (1, 1, STREAM_HEAD_BYTES + 1, STREAM_BODY_BYTES_MAX),
         };
         let records = reader.u32("records")?;
         let records = reader.bounded("records", records, records_min, records_max)?;
@@ -143,8 +146,7 @@ impl<'a> StreamChunk<'a> {
         out.put(&header.encode());
         out.put_u8(match self.codec {
             None => 0,
-            Some(Codec::Lz4) => 1,
-            Some(_) => 2,
+            Some(codec) => codec.number(),
         });
         out.put_u64(self.offset);
         out.put_length(self.bytes);
@@ -160,14 +162,18 @@ impl<'a> StreamChunk<'a> {
         let mut reader = Reader::new("stream frame", body);
         let codec = match reader.u8("codec")? {
             0 => None,
-            1 => Some(Codec::Lz4),
-            2 => Some(Codec::Zstd),
-            other => return reader.known("codec", "0 (none), 1 (lz4) or 2 (zstd)", u64::from(other), None),
+            number => {
+                Some(reader.known("codec", "0 (none) to 4 (start of a zstd stream)", u64::from(number), Codec::from_number(number))?)
+            }
         };
         let offset = reader.u64("offset")?;
         let offset = reader.bounded("offset", offset, 0, u64::MAX - limits::STREAM_CHUNK_BYTES_MAX as u64)?;
         let bytes = reader.length("length", 1, limits::STREAM_CHUNK_BYTES_MAX)?;
-        let (min, max) = if codec.is_none() { (bytes, bytes) } else { (1, bytes) };
+        let (min, max) = match codec {
+            None => (bytes, bytes),
+            Some(Codec::Lz4 | Codec::Zstd) => (1, bytes),
+            Some(Codec::ZstdStream | Codec::ZstdStart) => (1, bytes + limits::STREAM_OVERHEAD_BYTES_MAX),
+        };
         let block = reader.take("block", body.len().saturating_sub(STREAM_HEAD_BYTES))?;
         let length = u32::try_from(block.len()).unwrap_or(u32::MAX);
         reader.bounded("block", length, min as u64, max as u64)?;

@@ -99,7 +99,11 @@ impl Codec {
         }
     }
 
-    fn number(self) -> u8 {
+    pub(super) fn from_number(number: u8) -> Option<Self> {
+        CODECS.into_iter().find(|codec| codec.number() == number)
+    }
+
+    pub(super) fn number(self) -> u8 {
         match self {
             Self::Lz4 => 1,
             Self::Zstd => 2,
@@ -264,7 +268,7 @@ impl<'a> Iterator for Records<'a> {
 
 fn batch<'a>(reader: &mut Reader<'a>, pages_left: u64) -> Result<Batch<'a>, WireError> {
     let number = reader.u8("codec")?;
-    let known = CODECS.into_iter().find(|codec| codec.number() == number);
+    let known = Codec::from_number(number);
     let codec = reader.known("codec", "1 (lz4), 2 (zstd), 3 (zstd stream) or 4 (its start)", u64::from(number), known)?;
     let count = reader.u16("runs")?;
     let count = reader.bounded("runs", count, 1, limits::BATCH_PAGES_MAX as u64)?;

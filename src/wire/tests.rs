@@ -394,7 +394,7 @@ proptest! {
 
 #[test]
 fn a_piece_of_a_stream_comes_back_as_it_was_and_a_hostile_one_does_not() {
-    for (codec, bytes) in [(None, 3), (Some(Codec::Lz4), 9), (Some(Codec::Zstd), 9)] {
+    for (codec, bytes) in [(None, 3), (Some(Codec::Lz4), 9), (Some(Codec::Zstd), 9), (Some(Codec::ZstdStart), 1)] {
         let chunk = StreamChunk { offset: 7, bytes, codec, block: &[1, 2, 3] };
         let mut frame = Vec::new();
         chunk.put(&mut frame, LaneIndex(2), 4);
@@ -407,7 +407,8 @@ fn a_piece_of_a_stream_comes_back_as_it_was_and_a_hostile_one_does_not() {
         |codec: u8, offset: u64, bytes: u32, block: &[u8]| [&[codec][..], &offset.to_le_bytes(), &bytes.to_le_bytes(), block].concat();
     let most = u32::try_from(limits::STREAM_CHUNK_BYTES_MAX).unwrap();
     for (body, field) in [
-        (body(3, 0, 1, &[0]), "codec"),
+        (body(5, 0, 1, &[0]), "codec"),
+        (body(4, 0, 2, &[0; 67]), "block"),
         (body(0, u64::MAX, 1, &[0]), "offset"),
         (body(0, 0, 0, &[]), "length"),
         (body(2, 0, most + 1, &[0]), "length"),

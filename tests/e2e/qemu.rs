@@ -26,8 +26,8 @@ const QEMU: &str = "qemu-system-x86_64";
 const LOOK: Duration = Duration::from_secs(5);
 
 /// A lab whose guest is a QEMU's.
-struct Qemus {
-    lab: Lab,
+pub struct Qemus {
+    pub lab: Lab,
     first: Child,
     /// Where the guest is.
     at: Name,
@@ -69,7 +69,7 @@ fn make_rom() -> Option<PathBuf> {
 }
 
 impl Qemus {
-    fn start(setup: Setup) -> Option<Self> {
+    pub fn start(setup: Setup) -> Option<Self> {
         Self::start_with(setup, QEMU, |arguments| arguments)
     }
 
@@ -144,7 +144,7 @@ impl Qemus {
 
     /// The guest runs there and nowhere else, as both gateways say, and has missed and repeated nothing.
     #[track_caller]
-    fn is_only_at(&mut self, name: Name) {
+    pub fn is_only_at(&mut self, name: Name) {
         wait_for(&format!("a guest on {name:?} only: {:?} {:?}", self.states(A), self.states(B)), || {
             (self.states(name) == [RunState::Running] && self.states(name.other()).is_empty()).then_some(())
         });
@@ -252,6 +252,7 @@ impl OneCopy {
 
 #[track_caller]
 fn moved(report: &Value) {
+    assert!(report["stream_opaque"].is_null() && report["pages"]["zero"].as_u64().unwrap() > 10_000, "{report}");
     assert_eq!((&report["hypervisor"], &report["mode"]), (&"qemu".into(), &"precopy".into()), "{report}");
     assert!(report["downtime_seconds"].as_f64().unwrap() > 0.0 && report["wire_bytes"].as_u64().unwrap() > 0, "{report}");
     assert_eq!(report["guest_memory_bytes"], 64 << 20, "{report}");
@@ -283,6 +284,27 @@ fn a_cancelled_move_leaves_the_guest_as_it_was() {
     // It can be tried again.
     qemus.lab.migrate(A, &[]).expect_moved();
     qemus.is_only_at(B);
+}
+
+#[test]
+fn cancelled_at_any_record_one_copy_runs() {
+    let Some(mut qemus) = Qemus::start(Setup::new()) else { return };
+    for record in ["offer", "prepared", "commit", "run"] {
+        let from = qemus.at;
+        let watch = OneCopy::watch(&qemus);
+        let records = Records::begin(&qemus.lab, from);
+        let mut running = qemus.lab.start_migrate(from, &[]);
+        while !records.have(record) && !running.has_ended() {
+            std::thread::sleep(Duration::from_micros(200));
+        }
+        if let Some(active) = qemus.lab.active_migration(from) {
+            // It may have ended by now, or be beyond that.
+            let _ = qemus.lab.gateway(from).command(&["cancel", active["id"].as_str().unwrap()]);
+        }
+        drop(running.finish());
+        watch.end();
+        println!("cancelled behind `{record}`, from {from:?}: on {:?}", qemus.settle());
+    }
 }
 
 #[test]

@@ -4,6 +4,7 @@
 use std::path::Path;
 use std::sync::{Arc, LazyLock};
 
+use sealane::condense::{Condenser, Expander, Expected, Grammar, PAST_KEY_BYTES, RamBlock};
 use sealane::control::{MigrateRequest, ResolveRequest, SetRequest};
 use sealane::engine::Placement;
 use sealane::hypervisor::Generation;
@@ -11,7 +12,7 @@ use sealane::identity::{Credentials, IdentityConfig, PostQuantum, TrustDomainCon
 use sealane::limits;
 use sealane::memory::{Decoder, Duplicates, Effort, Encoder, GuestRam, MemoryLayout, PageSet};
 use sealane::policy::{Entities, PolicyFile, PolicySet};
-use sealane::types::{LaneIndex, MigrationId, PAGE_BYTES, PageNumber, Round};
+use sealane::types::{LaneIndex, MigrationId, PAGE_BYTES, PageNumber, Round, VmUuid};
 use sealane::vmm::state_differences;
 use sealane::wire::{
     CONTROL_HEADER_BYTES, Compression, CompressionScope, Durability, FRAME_HEADER_BYTES, FrameHeader, JOIN_BYTES, Join, Message,
@@ -38,6 +39,8 @@ pub const TARGETS: &[Target] = &[
     Target { name: "pages-lz4", run: |bytes| pages(bytes, LZ4), seeds: || frames(LZ4, Effort::Lz4), share: 25 },
     Target { name: "pages-zstd", run: |bytes| pages(bytes, ZSTD), seeds: || frames(ZSTD, Effort::Zstd(3)), share: 25 },
     Target { name: "pages-stream", run: |bytes| pages(bytes, STREAM), seeds: || frames(STREAM, Effort::Zstd(3)), share: 25 },
+    Target { name: "stream", run: stream, seeds: streams, share: 25 },
+    Target { name: "parcel", run: parcel, seeds: parcels, share: 25 },
     Target { name: "control-message", run: control_message, seeds: control_messages, share: 100 },
     Target { name: "join", run: join, seeds: joins, share: 100 },
     Target { name: "journal-place", run: journal_place, seeds: journal_places, share: 100 },
@@ -112,6 +115,87 @@ fn apply(bytes: &[u8], of: Terms) -> usize {
         rest = behind;
     }
     bytes.len() - rest.len()
+}
+
+/// What a stream of QEMU may say.
+fn grammar() -> Grammar {
+    let blocks = vec![RamBlock { name: "pc.ram".to_owned(), used: PAGES * 4096, max: PAGES * 4096 }];
+    Grammar::Qemu(Box::new(Expected { uuid: VmUuid([7; 16]), machine: "pc".to_owned(), blocks }))
+}
+
+/// Parcels of a stream, and both digests.
+type Condensed = (Vec<Vec<u8>>, ([u8; 32], u128));
+
+fn condensed(bytes: &[u8]) -> Option<Condensed> {
+    let mut condenser = Condenser::new(grammar(), [1 << 20, 1 << 18], Box::new([7; PAST_KEY_BYTES]));
+    let taken = condenser.take_in(bytes).ok()?;
+    condenser.end(&bytes[taken..]).ok()?;
+    Some((condenser.parcels(true).map(|parcel| parcel.bytes).collect(), condenser.digest().finish()))
+}
+
+/// What is taken of a stream comes out again as it was.
+fn stream(bytes: &[u8]) {
+    let Some((parcels, digest)) = condensed(bytes) else { return };
+    let mut expander = Expander::new(grammar());
+    let mut back = Vec::new();
+    for parcel in parcels {
+        expander.begin(parcel.into());
+        while let Some(bytes) = expander.expand().unwrap() {
+            back.extend_from_slice(bytes);
+        }
+    }
+    let (rest, found) = expander.end().unwrap();
+    back.extend_from_slice(&rest);
+    assert!(back == bytes && found.finish() == digest);
+}
+
+fn streams() -> Vec<Vec<u8>> {
+    let head = b"QEVM\0\0\0\x03\x07\0\0\0\x02pc\x05\x12configuration/uuid\0\0\0\x01\x07\x07\x07\x07\x07\x07\x07\x07\x07\x07\x07\x07\x07\x07\x07\x07";
+    let size = (PAGES * 4096).to_be_bytes();
+    let sized = ((PAGES * 4096) | 4).to_be_bytes();
+    let end: &[u8] = b"\0\0\0\0\0\0\0\x10\x7e\0\0\0\x01";
+    let mut stream = [head, b"\x01\0\0\0\x01\x03ram\0\0\0\0\0\0\0\x04".as_slice(), &sized, b"\x06pc.ram", &size, end].concat();
+    for (section, changed) in [(2, 0), (2, 9), (3, 17)] {
+        stream.extend_from_slice(&[section, 0, 0, 0, 1]);
+        for page in 0..20_u64 {
+            let flag = if page % 4 == 0 { 2 } else { 8 };
+            let (flag, name): (u64, &[u8]) = if page == 0 { (flag, b"\x06pc.ram") } else { (flag | 0x20, b"") };
+            stream.extend_from_slice(&((page * 4096) | flag).to_be_bytes());
+            stream.extend_from_slice(name);
+            let mut content = [u8::try_from(page % 7).unwrap(); PAGE_BYTES];
+            content[usize::try_from(page).unwrap()] = changed;
+            stream.extend_from_slice(if page % 4 == 0 { &[0] } else { &content });
+        }
+        stream.extend_from_slice(end);
+    }
+    let text = br#"{"page_size":4096,"devices":[{"name":"cpu","instance_id":0,"fields":[{"size":4}]}]}"#;
+    let length = u32::try_from(text.len()).unwrap().to_be_bytes();
+    stream.extend_from_slice(b"\x04\0\0\0\x05\x03cpu\0\0\0\0\0\0\0\x01good\x7e\0\0\0\x05\0\x06");
+    stream.extend_from_slice(&[&length, text.as_slice()].concat());
+    vec![stream]
+}
+
+fn parcel(bytes: &[u8]) {
+    expand(bytes);
+}
+
+/// Expands a parcel as the first of a stream, until something is wrong; whether nothing was.
+fn expand(bytes: &[u8]) -> bool {
+    let mut expander = Expander::new(grammar());
+    expander.begin(bytes.to_vec().into());
+    loop {
+        match expander.expand() {
+            Ok(Some(_)) => {}
+            Ok(None) => return expander.end().is_ok(),
+            Err(_) => return false,
+        }
+    }
+}
+
+fn parcels() -> Vec<Vec<u8>> {
+    let parcels = streams().iter().map(|stream| condensed(stream).expect("a good stream").0.concat()).collect::<Vec<_>>();
+    assert!(parcels.iter().all(|parcel| expand(parcel)));
+    parcels
 }
 
 /// Whether the seeds of pages are taken to their end: those that are refused at their beginning would test little.

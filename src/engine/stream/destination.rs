@@ -9,9 +9,10 @@ use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 
-use super::Whole;
 use super::inflow::Inflow;
 use super::lanes::{ReceiveShared, receive_lane};
+use super::{Broken, Whole};
+use crate::condense::Expander;
 use crate::engine::destination::{DestinationEnd, DestinationOrder, Return, Watch};
 use crate::engine::handoff::{Binding, Evidence, Heard, blocking, joined};
 use crate::engine::link::send_within;
@@ -43,7 +44,7 @@ struct Run {
     gate: Option<LaneGate>,
     flow: Arc<Inflow>,
     given: watch::Receiver<u64>,
-    writing: Option<JoinHandle<std::io::Result<Whole>>>,
+    writing: Option<JoinHandle<Result<Whole, Broken>>>,
     /// All of the stream, once the hypervisor was given it.
     whole: Option<Whole>,
     /// Waits until the hypervisor has loaded it.
@@ -160,8 +161,8 @@ impl Run {
         };
         stream.set_nonblocking(true).map_err(local)?;
         let stream = tokio::net::UnixStream::from_std(stream).map_err(local)?;
-        let flow = Arc::clone(&self.flow);
-        self.writing = Some(tokio::spawn(async move { flow.write_to(stream).await }));
+        let (flow, expander) = (Arc::clone(&self.flow), Expander::new(lock(&self.twin).grammar()));
+        self.writing = Some(tokio::spawn(async move { flow.write_to(stream, expander).await }));
         self.expect_lanes()?;
         self.accept().await
     }
@@ -275,16 +276,18 @@ impl Run {
         None
     }
 
-    async fn was_written(&mut self, written: Result<std::io::Result<Whole>, tokio::task::JoinError>) -> Option<StreamDestinationEvent> {
+    async fn was_written(&mut self, written: Result<Result<Whole, Broken>, tokio::task::JoinError>) -> Option<StreamDestinationEvent> {
         match joined(written) {
             Ok(Ok(whole)) => {
                 self.whole = Some(whole);
                 self.final_when_ready()
             }
-            // Whatever the hypervisor says of itself explains more.
-            Ok(Err(source)) => {
-                let (vm, what) = (self.order.vm.to_string(), "cannot write the hypervisor's stream");
-                let why = self.why_failed(HypervisorError::Local { vm, what, source }).await;
+            Ok(Err(broken)) => {
+                let why = match broken.of_peer(&self.order.vm) {
+                    Some(unsound) => unsound,
+                    // Whatever the hypervisor says of itself explains more.
+                    None => self.why_failed(broken.of_hypervisor(&self.order.vm, "cannot write the hypervisor's stream")).await,
+                };
                 Some(self.give_up(why))
             }
             Err(error) => Some(self.give_up(error)),

@@ -1,16 +1,15 @@
 //! What came of a stream and is not with the hypervisor yet.
 
 use std::collections::BTreeMap;
-use std::io;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
-use ring::digest::{Context, SHA256};
 use tokio::io::AsyncWriteExt;
 use tokio::net::UnixStream;
 use tokio::sync::{Notify, watch};
 
-use super::Whole;
+use super::{Broken, Whole};
+use crate::condense::Expander;
 use crate::engine::EngineError;
 use crate::limits;
 
@@ -81,22 +80,27 @@ impl Inflow {
 
     // SPEC: PROTOCOL.md#must-any-lane
     /// Gives the hypervisor the stream, to its end. `INVARIANT(in-order-once)`
-    pub(super) async fn write_to(&self, mut stream: UnixStream) -> io::Result<Whole> {
-        let mut digest = Context::new(&SHA256);
+    pub(super) async fn write_to(&self, mut stream: UnixStream, mut expander: Expander) -> Result<Whole, Broken> {
         while let Some(piece) = self.next().await {
-            stream.write_all(&piece).await?;
-            digest.update(&piece);
+            let count = piece.len() as u64;
+            expander.begin(piece);
+            while let Some(bytes) = expander.expand()? {
+                stream.write_all(bytes).await?;
+            }
             let given = {
                 let mut state = self.lock();
-                state.given += piece.len() as u64;
+                state.given += count;
                 state.given
             };
             self.given.send_replace(given);
         }
+        let (rest, digest) = expander.end()?;
+        stream.write_all(&rest).await?;
         stream.shutdown().await?;
-        let mut whole = Whole { bytes: self.given_bytes(), digest: [0; 32] };
-        whole.digest.copy_from_slice(digest.finish().as_ref());
-        Ok(whole)
+        if let Some(why) = expander.why_opaque() {
+            tracing::info!(why, "the stream is not understood to its end");
+        }
+        Ok(Whole::new(self.given_bytes(), digest))
     }
 
     /// The piece that the hypervisor lacks; nothing at the end.
@@ -135,6 +139,7 @@ mod tests {
     use std::sync::Arc;
 
     use super::*;
+    use crate::condense::Grammar;
     use tokio::io::AsyncReadExt;
 
     fn piece(bytes: &[u8]) -> Bytes {
@@ -147,22 +152,23 @@ mod tests {
         let flow = Arc::new(Inflow::new());
         let writing = tokio::spawn({
             let flow = Arc::clone(&flow);
-            async move { flow.write_to(ours).await.unwrap() }
+            async move { flow.write_to(ours, Expander::new(Grammar::Opaque)).await.unwrap() }
         });
-        flow.take_in(5, piece(b"world")).unwrap();
-        flow.take_in(5, piece(b"world")).unwrap();
-        flow.take_in(0, piece(b"hello")).unwrap();
+        let entry = |text: &[u8]| piece(&[&[1, u8::try_from(text.len()).unwrap(), 0, 0, 0], text].concat());
+        flow.take_in(10, entry(b"world")).unwrap();
+        flow.take_in(10, entry(b"world")).unwrap();
+        flow.take_in(0, entry(b"hello")).unwrap();
         let mut given = flow.given();
-        given.wait_for(|given| *given == 10).await.unwrap();
-        flow.take_in(0, piece(b"HELLO")).unwrap();
-        flow.ends_at(11).unwrap();
-        flow.ends_at(11).unwrap();
-        flow.take_in(10, piece(b"!")).unwrap();
+        given.wait_for(|given| *given == 20).await.unwrap();
+        flow.take_in(0, entry(b"HELLO")).unwrap();
+        flow.ends_at(26).unwrap();
+        flow.ends_at(26).unwrap();
+        flow.take_in(20, entry(b"!")).unwrap();
         let mut text = String::new();
         theirs.read_to_string(&mut text).await.unwrap();
         assert_eq!(text, "helloworld!");
         let whole = writing.await.unwrap();
-        assert_eq!((whole.bytes, whole.digest), (11, crate::engine::digest::sha256(b"helloworld!")));
+        assert_eq!((whole.bytes, whole.framing), (26, crate::engine::digest::sha256(b"helloworld!\x0b\0\0\0\0\0\0\0")));
     }
 
     #[test]

@@ -5,19 +5,20 @@ use std::io;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
-use ring::digest::{Context, SHA256};
-use tokio::io::AsyncReadExt;
 use tokio::net::UnixStream;
 use tokio::sync::Notify;
 
-use super::Whole;
+use super::{Broken, Whole};
+use crate::condense::{Condenser, Parcel};
 use crate::limits;
 
-/// A piece of the stream, which any lane may carry.
+/// A parcel of the stream, which any lane may carry.
 #[derive(Debug, Clone)]
 pub(super) struct Piece {
     pub(super) offset: u64,
     pub(super) bytes: Bytes,
+    /// Pages in it as they are.
+    pub(super) pages: u64,
 }
 
 /// Pieces on their way. `INVARIANT(stream-window)`: together they are at most the window.
@@ -28,6 +29,8 @@ pub(super) struct Outflow {
     ready: Notify,
     /// There is room for another piece.
     room: Notify,
+    /// Lanes have taken all there is.
+    idle: Notify,
 }
 
 #[derive(Debug)]
@@ -47,49 +50,75 @@ impl Outflow {
     pub(super) fn new(rate_max: Option<u64>) -> Self {
         let window = rate_max.map_or(FIRST_WINDOW_BYTES, |rate| (rate / 10).clamp(WINDOW_BYTES_MIN, FIRST_WINDOW_BYTES));
         let state = State { pieces: VecDeque::new(), sent: 0, read: 0, applied: 0, window, was_full: false };
-        Self { state: Mutex::new(state), ready: Notify::new(), room: Notify::new() }
+        Self { state: Mutex::new(state), ready: Notify::new(), room: Notify::new(), idle: Notify::new() }
     }
 
-    /// Reads the hypervisor's stream to its end, no faster than there is room.
-    pub(super) async fn read_from(&self, mut stream: UnixStream) -> io::Result<Whole> {
-        let mut digest = Context::new(&SHA256);
-        let mut buffer = vec![0; limits::STREAM_CHUNK_BYTES_MAX];
+    /// Reads the hypervisor's stream to its end, no faster than there is room for what becomes of it.
+    pub(super) async fn read_from(&self, stream: UnixStream, condenser: &std::sync::Mutex<Condenser>) -> Result<Whole, Broken> {
+        let condenser = || condenser.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut held = vec![0; READ_BYTES];
+        let mut filled = 0;
         loop {
-            let room = self.wait_for_room().await;
-            let part = buffer.get_mut(..room).unwrap_or_default();
-            let count = stream.read(part).await?;
-            let bytes = part.get(..count).unwrap_or_default();
-            if bytes.is_empty() {
-                break;
+            match stream.try_read(held.get_mut(filled..).unwrap_or_default()) {
+                Ok(0) => break,
+                Ok(count) => {
+                    filled += count;
+                    let taken = condenser().take_in(held.get(..filled).unwrap_or_default())?;
+                    held.copy_within(taken..filled, 0);
+                    filled -= taken;
+                    self.put_all(|| condenser().parcels(false)).await;
+                    // What there is to read may have no end, and others want this thread too.
+                    tokio::task::yield_now().await;
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    condenser().let_tail_go()?;
+                    // A parcel that is not full is worth a lane that has nothing else.
+                    let idle = self.is_idle();
+                    self.put_all(|| condenser().parcels(idle)).await;
+                    tokio::select! {
+                        ready = stream.readable() => ready?,
+                        () = self.idle.notified(), if !idle => {}
+                    }
+                }
+                Err(error) => return Err(error.into()),
             }
-            digest.update(bytes);
-            self.put(Bytes::copy_from_slice(bytes));
         }
-        let mut whole = Whole { bytes: self.read_bytes(), digest: [0; 32] };
-        whole.digest.copy_from_slice(digest.finish().as_ref());
-        Ok(whole)
+        condenser().end(held.get(..filled).unwrap_or_default())?;
+        self.put_all(|| condenser().parcels(true)).await;
+        Ok(Whole::new(self.read_bytes(), condenser().digest()))
     }
 
-    /// How many bytes the next piece may have.
-    async fn wait_for_room(&self) -> usize {
+    async fn put_all(&self, parcels: impl Fn() -> std::vec::IntoIter<Parcel>) {
+        for Parcel { bytes, pages } in parcels() {
+            self.wait_for_room(bytes.len()).await;
+            self.put(bytes.into(), pages);
+        }
+    }
+
+    fn is_idle(&self) -> bool {
+        let state = self.lock();
+        state.sent >= state.pieces.len()
+    }
+
+    async fn wait_for_room(&self, bytes: usize) {
         loop {
             // Told or not since: whoever makes room leaves a permit.
             let room = {
                 let mut state = self.lock();
-                let room = state.window.saturating_sub(state.read - state.applied);
-                state.was_full |= room == 0;
-                usize::try_from(room).unwrap_or(usize::MAX).min(limits::STREAM_CHUNK_BYTES_MAX)
+                let room = state.window.saturating_sub(state.read - state.applied) >= bytes as u64;
+                state.was_full |= !room;
+                room
             };
-            if room > 0 {
-                return room;
+            if room {
+                return;
             }
             self.room.notified().await;
         }
     }
 
-    fn put(&self, bytes: Bytes) {
+    fn put(&self, bytes: Bytes, pages: u64) {
         let mut state = self.lock();
-        let piece = Piece { offset: state.read, bytes };
+        let piece = Piece { offset: state.read, bytes, pages };
         state.read += piece.bytes.len() as u64;
         state.pieces.push_back(piece);
         drop(state);
@@ -108,6 +137,8 @@ impl Outflow {
             // One permit is kept at most, and there may be more pieces than that.
             if more {
                 self.ready.notify_one();
+            } else {
+                self.idle.notify_one();
             }
             match piece {
                 Some(piece) => return piece,
@@ -171,7 +202,9 @@ impl Outflow {
 
 /// WHY: what waits here when the guest is paused goes out before the rest of it, so it is no more than the path needs; what that
 /// is shows within a few looks.
-const FIRST_WINDOW_BYTES: u64 = 1 << 20;
+const FIRST_WINDOW_BYTES: u64 = 4 << 20;
+/// WHY: more than a socket holds, so that the hypervisor goes on writing while this is looked at.
+const READ_BYTES: usize = 512 * 1024;
 /// WHY: one piece.
 const WINDOW_BYTES_MIN: u64 = limits::STREAM_CHUNK_BYTES_MAX as u64;
 
@@ -184,7 +217,7 @@ mod tests {
         let (ours, theirs) = UnixStream::pair().unwrap();
         let flow = Outflow::new(None);
         for piece in vec![7; bytes].chunks(1000) {
-            flow.put(Bytes::copy_from_slice(piece));
+            flow.put(Bytes::copy_from_slice(piece), 0);
         }
         (flow, ours, theirs)
     }
@@ -225,7 +258,8 @@ mod tests {
         let flow = std::sync::Arc::new(flow);
         let reading = tokio::spawn({
             let flow = std::sync::Arc::clone(&flow);
-            async move { flow.read_from(ours).await.unwrap() }
+            let condenser = std::sync::Mutex::new(Condenser::new(crate::condense::Grammar::Opaque, [0, 0], Box::new([0; 192])));
+            async move { flow.read_from(ours, &condenser).await.unwrap() }
         });
         let piece = vec![1; 64 * 1024];
         let writing = tokio::spawn(async move {
@@ -233,20 +267,32 @@ mod tests {
                 theirs.write_all(&piece).await.unwrap();
             }
         });
-        while flow.read_bytes() < WINDOW_BYTES_MIN {
+        while flow.read_bytes() == 0 {
             tokio::task::yield_now().await;
         }
         for _ in 0..1000 {
             tokio::task::yield_now().await;
         }
-        assert_eq!(flow.read_bytes(), WINDOW_BYTES_MIN);
+        assert!(flow.read_bytes() <= WINDOW_BYTES_MIN);
+        // Nobody takes the pieces, and what is applied makes room only for as much.
+        while flow.read_bytes() < 2 * WINDOW_BYTES_MIN {
+            assert!(flow.applied(flow.read_bytes()));
+            while flow.read_bytes() - flow.applied_bytes() < WINDOW_BYTES_MIN / 8 {
+                flow.next().await;
+                tokio::task::yield_now().await;
+            }
+        }
         assert!(!writing.is_finished() && flow.was_full());
         while !reading.is_finished() {
             assert!(flow.applied(flow.read_bytes()));
-            tokio::task::yield_now().await;
+            let _ = tokio::time::timeout(std::time::Duration::from_millis(1), flow.next()).await;
         }
         let whole = reading.await.unwrap();
-        assert_eq!(whole.bytes, 64 * 64 * 1024);
-        assert_eq!(whole.digest, crate::engine::digest::sha256(&vec![1; 64 * 64 * 1024]));
+        // Entries have heads.
+        assert!(whole.bytes > 64 * 64 * 1024);
+        let mut expected = ring::digest::Context::new(&ring::digest::SHA256);
+        expected.update(&vec![1; 64 * 64 * 1024]);
+        expected.update(&(64_u64 * 64 * 1024).to_le_bytes());
+        assert_eq!(whole.framing, expected.finish().as_ref());
     }
 }

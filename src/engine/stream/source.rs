@@ -1,6 +1,7 @@
 //! The source end of a stream.
 
 mod outage;
+mod path;
 mod switch;
 
 use std::collections::VecDeque;
@@ -10,9 +11,10 @@ use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 
-use super::Whole;
 use super::lanes::{SendShared, send_lane};
 use super::outflow::Outflow;
+use super::{Broken, Whole};
+use crate::condense::Condenser;
 use crate::engine::error::may_be_forgotten;
 use crate::engine::frames::Frames;
 use crate::engine::handoff::{Binding, Evidence, blocking, joined};
@@ -45,10 +47,12 @@ struct Run {
     binding: Option<Binding>,
     flow: Arc<Outflow>,
     stages: watch::Receiver<StreamStage>,
-    reading: Option<JoinHandle<std::io::Result<Whole>>>,
+    reading: Option<JoinHandle<Result<Whole, Broken>>>,
+    condenser: Arc<Mutex<Condenser>>,
     /// All of the stream, once it was read.
     whole: Option<Whole>,
     goal: StreamGoal,
+    guest_bytes: u64,
     lanes: u16,
     /// Keeps the lanes' threads alive.
     threads: Vec<LaneHandle<()>>,
@@ -59,8 +63,9 @@ struct Run {
     /// UDP payload of connections that are gone.
     carried_before: u64,
     said: StreamProgress,
-    /// When the path was looked at, and what was applied then.
-    looked: (Instant, u64),
+    looked: path::Looked,
+    /// What the path has lately taken in a second, bytes of parcels.
+    path_rate: f64,
     asked: Instant,
     pause: Option<Stopwatch>,
     error: Option<EngineError>,
@@ -91,9 +96,11 @@ pub async fn run_stream_source(order: SourceOrder, ports: SourcePorts<dyn Stream
     let SourcePorts { evidence, link, guest, ask_commit, redial, progress, commands, share } = ports;
     let (failures_in, failures) = mpsc::channel(usize::from(limits::LANES_MAX));
     let goal = StreamGoal { downtime_max: order.goal.downtime_max, throttle: order.goal.throttle };
+    let guest_bytes = guest.machine().regions.iter().map(|region| region.bytes).sum();
     let mut run = Run {
         limiter: Arc::new(Limiter::new(order.limited(order.bandwidth), share)),
         stages: guest.stages(),
+        condenser: Arc::new(Mutex::new(path::condenser(&order, guest.grammar(), guest_bytes))),
         guest: Arc::new(Mutex::new(guest)),
         machine: Machine::default(),
         binding: None,
@@ -101,12 +108,14 @@ pub async fn run_stream_source(order: SourceOrder, ports: SourcePorts<dyn Stream
         reading: None,
         whole: None,
         goal,
+        guest_bytes,
         lanes: 0,
         threads: Vec::new(),
         meter: Arc::default(),
         carried_before: 0,
         said: StreamProgress::default(),
-        looked: (began, 0),
+        looked: path::Looked { at: began, applied: 0, read: 0, taken: 0 },
+        path_rate: 0.0,
         asked: began,
         pause: None,
         error: None,
@@ -276,11 +285,12 @@ impl Run {
         };
         tokio::select! {
             biased;
-            () = staged => self.staged().await,
+            // Before what the hypervisor says of it: a stream that is refused here fails there too.
             read = read => {
                 self.reading = None;
                 self.was_read(read).await
             }
+            () = staged => self.staged().await,
             Some(error) = self.failures.recv() => self.lane_failed(error),
             back = search::back(&mut self.outage) => self.back(back).await,
             message = self.link.session.receive(), if self.outage.is_none() => self.received(message).await,
@@ -327,15 +337,14 @@ impl Run {
         asked.map_or_else(|error| error, EngineError::from)
     }
 
-    async fn was_read(&mut self, read: Result<std::io::Result<Whole>, tokio::task::JoinError>) -> Option<StreamSourceEvent> {
+    async fn was_read(&mut self, read: Result<Result<Whole, Broken>, tokio::task::JoinError>) -> Option<StreamSourceEvent> {
         match joined(read) {
             Ok(Ok(whole)) => {
                 self.whole = Some(whole);
                 self.finalised().await
             }
-            Ok(Err(source)) => {
-                let what = "cannot read the hypervisor's stream";
-                let error = HypervisorError::Local { vm: self.order.vm.to_string(), what, source };
+            Ok(Err(broken)) => {
+                let error = broken.of_hypervisor(&self.order.vm, "cannot read the hypervisor's stream");
                 Some(self.give_up(error.into()))
             }
             Err(error) => Some(self.give_up(error)),
@@ -402,56 +411,6 @@ impl Run {
         match self.say(Message::Ping).await {
             Err(error) => Some(self.broken(error)),
             Ok(()) => None,
-        }
-    }
-
-    /// Fits the window to the path, and tells the hypervisor of a path that is slower than its socket seems.
-    async fn look_at_path(&mut self) {
-        let (at, before) = self.looked;
-        let applied = self.flow.applied_bytes();
-        self.looked = (Instant::now(), applied);
-        let running = self.reading.is_some() && self.outage.is_none();
-        let rtt = self.threads.iter().map(|handle| handle.stats().rtt).max();
-        let path = rtt.filter(|_| running && self.flow.was_full()).map(|rtt| {
-            let rate = (applied - before) as f64 / at.elapsed().as_secs_f64().max(1e-3);
-            #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a rate of bytes; saturates")]
-            let (rate, window) = (rate as u64, (rate * (rtt * 2 + WINDOW_SLACK).as_secs_f64()) as u64);
-            self.flow.set_window(window);
-            rate.max(1)
-        });
-        // WHY: QEMU answers nothing while it writes the rest of a guest that it has stopped.
-        if !running || self.phase != Phase::Memory || (path.is_none() && self.asked.elapsed() < ASK_EVERY) {
-            return;
-        }
-        self.asked = Instant::now();
-        let told = self.beside(move |guest| {
-            path.map_or(Ok(()), |rate| guest.set_path_rate(rate))?;
-            guest.progress()
-        });
-        match told.await {
-            Ok(said) => self.said = said,
-            Err(error) => tracing::debug!(migration = %self.order.migration, error = %chain(&error), "the hypervisor says nothing"),
-        }
-    }
-
-    /// Asks the hypervisor something. It may not answer before its socket takes more, so what the destination says is heard
-    /// meanwhile: applied bytes at once, the rest afterwards.
-    async fn beside<T: Send + 'static>(
-        &mut self,
-        ask: impl FnOnce(&mut dyn StreamSource) -> Result<T, HypervisorError> + Send + 'static,
-    ) -> Result<T, EngineError> {
-        let guest = Arc::clone(&self.guest);
-        let asked = blocking(move || Ok(ask(lock(&guest).as_mut())?));
-        tokio::pin!(asked);
-        loop {
-            let listens = self.outage.is_none() && self.backlog.is_empty();
-            tokio::select! {
-                answer = &mut asked => return answer,
-                message = self.link.session.receive(), if listens => match message {
-                    Ok(Message::StreamApplied(applied)) if applied.migration == self.order.migration && self.flow.applied(applied.bytes) => {}
-                    message => self.backlog.push_back(message),
-                },
-            }
         }
     }
 
@@ -526,8 +485,8 @@ impl Run {
         };
         stream.set_nonblocking(true).map_err(local)?;
         let stream = tokio::net::UnixStream::from_std(stream).map_err(local)?;
-        let flow = Arc::clone(&self.flow);
-        self.reading = Some(tokio::spawn(async move { flow.read_from(stream).await }));
+        let (flow, condenser) = (Arc::clone(&self.flow), Arc::clone(&self.condenser));
+        self.reading = Some(tokio::spawn(async move { flow.read_from(stream, &condenser).await }));
         self.phase = Phase::Memory;
         self.open_lanes().await
     }
@@ -540,6 +499,7 @@ impl Run {
             flow: Arc::clone(&self.flow),
             terms: self.order.stream.clone(),
             level: self.order.manner.zstd_level,
+            lane_bytes: self.guest_bytes / u64::from(self.lanes.max(1)),
             limiter: Arc::clone(&self.limiter),
             meter: Arc::clone(&self.meter),
             frames: Frames::default(),
@@ -565,8 +525,4 @@ fn lock(guest: &Guest) -> MutexGuard<'_, Box<dyn StreamSource>> {
     guest.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// WHY: people look at it once a second at most.
-const ASK_EVERY: Duration = Duration::from_secs(1);
-const PROGRESS_INTERVAL: Duration = Duration::from_millis(200);
-/// WHY: acknowledgements are not sent for every piece, and hypervisors take some milliseconds for theirs.
-const WINDOW_SLACK: Duration = Duration::from_millis(30);
+const PROGRESS_INTERVAL: Duration = Duration::from_millis(50);

@@ -9,11 +9,12 @@ use tokio::sync::watch;
 
 use super::facts;
 use super::monitor::Monitor;
+use crate::condense::Grammar;
 use crate::hypervisor::launch::log_tail_of;
 use crate::hypervisor::{Guest, GuestStatus, HypervisorError, Machine, RunState, StreamDestination, StreamStage};
 
 /// As at the source, but for what only a destination does: the disks stay nobody's until the guest is told to go on.
-const CAPABILITIES: [(&str, bool); 12] = [
+const CAPABILITIES: [(&str, bool); 14] = [
     ("events", true),
     ("late-block-activate", true),
     ("multifd", false),
@@ -25,13 +26,17 @@ const CAPABILITIES: [(&str, bool); 12] = [
     ("x-ignore-shared", false),
     ("x-colo", false),
     ("mapped-ram", false),
-    ("validate-uuid", false),
+    ("validate-uuid", true),
+    ("xbzrle", false),
+    ("compress", false),
 ];
 
 /// A QEMU at the destination.
 #[derive(Debug)]
 pub struct QemuDestination {
     monitor: Monitor,
+    /// What was offered.
+    grammar: Grammar,
     /// Where its own output goes, if a gateway started it.
     log: Option<PathBuf>,
 }
@@ -57,7 +62,7 @@ impl QemuDestination {
         // INVARIANT(no-self-start): from here on it is paused once it is loaded, also without `-S`.
         monitor.qmp.execute("stop", Value::Null)?;
         monitor.set_capabilities(&CAPABILITIES)?;
-        Ok(Self { monitor, log })
+        Ok(Self { monitor, grammar: facts::grammar(machine), log })
     }
 }
 
@@ -93,6 +98,10 @@ impl Guest for QemuDestination {
 }
 
 impl StreamDestination for QemuDestination {
+    fn grammar(&self) -> Grammar {
+        self.grammar.clone()
+    }
+
     fn begin(&mut self) -> Result<UnixStream, HypervisorError> {
         self.monitor.stream("migrate-incoming")
     }

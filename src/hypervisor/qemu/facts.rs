@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::qmp::Qmp;
+use crate::condense::{Expected, Grammar, RamBlock};
 use crate::hypervisor::{GuestStatus, HypervisorError, Machine, RunState};
 use crate::limits;
 use crate::types::{PAGE_BYTES, RamRegion, VmUuid};
@@ -24,6 +25,8 @@ struct Profile {
     cpus: Vec<String>,
     /// Name and type of every device that the command line or an operator has added, sorted.
     devices: Vec<String>,
+    /// RAM of the guest, and what its devices have of their own; none when QEMU does not tell.
+    blocks: Vec<RamBlock>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -82,12 +85,55 @@ pub(super) fn machine(qmp: &Qmp) -> Result<Machine, HypervisorError> {
         machine: kind.strip_suffix("-machine").unwrap_or(&kind).to_owned(),
         cpus,
         devices,
+        blocks: blocks(qmp),
     };
     let vcpus = u32::try_from(profile.cpus.len()).unwrap_or(u32::MAX);
     let profile = serde_json::to_value(profile).map_err(|error| qmp.protocol(&error.to_string()))?;
     // Where in guest-physical memory RAM lies is QEMU's affair: it sends blocks by name.
     let regions = vec![RamRegion { guest_base: 0, bytes }];
     Ok(Machine { kind: QEMU_KIND.to_owned(), uuid, regions, vcpus, profile })
+}
+
+/// Blocks of memory that QEMU sends by name. Its monitor has them as text only, and one that is another text says nothing.
+fn blocks(qmp: &Qmp) -> Vec<RamBlock> {
+    #[derive(Deserialize)]
+    #[serde(rename_all = "kebab-case")]
+    struct Text {
+        human_readable_text: String,
+    }
+    let text = qmp.ask("x-query-ramblock", Value::Null).map_or_else(|_| String::new(), |text: Text| text.human_readable_text);
+    read_blocks(&text).unwrap_or_default()
+}
+
+fn read_blocks(text: &str) -> Option<Vec<RamBlock>> {
+    let number = |word: &str| u64::from_str_radix(word.strip_prefix("0x")?, 16).ok();
+    // Its name, the size of its pages with a unit, where it lies, bytes in use, bytes that it may grow to.
+    let block = |line: &str| match line.split_whitespace().collect::<Vec<_>>().as_slice() {
+        [name, _, _, _, used, max, ..] => Some(RamBlock { name: (*name).to_owned(), used: number(used)?, max: number(max)? }),
+        _ => None,
+    };
+    let blocks = text.lines().skip(1).filter(|line| !line.trim().is_empty()).map(block).collect::<Option<Vec<_>>>()?;
+    (blocks.len() <= limits::QEMU_BLOCKS_MAX).then_some(blocks)
+}
+
+/// What a stream of this guest is written in.
+pub(super) fn grammar(machine: &Machine) -> Grammar {
+    match serde_json::from_value::<Profile>(machine.profile.clone()) {
+        Ok(Profile { machine: kind, blocks, .. }) if !blocks.is_empty() => {
+            Grammar::Qemu(Box::new(Expected { uuid: machine.uuid, machine: kind, blocks }))
+        }
+        _ => Grammar::Opaque,
+    }
+}
+
+/// Blocks of the source for which there is none here that could take them.
+fn missing_blocks(wanted: &[RamBlock], got: &[RamBlock]) -> Vec<String> {
+    let fits = |wanted: &RamBlock, got: &RamBlock| {
+        let grows = wanted.used < wanted.max || got.used < got.max;
+        wanted.name == got.name && (wanted.used == got.used || (grows && wanted.used <= got.max))
+    };
+    let missing = wanted.iter().filter(|wanted| !got.iter().any(|got| fits(wanted, got)));
+    missing.map(|block| format!("{} of {} bytes", block.name, block.used)).collect()
 }
 
 /// What `here` lacks to take the guest of `source`, a line each.
@@ -112,6 +158,11 @@ pub(super) fn lacks(source: &Machine, here: &Machine) -> Vec<String> {
     let missing =
         |from: &[String], of: &[String]| from.iter().filter(|device| !of.contains(device)).cloned().collect::<Vec<_>>().join(", ");
     differs("devices", missing(&wanted.devices, &got.devices), missing(&got.devices, &wanted.devices));
+    if !wanted.blocks.is_empty() && !got.blocks.is_empty() {
+        let missing = missing_blocks(&wanted.blocks, &got.blocks);
+        let none = if missing.is_empty() { "" } else { "none that takes it" };
+        differs("blocks of memory", missing.join(", "), none.to_owned());
+    }
     // QEMU reads what an older one sent, of the same machine type. The other way it does not promise.
     let release = |(major, minor, _): (u32, u32, u32)| (major, minor);
     if release(got.version) < release(wanted.version) {
@@ -146,6 +197,14 @@ pub(super) fn run_state(qmp: &Qmp) -> Result<String, HypervisorError> {
 mod tests {
     use super::*;
 
+    /// As 10.0 says it; 7.2 has no columns behind `Total`.
+    const BLOCKS: &str =
+        "              Block Name    PSize              Offset               Used              Total                HVA  RO
+                  pc.ram    4 KiB  0x0000000000000000 0x0000000004000000 0x0000000004000000 0x00007f6557e00000  rw
+    /rom@etc/acpi/tables    4 KiB  0x00000000040c0000 0x0000000000020000 0x0000000000200000 0x00007f65aa400000  ro
+
+";
+
     fn machine(change: impl FnOnce(&mut Machine, &mut Profile)) -> Machine {
         let mut profile = Profile {
             version: (7, 2, 1),
@@ -153,6 +212,7 @@ mod tests {
             machine: "pc-q35-7.2".to_owned(),
             cpus: vec!["qemu64-x86_64-cpu".to_owned(); 2],
             devices: vec!["net0 child<virtio-net-pci>".to_owned()],
+            blocks: read_blocks(BLOCKS).unwrap(),
         };
         let regions = vec![RamRegion { guest_base: 0, bytes: 64 << 20 }];
         let mut machine = Machine { kind: QEMU_KIND.to_owned(), uuid: VmUuid([1; 16]), regions, vcpus: 2, profile: Value::Null };
@@ -183,7 +243,28 @@ mod tests {
             |_, profile| profile.devices = vec!["net1 child<e1000>".to_owned()],
             "devices: expected net0 child<virtio-net-pci>, got net1",
         );
+        check(
+            |_, profile| profile.blocks[0] = RamBlock { name: "pc.ram".to_owned(), used: 1, max: 1 },
+            "blocks of memory: expected pc.ram of 67108864 bytes",
+        );
+        check(|_, profile| profile.blocks[1].name = "other".to_owned(), "/rom@etc/acpi/tables of 131072 bytes");
         check(|_, profile| profile.version = (7, 1, 9), "QEMU: expected 7.2.1 or later, got 7.1.9");
+    }
+
+    #[test]
+    fn a_block_that_grows_fits_into_one_that_may() {
+        let source = machine(|_, _| {});
+        assert_eq!(lacks(&source, &machine(|_, profile| profile.blocks[1].used = 0x1000)), [""; 0]);
+        assert_eq!(lacks(&source, &machine(|_, profile| profile.blocks.clear())), [""; 0]);
+        assert!(!lacks(&source, &machine(|_, profile| (profile.blocks[1].used, profile.blocks[1].max) = (1, 2))).is_empty());
+    }
+
+    #[test]
+    fn blocks_in_another_form_are_none() {
+        assert_eq!(read_blocks(BLOCKS).unwrap()[1], RamBlock { name: "/rom@etc/acpi/tables".to_owned(), used: 0x2_0000, max: 0x20_0000 });
+        assert_eq!(read_blocks("head\n pc.ram 4 KiB 0x0 64M 64M\n"), None);
+        assert_eq!(grammar(&machine(|_, profile| profile.blocks.clear())), Grammar::Opaque);
+        assert!(matches!(grammar(&machine(|_, _| {})), Grammar::Qemu(_)));
     }
 
     #[test]

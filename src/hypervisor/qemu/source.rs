@@ -9,15 +9,16 @@ use tokio::sync::watch;
 
 use super::facts;
 use super::monitor::{Migration, Monitor};
+use crate::condense::Grammar;
 use crate::hypervisor::{Guest, GuestStatus, HypervisorError, Machine, RunState, StreamGoal, StreamProgress, StreamSource, StreamStage};
 
 /// What a stream that a gateway carries has, and what it must not have: each of these either needs a channel of its own, leaves a
-/// part of the guest out of the stream, or changes what the end of the stream means.
-const CAPABILITIES: [(&str, bool); 15] = [
+/// part of the guest out of the stream, changes what the end of the stream means, or hides pages.
+const CAPABILITIES: [(&str, bool); 17] = [
     ("events", true),
     ("pause-before-switchover", true),
     ("late-block-activate", false),
-    ("validate-uuid", false),
+    ("validate-uuid", true),
     ("multifd", false),
     ("postcopy-ram", false),
     ("postcopy-preempt", false),
@@ -29,6 +30,9 @@ const CAPABILITIES: [(&str, bool); 15] = [
     ("background-snapshot", false),
     ("mapped-ram", false),
     ("dirty-bitmaps", false),
+    // The gateway packs pages, and better.
+    ("xbzrle", false),
+    ("compress", false),
 ];
 /// The gateway limits the rate; QEMU's own limit of 128 MiB/s would only be in the way.
 const BANDWIDTH: u64 = 1 << 40;
@@ -132,6 +136,10 @@ impl Guest for QemuSource {
 impl StreamSource for QemuSource {
     fn machine(&self) -> &Machine {
         &self.machine
+    }
+
+    fn grammar(&self) -> Grammar {
+        facts::grammar(&self.machine)
     }
 
     fn begin(&mut self, goal: StreamGoal) -> Result<UnixStream, HypervisorError> {

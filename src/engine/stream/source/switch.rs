@@ -225,6 +225,7 @@ impl Run {
         // Nothing was journaled of an offer that was not answered; the destination may have it all the same.
         told &= self.binding.is_some() || self.outage.is_none();
         self.figures.rounds = self.said.rounds;
+        self.count_pages();
         self.figures.wire_bytes = self.carried_before + self.threads.iter().map(|handle| handle.stats().sent_bytes).sum::<u64>();
         let said_busy = matches!(&self.error, Some(EngineError::Peer { class: ErrorClass::PeerBusy, .. }));
         let busy = said_busy && self.binding.is_none();
@@ -234,6 +235,20 @@ impl Run {
         }
         self.link.session.close(None, "migration ended");
         SourceEnd { outcome, woken: self.woken, told, error: self.error, figures: self.figures, busy, commands }
+    }
+
+    /// What became of pages, in parcels and then in codecs.
+    fn count_pages(&mut self) {
+        let condenser = self.condenser();
+        let (mut pages, opaque, bytes) = (condenser.counts(), condenser.why_opaque(), condenser.bytes());
+        drop(condenser);
+        // Those that were sent again behind an outage were packed again.
+        pages.compressed = self.meter.pages().min(pages.raw);
+        pages.raw -= pages.compressed;
+        if let Some(why) = opaque {
+            tracing::info!(migration = %self.order.migration, why, "the stream is not understood to its end");
+        }
+        (self.figures.pages, self.figures.opaque, self.figures.table_bytes) = (pages, opaque, bytes as u64);
     }
 
     /// Heads of both audit logs behind their last entries, if the destination's comes soon.

@@ -1,0 +1,114 @@
+//! How much is on its way, what the hypervisor is told of the path, and what it is asked beside.
+
+use std::sync::{Arc, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use ring::rand::{SecureRandom, SystemRandom};
+
+use super::{Run, lock};
+use crate::condense::{Condenser, Grammar, PAST_KEY_BYTES};
+use crate::engine::EngineError;
+use crate::engine::handoff::blocking;
+use crate::engine::source::SourceOrder;
+use crate::hypervisor::{HypervisorError, StreamSource};
+use crate::telemetry::{Phase, chain};
+use crate::wire::{Compression, CompressionScope, Message};
+
+/// What had come of the stream when the path was looked at.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Looked {
+    pub(super) at: Instant,
+    /// Bytes of parcels that the other hypervisor has.
+    pub(super) applied: u64,
+    /// Bytes of parcels.
+    pub(super) read: u64,
+    /// Bytes of the stream.
+    pub(super) taken: u64,
+}
+
+/// Whoever wants pages as they are, or pages that say nothing of each other, has none remembered.
+pub(super) fn condenser(order: &SourceOrder, grammar: Grammar, guest_bytes: u64) -> Condenser {
+    let terms = &order.stream;
+    let remembers = terms.compression != Compression::None && terms.compression_scope == CompressionScope::Stream;
+    let mut key = Box::new([0; PAST_KEY_BYTES]);
+    // A guest that knew the key could make pages that are taken for equal.
+    let keyed = SystemRandom::new().fill(key.as_mut_slice()).is_ok();
+    let past = if remembers && keyed { [usize::try_from(guest_bytes).unwrap_or(usize::MAX), order.manner.table_bytes / 5] } else { [0; 2] };
+    Condenser::new(grammar, past, key)
+}
+
+impl Run {
+    pub(super) fn condenser(&self) -> MutexGuard<'_, Condenser> {
+        self.condenser.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Fits the window to the path, and tells the hypervisor of a path that is slower than its socket seems.
+    pub(super) async fn look_at_path(&mut self) {
+        let now = Looked {
+            at: Instant::now(),
+            applied: self.flow.applied_bytes(),
+            read: self.flow.read_bytes(),
+            taken: self.condenser().taken(),
+        };
+        let before = std::mem::replace(&mut self.looked, now);
+        let running = self.reading.is_some() && self.outage.is_none();
+        let rtt = self.threads.iter().map(|handle| handle.stats().rtt).max();
+        let path = rtt.filter(|_| running && self.flow.was_full()).map(|rtt| {
+            let measured = (now.applied - before.applied) as f64 / (now.at - before.at).as_secs_f64().max(1e-3);
+            // A single look may fall between two acknowledgements.
+            self.path_rate = measured.max(self.path_rate * RATE_KEPT);
+            #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a rate of bytes; saturates")]
+            let window = (self.path_rate * (rtt * 2 + WINDOW_SLACK).as_secs_f64()) as u64;
+            self.flow.set_window(window);
+            // What it writes is more than what becomes of it.
+            let written = (now.taken - before.taken) as f64 / ((now.read - before.read) as f64).max(1.0);
+            #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a rate of bytes; saturates")]
+            let rate = (self.path_rate * written.max(1.0)) as u64;
+            rate.max(1)
+        });
+        let wait = if path.is_some() { TELL_EVERY } else { ASK_EVERY };
+        // WHY: QEMU answers nothing while it writes the rest of a guest that it has stopped.
+        if !running || self.phase != Phase::Memory || self.asked.elapsed() < wait {
+            return;
+        }
+        self.asked = Instant::now();
+        let told = self.beside(move |guest| {
+            path.map_or(Ok(()), |rate| guest.set_path_rate(rate))?;
+            guest.progress()
+        });
+        match told.await {
+            Ok(said) => self.said = said,
+            Err(error) => tracing::debug!(migration = %self.order.migration, error = %chain(&error), "the hypervisor says nothing"),
+        }
+    }
+
+    /// Asks the hypervisor something. It may not answer before its socket takes more, so what the destination says is heard
+    /// meanwhile: applied bytes at once, the rest afterwards.
+    pub(super) async fn beside<T: Send + 'static>(
+        &mut self,
+        ask: impl FnOnce(&mut dyn StreamSource) -> Result<T, HypervisorError> + Send + 'static,
+    ) -> Result<T, EngineError> {
+        let guest = Arc::clone(&self.guest);
+        let asked = blocking(move || Ok(ask(lock(&guest).as_mut())?));
+        tokio::pin!(asked);
+        loop {
+            let listens = self.outage.is_none() && self.backlog.is_empty();
+            tokio::select! {
+                answer = &mut asked => return answer,
+                message = self.link.session.receive(), if listens => match message {
+                    Ok(Message::StreamApplied(applied)) if applied.migration == self.order.migration && self.flow.applied(applied.bytes) => {}
+                    message => self.backlog.push_back(message),
+                },
+            }
+        }
+    }
+}
+
+/// WHY: people look at it once a second at most.
+const ASK_EVERY: Duration = Duration::from_secs(1);
+/// WHY: an estimate that changes faster is of no use to a hypervisor that decides ten times a second.
+const TELL_EVERY: Duration = Duration::from_millis(200);
+/// What is left of a rate at the next look, if that shows less.
+const RATE_KEPT: f64 = 0.8;
+/// WHY: acknowledgements are not sent for every piece, and hypervisors take some milliseconds for theirs.
+const WINDOW_SLACK: Duration = Duration::from_millis(30);
