@@ -375,10 +375,10 @@ def arguments():
     return options
 
 
-def main():
+def main(qemu=Qemu, sealane=Sealane, script=__file__):
     options = arguments()
     if options.link and not options.inside:
-        again = [sys.executable, os.path.abspath(__file__), *sys.argv[1:], "--wan-tool", options.wan_tool, "--inside"]
+        again = [sys.executable, os.path.abspath(script), *sys.argv[1:], "--wan-tool", options.wan_tool, "--inside"]
         return subprocess.run([options.wan_tool, "run", *options.link, "--", *again]).returncode
     read_whole(options.image)
     with tempfile.TemporaryDirectory(prefix="sealane-compare-") as directory:
@@ -386,8 +386,8 @@ def main():
         modes = [mode for mode in options.modes.split(",") if mode]
         if modes:
             make_certificates(work)
-        contenders = [Qemu(mode, options, work) for mode in modes]
-        contenders += [Sealane(codec, options, work) for codec in options.codecs.split(",") if codec]
+        contenders = [qemu(mode, options, work) for mode in modes]
+        contenders += [sealane(codec, options, work) for codec in options.codecs.split(",") if codec]
         load = os.getloadavg()
         samples = measure(contenders, options)
     median = medians(samples, options.bytes / GIB)
