@@ -49,7 +49,8 @@ impl Smallest {
 impl AttachedGuest for Smallest {
     fn machine(&self) -> Result<Machine, Refusal> {
         let regions = self.ram.layout().regions().to_vec();
-        Ok(Machine { kind: "smallest".to_owned(), uuid: VmUuid([1; 16]), regions, vcpus: 1, profile: serde_json::Value::Null })
+        let (kind, profile) = ("smallest".to_owned(), serde_json::Value::Null);
+        Ok(Machine { kind, uuid: VmUuid([1; 16]), regions, vcpus: 1, profile, disks: Vec::new() })
     }
     fn memory(&self) -> Result<File, Refusal> {
         Ok(self.memory.try_clone()?)

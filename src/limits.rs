@@ -37,6 +37,27 @@ pub const STREAM_CHUNK_BYTES_MAX: usize = 256 * 1024;
 pub const STREAM_WINDOW_BYTES: u64 = 24 << 20;
 /// LIMIT: pages of a stream that each end remembers, to find equal ones and send differences: what the tables of a migration take.
 pub const STREAM_PAST_BYTES_MAX: usize = 1 << 30;
+/// LIMIT: disks of one VM; a PC bus has room for about as many.
+pub const DISKS_MAX: usize = 64;
+/// LIMIT: bytes of one disk: 64 TiB, as QEMU's own formats have at most some more.
+pub const DISK_BYTES_MAX: u64 = 1 << 46;
+/// LIMIT: what a disk is called: the name of a guest's device, or its path in QEMU's tree of objects.
+pub const DISK_NAME_BYTES_MAX: usize = 255;
+/// LIMIT: changes to disks from the first that the source does not know to be applied to the last that it has sent; both ends remember
+/// that many numbers. A mirror has 16 MiB under way for each disk, in pieces of 64 KiB where zeroes stand between.
+pub const DISK_CHANGES_MAX: usize = 4096;
+/// LIMIT: bytes that changes under way write: kept at the source to be sent again, at the destination until its hypervisor took them.
+/// 1 Gbit/s over 150 ms takes 19 MB.
+pub const DISK_WINDOW_BYTES: usize = 24 << 20;
+/// LIMIT: one request that a hypervisor makes of its gateway over NBD; QEMU makes none that is larger. Its mirror writes 1 MiB at once,
+/// and zeroes as much as may be: with less it would wait for more round trips.
+pub const NBD_REQUEST_BYTES_MAX: u32 = 32 << 20;
+/// LIMIT: options that an NBD client sends before it begins; QEMU sends four.
+pub const NBD_OPTIONS_MAX: usize = 32;
+/// LIMIT: what one such option or its answer may have; a name and a few numbers.
+pub const NBD_OPTION_BYTES_MAX: u32 = 4096;
+/// LIMIT: NBD connections that a source's hypervisor may have with its gateway: one for each disk, and one that is made anew.
+pub const NBD_CONNECTIONS_MAX: usize = DISKS_MAX + 1;
 /// LIMIT: one control message; the largest is a machine description.
 pub const CONTROL_BODY_BYTES_MAX: usize = 1 << 20;
 /// LIMIT: reason texts from a peer, shown to people as the peer's claim.
@@ -343,6 +364,7 @@ pub const COMMAND_QUEUE: usize = 8;
 pub const EVENT_QUEUE_LINES: usize = 16;
 const _: () = assert!(MACHINE_BYTES_MAX + 64 * 1024 < CONTROL_BODY_BYTES_MAX);
 const _: () = assert!(STREAM_CHUNK_BYTES_MAX + 64 <= FRAME_BODY_BYTES_MAX && STREAM_CHUNK_BYTES_MAX as u64 * 8 < STREAM_WINDOW_BYTES);
+const _: () = assert!(DISK_CHANGES_MAX * 8 + 64 < CONTROL_BODY_BYTES_MAX && DISK_WINDOW_BYTES > 8 * STREAM_CHUNK_BYTES_MAX);
 const _: () = assert!(STATE_CHUNK_BYTES_MAX < CONTROL_BODY_BYTES_MAX);
 const _: () = assert!(FRAME_BODY_BYTES_MAX > 64 * crate::types::PAGE_BYTES);
 const _: () = assert!((CONTROL_WINDOW_BYTES as usize) > 2 * CONTROL_BODY_BYTES_MAX);

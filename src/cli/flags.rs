@@ -195,8 +195,22 @@ pub struct MigrationFlags {
     #[arg(long, value_enum, default_value_t = ModeFlag::Precopy)]
     pub mode: ModeFlag,
     /// Which disks move too.
+    ///
+    /// Of a QEMU's guest, `all` copies every disk that it can write to while it runs, through the same tunnel, into what the
+    /// destination's `[[vm.disk]]` and template say: another file, another format. `none` is for disks that both hosts share.
     #[arg(long, value_enum, default_value_t = StorageFlag::None)]
     pub storage: StorageFlag,
+    /// Compare what the disks hold on both sides in the pause; with `--storage all`.
+    ///
+    /// Both sides read every disk while the guest stands still: a few seconds for each GiB, and less for holes.
+    #[arg(long)]
+    pub verify_disks: bool,
+    /// How the guest's writes are copied while its disks are; with `--storage all`.
+    ///
+    /// With `auto` they are copied behind its back, and its writes wait for the destination only when copying falls behind.
+    /// `blocking` has them wait from the beginning, which QEMU before 8.2 needs for a guest that writes faster than the link.
+    #[arg(long, value_enum, default_value_t = DiskWritesFlag::Auto)]
+    pub disk_writes: DiskWritesFlag,
     /// Compare all memory and state on both sides before the switch.
     ///
     /// Memory is read ahead, and again where the guest's dirty log says that it changed. `full` reads all of it in the pause, which
@@ -244,7 +258,19 @@ pub enum ModeFlag {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum StorageFlag {
     /// None: they are shared, or there are none.
+    #[value(alias = "shared")]
     None,
+    /// All that the guest can write to.
+    All,
+}
+
+/// How the guest's writes are copied.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum DiskWritesFlag {
+    /// Behind its back, as long as that leads somewhere.
+    Auto,
+    /// Each is done when it is at both ends.
+    Blocking,
 }
 
 /// A migration, by the beginning of its id.

@@ -78,6 +78,10 @@ pub(super) fn progress_line(progress: &Progress) -> String {
     if let Some(position) = progress.queue_position {
         add(format!("number {position} in the queue"));
     }
+    if progress.phase == crate::telemetry::Phase::Storage {
+        add(format!("{} of {} of disks left", bytes(progress.disk_remaining_bytes), bytes(progress.disk_total_bytes)));
+        add(format!("wire {}", rate(progress.wire_bytes_per_second)));
+    }
     if progress.phase == crate::telemetry::Phase::Memory {
         add(format!("round {}", progress.round));
         add(format!("{} of {} left", bytes(progress.memory_remaining_bytes), bytes(progress.memory_total_bytes)));
@@ -263,6 +267,10 @@ pub(super) fn report(out: Out, report: &Report) -> String {
     }
     if let Some(cpu) = report.cpu_seconds {
         row("cpu", format!("{} of both gateways", seconds(cpu)));
+    }
+    if let Some(disks) = &report.disks {
+        let compared = disks.verify_seconds.map_or("not compared".to_owned(), |took| format!("compared in {}", seconds(took)));
+        row("disks", format!("{}, {}, {} written there, {compared}", disks.count, bytes(disks.bytes), bytes(disks.changed_bytes)));
     }
     let verified = if report.verified { "yes: all memory and state were compared" } else { "no" };
     row("verified", verified.to_owned());

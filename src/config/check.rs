@@ -5,6 +5,7 @@ use std::collections::{BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use super::disks::disks;
 use super::problem::ConfigError;
 use super::raw::{FileKind, FileMention, Located, Reader, Section};
 use super::settings::{
@@ -389,6 +390,7 @@ fn vm(
     let vcpus = r.optional(&mut s, "vcpus").map(|vcpus| vcpus.value);
     let devices = r.optional(&mut s, "devices").map(|devices| devices.value);
     let machine = machine_digest(r, &mut s);
+    let disks = disks(r, &mut s);
     r.finish(s);
     Some(Vm {
         name: name?.value,
@@ -407,6 +409,7 @@ fn vm(
         vcpus,
         devices,
         machine,
+        disks: disks?,
     })
 }
 

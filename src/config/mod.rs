@@ -7,6 +7,7 @@
 //! *Read first:* `settings.rs` for what there is, `check.rs` for what is refused.
 
 mod check;
+mod disks;
 mod files;
 mod problem;
 mod raw;
@@ -22,9 +23,11 @@ use std::path::Path;
 
 pub use problem::{ConfigError, ConfigProblem};
 pub use raw::{Origin, Setting};
-pub use settings::{Config, Gateway, Identity, Incoming, Limits, Migration, Operator, Peer, Policies, PolicyBundle, Template, Trust, Vm};
+pub use settings::{
+    Config, Disk, Gateway, Identity, Incoming, Limits, Migration, Operator, Peer, Policies, PolicyBundle, Template, Trust, Vm,
+};
 pub use units::{Bandwidth, ByteSize, InvalidQuantity, TimeSpan};
-pub use values::{Address, Classification, Compression, Durability, Label, Role};
+pub use values::{Address, Classification, Compression, DiskFormat, Durability, Existing, Label, Role};
 
 use crate::limits::CONFIG_BYTES_MAX;
 

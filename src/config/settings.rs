@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use super::raw::Setting;
-use super::{Address, Bandwidth, ByteSize, Classification, Compression, Durability, Label, Role, TimeSpan};
+use super::{Address, Bandwidth, ByteSize, Classification, Compression, DiskFormat, Durability, Existing, Label, Role, TimeSpan};
 use crate::types::{PeerName, SpiffeId, Verify, VmName, VmUuid};
 
 /// A configuration without problems; made by [`load`](super::load) and [`parse`](super::parse) only.
@@ -221,6 +221,26 @@ pub struct Vm {
     pub devices: Option<Vec<String>>,
     /// SHA-256, in hex, of all that its VMM says it is made of; anything else is refused.
     pub machine: Option<String>,
+    /// Its disks that may move with it; all that it can write to when none is listed.
+    pub disks: Vec<Disk>,
+}
+
+/// `[[vm.disk]]`: a disk of a VM, and where it goes when the VM arrives.
+#[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
+pub struct Disk {
+    /// The guest's device, by its `id` in QEMU.
+    pub device: String,
+    /// A new file is made there; without it the template's QEMU has a disk already.
+    pub file: Option<PathBuf>,
+    /// What the file is.
+    pub format: DiskFormat,
+    /// Clusters of a `qcow2`.
+    pub cluster_size: ByteSize,
+    /// The longest disk that may come.
+    pub max_size: ByteSize,
+    /// What becomes of a file that is there.
+    pub existing: Existing,
 }
 
 /// `[incoming]`: how an empty VMM is started.

@@ -310,6 +310,24 @@ fn a_qemu_and_its_template_are_checked_together() {
 }
 
 #[test]
+fn disks_of_a_vm_are_checked_by_themselves() {
+    let disk = |lines: &str| changed("[incoming]", &format!("[[vm.disk]]\ndevice = \"disk0\"\n{lines}\n[incoming]"));
+    assert_eq!(disk("file = \"d.raw\"\nformat = \"qcow2\"\ncluster_size = \"1MiB\"\nexisting = \"set-aside\"").len(), 0);
+    for (lines, says) in [
+        ("format = \"vmdk\"", "vm[0].disk[0].format: expected `raw` or `qcow2`, got `vmdk`"),
+        ("cluster_size = \"3KiB\"", "vm[0].disk[0].cluster_size: expected a power of two from 512B to 2MiB"),
+        ("max_size = \"65TiB\"", "vm[0].disk[0].max_size: expected 1B to 64TiB, got 65TiB"),
+        ("existing = \"overwrite\"", "vm[0].disk[0].existing: expected `refuse` or `set-aside`, got `overwrite`"),
+        ("[[vm.disk]]\ndevice = \"disk0\"", "device `disk0` is used already on line"),
+        ("[[vm.disk]]\nfile = \"f\"", "vm[0].disk[1].device: missing"),
+        ("[[vm.disk]]\ndevice = \"\"", "vm[0].disk[1].device: expected 1 to 255 characters"),
+    ] {
+        let found = disk(lines);
+        assert!(found.iter().any(|problem| problem.contains(says)), "{found:#?}: {says}");
+    }
+}
+
+#[test]
 fn the_number_of_problems_is_bounded() {
     let text = "x = 1\n".replace('x', "k") + &(0..5000).map(|n| format!("k{n} = 1\n")).collect::<String>();
     assert_eq!(problems(&text).len(), crate::limits::CONFIG_PROBLEMS_MAX);

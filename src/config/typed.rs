@@ -7,7 +7,9 @@ use toml::Spanned;
 use toml::de::DeValue;
 
 use super::raw::{Reader, Typed};
-use super::{Address, Bandwidth, ByteSize, Classification, Compression, Durability, InvalidQuantity, Label, Role, TimeSpan};
+use super::{
+    Address, Bandwidth, ByteSize, Classification, Compression, DiskFormat, Durability, Existing, InvalidQuantity, Label, Role, TimeSpan,
+};
 use crate::types::{PeerName, SpiffeId, Verify, VmName, VmUuid, is_trust_domain};
 
 const NAME_RULE: &str = "a name of 1–63 letters, digits, `.`, `_` or `-`, starting with a letter, digit or `_`";
@@ -38,7 +40,9 @@ from_text! {
     Address = "`host:port`, e.g. `gw-b.example.net:4433`",
     SocketAddr = "an IP address and a port, e.g. `127.0.0.1:4433` or `[::]:4433`",
     Compression = Compression::EXPECTED,
+    DiskFormat = DiskFormat::EXPECTED,
     Durability = Durability::EXPECTED,
+    Existing = Existing::EXPECTED,
     Classification = Classification::EXPECTED,
     Role = Role::EXPECTED,
 }

@@ -139,6 +139,24 @@ words! {
     }
 }
 words! {
+    /// What the file of a disk is.
+    DiskFormat, "`raw` or `qcow2`" {
+        /// The bytes of the disk, with holes.
+        Raw = "raw",
+        /// QEMU's own.
+        Qcow2 = "qcow2",
+    }
+}
+words! {
+    /// What becomes of a file that is where a disk is to be laid.
+    Existing, "`refuse` or `set-aside`" {
+        /// The VM does not come.
+        Refuse = "refuse",
+        /// It is renamed.
+        SetAside = "set-aside",
+    }
+}
+words! {
     /// How sensitive a VM is.
     Classification, "`public`, `internal` or `restricted`" {
         /// For everyone.

@@ -77,6 +77,17 @@ pub enum EngineError {
     /// The driver failed.
     #[error(transparent)]
     Hypervisor(#[from] HypervisorError),
+    /// A disk could not be read or written through its hypervisor.
+    #[error("disks of `{vm}`: {what}")]
+    Disk {
+        /// Which VM.
+        vm: VmName,
+        /// Which of them, and what was tried.
+        what: String,
+        /// What the operating system or the hypervisor said.
+        #[source]
+        source: std::io::Error,
+    },
     /// Guest RAM could not be read or written.
     #[error(transparent)]
     Ram(#[from] RamError),
@@ -287,7 +298,7 @@ impl EngineError {
             Self::Layout(_) | Self::NotAuthentic { .. } | Self::Changed { .. } | Self::Unsound { .. } => ErrorClass::PeerMisbehaved,
             Self::Hypervisor(HypervisorError::Incompatible { .. }) => ErrorClass::PeerIncompatible,
             // The network between the two is nobody's fault and nobody's to mend but the operator's.
-            Self::Outage { .. } | Self::Progress { .. } | Self::Image(_) => ErrorClass::Local,
+            Self::Outage { .. } | Self::Progress { .. } | Self::Image(_) | Self::Disk { .. } => ErrorClass::Local,
             Self::Hypervisor(_) | Self::Ram(_) | Self::Journal(_) | Self::Audit(_) | Self::Record { .. } => ErrorClass::Local,
             Self::Peer { class, .. } | Self::NotBack { class, .. } => *class,
             Self::NotConverging { .. } => ErrorClass::NotConverged,

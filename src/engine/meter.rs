@@ -58,8 +58,23 @@ pub struct Figures {
     pub opaque: Option<&'static str>,
     /// Whether memory and state were compared and equal.
     pub verified: bool,
+    /// What disks did.
+    pub disks: DiskFigures,
     /// The destination's last audit head.
     pub peer_audit_head: Option<String>,
+}
+
+/// What moved of disks.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct DiskFigures {
+    /// How many.
+    pub count: usize,
+    /// How long they are, all together.
+    pub bytes: u64,
+    /// Ranges that were written, zeroed or discarded at the destination.
+    pub changed_bytes: u64,
+    /// What it took of the pause to compare them; nothing when they were not.
+    pub verify: Option<Duration>,
 }
 
 /// Splits a span of time into named parts.

@@ -12,6 +12,7 @@
 mod arbiter;
 mod destination;
 mod digest;
+mod disks;
 mod error;
 mod frames;
 mod handoff;
@@ -29,11 +30,12 @@ mod witness;
 
 pub use arbiter::{Arbiter, NoArbiter, Owner, Ruling, Transfer};
 pub use destination::{DestinationEnd, DestinationOrder, Return, run_destination};
+pub use disks::DiskOrder;
 pub use error::EngineError;
 pub use handoff::{Binding, Evidence, JournalRecord, Placement};
 pub use limiter::{Share, TotalBandwidth};
 pub use link::{Link, PeerFacts, greet};
-pub use meter::{Figures, Meter};
+pub use meter::{DiskFigures, Figures, Meter};
 pub use recovery::{
     Attach, Decision, Host, Interruption, Look, Rebuild, Resolved, Withdrawal, answer, decide, interruption, may_own_twin, repeat_effect,
     resolve, sweep_images, tell, unfinished, withdraw,

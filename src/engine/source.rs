@@ -19,6 +19,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 
 use crate::engine::digest::KeptUp;
+use crate::engine::disks::DiskOrder;
 use crate::engine::error::may_be_forgotten;
 use crate::engine::handoff::{Binding, Evidence, blocking, joined};
 use crate::engine::lanes::{LaneReport, LaneRound, Packing, SourceLane};
@@ -75,6 +76,9 @@ pub struct SourceOrder {
     pub policy_digest: [u8; 32],
     /// The directory where it is written what the destination does not have yet, for a gateway that is started anew.
     pub ledger: Option<PathBuf>,
+    /// How the disks of the guest's machine move with it.
+    #[serde(default)]
+    pub disks: Option<DiskOrder>,
 }
 
 impl SourceOrder {

@@ -8,6 +8,7 @@ use tokio::sync::{mpsc, watch};
 use crate::audit::{Entry, Event, Outcome};
 use crate::config;
 use crate::engine::{self, Command, DestinationEnd, DestinationOrder, Link, Placement, Return};
+use crate::gateway::disks::{self, SOCKET};
 use crate::gateway::judge::Case;
 use crate::gateway::kept::{PROGRESS, twin_file};
 use crate::gateway::machine::check_machine;
@@ -19,6 +20,7 @@ use crate::limits;
 use crate::memory::MemoryLayout;
 use crate::migration::Outcome as Place;
 use crate::policy::{Accept, Permit};
+use crate::storage::LaidDisks;
 use crate::telemetry::{self, Phase, Progress, Report};
 use crate::transport::{Refused, Session};
 use crate::types::{MigrationId, Round, Side, SpiffeId};
@@ -53,6 +55,8 @@ pub(super) struct Arrival {
     pub(super) case: Case,
     pub(super) twin: Twin,
     pub(super) leavings: Leavings,
+    /// Files that were made for its disks.
+    pub(super) laid: Option<LaidDisks>,
     /// Our child, unless an earlier gateway started it.
     pub(super) vmm: Option<LaunchedVmm>,
     pub(super) policy_digest: [u8; 32],
@@ -256,7 +260,7 @@ impl Gateway {
         crate::failpoint::hit!("destination.offer-judged");
         let claim = self.claim_for(link, &offer).await?;
         self.check_place(&offer).await?;
-        let (twin, vmm, leavings) = self.build_twin(hosting, &offer, machine).await?;
+        let (twin, vmm, leavings, laid) = self.build_twin(hosting, &offer, machine).await?;
         crate::failpoint::hit!("destination.twin-launched");
         // What a hypervisor loads of its own stream nobody can go on with but who began.
         let goes_on = matches!(twin, Twin::Pages(_));
@@ -265,7 +269,7 @@ impl Gateway {
             tracing::warn!(migration = %offer.migration, %error, "the offer is not noted beside its twin");
         }
         let (policy_digest, policy_ids) = (*permit.set_digest(), permit.policy_ids().to_vec());
-        Ok(Arrival { offer, lanes, case, twin, vmm, leavings, policy_digest, policy_ids, claim })
+        Ok(Arrival { offer, lanes, case, twin, vmm, leavings, laid, policy_digest, policy_ids, claim })
     }
 
     pub(super) async fn ask_accept(self: &Arc<Self>, case: &Case, link: &Link) -> Result<Permit<Accept>, Refusal> {
@@ -344,6 +348,8 @@ impl Gateway {
             return Err(Refusal::new(ErrorClass::Denied, format!("VM `{}` has another UUID here than `{}`", vm.name, offer.uuid)));
         }
         check_machine(vm, &machine).map_err(|why| Refusal::new(ErrorClass::Denied, why))?;
+        disks::check_offered(vm, &machine)
+            .map_err(|(malformed, why)| Refusal::new(if malformed { ErrorClass::PeerMisbehaved } else { ErrorClass::Denied }, why))?;
         Ok((machine, layout.bytes()))
     }
 
@@ -380,7 +386,7 @@ impl Gateway {
         started: SystemTime,
         comes_back_in: Option<Round>,
     ) {
-        let Arrival { offer, lanes, case, twin, vmm, leavings, policy_digest, policy_ids, claim } = arrival;
+        let Arrival { offer, lanes, case, twin, vmm, leavings, laid, policy_digest, policy_ids, claim } = arrival;
         let (migration, vm, kind) = (offer.migration, offer.vm.clone(), offer.hypervisor.clone());
         let shown = Progress { phase: Phase::Memory, memory_total_bytes: case.memory_bytes, ..Progress::new(migration) };
         let (_progress, progress) = watch::channel(shown);
@@ -416,6 +422,7 @@ impl Gateway {
             outage_max,
             progress,
             comes_back_in,
+            disk_socket: twin_file(&self.config.gateway.runtime_directory, migration, SOCKET),
         };
         let end = match twin {
             Twin::Pages(twin) => engine::run_destination(order.into_twin(twin)).await,
@@ -425,15 +432,10 @@ impl Gateway {
         let report = self.arrival_report(&case, kind, &end, (source_spiffe, policy_ids), started);
         self.refresh_place(&vm);
         let claim = match end.outcome {
-            // Nothing is left of a VM that did not come.
-            Some(Place::Stayed | Place::Reclaimed) => {
-                if let Some(vmm) = vmm {
-                    end_twin(vmm).await;
-                }
-                leavings.remove();
+            Some(place) => {
+                clear_up(matches!(place, Place::Moved | Place::Cold), vmm, &leavings, laid).await;
                 Some(claim)
             }
-            Some(Place::Moved | Place::Cold) => Some(claim),
             None => {
                 self.resolve_later(migration, None, Some(claim));
                 None
@@ -496,6 +498,18 @@ impl Gateway {
         }
         self.load_places();
     }
+}
+
+/// Nothing is left of a VM that did not come.
+async fn clear_up(came: bool, vmm: Option<LaunchedVmm>, leavings: &Leavings, laid: Option<LaidDisks>) {
+    if came {
+        return laid.into_iter().for_each(LaidDisks::keep);
+    }
+    if let Some(vmm) = vmm {
+        end_twin(vmm).await;
+    }
+    leavings.remove();
+    laid.into_iter().for_each(LaidDisks::undo);
 }
 
 fn cut(reason: &str) -> String {

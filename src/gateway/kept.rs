@@ -229,6 +229,7 @@ impl Gateway {
             return Err(Refusal::new(ErrorClass::Local, "the twin is not of the VM that was offered"));
         }
         let (policy_digest, policy_ids) = (*permit.set_digest(), permit.policy_ids().to_vec());
-        Ok(Arrival { offer, lanes, case, twin: Twin::Pages(Box::new(twin)), vmm: None, leavings, policy_digest, policy_ids, claim })
+        let twin = Twin::Pages(Box::new(twin));
+        Ok(Arrival { offer, lanes, case, twin, vmm: None, leavings, laid: None, policy_digest, policy_ids, claim })
     }
 }

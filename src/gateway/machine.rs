@@ -59,6 +59,7 @@ mod tests {
             regions: Vec::new(),
             vcpus: 2,
             profile: json!({ "cpuid": [[1, 0, 0, 1, 2, 3, 4]], "devices": ["serial", "disk@/dev/vg/web"] }),
+            disks: Vec::new(),
         };
         assert_eq!(check_machine(&plain, &machine), Ok(()));
         let pinned = |change: fn(&mut Vm)| {

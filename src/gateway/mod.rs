@@ -11,6 +11,7 @@ mod bundles;
 mod callers;
 mod crowd;
 mod departures;
+mod disks;
 mod host;
 mod incoming;
 mod judge;

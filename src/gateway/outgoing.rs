@@ -9,9 +9,10 @@ use tokio::sync::{mpsc, watch};
 
 use crate::audit::{Entry, Event, Outcome};
 use crate::config;
-use crate::control::{MigrateRequest, Storage};
+use crate::control::MigrateRequest;
 use crate::engine::{self, EngineError, Link, Manner, Placement, SourceEnd, SourceOrder, SourcePorts, TotalBandwidth};
 use crate::gateway::departures::Note;
+use crate::gateway::disks::{self, DiskWish};
 use crate::gateway::judge::{Case, NoPermit};
 use crate::gateway::machine::{check_machine, machine_digest};
 use crate::gateway::policies::{compression, default_terms, operator_id, zstd_level};
@@ -40,6 +41,8 @@ pub(super) struct Departure {
     pub(super) goal: Goal,
     pub(super) bandwidth: Option<u64>,
     pub(super) manner: Manner,
+    /// Disks that move too.
+    pub(super) disks: Option<DiskWish>,
     pub(super) timeout: Duration,
     pub(super) outage_max: Duration,
     pub(super) operator: u32,
@@ -114,9 +117,6 @@ impl Gateway {
         if request.mode != Mode::Precopy {
             return Err(misuse("only `--mode precopy` is built".into()).with_code("not-built"));
         }
-        if request.storage != Storage::None {
-            return Err(misuse("moving disks (`--storage all`) is not built".into()).with_code("not-built"));
-        }
         let vm = self.config.vm(&request.vm).cloned().ok_or_else(|| {
             misuse(format!("no VM `{}` in the configuration of gateway `{}`", request.vm, self.config.gateway.name))
                 .with_code("unknown-vm")
@@ -145,6 +145,7 @@ impl Gateway {
             terms.compression = compression(compress);
         }
         carried(&vm, &Address::parse(&address), &terms)?;
+        let disks = disks::wished(&vm, &address, request)?;
         let verify = request.verify.unwrap_or(defaults.verify);
         terms.verify = verify != Verify::No;
         let positive = |seconds: f64, what: &str| {
@@ -172,6 +173,7 @@ impl Gateway {
             goal,
             bandwidth,
             manner,
+            disks,
             timeout,
             outage_max,
             operator,
@@ -393,7 +395,7 @@ impl Gateway {
         let guest = self.attach_to(departure).await?;
         crate::failpoint::hit!("source.attached");
         let link = self.dial(&departure.peer).await?;
-        let permit = self.release(departure, &link, machine_digest(guest.machine())).await?;
+        let permit = self.release(departure, &link, guest.machine()).await?;
         // Policy may have asked for more than the request.
         carried(&departure.vm, &Address::parse(&departure.address), &departure.case.terms)?;
         crate::failpoint::hit!("source.released");
@@ -413,6 +415,7 @@ impl Gateway {
             outage_max: departure.outage_max,
             policy_digest: *permit.set_digest(),
             ledger: Some(self.ledger(departure.migration)),
+            disks: departure.disks.map(|wish| self.disk_order(departure.migration, wish)),
         };
         let instance = guest.instance();
         let (peer, policy_ids) = (departure.peer.spiffe.clone(), permit.policy_ids().to_vec());
@@ -451,7 +454,7 @@ impl Gateway {
     async fn attach_to(&self, departure: &mut Departure) -> Result<Leaving, Problem> {
         let (address, name) = (Address::parse(&departure.address), departure.vm.name.clone());
         let unreachable = |error: HypervisorError| Problem::new(ErrorClass::Local, telemetry::chain(&error)).with_code("vmm-unreachable");
-        let guest =
+        let mut guest =
             tokio::task::spawn_blocking(move || Leaving::attach(&address, name.as_str())).await.map_err(bug)?.map_err(unreachable)?;
         let (found, vm) = (guest.machine().uuid, &departure.vm);
         if found != vm.uuid {
@@ -460,11 +463,14 @@ impl Gateway {
         }
         check_machine(vm, guest.machine()).map_err(|why| Problem::new(ErrorClass::Denied, why).with_code("machine-differs"))?;
         departure.has_memory(guest.machine().regions.iter().map(|region| region.bytes).sum());
+        if let Leaving::Stream(guest) = &mut guest {
+            disks::take_along(&departure.vm, guest, departure.disks.is_some())?;
+        }
         Ok(guest)
     }
 
     /// May this peer have the VM? The answer and the offer are recorded before anything of the guest leaves.
-    async fn release(self: &Arc<Self>, departure: &mut Departure, link: &Link, machine: String) -> Result<Permit<Release>, Problem> {
+    async fn release(self: &Arc<Self>, departure: &mut Departure, link: &Link, machine: &Machine) -> Result<Permit<Release>, Problem> {
         let (judge, case, session) = (Arc::clone(&self.judge), departure.case.clone(), Arc::clone(&link.session));
         let answer = tokio::task::spawn_blocking(move || judge.release(&case, &session)).await.map_err(bug)?;
         let permit = answer.map_err(|no| not_permitted(link, &no))?;
@@ -474,7 +480,8 @@ impl Gateway {
             .migration(departure.migration)
             .peer(departure.peer.spiffe.to_string())
             .outcome(Outcome::Done)
-            .detail("machine", machine);
+            .detail("machine", machine_digest(machine))
+            .detail("disks", disks::listed(&machine.disks));
         let audit = self.audit.clone();
         let recorded = tokio::task::spawn_blocking(move || audit.record(&offered)).await.map_err(bug)?;
         recorded.map_err(|error| Problem::new(ErrorClass::Local, telemetry::chain(&error)))?;

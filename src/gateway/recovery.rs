@@ -7,6 +7,7 @@ use std::time::{Duration, SystemTime};
 use tokio::sync::watch;
 
 use crate::engine::{self, Interruption, Placement, Resolved};
+use crate::gateway::disks::{LAID, SOCKET, undo_left};
 use crate::gateway::host::{discard, home, observe};
 use crate::gateway::registry::{Claim, Migration};
 use crate::gateway::{Gateway, report};
@@ -144,6 +145,10 @@ impl Gateway {
             let address = match what {
                 "sock" => Address::Attach(path.clone()),
                 "qmp" => Address::Qemu(path.clone()),
+                LAID | SOCKET => {
+                    undo_left(&path, self.kept.has(migration) || engine::may_own_twin(&self.evidence(), migration).unwrap_or(true));
+                    continue;
+                }
                 _ => continue,
             };
             let vm = "twin";

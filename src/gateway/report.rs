@@ -4,7 +4,7 @@ use std::time::{Duration, SystemTime};
 
 use crate::engine::{EngineError, Figures};
 use crate::migration;
-use crate::telemetry::{DowntimeBreakdown, Outcome, Problem, Report, RunningOn, chain};
+use crate::telemetry::{DiskReport, DowntimeBreakdown, Outcome, Problem, Report, RunningOn, chain};
 use crate::types::{MigrationId, VmName};
 use crate::wire::ErrorClass;
 
@@ -102,12 +102,19 @@ pub(crate) fn put_figures(report: &mut Report, figures: &Figures) {
     report.table_bytes = figures.table_bytes;
     report.stream_opaque = figures.opaque.map(str::to_owned);
     report.verified = figures.verified;
+    report.disks = (figures.disks.count > 0).then(|| DiskReport {
+        count: figures.disks.count,
+        bytes: figures.disks.bytes,
+        changed_bytes: figures.disks.changed_bytes,
+        verified: figures.verified && figures.disks.verify.is_some(),
+        verify_seconds: figures.disks.verify.map(|took| took.as_secs_f64()),
+    });
     report.downtime_seconds = figures.downtime.map(|downtime| downtime.as_secs_f64());
     report.audit.destination_head.clone_from(&figures.peer_audit_head);
     if figures.downtime.is_some() {
         let lap = |name: &str| figures.breakdown.iter().filter(|(lap, _)| *lap == name).map(|(_, d)| *d).sum::<Duration>().as_secs_f64();
         report.downtime_breakdown = Some(DowntimeBreakdown {
-            pause_seconds: lap("pause"),
+            pause_seconds: lap("pause") + lap("disks"),
             last_pages_seconds: lap("last-pages"),
             state_seconds: lap("state"),
             verify_seconds: lap("digest") + lap("destination"),

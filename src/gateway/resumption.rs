@@ -95,6 +95,7 @@ impl Gateway {
             goal: order.goal,
             bandwidth: order.bandwidth,
             manner: order.manner,
+            disks: None,
             timeout: order.timeout.unwrap_or(Duration::MAX),
             outage_max: order.outage_max,
             operator: note.operator,

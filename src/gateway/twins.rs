@@ -5,12 +5,15 @@ use std::time::{Duration, Instant};
 
 use crate::engine::Link;
 use crate::gateway::Gateway;
+use crate::gateway::disks::SOCKET;
 use crate::gateway::host::LAUNCH;
 use crate::gateway::incoming::Refusal;
 use crate::gateway::kept::twin_file;
 use crate::hypervisor::attach::{AttachedDestination, Timeouts};
 use crate::hypervisor::qemu::{self, QEMU_KIND, QemuDestination};
 use crate::hypervisor::{HypervisorError, LaunchTemplate, LaunchVariables, LaunchedVmm, Machine, PagedDestination, StreamDestination};
+use crate::storage::LaidDisks;
+use crate::telemetry;
 use crate::types::MigrationId;
 use crate::wire::{Durability, ErrorClass, Offer, STREAM_FEATURE};
 
@@ -38,11 +41,11 @@ enum From {
 }
 
 /// Files that a VMM leaves behind when it ends.
-pub(super) struct Leavings([PathBuf; 3]);
+pub(super) struct Leavings([PathBuf; 4]);
 
 impl Leavings {
     pub(super) fn of(runtime: &std::path::Path, migration: MigrationId) -> Self {
-        Self(["sock", "qmp", "log"].map(|what| twin_file(runtime, migration, what)))
+        Self(["sock", "qmp", "log", SOCKET].map(|what| twin_file(runtime, migration, what)))
     }
 
     /// A peer could fill the runtime directory with them.
@@ -91,7 +94,7 @@ impl Gateway {
         hosting: Hosting,
         offer: &Offer,
         machine: Machine,
-    ) -> Result<(Twin, Option<LaunchedVmm>, Leavings), Refusal> {
+    ) -> Result<(Twin, Option<LaunchedVmm>, Leavings, Option<LaidDisks>), Refusal> {
         let runtime = &self.config.gateway.runtime_directory;
         // A Unix socket's path has at most 107 bytes: the id alone names it, and says whose twin it is.
         let file = |what| twin_file(runtime, offer.migration, what);
@@ -105,13 +108,28 @@ impl Gateway {
             log: file("log"),
         };
         let leavings = Leavings::of(runtime, offer.migration);
+        let laid = self.lay(offer, &machine)?;
         let built = tokio::task::spawn_blocking(move || build(&hosting.from, &variables, &machine)).await;
         let built = match built {
             Ok(built) => built.map_err(Refusal::from),
             Err(error) => Err(Refusal::new(ErrorClass::Bug, error.to_string())),
         };
-        let (twin, vmm) = built.inspect_err(|_| leavings.remove())?;
-        Ok((twin, vmm, leavings))
+        match built {
+            Ok((twin, vmm)) => Ok((twin, vmm, leavings, laid)),
+            Err(refusal) => {
+                leavings.remove();
+                laid.into_iter().for_each(LaidDisks::undo);
+                Err(refusal)
+            }
+        }
+    }
+
+    /// Files for the disks that come.
+    fn lay(&self, offer: &Offer, machine: &Machine) -> Result<Option<LaidDisks>, Refusal> {
+        let vm = self.config.vm(&offer.vm).filter(|_| !machine.disks.is_empty());
+        let Some(vm) = vm else { return Ok(None) };
+        let laid = self.lay_disks(offer.migration, vm, &machine.disks);
+        laid.map(Some).map_err(|error| Refusal::new(ErrorClass::Local, telemetry::chain(&error)))
     }
 }
 

@@ -8,6 +8,7 @@
 //! guest that may repeat a part of its past gets a new generation id before it runs: `renew`, then `resume`).
 
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -43,6 +44,19 @@ pub struct Machine {
     pub vcpus: u32,
     /// Driver-specific requirements (CPUID, MSRs, TSC, devices); bounded by `MACHINE_BYTES_MAX`.
     pub profile: serde_json::Value,
+    /// Disks that move with it; no others are anybody's affair.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub disks: Vec<Disk>,
+}
+
+/// A disk of a guest.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Disk {
+    /// The guest's device that it is behind, by the name that both hypervisors have for it.
+    pub device: String,
+    /// How long it is.
+    pub bytes: u64,
 }
 
 /// Whether vCPUs execute.
@@ -280,8 +294,54 @@ pub struct StreamProgress {
     pub downtime_expected: Option<Duration>,
 }
 
+/// How far mirrors of disks have come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct MirrorProgress {
+    /// What was copied and has to be, bytes; grows with what the guest writes.
+    pub total_bytes: u64,
+    /// What has to be copied.
+    pub remaining_bytes: u64,
+    /// Whether both ends were equal once, and are kept so.
+    pub ready: bool,
+}
+
+/// Disks of a guest that its hypervisor lets be reached over NBD.
+pub trait Exports {
+    /// Lets disks be reached by the names of their devices, behind a new socket that only this user can open.
+    ///
+    /// # Errors
+    /// The hypervisor is gone or refuses, or has no such disk.
+    fn export(&mut self, at: &Path, disks: &[Disk], writable: bool) -> Result<(), HypervisorError>;
+    /// Nobody reaches them any more; what was written is with the disks. Idempotent.
+    ///
+    /// # Errors
+    /// The hypervisor is gone or refuses.
+    fn end_exports(&mut self) -> Result<(), HypervisorError>;
+}
+
 /// The source end of a hypervisor that sends its guest itself.
-pub trait StreamSource: Guest {
+pub trait StreamSource: Guest + Exports {
+    /// Begins to copy disks to the NBD exports of their names behind a socket, and whatever the guest writes to them from now on;
+    /// with `blocking` a write of the guest waits until it is there.
+    ///
+    /// # Errors
+    /// The hypervisor is gone or refuses.
+    fn mirror(&mut self, at: &Path, disks: &[Disk], blocking: bool) -> Result<(), HypervisorError>;
+    /// How far that has come.
+    ///
+    /// # Errors
+    /// It has failed, or the hypervisor is gone.
+    fn mirror_progress(&mut self) -> Result<MirrorProgress, HypervisorError>;
+    /// Writes of the guest wait from now on; false where that cannot be changed any more.
+    ///
+    /// # Errors
+    /// The hypervisor is gone.
+    fn block_writes(&mut self) -> Result<bool, HypervisorError>;
+    /// Ends the copying of the disks of a guest that is [`Stopped`](StreamStage::Stopped), with both ends equal.
+    ///
+    /// # Errors
+    /// It has failed or takes longer than `within`, or the hypervisor is gone.
+    fn end_mirror(&mut self, within: Duration) -> Result<(), HypervisorError>;
     /// What the destination has to provide.
     fn machine(&self) -> &Machine;
     /// What its stream is written in, and has to say of the guest.
@@ -323,7 +383,7 @@ pub trait StreamSource: Guest {
 }
 
 /// The destination end: an empty hypervisor that loads a stream, then runs the guest or is thrown away.
-pub trait StreamDestination: Guest {
+pub trait StreamDestination: Guest + Exports {
     /// What the stream that it loads is written in, and has to say of the guest that was offered.
     fn grammar(&self) -> Grammar;
     /// Begins to load; where the stream is written to.

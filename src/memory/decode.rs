@@ -226,7 +226,7 @@ impl Decoder {
     pub fn apply(&mut self, header: &FrameHeader, body: &[u8], ram: &GuestRam) -> Result<Option<Round>, DecodeError> {
         self.check_header(header, body)?;
         let malformed = |source| DecodeError::Frame { lane: header.lane, sequence: header.sequence, source };
-        if header.kind == FrameKind::Stream {
+        if matches!(header.kind, FrameKind::Stream | FrameKind::Disk) {
             return Err(DecodeError::Stream { lane: self.lane });
         }
         if header.kind == FrameKind::RoundMark {

@@ -1,7 +1,8 @@
 //! A migration whose hypervisor sends a stream of its own: it decides when its guest is paused, and the same handoff who owns it.
 //!
 //! Nothing of a stream can be taken back: a hypervisor that has sent a byte goes on behind it, so an outage only delays, and a
-//! guest that its hypervisor has stopped goes on where it is by ending the attempt.
+//! guest that its hypervisor has stopped goes on where it is by ending the attempt. Disks that move too are mirrored before the stream
+//! begins, and settled when the guest stands still.
 
 use crate::migration::handoff::{DestinationHandoff, DestinationRecord, DestinationStep, HandoffAction, OfferRecord, SourceHandoff};
 use crate::migration::handoff::{SourceRecord, SourceStep};
@@ -15,14 +16,20 @@ pub struct StreamSource {
     lanes: u16,
     /// Whether a session with the destination stands.
     connected: bool,
+    /// Whether disks move too.
+    disks: bool,
 }
 
 #[derive(Debug)]
 enum SourceState {
     /// The offer is with the destination; nothing is journaled.
     AwaitAccept,
+    /// Disks are copied, the guest runs.
+    Mirroring(SourceHandoff),
     /// The hypervisor sends, the guest runs.
     Flowing(SourceHandoff),
+    /// The guest stands still; what its disks owe is on its way.
+    Settling(SourceHandoff),
     /// The guest stands still; the rest of it is on its way.
     Switching(SourceHandoff),
     /// The handoff decides.
@@ -41,8 +48,12 @@ pub enum StreamSourceEvent {
         /// Lanes granted.
         lanes: u16,
     },
+    /// Disks are equal at both ends, and are kept so.
+    Mirrored,
     /// The hypervisor has paused its guest and waits.
     Stopped,
+    /// Disks are equal at both ends, and nothing changes them any more.
+    Settled,
     /// The hypervisor has sent all of its guest, which does not run by itself any more.
     Finalised(FinalDigest),
     /// Something for the handoff.
@@ -60,11 +71,18 @@ pub enum StreamSourceEvent {
 pub enum StreamSourceAction {
     /// Offer the VM.
     Offer,
-    /// Open this many lanes, and let the hypervisor send.
+    /// Open this many lanes where they are not, and let the hypervisor send.
     Begin {
         /// Lanes granted.
         lanes: u16,
     },
+    /// Open this many lanes, let the hypervisor copy its disks, and feed `Mirrored`.
+    Mirror {
+        /// Lanes granted.
+        lanes: u16,
+    },
+    /// End the copying of disks, and feed `Settled`.
+    Settle,
     /// Let the hypervisor send the rest of its paused guest.
     GoOn,
     /// Look for the destination until it answers, and feed `Resumed`; or `GiveUp` when that takes too long.
@@ -77,11 +95,17 @@ type SourceTurn = (SourceState, Result<Vec<StreamSourceAction>, Refusal>);
 
 impl Default for StreamSource {
     fn default() -> Self {
-        Self { state: SourceState::AwaitAccept, lanes: 0, connected: true }
+        Self { state: SourceState::AwaitAccept, lanes: 0, connected: true, disks: false }
     }
 }
 
 impl StreamSource {
+    /// The source of one stream, and of disks.
+    #[must_use]
+    pub fn with_disks() -> Self {
+        Self { disks: true, ..Self::default() }
+    }
+
     /// The state by name, for logs and people.
     #[must_use]
     pub fn name(&self) -> &'static str {
@@ -112,17 +136,24 @@ impl StreamSource {
                 self.lanes = lanes;
                 let handoff = SourceHandoff::new(offer.durability);
                 let journal = StreamSourceAction::Handoff(HandoffAction::Journal(SourceRecord::Offer(offer)));
+                if self.disks {
+                    return (S::Mirroring(handoff), Ok(vec![journal, StreamSourceAction::Mirror { lanes }]));
+                }
                 (S::Flowing(handoff), Ok(vec![journal, StreamSourceAction::Begin { lanes }]))
             }
+            (S::Mirroring(handoff), E::Mirrored) => (S::Flowing(handoff), Ok(vec![StreamSourceAction::Begin { lanes: self.lanes }])),
             (S::AwaitAccept, E::GiveUp(_)) => (S::Declined, Ok(vec![])),
+            (S::Flowing(handoff), E::Stopped) if self.disks => (S::Settling(handoff), Ok(vec![StreamSourceAction::Settle])),
+            (S::Settling(handoff), E::Settled) => (S::Switching(handoff), Ok(vec![StreamSourceAction::GoOn])),
             (S::Flowing(handoff), E::Stopped) => (S::Switching(handoff), Ok(vec![StreamSourceAction::GoOn])),
             (S::Switching(handoff), E::Finalised(digest)) => Self::handoff(handoff, &SourceStep::Finalised { digest, lanes: self.lanes }),
-            (S::Flowing(handoff) | S::Switching(handoff) | S::HandingOff(handoff), E::GiveUp(class)) => {
-                Self::handoff(handoff, &SourceStep::GiveUp(class))
-            }
+            (
+                S::Mirroring(handoff) | S::Flowing(handoff) | S::Settling(handoff) | S::Switching(handoff) | S::HandingOff(handoff),
+                E::GiveUp(class),
+            ) => Self::handoff(handoff, &SourceStep::GiveUp(class)),
             // Before FINAL the destination has only one thing to say: that it refuses.
             (
-                S::Flowing(handoff) | S::Switching(handoff),
+                S::Mirroring(handoff) | S::Flowing(handoff) | S::Settling(handoff) | S::Switching(handoff),
                 E::Handoff(step @ (SourceStep::Received { step: Handoff::Refuse { .. }, .. } | SourceStep::Failed)),
             ) => Self::handoff(handoff, &step),
             (S::HandingOff(handoff), E::Handoff(step)) => Self::handoff(handoff, &step),
@@ -150,7 +181,7 @@ impl StreamSource {
         self.connected = true;
         match (state, standing) {
             (S::AwaitAccept, Standing::Unknown) => (S::AwaitAccept, Ok(vec![StreamSourceAction::Offer])),
-            (state @ (S::Flowing(_) | S::Switching(_)), Standing::Receiving) => (state, Ok(vec![])),
+            (state @ (S::Mirroring(_) | S::Flowing(_) | S::Settling(_) | S::Switching(_)), Standing::Receiving) => (state, Ok(vec![])),
             (S::HandingOff(handoff), Standing::Receiving) if handoff.awaits_prepared() => Self::handoff(handoff, &SourceStep::Reconnected),
             (S::HandingOff(handoff), Standing::Deciding) => Self::handoff(handoff, &SourceStep::Reconnected),
             (state, _) => {
@@ -165,7 +196,9 @@ impl SourceState {
     fn name(&self) -> &'static str {
         match self {
             Self::AwaitAccept => "await-accept",
+            Self::Mirroring(_) => "mirroring",
             Self::Flowing(_) => "flowing",
+            Self::Settling(_) => "settling",
             Self::Switching(_) => "switching",
             Self::HandingOff(handoff) => handoff.name(),
             Self::Declined => "declined",
@@ -175,7 +208,9 @@ impl SourceState {
     fn expects(&self) -> &'static str {
         match self {
             Self::AwaitAccept => "ACCEPT",
+            Self::Mirroring(_) => "disks that are equal",
             Self::Flowing(_) => "the pause of the guest",
+            Self::Settling(_) => "disks that change no more",
             Self::Switching(_) => "the end of the stream",
             Self::HandingOff(_) => "a step of the handoff",
             Self::Declined => "nothing: the migration has ended",
@@ -189,7 +224,9 @@ impl StreamSourceEvent {
     pub fn name(&self) -> &'static str {
         match self {
             Self::Accepted { .. } => "accepted",
+            Self::Mirrored => "mirrored",
             Self::Stopped => "stopped",
+            Self::Settled => "settled",
             Self::Finalised(_) => "finalised",
             Self::Handoff(step) => step.name(),
             Self::GiveUp(_) => "give-up",
@@ -367,6 +404,23 @@ mod tests {
         source
     }
 
+    fn mirroring() -> StreamSource {
+        let mut source = StreamSource::with_disks();
+        let actions = source.step(StreamSourceEvent::Accepted { offer: offer(), lanes: 2 }).unwrap();
+        assert!(matches!(
+            actions.as_slice(),
+            [StreamSourceAction::Handoff(HandoffAction::Journal(SourceRecord::Offer(_))), StreamSourceAction::Mirror { lanes: 2 }]
+        ));
+        source
+    }
+
+    fn settling() -> StreamSource {
+        let mut source = mirroring();
+        assert_eq!(source.step(StreamSourceEvent::Mirrored).unwrap(), [StreamSourceAction::Begin { lanes: 2 }]);
+        assert_eq!(source.step(StreamSourceEvent::Stopped).unwrap(), [StreamSourceAction::Settle]);
+        source
+    }
+
     fn names(actions: &[StreamSourceAction]) -> String {
         format!("{actions:?}")
     }
@@ -392,8 +446,24 @@ mod tests {
     }
 
     #[test]
+    fn the_stream_waits_for_the_disks_and_its_end_too() {
+        let mut source = mirroring();
+        for early in [StreamSourceEvent::Stopped, StreamSourceEvent::Settled, StreamSourceEvent::Finalised(DIGEST)] {
+            assert!(source.step(early).is_err());
+        }
+        let mut source = settling();
+        for early in [StreamSourceEvent::Mirrored, StreamSourceEvent::Stopped, StreamSourceEvent::Finalised(DIGEST)] {
+            assert!(source.step(early).is_err());
+        }
+        assert_eq!(source.step(StreamSourceEvent::Settled).unwrap(), [StreamSourceAction::GoOn]);
+        // Without disks nothing is awaited of them.
+        let mut source = flowing();
+        assert!(source.step(StreamSourceEvent::Mirrored).is_err() && source.step(StreamSourceEvent::Settled).is_err());
+    }
+
+    #[test]
     fn before_commit_whatever_goes_wrong_wakes_the_guest() {
-        let ways: [fn() -> StreamSource; 2] = [flowing, said_final];
+        let ways: [fn() -> StreamSource; 4] = [flowing, said_final, mirroring, settling];
         for way in ways {
             for event in [
                 StreamSourceEvent::GiveUp(ErrorClass::Local),
@@ -410,7 +480,7 @@ mod tests {
 
     #[test]
     fn an_outage_only_delays() {
-        for (mut source, again) in [(flowing(), ""), (said_final(), "Send(Final")] {
+        for (mut source, again) in [(flowing(), ""), (mirroring(), ""), (settling(), ""), (said_final(), "Send(Final")] {
             let name = source.name();
             assert_eq!(source.step(StreamSourceEvent::LinkLost).unwrap(), [StreamSourceAction::Reconnect]);
             assert!(source.step(StreamSourceEvent::LinkLost).unwrap().is_empty());

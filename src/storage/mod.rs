@@ -1,6 +1,6 @@
-//! What of a VM lies on disk while it moves: the final image of a paused VM.
+//! What of a VM lies on disk while it moves: the final image of a paused VM, and the disks that move with it.
 //!
-//! *Owns:* the file format of an image, its checks, and when it is durable. Disks that move with a VM are not built yet.
+//! *Owns:* the file format of an image, its checks, and when it is durable; NBD as bytes (`nbd`); new files for disks (`lay`).
 //! *Never:* a hypervisor, a decision about a migration, a retry of a failed fsync, a length from a file that nobody bounded.
 //! *Invariants:* `whole-or-none` (under its own name an image is complete and durable, or the one before it, or not
 //! there), `checked-before-ram` (no byte of an image reaches guest RAM before its stripe was checked).
@@ -16,9 +16,12 @@ mod disk;
 mod error;
 mod head;
 mod image;
+mod lay;
+pub mod nbd;
 #[cfg(test)]
 mod tests;
 
 pub use error::ImageError;
 pub use head::ImageHead;
 pub use image::{read_head, remove_image, restore_image, write_image};
+pub use lay::{DiskFormat, DiskPlace, LaidDisks, LayError};

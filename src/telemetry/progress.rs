@@ -17,6 +17,8 @@ pub enum Phase {
     Prepare,
     /// The session, the offer and the lanes.
     Connect,
+    /// Disks are copied while the guest runs.
+    Storage,
     /// Rounds of dirty pages while the guest runs.
     Memory,
     /// The guest is paused; last pages and device state.
@@ -31,8 +33,17 @@ pub enum Phase {
 
 impl Phase {
     /// Every phase, in order.
-    pub const ALL: [Self; 8] =
-        [Self::Queued, Self::Prepare, Self::Connect, Self::Memory, Self::Switchover, Self::Verify, Self::Cleanup, Self::Done];
+    pub const ALL: [Self; 9] = [
+        Self::Queued,
+        Self::Prepare,
+        Self::Connect,
+        Self::Storage,
+        Self::Memory,
+        Self::Switchover,
+        Self::Verify,
+        Self::Cleanup,
+        Self::Done,
+    ];
 
     /// The name as shown and as written in JSON.
     #[must_use]
@@ -41,6 +52,7 @@ impl Phase {
             Self::Queued => "queued",
             Self::Prepare => "prepare",
             Self::Connect => "connect",
+            Self::Storage => "storage",
             Self::Memory => "memory",
             Self::Switchover => "switchover",
             Self::Verify => "verify",
@@ -75,6 +87,12 @@ pub struct Progress {
     pub memory_total_bytes: u64,
     /// Guest memory that the destination still lacks.
     pub memory_remaining_bytes: u64,
+    /// What mirrors of disks copied and have to, with what the guest wrote meanwhile.
+    #[serde(default)]
+    pub disk_total_bytes: u64,
+    /// What of it the destination lacks.
+    #[serde(default)]
+    pub disk_remaining_bytes: u64,
     /// Bytes of UDP payload sent so far.
     pub wire_bytes: u64,
     /// How fast the guest dirties memory.
@@ -109,6 +127,8 @@ impl Progress {
             memory_sent_bytes: 0,
             memory_total_bytes: 0,
             memory_remaining_bytes: 0,
+            disk_total_bytes: 0,
+            disk_remaining_bytes: 0,
             wire_bytes: 0,
             dirty_bytes_per_second: 0,
             send_bytes_per_second: 0,

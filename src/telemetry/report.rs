@@ -56,6 +56,9 @@ pub struct Report {
     pub stream_opaque: Option<String>,
     /// True only when destination memory and device state were compared with the source's.
     pub verified: bool,
+    /// Disks that moved too; absent when none did.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disks: Option<DiskReport>,
     /// Who was authenticated as whom.
     pub authenticated: Authenticated,
     /// What policy said.
@@ -92,12 +95,28 @@ impl Report {
             pages: PageCounts::default(),
             stream_opaque: None,
             verified: false,
+            disks: None,
             authenticated: Authenticated::default(),
             policy: PolicyVerdict::default(),
             audit: AuditHeads::default(),
             error: None,
         }
     }
+}
+
+/// What moved of disks.
+#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
+pub struct DiskReport {
+    /// How many.
+    pub count: usize,
+    /// How long they are, all together.
+    pub bytes: u64,
+    /// Ranges that were written, zeroed or discarded at the destination.
+    pub changed_bytes: u64,
+    /// True only when all that they hold was read at both ends in the pause, and was equal.
+    pub verified: bool,
+    /// What that took of the pause.
+    pub verify_seconds: Option<f64>,
 }
 
 /// How a migration ended.

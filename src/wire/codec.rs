@@ -4,9 +4,9 @@ use crate::limits;
 use crate::types::{Epoch, Incarnation, LaneIndex, MigrationId, RamRegion, Round, VmName, VmUuid};
 use crate::wire::reader::{Reader, Writer};
 use crate::wire::{
-    Accept, AuditAnswer, AuditHead, Compression, CompressionScope, Durability, ErrorClass, Failure, Feature, FinalDigest, Handoff,
-    HandoffMessage, Hello, Join, LaneStanding, LaneTotals, Message, Offer, Resume, Resumed, RoundApplied, RoundEnd, SignedHandoff,
-    StateChunk, StreamApplied, StreamEnd, StreamResumed, StreamTerms, WireError,
+    Accept, AuditAnswer, AuditHead, Compression, CompressionScope, DiskApplied, DiskDigests, DiskEnd, Durability, ErrorClass, Failure,
+    Feature, FinalDigest, Handoff, HandoffMessage, Hello, Join, LaneStanding, LaneTotals, Message, Offer, Resume, Resumed, RoundApplied,
+    RoundEnd, SignedHandoff, StateChunk, StreamApplied, StreamEnd, StreamResumed, StreamTerms, WireError,
 };
 
 /// Bytes in front of the body of a control message: length and kind.
@@ -25,7 +25,7 @@ const HANDOFF_DOMAIN: &[u8] = b"sealane handoff v1\0";
 const LANES_DOMAIN: &[u8] = b"sealane lanes v1\0";
 
 /// Name of each kind of message; the kind is the place in the list, counted from 1.
-const NAMES: [&str; 16] = [
+const NAMES: [&str; 19] = [
     "hello",
     "offer",
     "accept",
@@ -42,6 +42,9 @@ const NAMES: [&str; 16] = [
     "stream-end",
     "stream-applied",
     "stream-resumed",
+    "disk-applied",
+    "disk-end",
+    "disk-digests",
 ];
 
 /// And for the digest over the length of a stream.
@@ -62,7 +65,7 @@ pub fn decode_control_header(header: &[u8; CONTROL_HEADER_BYTES]) -> Result<(u8,
 
 fn name_of(kind: u8) -> Result<&'static str, WireError> {
     let name = usize::from(kind).checked_sub(1).and_then(|index| NAMES.get(index)).copied();
-    name.ok_or(WireError::Unknown { message: "control header", field: "kind", expected: "1 to 16", got: u64::from(kind) })
+    name.ok_or(WireError::Unknown { message: "control header", field: "kind", expected: "1 to 19", got: u64::from(kind) })
 }
 
 impl Message {
@@ -86,6 +89,9 @@ impl Message {
             Self::StreamEnd(_) => 14,
             Self::StreamApplied(_) => 15,
             Self::StreamResumed(_) => 16,
+            Self::DiskApplied(_) => 17,
+            Self::DiskEnd(_) => 18,
+            Self::DiskDigests(_) => 19,
         }
     }
 
@@ -126,13 +132,7 @@ impl Message {
                 put_handoff(out, &signed.message);
                 out.put(&signed.signature);
             }
-            Self::AuditHead(head) => {
-                out.put_bytes(head.checkpoint.as_bytes());
-                out.put_u64(head.from);
-                out.put_length(head.consistency.len());
-                head.consistency.iter().for_each(|hash| out.put(hash));
-                out.put_bytes(head.proof.as_bytes());
-            }
+            Self::AuditHead(head) => put_audit_head(out, head),
             Self::AuditAnswer(answer) => {
                 out.put_u64(answer.entries);
                 out.put_bytes(answer.cosignature.as_bytes());
@@ -164,6 +164,30 @@ impl Message {
                 out.put_u8(u8::from(resumed.deciding));
                 out.put_u64(resumed.bytes);
             }
+            Self::DiskApplied(_) | Self::DiskEnd(_) | Self::DiskDigests(_) => self.put_disks(out),
+        }
+    }
+
+    /// The body of a message about disks.
+    fn put_disks(&self, out: &mut Vec<u8>) {
+        match self {
+            Self::DiskApplied(applied) => {
+                out.put(&applied.migration.0);
+                out.put_length(applied.changes.len());
+                applied.changes.iter().for_each(|number| out.put_u64(*number));
+            }
+            Self::DiskEnd(end) => {
+                out.put(&end.migration.0);
+                out.put_u64(end.changes);
+                out.put_u64(end.bytes);
+                out.put_u8(u8::from(end.verify));
+            }
+            Self::DiskDigests(digests) => {
+                out.put(&digests.migration.0);
+                out.put_length(digests.digests.len());
+                digests.digests.iter().for_each(|digest| out.put(digest));
+            }
+            _ => {}
         }
     }
 
@@ -220,6 +244,20 @@ impl Message {
                 migration: migration(reader)?,
                 deciding: reader.flag("deciding")?,
                 bytes: reader.u64("bytes")?,
+            }),
+            17 => Self::DiskApplied(DiskApplied {
+                migration: migration(reader)?,
+                changes: list(reader, "changes", limits::DISK_CHANGES_MAX, |reader| reader.u64("change"))?,
+            }),
+            18 => Self::DiskEnd(DiskEnd {
+                migration: migration(reader)?,
+                changes: reader.u64("changes")?,
+                bytes: reader.u64("bytes")?,
+                verify: reader.flag("verify")?,
+            }),
+            19 => Self::DiskDigests(DiskDigests {
+                migration: migration(reader)?,
+                digests: list(reader, "digests", limits::DISKS_MAX, |reader| reader.array("digest"))?,
             }),
             _ => Self::Ping,
         };
@@ -339,6 +377,29 @@ fn hello(reader: &mut Reader<'_>) -> Result<Hello, WireError> {
     let hello = Hello { version_min, version_max, features, incarnation, signing_key };
     hello.check()?;
     Ok(hello)
+}
+
+/// At least one, and at most `most`.
+fn list<T>(
+    reader: &mut Reader<'_>,
+    field: &'static str,
+    most: usize,
+    item: impl Fn(&mut Reader<'_>) -> Result<T, WireError>,
+) -> Result<Vec<T>, WireError> {
+    let count = reader.length(field, 1, most)?;
+    let mut items = Vec::with_capacity(count);
+    for _ in 0..count {
+        items.push(item(reader)?);
+    }
+    Ok(items)
+}
+
+fn put_audit_head(out: &mut Vec<u8>, head: &AuditHead) {
+    out.put_bytes(head.checkpoint.as_bytes());
+    out.put_u64(head.from);
+    out.put_length(head.consistency.len());
+    head.consistency.iter().for_each(|hash| out.put(hash));
+    out.put_bytes(head.proof.as_bytes());
 }
 
 fn put_offer(out: &mut Vec<u8>, offer: &Offer) {

@@ -38,6 +38,12 @@ pub enum Message {
     StreamApplied(StreamApplied),
     /// Destination of a stream: where it goes on.
     StreamResumed(StreamResumed),
+    /// Destination: these changes are on its disks.
+    DiskApplied(DiskApplied),
+    /// Source, whose guest stands still: no disk changes any more.
+    DiskEnd(DiskEnd),
+    /// Source: what its disks hold.
+    DiskDigests(DiskDigests),
 }
 
 /// What a gateway speaks and who it is beyond its certificate.
@@ -375,6 +381,37 @@ pub struct StreamResumed {
     pub deciding: bool,
     /// What its hypervisor was given, bytes; the stream goes on behind that.
     pub bytes: u64,
+}
+
+/// Changes that are on the destination's disks.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DiskApplied {
+    /// The attempt.
+    pub migration: MigrationId,
+    /// Their numbers, in any order.
+    pub changes: Vec<u64>,
+}
+
+/// Every change to a disk was sent and applied.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DiskEnd {
+    /// The attempt.
+    pub migration: MigrationId,
+    /// How many changes there were.
+    pub changes: u64,
+    /// Bytes of their ranges, all together.
+    pub bytes: u64,
+    /// Whether both sides read all disks, and the source says what its own hold.
+    pub verify: bool,
+}
+
+/// What the source's disks hold.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DiskDigests {
+    /// The attempt.
+    pub migration: MigrationId,
+    /// SHA-256 of each disk, in the order of the offer (`PROTOCOL.md`, disks).
+    pub digests: Vec<[u8; 32]>,
 }
 
 /// What one lane has applied since its last join.

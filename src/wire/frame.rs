@@ -2,6 +2,7 @@
 
 use crate::limits;
 use crate::types::{LaneIndex, Round};
+use crate::wire::disk::DISK_HEAD_BYTES;
 use crate::wire::reader::{Reader, Writer};
 use crate::wire::{Codec, LaneTotals, WireError};
 
@@ -26,6 +27,8 @@ pub enum FrameKind {
     RoundMark,
     /// A piece of a hypervisor's stream.
     Stream,
+    /// A change to a disk.
+    Disk,
 }
 
 impl FrameKind {
@@ -34,11 +37,12 @@ impl FrameKind {
             Self::Pages => 1,
             Self::RoundMark => 2,
             Self::Stream => 3,
+            Self::Disk => 4,
         }
     }
 
     fn from_number(number: u8) -> Option<Self> {
-        [Self::Pages, Self::RoundMark, Self::Stream].into_iter().find(|kind| kind.number() == number)
+        [Self::Pages, Self::RoundMark, Self::Stream, Self::Disk].into_iter().find(|kind| kind.number() == number)
     }
 }
 
@@ -86,7 +90,8 @@ impl FrameHeader {
     pub fn decode(bytes: &[u8; FRAME_HEADER_BYTES]) -> Result<Self, WireError> {
         let mut reader = Reader::new("frame", bytes);
         let number = reader.u8("kind")?;
-        let kind = reader.known("kind", "1 (pages), 2 (round mark) or 3 (stream)", u64::from(number), FrameKind::from_number(number))?;
+        let kind =
+            reader.known("kind", "1 (pages), 2 (round mark), 3 (stream) or 4 (disk)", u64::from(number), FrameKind::from_number(number))?;
         let reserved = reader.u8("reserved byte")?;
         reader.bounded("reserved byte", reserved, 0, 0)?;
         let lane = reader.u16("lane")?;
@@ -98,6 +103,7 @@ impl FrameHeader {
             FrameKind::Pages => (1, limits::FRAME_PAGES_MAX, 1, limits::FRAME_BODY_BYTES_MAX),
             FrameKind::RoundMark => (0, 0, ROUND_MARK_BYTES, ROUND_MARK_BYTES),
             FrameKind::Stream => (1, 1, STREAM_HEAD_BYTES + 1, STREAM_BODY_BYTES_MAX),
+            FrameKind::Disk => (1, 1, DISK_HEAD_BYTES, DISK_HEAD_BYTES + limits::STREAM_CHUNK_BYTES_MAX),
         };
         let records = reader.u32("records")?;
         let records = reader.bounded("records", records, records_min, records_max)?;

@@ -13,6 +13,7 @@
 mod code;
 mod codec;
 mod control;
+mod disk;
 mod error;
 mod frame;
 mod negotiate;
@@ -28,11 +29,12 @@ pub mod protocol {}
 pub use code::ErrorClass;
 pub use codec::{CONTROL_HEADER_BYTES, JOIN_BYTES, decode_control_header};
 pub use control::{
-    Accept, AuditAnswer, AuditHead, Compression, CompressionScope, Durability, Failure, Feature, FinalDigest, Handoff, HandoffMessage,
-    Hello, Join, LaneStanding, LaneTotals, Message, Offer, Resume, Resumed, RoundApplied, RoundEnd, SignedHandoff, StateChunk,
-    StreamApplied, StreamEnd, StreamResumed, StreamTerms,
+    Accept, AuditAnswer, AuditHead, Compression, CompressionScope, DiskApplied, DiskDigests, DiskEnd, Durability, Failure, Feature,
+    FinalDigest, Handoff, HandoffMessage, Hello, Join, LaneStanding, LaneTotals, Message, Offer, Resume, Resumed, RoundApplied, RoundEnd,
+    SignedHandoff, StateChunk, StreamApplied, StreamEnd, StreamResumed, StreamTerms,
 };
+pub use disk::{DiskChange, DiskChunk};
 pub use error::WireError;
 pub use frame::{FRAME_HEADER_BYTES, FrameHeader, FrameKind, StreamChunk, decode_round_mark, put_round_mark};
-pub use negotiate::{Negotiated, STREAM_FEATURE, VERSION_MAX, VERSION_MIN, negotiate};
+pub use negotiate::{DISK_FEATURE, Negotiated, STREAM_FEATURE, VERSION_MAX, VERSION_MIN, negotiate};
 pub use page::{After, Batch, Codec, PagesFrame, Record, Records, Run, afters};

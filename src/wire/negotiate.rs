@@ -12,6 +12,8 @@ pub const VERSION_MAX: u16 = 1;
 
 /// Streams of hypervisors that send their guests themselves.
 pub const STREAM_FEATURE: &str = "stream";
+/// Disks that move with such a guest.
+pub const DISK_FEATURE: &str = "disks";
 
 /// What both sides speak.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -34,7 +36,7 @@ impl Hello {
     /// The greeting of this build.
     #[must_use]
     pub fn new(incarnation: Incarnation, signing_key: [u8; 32]) -> Self {
-        let features = vec![Feature { name: STREAM_FEATURE.to_owned(), critical: false }];
+        let features = [DISK_FEATURE, STREAM_FEATURE].map(|name| Feature { name: name.to_owned(), critical: false }).to_vec();
         Self { version_min: VERSION_MIN, version_max: VERSION_MAX, features, incarnation, signing_key }
     }
 

@@ -89,6 +89,9 @@ fn every_message() -> Vec<Message> {
         Message::StreamEnd(StreamEnd { migration: MIGRATION, bytes: 1 << 40 }),
         Message::StreamApplied(StreamApplied { migration: MIGRATION, bytes: 3 }),
         Message::StreamResumed(StreamResumed { migration: MIGRATION, deciding: true, bytes: 7 }),
+        Message::DiskApplied(DiskApplied { migration: MIGRATION, changes: vec![3, 1 << 40] }),
+        Message::DiskEnd(DiskEnd { migration: MIGRATION, changes: 9, bytes: 1 << 40, verify: true }),
+        Message::DiskDigests(DiskDigests { migration: MIGRATION, digests: vec![[1; 32], [2; 32]] }),
     ]
 }
 
@@ -197,8 +200,8 @@ fn refuses_hostile_control_headers() {
     let length = |got: u32| Err(format!("`body length` of `control header` is out of bounds: expected 0 to {max}, got {got}"));
     assert_eq!(header(max + 1, 2), length(max + 1));
     assert_eq!(header(u32::MAX, 2), length(u32::MAX));
-    for kind in [0, 17, 255] {
-        let unknown = format!("`kind` of `control header` is unknown: expected 1 to 16, got {kind}");
+    for kind in [0, 20, 255] {
+        let unknown = format!("`kind` of `control header` is unknown: expected 1 to 19, got {kind}");
         assert_eq!(header(0, kind), Err(unknown.clone()));
         assert_eq!(Message::decode(kind, &[]).unwrap_err().to_string(), unknown);
     }

@@ -41,6 +41,7 @@ mod peers;
 mod picky_vmm;
 mod policy;
 mod qemu;
+mod qemu_disks;
 mod queue;
 mod random;
 mod relay;

@@ -74,6 +74,7 @@ impl Side {
             outage_max: Duration::ZERO,
             progress: None,
             comes_back_in: None,
+            disk_socket: std::path::PathBuf::new(),
         };
         run_destination(order).await
     }

@@ -193,6 +193,7 @@ impl Pair {
             policy_digest: [0; 32],
             manner: Manner { zstd_level: gateway::zstd_level(terms.compress), ..Manner::default() },
             ledger: None,
+            disks: None,
         })
     }
 }

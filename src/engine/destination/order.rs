@@ -39,6 +39,8 @@ pub struct DestinationOrder<T: ?Sized = dyn PagedDestination> {
     pub progress: Option<PathBuf>,
     /// The round in which the source comes back to a twin that an earlier gateway left.
     pub comes_back_in: Option<Round>,
+    /// Where the hypervisor lets the gateway reach its disks.
+    pub disk_socket: PathBuf,
 }
 
 /// The source comes back in a new session, with this as its first message.
@@ -75,7 +77,19 @@ impl<T: ?Sized> DestinationOrder<T> {
     #[must_use]
     pub fn into_twin<U: ?Sized>(self, twin: Box<U>) -> DestinationOrder<U> {
         let Self {
-            offer, lanes, evidence, link, ask_commit, policy_digest, commands, returns, outage_max, progress, comes_back_in, ..
+            offer,
+            lanes,
+            evidence,
+            link,
+            ask_commit,
+            policy_digest,
+            commands,
+            returns,
+            outage_max,
+            progress,
+            comes_back_in,
+            disk_socket,
+            ..
         } = self;
         DestinationOrder {
             offer,
@@ -90,6 +104,7 @@ impl<T: ?Sized> DestinationOrder<T> {
             outage_max,
             progress,
             comes_back_in,
+            disk_socket,
         }
     }
 }

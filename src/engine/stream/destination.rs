@@ -1,8 +1,10 @@
 //! The destination end of a stream.
 
+mod disks;
 mod outage;
 
 use std::collections::VecDeque;
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -28,6 +30,7 @@ use crate::migration::{
 use crate::telemetry::chain;
 use crate::transport::{LaneGate, TransportError};
 use crate::wire::{Accept, ErrorClass, Failure, FinalDigest, Handoff, Message, Offer, StreamApplied};
+use disks::Disks;
 
 type Twin = Arc<Mutex<Box<dyn StreamDestination>>>;
 
@@ -43,6 +46,7 @@ struct Run {
     machine: Machine,
     gate: Option<LaneGate>,
     flow: Arc<Inflow>,
+    disks: Option<Disks>,
     given: watch::Receiver<u64>,
     writing: Option<JoinHandle<Result<Whole, Broken>>>,
     /// All of the stream, once the hypervisor was given it.
@@ -68,7 +72,8 @@ struct Run {
 
 /// Runs the destination end of a hypervisor's own stream until the VM's place is decided, or the source has to be waited for.
 pub async fn run_stream_destination(order: DestinationOrder<dyn StreamDestination>) -> DestinationEnd {
-    let DestinationOrder { offer, lanes, evidence, link, twin, ask_commit, policy_digest, commands, returns, outage_max, .. } = order;
+    let DestinationOrder { offer, lanes, evidence, link, twin, ask_commit, policy_digest, commands, .. } = order;
+    let DestinationOrder { returns, outage_max, disk_socket, .. } = order;
     let binding = Binding {
         migration: offer.migration,
         vm: offer.vm.clone(),
@@ -92,6 +97,7 @@ pub async fn run_stream_destination(order: DestinationOrder<dyn StreamDestinatio
         gate: None,
         given: flow.given(),
         flow,
+        disks: None,
         writing: None,
         whole: None,
         loading: None,
@@ -110,7 +116,7 @@ pub async fn run_stream_destination(order: DestinationOrder<dyn StreamDestinatio
         ended: None,
         order: offer,
     };
-    let first = run.begin().await;
+    let first = run.begin(disk_socket).await;
     run.run(first).await
 }
 
@@ -152,7 +158,13 @@ impl Run {
     }
 
     /// Lets the hypervisor wait for its stream, and takes the offer.
-    async fn begin(&mut self) -> Result<(), EngineError> {
+    async fn begin(&mut self, disk_socket: PathBuf) -> Result<(), EngineError> {
+        // The gateway has compared it with the offer.
+        let machine: crate::hypervisor::Machine =
+            serde_json::from_slice(&self.order.machine).map_err(|error| EngineError::Bug(error.to_string()))?;
+        if !machine.disks.is_empty() {
+            self.disks = Some(Disks::open(&self.twin, &self.order.vm, disk_socket, machine.disks).await?);
+        }
         let twin = Arc::clone(&self.twin);
         let stream = blocking(move || Ok(lock(&twin).begin()?)).await?;
         let local = |source| {
@@ -177,7 +189,9 @@ impl Run {
         let migration = self.order.migration;
         let (failures_in, failures) = mpsc::channel(usize::from(limits::LANES_MAX));
         self.failures = failures;
-        let shared = ReceiveShared { migration, flow: Arc::clone(&self.flow), meter: Arc::clone(&self.watch.meter), failures: failures_in };
+        let (flow, meter) = (Arc::clone(&self.flow), Arc::clone(&self.watch.meter));
+        let disks = self.disks.as_ref().map(|disks| Arc::clone(&disks.incoming));
+        let shared = ReceiveShared { migration, flow, disks, meter, failures: failures_in };
         let handler = Arc::new(move |io| Box::pin(receive_lane(io, shared.clone())) as _);
         let gate = self.link.session.expect_lanes(migration, self.lanes, handler);
         self.gate = Some(gate.map_err(|source| EngineError::Transport { migration, source })?);
@@ -199,18 +213,8 @@ impl Run {
     async fn next(&mut self, tick: &mut tokio::time::Interval) -> Option<StreamDestinationEvent> {
         let written = wait(&mut self.writing);
         let loaded = wait(&mut self.loading);
-        let given = async {
-            match self.given.changed().await {
-                Ok(()) => {}
-                Err(_) => std::future::pending().await,
-            }
-        };
-        let staged = async {
-            match self.stages.changed().await {
-                Ok(()) => {}
-                Err(_) => std::future::pending().await,
-            }
-        };
+        let given = changed(&mut self.given);
+        let staged = changed(&mut self.stages);
         let tells = async {
             match self.tells_at {
                 Some(at) => tokio::time::sleep_until(at.into()).await,
@@ -218,6 +222,7 @@ impl Run {
             }
         };
         tokio::select! {
+            happened = disks::happened(&mut self.disks) => self.disks_happened(happened).await,
             () = given => self.was_given().await,
             () = tells => self.tell_applied().await,
             () = staged => self.staged().await,
@@ -344,7 +349,7 @@ impl Run {
 
     /// FINAL counts once the hypervisor was given everything that it is about.
     fn final_when_ready(&mut self) -> Option<StreamDestinationEvent> {
-        let ready = self.machine.is_receiving() && self.whole.is_some();
+        let ready = self.machine.is_receiving() && self.whole.is_some() && self.disks.as_ref().is_none_or(Disks::are_settled);
         self.final_said.filter(|_| ready).map(StreamDestinationEvent::Final)
     }
 
@@ -358,6 +363,8 @@ impl Run {
                 Ok(()) => None,
                 Err(error) => Some(self.give_up(error)),
             },
+            Message::DiskEnd(end) if end.migration == self.order.migration => self.disks_end(end),
+            Message::DiskDigests(digests) if digests.migration == self.order.migration => self.disks_digests(digests),
             Message::Handoff(signed) => match self.evidence.check(&self.binding, &signed) {
                 Ok(heard) if !heard.incarnation_same => {
                     Some(self.give_up(EngineError::NotAuthentic { migration: self.order.migration, why: "sender's journal" }))
@@ -543,6 +550,13 @@ async fn load(twin: Twin, mut stages: watch::Receiver<StreamStage>) -> Result<()
         if complete { Ok(twin.ensure_complete()?) } else { Err(twin.failure().into()) }
     })
     .await
+}
+
+/// Waits for news; for ever when there can be none.
+async fn changed<T>(news: &mut watch::Receiver<T>) {
+    if news.changed().await.is_err() {
+        std::future::pending::<()>().await;
+    }
 }
 
 async fn wait<T>(task: &mut Option<JoinHandle<T>>) -> Result<T, tokio::task::JoinError> {

@@ -9,6 +9,7 @@ use tokio::sync::mpsc;
 use super::inflow::Inflow;
 use super::outflow::{Outflow, Piece};
 use crate::engine::EngineError;
+use crate::engine::disks::{Change, DiskIn, DiskOut};
 use crate::engine::frames::Frames;
 use crate::engine::handoff::joined;
 use crate::engine::limiter::Limiter;
@@ -17,13 +18,14 @@ use crate::limits;
 use crate::memory::{Adaptation, ChunkPacker, ChunkUnpacker, Effort};
 use crate::transport::LaneIo;
 use crate::types::{LaneIndex, MigrationId};
-use crate::wire::{Compression, CompressionScope, FRAME_HEADER_BYTES, FrameHeader, FrameKind, StreamChunk, StreamTerms};
+use crate::wire::{Compression, CompressionScope, DiskChunk, FRAME_HEADER_BYTES, FrameHeader, FrameKind, StreamChunk, StreamTerms};
 
 /// What every lane of a source shares while one session lasts.
 #[derive(Debug, Clone)]
 pub(super) struct SendShared {
     pub(super) migration: MigrationId,
     pub(super) flow: Arc<Outflow>,
+    pub(super) disks: Option<Arc<DiskOut>>,
     pub(super) terms: StreamTerms,
     pub(super) level: Option<u8>,
     /// About as much as one lane carries.
@@ -44,9 +46,25 @@ pub(super) async fn send_lane(mut io: LaneIo, shared: SendShared) {
     let _ = shared.failures.send(source).await;
 }
 
+/// What a lane carries next.
+enum Work {
+    Piece(Piece),
+    /// A change of a disk, its number, and what is settled.
+    Change(u64, u64, Change),
+}
+
+async fn next_work(shared: &SendShared) -> Work {
+    tokio::select! {
+        piece = shared.flow.next() => Work::Piece(piece),
+        (number, settled, change) = next_change(shared.disks.as_deref()) => Work::Change(number, settled, change),
+    }
+}
+
 /// A lane that packs one piece while it sends the one before.
 struct Sending {
     packer: ChunkPacker,
+    /// Changes of disks are packed each by itself: there are none of them in most streams.
+    changes: Option<ChunkPacker>,
     /// Where it finds out by itself how hard to try.
     adaptation: Option<Adaptation>,
     sequence: u64,
@@ -65,7 +83,29 @@ struct Made {
 }
 
 impl Sending {
-    fn make(&mut self, piece: &Piece, lane: LaneIndex, mut frame: Vec<u8>) -> Made {
+    fn make(&mut self, work: &Work, lane: LaneIndex, frame: Vec<u8>) -> Made {
+        match work {
+            Work::Piece(piece) => self.make_piece(piece, lane, frame),
+            Work::Change(number, settled, change) => self.make_change((*number, *settled), change, lane, frame),
+        }
+    }
+
+    fn make_change(&mut self, (number, settled): (u64, u64), change: &Change, lane: LaneIndex, mut frame: Vec<u8>) -> Made {
+        let (began, data) = (Instant::now(), &change.data);
+        let (codec, block) = match &mut self.changes {
+            Some(packer) if !data.is_empty() => {
+                packer.set_effort(self.packer.effort());
+                packer.pack(data)
+            }
+            _ => (None, data.as_ref()),
+        };
+        let Change { disk, change, offset, bytes, .. } = *change;
+        DiskChunk { disk, change, number, settled, offset, bytes, codec, block }.put(&mut frame, lane, self.sequence);
+        self.sequence += 1;
+        Made { frame, packed: 0, content: data.len() as u64, took: began.elapsed(), probe: None }
+    }
+
+    fn make_piece(&mut self, piece: &Piece, lane: LaneIndex, mut frame: Vec<u8>) -> Made {
         let began = Instant::now();
         let (codec, block) = self.packer.pack(&piece.bytes);
         let packed = if codec.is_some() { piece.pages } else { 0 };
@@ -82,7 +122,7 @@ impl Sending {
 
     /// Learns from a frame, beside which the one before it was sent in `sent`; `path` is what the path takes in a second.
     fn adapt(&mut self, made: &Made, sent: Duration, path: u64) {
-        let Some(adaptation) = &mut self.adaptation else { return };
+        let Some(adaptation) = self.adaptation.as_mut().filter(|_| made.content > 0) else { return };
         adaptation.sent(made.took, sent.saturating_sub(made.took), made.content, made.frame.len() as u64, path);
         if let Some((packed, took)) = made.probe {
             adaptation.probed(usize::try_from(made.content).unwrap_or(0), packed, took);
@@ -95,6 +135,7 @@ async fn send_pieces(io: &mut LaneIo, shared: &SendShared) -> Result<std::conver
     let adapts = shared.terms.compression == Compression::Auto && shared.terms.compression_scope != CompressionScope::Page;
     let mut lane = Box::new(Sending {
         packer: ChunkPacker::new(&shared.terms, shared.level, shared.lane_bytes),
+        changes: shared.disks.is_some().then(|| ChunkPacker::new(&by_itself(&shared.terms), shared.level, shared.lane_bytes)),
         adaptation: adapts.then(|| Adaptation::new(io.sender.stats().rtt)),
         sequence: 0,
     });
@@ -104,14 +145,14 @@ async fn send_pieces(io: &mut LaneIo, shared: &SendShared) -> Result<std::conver
     let (index, mut ready) = (io.lane, None);
     loop {
         let making = async {
-            let piece = shared.flow.next().await;
+            let work = next_work(shared).await;
             let frame = shared.frames.take();
             // WHY: a codec takes milliseconds, and a path that hears nothing for so long slows down. What only copies is done
             // sooner than another thread begins.
             if lane.packer.effort() == Effort::None {
-                return Ok((lane.make(&piece, index, frame), lane));
+                return Ok((lane.make(&work, index, frame), lane));
             }
-            joined(tokio::task::spawn_blocking(move || (lane.make(&piece, index, frame), lane)).await)
+            joined(tokio::task::spawn_blocking(move || (lane.make(&work, index, frame), lane)).await)
         };
         let (made, sent) = match ready.take() {
             Some((frame, packed)) => tokio::try_join!(making, send_frame(io, shared, frame, packed))?,
@@ -142,11 +183,25 @@ async fn send_frame(io: &mut LaneIo, shared: &SendShared, frame: Vec<u8>, packed
 /// WHY: a trial takes less time than a frame, and has to be rare where nothing comes of it.
 const PROBE_EVERY: u64 = 32;
 
+/// The same, where nothing is looked back to.
+fn by_itself(terms: &StreamTerms) -> StreamTerms {
+    let scope = if terms.compression_scope == CompressionScope::Page { CompressionScope::Page } else { CompressionScope::Batch };
+    StreamTerms { compression_scope: scope, ..terms.clone() }
+}
+
+async fn next_change(disks: Option<&DiskOut>) -> (u64, u64, Change) {
+    match disks {
+        Some(disks) => disks.next().await,
+        None => std::future::pending().await,
+    }
+}
+
 /// What every lane of a destination shares while one session lasts.
 #[derive(Debug, Clone)]
 pub(super) struct ReceiveShared {
     pub(super) migration: MigrationId,
     pub(super) flow: Arc<Inflow>,
+    pub(super) disks: Option<Arc<DiskIn>>,
     pub(super) meter: Arc<Meter>,
     pub(super) failures: mpsc::Sender<EngineError>,
 }
@@ -154,10 +209,11 @@ pub(super) struct ReceiveShared {
 /// Takes pieces until the lane ends.
 pub(super) async fn receive_lane(mut io: LaneIo, shared: ReceiveShared) {
     let mut body = BytesMut::zeroed(limits::FRAME_BODY_BYTES_MAX);
-    let mut unpacker = ChunkUnpacker::default();
+    // Of pieces, and of changes.
+    let mut unpackers = [ChunkUnpacker::default(), ChunkUnpacker::default()];
     let mut sequence = 0;
     loop {
-        match receive_piece(&mut io, &shared, &mut unpacker, sequence, &mut body).await {
+        match receive_piece(&mut io, &shared, &mut unpackers, sequence, &mut body).await {
             Ok(true) => sequence += 1,
             Ok(false) => return,
             Err(error) => {
@@ -171,7 +227,7 @@ pub(super) async fn receive_lane(mut io: LaneIo, shared: ReceiveShared) {
 async fn receive_piece(
     io: &mut LaneIo,
     shared: &ReceiveShared,
-    unpacker: &mut ChunkUnpacker,
+    [pieces, changes]: &mut [ChunkUnpacker; 2],
     sequence: u64,
     body: &mut BytesMut,
 ) -> Result<bool, EngineError> {
@@ -182,22 +238,32 @@ async fn receive_piece(
         return Ok(false);
     }
     let header = FrameHeader::decode(&header).map_err(EngineError::Wire)?;
-    if header.kind != FrameKind::Stream || header.lane != io.lane || header.sequence != sequence {
+    if !matches!(header.kind, FrameKind::Stream | FrameKind::Disk) || header.lane != io.lane || header.sequence != sequence {
         let got = format!("{:?} {} of lane {}", header.kind, header.sequence, header.lane);
-        return Err(out_of_place("the next piece of a stream on this lane", got));
+        return Err(out_of_place("the next piece of a stream or change of a disk on this lane", got));
     }
     // The header's decoder bounds the length by the size of this buffer.
     let body = body.get_mut(..header.body_bytes).ok_or_else(|| EngineError::Bug("frame body above its bound".into()))?;
     if !io.receiver.read_exact(body).await.map_err(transport)? {
         return Err(out_of_place("the body of a frame", "the end of the lane".into()));
     }
-    let chunk = StreamChunk::decode(body).map_err(EngineError::Wire)?;
-    let mut piece = vec![0; chunk.bytes];
-    // SPEC: PROTOCOL.md#must-exact-piece
-    if !unpacker.unpack(chunk.codec, chunk.block, &mut piece) {
-        return Err(out_of_place("a piece of the length that it says", format!("a block of {} bytes", chunk.block.len())));
+    let unpacker = if header.kind == FrameKind::Disk { changes } else { pieces };
+    let mut expand = |codec, block: &[u8], bytes| {
+        let mut piece = vec![0; bytes];
+        // SPEC: PROTOCOL.md#must-exact-piece
+        let fits = unpacker.unpack(codec, block, &mut piece);
+        let refused = || out_of_place("a piece of the length that it says", format!("a block of {} bytes", block.len()));
+        fits.then(|| Bytes::from(piece)).ok_or_else(refused)
+    };
+    if header.kind == FrameKind::Disk {
+        let chunk = DiskChunk::decode(body).map_err(EngineError::Wire)?;
+        let disks = shared.disks.as_deref().ok_or_else(|| out_of_place("a piece of a stream", "a change of a disk".into()))?;
+        let written = if chunk.block.is_empty() { 0 } else { usize::try_from(chunk.bytes).unwrap_or(0) };
+        disks.take_in(&chunk, expand(chunk.codec, chunk.block, written)?)?;
+    } else {
+        let chunk = StreamChunk::decode(body).map_err(EngineError::Wire)?;
+        shared.flow.take_in(chunk.offset, expand(chunk.codec, chunk.block, chunk.bytes)?)?;
     }
-    shared.flow.take_in(chunk.offset, Bytes::from(piece))?;
     shared.meter.frame(0, header.body_bytes as u64);
     Ok(true)
 }

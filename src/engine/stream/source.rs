@@ -1,5 +1,6 @@
 //! The source end of a stream.
 
+mod disks;
 mod outage;
 mod path;
 mod switch;
@@ -31,7 +32,8 @@ use crate::migration::{Outcome, SourceStep, StreamSource as Machine, StreamSourc
 use crate::telemetry::{Phase, Progress, chain};
 use crate::transport::{LaneHandle, TransportError};
 use crate::types::LaneIndex;
-use crate::wire::{Failure, Message, STREAM_FEATURE, StreamEnd, StreamResumed};
+use crate::wire::{DISK_FEATURE, Failure, Message, STREAM_FEATURE, StreamEnd, StreamResumed};
+use disks::Disks;
 
 type Guest = Arc<Mutex<Box<dyn StreamSource>>>;
 
@@ -46,6 +48,7 @@ struct Run {
     machine: Machine,
     binding: Option<Binding>,
     flow: Arc<Outflow>,
+    disks: Option<Disks>,
     stages: watch::Receiver<StreamStage>,
     reading: Option<JoinHandle<Result<Whole, Broken>>>,
     condenser: Arc<Mutex<Condenser>>,
@@ -97,14 +100,17 @@ pub async fn run_stream_source(order: SourceOrder, ports: SourcePorts<dyn Stream
     let (failures_in, failures) = mpsc::channel(usize::from(limits::LANES_MAX));
     let goal = StreamGoal { downtime_max: order.goal.downtime_max, throttle: order.goal.throttle };
     let guest_bytes = guest.machine().regions.iter().map(|region| region.bytes).sum();
+    let all = guest.machine().disks.clone();
+    let disks = order.disks.clone().filter(|_| !all.is_empty()).map(|order| Disks::new(order, all));
     let mut run = Run {
         limiter: Arc::new(Limiter::new(order.limited(order.bandwidth), share)),
         stages: guest.stages(),
         condenser: Arc::new(Mutex::new(path::condenser(&order, guest.grammar(), guest_bytes))),
         guest: Arc::new(Mutex::new(guest)),
-        machine: Machine::default(),
+        machine: if disks.is_some() { Machine::with_disks() } else { Machine::default() },
         binding: None,
         flow: Arc::new(Outflow::new(order.bandwidth)),
+        disks,
         reading: None,
         whole: None,
         goal,
@@ -183,6 +189,10 @@ impl Run {
             return Err(EngineError::peer(self.order.migration, crate::wire::ErrorClass::PeerIncompatible, reason));
         }
         let machine = lock(&self.guest).machine().clone();
+        if self.disks.is_some() && !self.link.negotiated.has(DISK_FEATURE) {
+            let reason = "it does not take disks";
+            return Err(EngineError::peer(self.order.migration, crate::wire::ErrorClass::PeerIncompatible, reason));
+        }
         let offer = self.order.offer(&machine)?;
         self.say(Message::Offer(offer)).await
     }
@@ -227,7 +237,8 @@ impl Run {
     }
 
     fn pause_max(&self) -> Duration {
-        limits::PAUSE_SLACK + (self.goal.downtime_max + self.order.goal.fixed_cost) * 10
+        let disks = self.disks.as_ref().map_or(Duration::ZERO, Disks::pause);
+        limits::PAUSE_SLACK + (self.goal.downtime_max + self.order.goal.fixed_cost) * 10 + disks
     }
 
     /// What an outage may explain is waited out; anything else ends the attempt.
@@ -291,6 +302,7 @@ impl Run {
                 self.was_read(read).await
             }
             () = staged => self.staged().await,
+            settled = disks::settled(&mut self.disks) => self.was_settled(settled).await,
             Some(error) = self.failures.recv() => self.lane_failed(error),
             back = search::back(&mut self.outage) => self.back(back).await,
             message = self.link.session.receive(), if self.outage.is_none() => self.received(message).await,
@@ -298,6 +310,9 @@ impl Run {
             () = timed_out => self.deadline_passed(),
             _ = tick.tick() => {
                 self.look_at_path().await;
+                if let Some(event) = self.look_at_disks().await {
+                    return Some(event);
+                }
                 self.show();
                 self.sign_of_life().await
             }
@@ -448,6 +463,8 @@ impl Run {
         match action {
             StreamSourceAction::Offer => self.offer().await.map(|()| None),
             StreamSourceAction::Begin { lanes } => self.begin(lanes).await.map(|()| None),
+            StreamSourceAction::Mirror { lanes } => self.mirror(lanes).await.map(|()| None),
+            StreamSourceAction::Settle => self.settle().map(|()| None),
             StreamSourceAction::GoOn => {
                 // A journal that cannot be written any more is found before COMMIT, behind which only a restart could tell who
                 // owns the guest.
@@ -469,14 +486,12 @@ impl Run {
         self.lanes = lanes;
         let journal = Arc::clone(&self.evidence.journal);
         joined(tokio::task::spawn_blocking(move || journal.reserve()).await)??;
-        let (guest, goal) = (Arc::clone(&self.guest), self.goal);
+        let (goal, rate_max) = (self.goal, self.order.bandwidth);
         // What was said before this migration is none of its affair.
         self.stages.borrow_and_update();
-        let rate_max = self.order.bandwidth;
-        let begun = blocking(move || {
-            let mut guest = lock(&guest);
+        let begun = self.beside(move |guest| {
             rate_max.map_or(Ok(()), |rate| guest.set_path_rate(rate))?;
-            Ok(guest.begin(goal)?)
+            guest.begin(goal)
         });
         let stream = begun.await?;
         let local = |source| {
@@ -488,7 +503,8 @@ impl Run {
         let (flow, condenser) = (Arc::clone(&self.flow), Arc::clone(&self.condenser));
         self.reading = Some(tokio::spawn(async move { flow.read_from(stream, &condenser).await }));
         self.phase = Phase::Memory;
-        self.open_lanes().await
+        // With disks they are open, or will be when the link is back.
+        if self.disks.is_some() { Ok(()) } else { self.open_lanes().await }
     }
 
     /// Every lane joins, on the session that stands now.
@@ -497,6 +513,7 @@ impl Run {
         let shared = SendShared {
             migration,
             flow: Arc::clone(&self.flow),
+            disks: self.disks.as_ref().map(|disks| Arc::clone(&disks.out)),
             terms: self.order.stream.clone(),
             level: self.order.manner.zstd_level,
             lane_bytes: self.guest_bytes / u64::from(self.lanes.max(1)),

@@ -7,11 +7,11 @@ use std::time::Duration;
 use serde_json::{Value, json};
 use tokio::sync::watch;
 
-use super::facts;
 use super::monitor::Monitor;
+use super::{ANSWER_WITHIN, disks, facts};
 use crate::condense::Grammar;
 use crate::hypervisor::launch::log_tail_of;
-use crate::hypervisor::{Guest, GuestStatus, HypervisorError, Machine, RunState, StreamDestination, StreamStage};
+use crate::hypervisor::{Disk, Exports, Guest, GuestStatus, HypervisorError, Machine, RunState, StreamDestination, StreamStage};
 
 /// As at the source, but for what only a destination does: the disks stay nobody's until the guest is told to go on.
 const CAPABILITIES: [(&str, bool); 14] = [
@@ -55,7 +55,10 @@ impl QemuDestination {
                 .qmp
                 .refused("migrate-incoming", &format!("it is `{state}`: expected one that was started with `-incoming defer`")));
         }
-        let lacks = facts::lacks(machine, &facts::machine(&monitor.qmp)?);
+        let mut lacks = facts::lacks(machine, &facts::machine(&monitor.qmp)?);
+        if !machine.disks.is_empty() {
+            lacks.extend(disks::lacks(&monitor.qmp, &machine.disks)?);
+        }
         if !lacks.is_empty() {
             return Err(HypervisorError::Incompatible { vm: vm.to_owned(), lacks });
         }
@@ -94,6 +97,16 @@ impl Guest for QemuDestination {
             return Err(self.monitor.qmp.refused("quit", "a guest runs in it"));
         }
         self.monitor.quit()
+    }
+}
+
+impl Exports for QemuDestination {
+    fn export(&mut self, at: &Path, disks: &[Disk], writable: bool) -> Result<(), HypervisorError> {
+        disks::export(&self.monitor, at, disks, writable)
+    }
+
+    fn end_exports(&mut self) -> Result<(), HypervisorError> {
+        disks::end_exports(&self.monitor, ANSWER_WITHIN)
     }
 }
 

@@ -91,7 +91,7 @@ pub(super) fn machine(qmp: &Qmp) -> Result<Machine, HypervisorError> {
     let profile = serde_json::to_value(profile).map_err(|error| qmp.protocol(&error.to_string()))?;
     // Where in guest-physical memory RAM lies is QEMU's affair: it sends blocks by name.
     let regions = vec![RamRegion { guest_base: 0, bytes }];
-    Ok(Machine { kind: QEMU_KIND.to_owned(), uuid, regions, vcpus, profile })
+    Ok(Machine { kind: QEMU_KIND.to_owned(), uuid, regions, vcpus, profile, disks: Vec::new() })
 }
 
 /// Blocks of memory that QEMU sends by name. Its monitor has them as text only, and one that is another text says nothing.
@@ -215,7 +215,8 @@ mod tests {
             blocks: read_blocks(BLOCKS).unwrap(),
         };
         let regions = vec![RamRegion { guest_base: 0, bytes: 64 << 20 }];
-        let mut machine = Machine { kind: QEMU_KIND.to_owned(), uuid: VmUuid([1; 16]), regions, vcpus: 2, profile: Value::Null };
+        let (kind, uuid) = (QEMU_KIND.to_owned(), VmUuid([1; 16]));
+        let mut machine = Machine { kind, uuid, regions, vcpus: 2, profile: Value::Null, disks: Vec::new() };
         change(&mut machine, &mut profile);
         machine.profile = serde_json::to_value(profile).unwrap();
         machine

@@ -14,11 +14,15 @@
 //! quit, or migrate_cancel and cont before COMMIT
 //! ```
 //!
+//! Disks that move too are mirrored before (`disks.rs`): the source writes to the NBD export of its gateway, the destination's
+//! gateway writes to the NBD export of the other QEMU.
+//!
 //! *Invariants:* `no-self-start` (a destination is told to stop before it gets a byte, so that it is paused once loaded),
-//! `as-it-was` (what was set at a source is set back when its guest goes on there).
-//! *Read first:* `qmp.rs`, `facts.rs`, `monitor.rs`, `source.rs`, `destination.rs`.
+//! `as-it-was` (what was set at a source is set back when its guest goes on there, and no job, node or export of ours is left).
+//! *Read first:* `qmp.rs`, `facts.rs`, `monitor.rs`, `source.rs`, `destination.rs`, `disks.rs`.
 
 mod destination;
+mod disks;
 mod facts;
 mod monitor;
 mod qmp;

@@ -7,10 +7,13 @@ use std::time::Duration;
 use serde_json::{Value, json};
 use tokio::sync::watch;
 
-use super::facts;
 use super::monitor::{Migration, Monitor};
+use super::{ANSWER_WITHIN, disks, facts};
 use crate::condense::Grammar;
-use crate::hypervisor::{Guest, GuestStatus, HypervisorError, Machine, RunState, StreamGoal, StreamProgress, StreamSource, StreamStage};
+use crate::hypervisor::{
+    Disk, Exports, Guest, GuestStatus, HypervisorError, Machine, MirrorProgress, RunState, StreamGoal, StreamProgress, StreamSource,
+    StreamStage,
+};
 
 /// What a stream that a gateway carries has, and what it must not have: each of these either needs a channel of its own, leaves a
 /// part of the guest out of the stream, changes what the end of the stream means, or hides pages.
@@ -50,6 +53,8 @@ pub struct QemuSource {
     /// What the path takes, bytes a second; 0 as long as nobody knows.
     path_rate: u64,
     begun: bool,
+    /// Disks that are mirrored.
+    mirrors: usize,
 }
 
 impl QemuSource {
@@ -60,7 +65,7 @@ impl QemuSource {
     pub fn attach(path: &Path, vm: &str, within: Duration) -> Result<Self, HypervisorError> {
         let monitor = Monitor::connect(path, vm, within)?;
         let machine = facts::machine(&monitor.qmp)?;
-        Ok(Self { monitor, machine, capabilities: Vec::new(), parameters: Vec::new(), path_rate: 0, begun: false })
+        Ok(Self { monitor, machine, capabilities: Vec::new(), parameters: Vec::new(), path_rate: 0, begun: false, mirrors: 0 })
     }
 
     /// What keeps the guest from leaving now, in QEMU's words; nothing when it can.
@@ -73,6 +78,19 @@ impl QemuSource {
         }
         let Migration { blocked_reasons, .. } = self.monitor.migration()?;
         Ok((!blocked_reasons.is_empty()).then(|| blocked_reasons.join("; ")))
+    }
+
+    /// The guest's disks that it can write to, with the file of each as QEMU names it.
+    ///
+    /// # Errors
+    /// QEMU is gone.
+    pub fn disks(&self) -> Result<Vec<(Disk, String)>, HypervisorError> {
+        disks::writable(&self.monitor.qmp)
+    }
+
+    /// These disks move with it.
+    pub fn move_disks(&mut self, disks: Vec<Disk>) {
+        self.machine.disks = disks;
     }
 
     /// Sets one parameter, and keeps what it was before anything was set.
@@ -108,6 +126,10 @@ fn downtime(goal: StreamGoal) -> u64 {
 impl Guest for QemuSource {
     fn wake(&mut self) -> Result<(), HypervisorError> {
         self.monitor.run()?;
+        // What moved of its disks is of no use any more; the guest has its own.
+        if let Err(error) = disks::abandon(&self.monitor, ANSWER_WITHIN) {
+            tracing::warn!(%error, "mirrors or exports of disks are left at QEMU");
+        }
         self.restore();
         // Behind a move neighbours have to learn where the guest is; elsewhere it does no harm.
         let announce = json!({ "initial": 50, "max": 550, "rounds": 5, "step": 100 });
@@ -133,7 +155,34 @@ impl Guest for QemuSource {
     }
 }
 
+impl Exports for QemuSource {
+    fn export(&mut self, at: &Path, disks: &[Disk], writable: bool) -> Result<(), HypervisorError> {
+        disks::export(&self.monitor, at, disks, writable)
+    }
+
+    fn end_exports(&mut self) -> Result<(), HypervisorError> {
+        disks::end_exports(&self.monitor, ANSWER_WITHIN)
+    }
+}
+
 impl StreamSource for QemuSource {
+    fn mirror(&mut self, at: &Path, disks: &[Disk], blocking: bool) -> Result<(), HypervisorError> {
+        self.mirrors = disks.len();
+        disks::mirror(&self.monitor, at, disks, blocking)
+    }
+
+    fn mirror_progress(&mut self) -> Result<MirrorProgress, HypervisorError> {
+        disks::progress(&self.monitor, self.mirrors)
+    }
+
+    fn block_writes(&mut self) -> Result<bool, HypervisorError> {
+        disks::block_writes(&self.monitor)
+    }
+
+    fn end_mirror(&mut self, within: Duration) -> Result<(), HypervisorError> {
+        disks::end_mirror(&self.monitor, within)
+    }
+
     fn machine(&self) -> &Machine {
         &self.machine
     }

@@ -108,6 +108,7 @@ impl SyntheticGuest {
             regions: vec![RamRegion { guest_base: 0, bytes: config.pages.saturating_mul(PAGE_BYTES as u64) }],
             vcpus: config.writers,
             profile: serde_json::json!(profile),
+            disks: Vec::new(),
         };
         let mut guest = Self::incoming(name, &machine)?;
         writers::fill(&guest.ram, config.seed).map_err(|source| HypervisorError::Ram { vm: name.to_owned(), source })?;

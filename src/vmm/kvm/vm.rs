@@ -422,7 +422,8 @@ fn describe(config: &VmConfig, host: &Host, vcpus: &[Vcpu]) -> Result<Machine, V
     let msrs = vcpus.first().map(|vcpu| save::readable_msrs(&vcpu.lock(), &host.msrs)).transpose()?.unwrap_or_default();
     let profile = serde_json::to_value(host.profile(msrs))
         .map_err(|error| VmmError::Local { what: "describe the machine", source: io::Error::other(error) })?;
-    Ok(Machine { kind: cpuid::KIND.to_owned(), uuid: config.uuid, regions: config.layout.regions().to_vec(), vcpus: config.vcpus, profile })
+    let (kind, regions) = (cpuid::KIND.to_owned(), config.layout.regions().to_vec());
+    Ok(Machine { kind, uuid: config.uuid, regions, vcpus: config.vcpus, profile, disks: Vec::new() })
 }
 
 /// Reads the clocks and stops the timer, so that a long pause leaves no ticks behind.

@@ -104,6 +104,9 @@ impl Run {
     /// The lanes of the old session end, and new ones may join. What came out of order stays.
     pub(super) fn begin_again(&mut self) -> Result<(), EngineError> {
         drop(self.gate.take());
+        if let Some(disks) = &self.disks {
+            disks.incoming.begin_again();
+        }
         self.final_said = None;
         self.expect_lanes()
     }

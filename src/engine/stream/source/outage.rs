@@ -108,7 +108,9 @@ impl Run {
             return out_of_place("bytes of the stream that were sent", format!("{} in RESUMED", resumed.bytes));
         }
         self.figures.resent_bytes += self.flow.send_again();
+        self.figures.resent_bytes += self.disks.as_ref().map_or(0, |disks| disks.out.send_again());
         self.open_lanes().await?;
+        self.say_disks().await?;
         if let Some(whole) = self.whole.filter(|_| *self.stages.borrow() == StreamStage::Complete) {
             self.say_end(whole).await?;
         }

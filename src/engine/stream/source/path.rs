@@ -97,6 +97,8 @@ impl Run {
                 answer = &mut asked => return answer,
                 message = self.link.session.receive(), if listens => match message {
                     Ok(Message::StreamApplied(applied)) if applied.migration == self.order.migration && self.flow.applied(applied.bytes) => {}
+                    // QEMU may wait for just that.
+                    Ok(Message::DiskApplied(applied)) if self.are_applied(&applied) => {}
                     message => self.backlog.push_back(message),
                 },
             }

@@ -52,6 +52,10 @@ impl Run {
                 let got = format!("{} bytes applied", applied.bytes);
                 Some(self.give_up(EngineError::OutOfPlace { expected: "bytes of the stream that were sent", got }))
             }
+            Message::DiskApplied(applied) if self.are_applied(&applied) => {
+                self.patience = None;
+                None
+            }
             Message::Handoff(signed) => self.handoff_received(&signed),
             message @ (Message::AuditHead(_) | Message::AuditAnswer(_)) => {
                 self.evidence.hear_of_heads(&self.link, self.order.migration, &mut self.heads, message).await;
@@ -158,7 +162,8 @@ impl Run {
 
     /// The guest goes on here.
     async fn wake(&mut self, binding: &Binding) {
-        // A hypervisor that waits for its socket hears nothing else; without it, it gives up by itself.
+        // A hypervisor that waits for its socket hears nothing else; without it, it gives up by itself. Its mirrors too.
+        self.stop_disks();
         if let Some(reading) = self.reading.take() {
             reading.abort();
             let _ = reading.await;
@@ -191,7 +196,14 @@ impl Run {
         next.send_bytes_per_second = crate::engine::meter::per_second(read, elapsed);
         next.wire_bytes_per_second = crate::engine::meter::per_second(wire, elapsed);
         next.expected_downtime_seconds = self.said.downtime_expected.map(|expected| expected.as_secs_f64());
-        next.phase_fraction = if self.phase == Phase::Memory && total > 0 { (sent as f64 / total as f64).min(1.0) } else { 0.0 };
+        if let Some(disks) = &self.disks {
+            (next.disk_total_bytes, next.disk_remaining_bytes) = (disks.said.total_bytes, disks.said.remaining_bytes);
+        }
+        next.phase_fraction = match self.phase {
+            Phase::Memory => part(sent, total),
+            Phase::Storage => part(next.disk_total_bytes.saturating_sub(next.disk_remaining_bytes), next.disk_total_bytes),
+            _ => 0.0,
+        };
         self.progress.send_replace(next);
     }
 
@@ -199,6 +211,7 @@ impl Run {
         crate::failpoint::hit!("source.finish");
         let outcome = self.ended.flatten();
         let mut told = true;
+        self.stop_disks();
         if let Some(reading) = self.reading.take() {
             reading.abort();
         }
@@ -258,4 +271,8 @@ impl Run {
         self.evidence.finish_heads(&self.link, migration, &mut self.heads, false, limits::LAST_WORDS).await;
         self.figures.peer_audit_head = self.heads.theirs.take();
     }
+}
+
+fn part(done: u64, total: u64) -> f64 {
+    if total == 0 { 0.0 } else { (done as f64 / total as f64).min(1.0) }
 }

@@ -27,6 +27,7 @@ fn machine() -> Machine {
         regions: vec![region(0, 100), region(1 << 32, PAGES - 100)],
         vcpus: 2,
         profile: serde_json::json!({"cpu": "x"}),
+        disks: Vec::new(),
     }
 }
 

@@ -1,0 +1,249 @@
+//! Disks of a guest that leaves: mirrored before its memory is sent, settled when it stands still.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use tokio::task::JoinHandle;
+
+use super::{Guest, Run, lock};
+use crate::engine::EngineError;
+use crate::engine::disks::{DiskOrder, DiskOut, DiskServer, MirrorPace, digest_disks};
+use crate::engine::handoff::{blocking, joined};
+use crate::hypervisor::{Disk, HypervisorError, MirrorProgress};
+use crate::migration::StreamSourceEvent;
+use crate::telemetry::Phase;
+use crate::types::{MigrationId, VmName};
+use crate::wire::{DiskApplied, DiskDigests, DiskEnd, Message};
+
+/// Disks under way.
+pub(super) struct Disks {
+    order: DiskOrder,
+    all: Vec<Disk>,
+    pub(super) out: Arc<DiskOut>,
+    server: Option<DiskServer>,
+    pub(super) said: MirrorProgress,
+    pace: MirrorPace,
+    blocking: bool,
+    settling: Option<JoinHandle<Result<Settled, EngineError>>>,
+    settled: Option<Settled>,
+}
+
+/// What is said of disks that change no more.
+struct Settled {
+    end: DiskEnd,
+    digests: Option<DiskDigests>,
+    /// What the comparison took of the pause.
+    took: Duration,
+}
+
+impl Disks {
+    pub(super) fn new(order: DiskOrder, all: Vec<Disk>) -> Self {
+        let blocking = order.blocking;
+        Self {
+            order,
+            all,
+            out: Arc::default(),
+            server: None,
+            said: MirrorProgress::default(),
+            pace: MirrorPace::default(),
+            blocking,
+            settling: None,
+            settled: None,
+        }
+    }
+
+    fn bytes(&self) -> u64 {
+        self.all.iter().map(|disk| disk.bytes).fold(0, u64::saturating_add)
+    }
+
+    /// What the pause may last longer for them.
+    pub(super) fn pause(&self) -> Duration {
+        let read = if self.order.verify { self.bytes() as f64 / VERIFY_BYTES_PER_SECOND } else { 0.0 };
+        Duration::from_secs_f64(read)
+    }
+}
+
+/// Waits for the end of settling; for ever where there is none.
+pub(super) async fn settled(disks: &mut Option<Disks>) -> Result<(), EngineError> {
+    let Some(Disks { settling, settled, .. }) = disks else { return std::future::pending().await };
+    let ended = match settling {
+        Some(task) => task.await,
+        None => return std::future::pending().await,
+    };
+    *settling = None;
+    *settled = Some(joined(ended)??);
+    Ok(())
+}
+
+impl Run {
+    /// Opens the lanes, and has the hypervisor write to our end of them.
+    pub(super) async fn mirror(&mut self, lanes: u16) -> Result<(), EngineError> {
+        self.lanes = lanes;
+        let journal = Arc::clone(&self.evidence.journal);
+        joined(tokio::task::spawn_blocking(move || journal.reserve()).await)??;
+        self.phase = Phase::Storage;
+        let vm = self.order.vm.to_string();
+        let Some(disks) = &mut self.disks else { return Err(EngineError::Bug("a mirror without disks".into())) };
+        let local = |source| HypervisorError::Local { vm, what: "cannot listen for disks", source };
+        disks.server = Some(DiskServer::start(&disks.order.socket, &disks.all, Arc::clone(&disks.out)).map_err(local)?);
+        let (at, all, blocking) = (disks.order.socket.clone(), disks.all.clone(), disks.blocking);
+        self.open_lanes().await?;
+        self.beside(move |guest| guest.mirror(&at, &all, blocking)).await?;
+        Ok(())
+    }
+
+    /// Whether these changes can have been applied; then they are.
+    pub(super) fn are_applied(&self, applied: &DiskApplied) -> bool {
+        let ours = applied.migration == self.order.migration;
+        ours && self.disks.as_ref().is_some_and(|disks| disks.out.applied(&applied.changes))
+    }
+
+    /// How the mirrors are, while they are what is waited for.
+    pub(super) async fn look_at_disks(&mut self) -> Option<StreamSourceEvent> {
+        if self.phase != Phase::Storage || self.disks.is_none() {
+            return None;
+        }
+        if self.outage.is_some() {
+            self.disks.as_mut()?.pace.forget();
+            return None;
+        }
+        let said = match self.beside(|guest| guest.mirror_progress()).await {
+            Ok(said) => said,
+            Err(error) => return Some(self.give_up(error)),
+        };
+        let disks = self.disks.as_mut()?;
+        disks.said = said;
+        if said.ready {
+            tracing::info!(migration = %self.order.migration, "disks are equal at both ends");
+            return Some(StreamSourceEvent::Mirrored);
+        }
+        if !disks.blocking && disks.pace.is_hopeless(Instant::now(), &said) {
+            disks.blocking = true;
+            match self.beside(|guest| guest.block_writes()).await {
+                Ok(true) => {
+                    tracing::warn!(migration = %self.order.migration, "the guest writes faster than its disks are copied: it waits")
+                }
+                Ok(false) => {
+                    tracing::warn!(migration = %self.order.migration, "the guest writes faster than its disks are copied, and this QEMU cannot have it wait")
+                }
+                Err(error) => return Some(self.give_up(error)),
+            }
+        }
+        None
+    }
+
+    /// Ends the mirrors beside everything else: what they still copy has to be heard of.
+    pub(super) fn settle(&mut self) -> Result<(), EngineError> {
+        let (guest, within, migration) = (Arc::clone(&self.guest), self.pause_max(), self.order.migration);
+        let disks = self.disks.as_mut().ok_or_else(|| EngineError::Bug("disks to settle that are not there".into()))?;
+        let (out, order, all) = (Arc::clone(&disks.out), disks.order.clone(), disks.all.clone());
+        disks.settling = Some(tokio::spawn(settle(guest, (migration, self.order.vm.clone()), out, order, all, within)));
+        Ok(())
+    }
+
+    pub(super) async fn was_settled(&mut self, settled: Result<(), EngineError>) -> Option<StreamSourceEvent> {
+        self.lap("disks");
+        if let Err(error) = settled {
+            return Some(self.give_up(error));
+        }
+        let disks = self.disks.as_mut()?;
+        // Nobody writes to it any more.
+        disks.server = None;
+        if let Some(Settled { end, took, .. }) = &disks.settled {
+            (self.figures.disks.count, self.figures.disks.bytes) = (disks.all.len(), disks.bytes());
+            self.figures.disks.changed_bytes = end.bytes;
+            self.figures.disks.verify = end.verify.then_some(*took);
+        }
+        if let Err(error) = self.say_disks().await {
+            // It is said again when the link stands.
+            let lost = self.broken(error);
+            if !matches!(lost, StreamSourceEvent::LinkLost) {
+                return Some(lost);
+            }
+            self.link_lost().await;
+        }
+        Some(StreamSourceEvent::Settled)
+    }
+
+    /// That disks change no more, once that is so and where the link stands.
+    pub(super) async fn say_disks(&mut self) -> Result<(), EngineError> {
+        let said = self.disks.as_ref().and_then(|disks| disks.settled.as_ref()).filter(|_| self.outage.is_none());
+        let Some((end, digests)) = said.map(|settled| (settled.end, settled.digests.clone())) else { return Ok(()) };
+        self.say(Message::DiskEnd(end)).await?;
+        match digests {
+            Some(digests) => self.say(Message::DiskDigests(digests)).await,
+            None => Ok(()),
+        }
+    }
+
+    /// Nothing is taken of the hypervisor any more. One that waits for an answer is told that it fails, and goes on.
+    pub(super) fn stop_disks(&mut self) {
+        if let Some(disks) = &mut self.disks {
+            disks.out.close();
+            disks.server = None;
+            if let Some(settling) = disks.settling.take() {
+                settling.abort();
+            }
+        }
+    }
+}
+
+async fn settle(
+    guest: Guest,
+    (migration, vm): (MigrationId, VmName),
+    out: Arc<DiskOut>,
+    order: DiskOrder,
+    all: Vec<Disk>,
+    within: Duration,
+) -> Result<Settled, EngineError> {
+    let DiskOrder { socket, verify, .. } = order;
+    let ending = Arc::clone(&guest);
+    blocking(move || Ok(lock(&ending).end_mirror(within)?)).await?;
+    let (changes, bytes) = out.totals().ok_or_else(|| EngineError::Bug("a mirror that has ended with changes under way".into()))?;
+    let began = Instant::now();
+    let mut digests = None;
+    if verify {
+        let at = socket.with_extension("own");
+        let (own, exported, there) = (Arc::clone(&guest), all.clone(), at.clone());
+        blocking(move || Ok(lock(&own).export(&there, &exported, false)?)).await?;
+        let read = digest_disks(&at, &all).await;
+        let removed = std::fs::remove_file(&at);
+        tracing::debug!(?removed, "socket of own disks");
+        blocking(move || Ok(lock(&guest).end_exports()?)).await?;
+        digests = Some(DiskDigests {
+            migration,
+            digests: read.map_err(|source| EngineError::Disk { vm, what: "its own disks cannot be read".into(), source })?,
+        });
+    }
+    Ok(Settled { end: DiskEnd { migration, changes, bytes, verify }, digests, took: began.elapsed() })
+}
+
+/// WHY: a slow disk; the pause is bounded by it, and what it takes is in the report.
+const VERIFY_BYTES_PER_SECOND: f64 = 100e6;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn settling_is_waited_for_again_when_the_wait_was_dropped() {
+        let order = DiskOrder { socket: "x".into(), verify: false, blocking: false };
+        let mut disks = Some(Disks::new(order, Vec::new()));
+        let (go, gone) = tokio::sync::oneshot::channel::<()>();
+        if let Some(disks) = &mut disks {
+            disks.settling = Some(tokio::spawn(async move {
+                let _ = gone.await;
+                let end = DiskEnd { migration: MigrationId([0; 16]), changes: 1, bytes: 2, verify: false };
+                Ok(Settled { end, digests: None, took: Duration::ZERO })
+            }));
+        }
+        tokio::select! {
+            biased;
+            _ = settled(&mut disks) => panic!("nothing was settled"),
+            () = tokio::task::yield_now() => {}
+        }
+        go.send(()).unwrap();
+        settled(&mut disks).await.unwrap();
+        assert!(disks.unwrap().settled.is_some_and(|settled| settled.end.changes == 1));
+    }
+}

@@ -1,0 +1,226 @@
+//! Disks that move with a QEMU's guest: which, whether they may, and new files for them.
+
+use std::path::Path;
+
+use rustix::fs::statfs;
+
+use crate::config::{self, DiskFormat, Existing};
+use crate::control::{DiskWrites, MigrateRequest, Storage};
+use crate::engine::DiskOrder;
+use crate::gateway::Gateway;
+use crate::gateway::kept::twin_file;
+use crate::hypervisor::qemu::QemuSource;
+use crate::hypervisor::{Address, Disk, HypervisorError, Machine};
+use crate::limits;
+use crate::storage::{self, DiskPlace, LaidDisks};
+use crate::telemetry::{self, Problem, RunningOn};
+use crate::types::MigrationId;
+use crate::wire::ErrorClass;
+
+/// What a request says of disks that are to move.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct DiskWish {
+    /// Compare them in the pause.
+    pub(super) verify: bool,
+    /// Have the guest's writes wait from the beginning.
+    pub(super) blocking: bool,
+}
+
+/// What the note of laid disks is called, beside their twin.
+pub(super) const LAID: &str = "disks";
+/// The socket of either end's hypervisor for its disks.
+pub(super) const SOCKET: &str = "nbd";
+
+/// The disks that move with a guest: all that it can write to, and no other than the configuration lists, if it lists any.
+///
+/// # Errors
+/// What is different, in words.
+pub(super) fn authorised(vm: &config::Vm, found: &[Disk]) -> Result<(), String> {
+    let names = || found.iter().map(|disk| disk.device.as_str()).collect::<Vec<_>>().join("`, `");
+    if vm.disks.is_empty() {
+        return Ok(());
+    }
+    for disk in found {
+        let Some(listed) = vm.disks.iter().find(|listed| listed.device == disk.device) else {
+            return Err(format!("VM `{}` has a disk `{}`, which is none of its `[[vm.disk]]`", vm.name, disk.device));
+        };
+        if disk.bytes > listed.max_size.bytes {
+            let most = listed.max_size.bytes;
+            return Err(format!("disk `{}` of VM `{}` has {} bytes: at most {most} may move", disk.device, vm.name, disk.bytes));
+        }
+    }
+    if found.len() != vm.disks.len() {
+        return Err(format!("VM `{}` has the disks `{}`: its `[[vm.disk]]` lists {}", vm.name, names(), vm.disks.len()));
+    }
+    Ok(())
+}
+
+/// Whether what is offered of disks makes sense, and is what this gateway lets come.
+///
+/// # Errors
+/// `Err(true)` when it makes none; what is wrong, in words.
+pub(super) fn check_offered(vm: &config::Vm, machine: &Machine) -> Result<(), (bool, String)> {
+    let disks = &machine.disks;
+    let twice = |disk: &Disk| disks.iter().filter(|other| other.device == disk.device).count() > 1;
+    let wrong = |disk: &&Disk| {
+        let name = 1..=limits::DISK_NAME_BYTES_MAX;
+        !name.contains(&disk.device.len())
+            || disk.device.contains(char::is_control)
+            || !(1..=limits::DISK_BYTES_MAX).contains(&disk.bytes)
+            || twice(disk)
+    };
+    if disks.len() > limits::DISKS_MAX || disks.iter().any(|disk| wrong(&disk)) {
+        return Err((true, "the list of disks is malformed".to_owned()));
+    }
+    if disks.is_empty() { Ok(()) } else { authorised(vm, disks).map_err(|why| (false, why)) }
+}
+
+/// Files of disks that are on this host alone, as far as that can be seen.
+pub(super) fn local_files(disks: &[(Disk, String)]) -> Vec<String> {
+    /// `statfs` of file systems that are no network's: ext, XFS, Btrfs, F2FS, tmpfs, overlay, ZFS.
+    const LOCAL: [i64; 7] = [0xef53, 0x5846_5342, 0x9123_683e, 0xf2f5_2010, 0x0102_1994, 0x794c_7630, 0x2fc1_2fc1];
+    let local = |file: &&String| {
+        let path = Path::new(file.as_str());
+        let here = path.is_absolute() && path.is_file();
+        here && statfs(path).is_ok_and(|found| LOCAL.contains(&found.f_type))
+    };
+    disks.iter().map(|(_, file)| file).filter(local).cloned().collect()
+}
+
+/// What a request says of disks, if it says anything.
+pub(super) fn wished(vm: &config::Vm, address: &str, request: &MigrateRequest) -> Result<Option<DiskWish>, Problem> {
+    let misuse = |why: String| Problem::new(ErrorClass::Misuse, why).with_running_on(RunningOn::Source);
+    let wish = DiskWish { verify: request.verify_disks, blocking: request.disk_writes == DiskWrites::Blocking };
+    match (request.storage, Address::parse(address)) {
+        (Storage::None, _) if wish.verify || wish.blocking => {
+            Err(misuse("`--verify-disks` and `--disk-writes` are about disks that move: expected `--storage all`".into()))
+        }
+        (Storage::None, _) => Ok(None),
+        (Storage::All, Address::Qemu(_)) => Ok(Some(wish)),
+        (Storage::All, Address::Attach(_)) => {
+            let why = format!("VM `{}` is no QEMU's: moving its disks (`--storage all`) is not built", vm.name);
+            Err(misuse(why).with_code("not-built"))
+        }
+    }
+}
+
+/// Which disks move with a guest that leaves; with none it is said which files the destination will not have.
+pub(super) fn take_along(vm: &config::Vm, guest: &mut QemuSource, all: bool) -> Result<(), Problem> {
+    let unreachable = |error: HypervisorError| Problem::new(ErrorClass::Local, telemetry::chain(&error)).with_code("vmm-unreachable");
+    let found = guest.disks().map_err(unreachable)?;
+    if !all {
+        let files = local_files(&found);
+        if !files.is_empty() {
+            let files = files.join("`, `");
+            tracing::warn!(vm = %vm.name, files, "its disks stay, on a file system of this host: `--storage all` moves them too");
+        }
+        return Ok(());
+    }
+    let disks: Vec<_> = found.into_iter().map(|(disk, _)| disk).collect();
+    authorised(vm, &disks).map_err(|why| Problem::new(ErrorClass::Denied, why).with_code("disks-differ"))?;
+    guest.move_disks(disks);
+    Ok(())
+}
+
+/// Disks as the audit log has them.
+pub(super) fn listed(disks: &[Disk]) -> serde_json::Value {
+    disks.iter().map(|disk| serde_json::json!({ "device": disk.device, "bytes": disk.bytes })).collect()
+}
+
+impl Gateway {
+    /// How disks move with a guest that leaves.
+    pub(super) fn disk_order(&self, migration: MigrationId, DiskWish { verify, blocking }: DiskWish) -> DiskOrder {
+        DiskOrder { socket: twin_file(&self.config.gateway.runtime_directory, migration, SOCKET), verify, blocking }
+    }
+
+    /// Makes files for the disks that come, where the configuration says so; a twin opens them when it is started.
+    pub(super) fn lay_disks(&self, migration: MigrationId, vm: &config::Vm, disks: &[Disk]) -> Result<LaidDisks, storage::LayError> {
+        let place = |disk: &Disk| {
+            let listed = vm.disks.iter().find(|listed| listed.device == disk.device)?;
+            let format = match listed.format {
+                DiskFormat::Raw => storage::DiskFormat::Raw,
+                DiskFormat::Qcow2 => storage::DiskFormat::Qcow2 { cluster_bytes: listed.cluster_size.bytes },
+            };
+            let set_aside = listed.existing == Existing::SetAside;
+            Some(DiskPlace { file: listed.file.clone()?, format, bytes: disk.bytes, set_aside })
+        };
+        let places: Vec<_> = disks.iter().filter_map(place).collect();
+        let note = twin_file(&self.config.gateway.runtime_directory, migration, LAID);
+        LaidDisks::lay(&note, migration, &places)
+    }
+}
+
+/// What an earlier gateway has left of disks of a VM that did not come: its note of them, or a socket.
+pub(super) fn undo_left(note: &Path, promised: bool) {
+    if note.extension().is_some_and(|what| what == SOCKET) {
+        // Nobody listens any more.
+        return drop(std::fs::remove_file(note));
+    }
+    let Some(laid) = LaidDisks::noted(note) else { return };
+    if promised {
+        // A guest may run on them. Whoever refuses it later leaves them to the operator.
+        return laid.keep();
+    }
+    tracing::warn!(note = %note.display(), "disks of a migration that was cut off are removed");
+    laid.undo();
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn vm(disks: &str) -> config::Vm {
+        let text = format!(
+            "[gateway]\nname = \"gw-a\"\nsite = \"dc1\"\n[identity]\ncertificate = \"c\"\nkey = \"k\"\nsigning_key = \"s\"\n\
+            [[identity.trust]]\ndomain = \"example.net\"\nroots = \"r\"\ncrls = [\"l\"]\n\
+            [[vm]]\nname = \"web\"\nuuid = \"00000000-0000-4000-8000-000000000001\"\ntenant = \"t\"\nclassification = \"internal\"\n{disks}"
+        );
+        config::parse(&text, Path::new("gateway.toml")).unwrap().vms[0].clone()
+    }
+
+    fn disk(device: &str, bytes: u64) -> Disk {
+        Disk { device: device.to_owned(), bytes }
+    }
+
+    fn machine(disks: Vec<Disk>) -> Machine {
+        let (kind, uuid) = ("qemu".to_owned(), crate::types::VmUuid([1; 16]));
+        Machine { kind, uuid, regions: Vec::new(), vcpus: 1, profile: serde_json::Value::Null, disks }
+    }
+
+    #[test]
+    fn only_listed_disks_move_where_any_are_listed() {
+        let free = vm("");
+        assert_eq!(authorised(&free, &[disk("a", 1), disk("b", 2)]), Ok(()));
+        let listed = vm("[[vm.disk]]\ndevice = \"a\"\nmax_size = \"1MiB\"\n");
+        assert_eq!(authorised(&listed, &[disk("a", 1 << 20)]), Ok(()));
+        for (found, says) in [
+            (vec![disk("a", 1), disk("b", 1)], "`b`, which is none"),
+            (vec![disk("a", (1 << 20) + 1)], "at most 1048576 may move"),
+            (vec![], "lists 1"),
+        ] {
+            let refused = authorised(&listed, &found).unwrap_err();
+            assert!(refused.contains(says), "{refused}");
+        }
+    }
+
+    #[test]
+    fn a_list_that_makes_no_sense_is_the_peer_s_fault() {
+        let free = vm("");
+        assert_eq!(check_offered(&free, &machine(vec![disk("a", 1), disk("b", 1)])), Ok(()));
+        for hostile in [
+            vec![disk("", 1)],
+            vec![disk("a", 0)],
+            vec![disk("a", u64::MAX)],
+            vec![disk("a\n", 1)],
+            vec![disk(&"a".repeat(256), 1)],
+            vec![disk("a", 1), disk("a", 1)],
+            (0..65).map(|n| disk(&format!("d{n}"), 1)).collect(),
+        ] {
+            assert!(matches!(check_offered(&free, &machine(hostile)), Err((true, _))));
+        }
+        let listed = vm("[[vm.disk]]\ndevice = \"a\"\n");
+        assert!(matches!(check_offered(&listed, &machine(vec![disk("b", 1)])), Err((false, _))));
+        // Disks that stay where they are are none of this.
+        assert_eq!(check_offered(&listed, &machine(Vec::new())), Ok(()));
+    }
+}

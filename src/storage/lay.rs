@@ -1,0 +1,265 @@
+//! New, empty files for the disks of a VM that arrives, and how they go away when it does not.
+//!
+//! A file that is there already is never written to and never deleted: it is renamed, if the configuration lets it be, and renamed
+//! back. Which files are ours the note says, by inode, so that a gateway that was killed in between does not take another's for its
+//! own.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Write};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use serde::{Deserialize, Serialize};
+
+use crate::limits;
+use crate::types::MigrationId;
+
+/// What a disk's file is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DiskFormat {
+    /// The bytes of the disk, with holes.
+    Raw,
+    /// QEMU's own.
+    Qcow2 {
+        /// Bytes of a cluster.
+        cluster_bytes: u64,
+    },
+}
+
+/// Where a disk is laid.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DiskPlace {
+    /// The file, or a block device that is large enough.
+    pub file: PathBuf,
+    /// What it is.
+    pub format: DiskFormat,
+    /// How long the disk is.
+    pub bytes: u64,
+    /// Whether a file that is there makes room.
+    pub set_aside: bool,
+}
+
+/// A disk could not be laid; nothing is left of the others.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot lay a disk of {bytes} bytes at `{}`: {what}", .file.display())]
+pub struct LayError {
+    file: PathBuf,
+    bytes: u64,
+    what: String,
+    #[source]
+    source: Option<io::Error>,
+}
+
+/// Disks that were laid, as they are noted beside their twin.
+#[derive(Debug)]
+#[must_use = "disks are kept or undone"]
+pub struct LaidDisks {
+    note: PathBuf,
+    laid: Vec<Laid>,
+}
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+struct Laid {
+    /// Where the file is made.
+    made_at: PathBuf,
+    file: PathBuf,
+    aside: PathBuf,
+    /// Device and number of the inode that was made.
+    inode: (u64, u64),
+}
+
+impl LaidDisks {
+    /// Makes a file for each place. `note` is written first, and says what to undo if this gateway is killed.
+    ///
+    /// # Errors
+    /// [`LayError`]; whatever was made is undone.
+    pub fn lay(note: &Path, migration: MigrationId, places: &[DiskPlace]) -> Result<Self, LayError> {
+        let mut disks = Self { note: note.to_owned(), laid: Vec::new() };
+        for place in places {
+            if let Err(error) = disks.lay_one(migration, place) {
+                disks.undo();
+                return Err(error);
+            }
+        }
+        Ok(disks)
+    }
+
+    fn lay_one(&mut self, migration: MigrationId, place: &DiskPlace) -> Result<(), LayError> {
+        let failed = |what: &str| {
+            let (file, bytes, what) = (place.file.clone(), place.bytes, what.to_owned());
+            move |source: io::Error| LayError { file, bytes, what, source: Some(source) }
+        };
+        let refused = |what: String| LayError { file: place.file.clone(), bytes: place.bytes, what, source: None };
+        let there = match fs::symlink_metadata(&place.file) {
+            Ok(there) => Some(there),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+            Err(error) => return Err(failed("it cannot be looked at")(error)),
+        };
+        // A volume is there before, and behind a link of LVM's.
+        if fs::metadata(&place.file).is_ok_and(|there| there.file_type().is_block_device()) {
+            return if place.format == DiskFormat::Raw { Ok(()) } else { Err(refused("a block device holds `raw` only".to_owned())) };
+        }
+        if there.as_ref().is_some_and(|there| !there.is_file()) {
+            return Err(refused("something is there that is no file".to_owned()));
+        }
+        if there.is_some() && !place.set_aside {
+            return Err(refused("a file is there already: remove it, or say `existing = \"set-aside\"` of this disk".to_owned()));
+        }
+        let made_at = beside(&place.file, &format!("{migration}.new"));
+        let made = make(&made_at, place).map_err(|(what, source)| LayError { source, ..refused(what) });
+        let made = made.inspect_err(|_| drop(fs::remove_file(&made_at)))?;
+        let metadata = made.metadata().map_err(failed("it cannot be looked at"))?;
+        let aside = beside(&place.file, &format!("before-{migration}"));
+        self.laid.push(Laid {
+            made_at: made_at.clone(),
+            file: place.file.clone(),
+            aside: aside.clone(),
+            inode: (metadata.dev(), metadata.ino()),
+        });
+        self.write_note().map_err(failed("it cannot be noted"))?;
+        if there.is_some() {
+            fs::rename(&place.file, &aside).map_err(failed("the file that is there cannot be renamed"))?;
+        }
+        // A link does not replace what has come in between.
+        fs::hard_link(&made_at, &place.file).map_err(failed("it cannot be given its name"))?;
+        fs::remove_file(&made_at).map_err(failed("its first name cannot be removed"))
+    }
+
+    fn write_note(&self) -> io::Result<()> {
+        let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&self.note)?;
+        file.write_all(&serde_json::to_vec(&self.laid)?)
+    }
+
+    /// The guest has them now. A file that was set aside stays where it is.
+    pub fn keep(self) {
+        // Whether it is there or not.
+        let _ = fs::remove_file(&self.note);
+    }
+
+    /// Removes what was laid, and puts back what was there before.
+    pub fn undo(self) {
+        for Laid { made_at, file, aside, inode } in self.laid {
+            for path in [&made_at, &file] {
+                let ours = fs::symlink_metadata(path).is_ok_and(|there| (there.dev(), there.ino()) == inode);
+                if ours && let Err(error) = fs::remove_file(path) {
+                    tracing::error!(path = %path.display(), %error, "a disk that nobody needs is not removed");
+                }
+            }
+            // Nothing that is there is replaced.
+            if fs::symlink_metadata(&aside).is_ok() && fs::hard_link(&aside, &file).is_ok() {
+                let _ = fs::remove_file(&aside);
+            }
+        }
+        let _ = fs::remove_file(&self.note);
+    }
+
+    /// What a gateway that was killed has noted; nothing when there is no such note.
+    #[must_use]
+    pub fn noted(note: &Path) -> Option<Self> {
+        let laid = serde_json::from_slice(&fs::read(note).ok()?).ok()?;
+        Some(Self { note: note.to_owned(), laid })
+    }
+}
+
+/// A name in the same directory.
+fn beside(file: &Path, what: &str) -> PathBuf {
+    let mut name = file.file_name().unwrap_or_default().to_owned();
+    name.push(format!(".{what}"));
+    file.with_file_name(name)
+}
+
+fn make(path: &Path, place: &DiskPlace) -> Result<File, (String, Option<io::Error>)> {
+    let failed = |what: &str| {
+        let what = what.to_owned();
+        move |error| (what, Some(error))
+    };
+    let made = OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(path).map_err(failed("it cannot be made"))?;
+    let DiskFormat::Qcow2 { cluster_bytes } = place.format else {
+        made.set_len(place.bytes).map_err(failed("it cannot be made so long"))?;
+        return Ok(made);
+    };
+    let mut command = Command::new(QEMU_IMG);
+    command.args(["create", "-q", "-f", "qcow2", "-o", &format!("cluster_size={cluster_bytes}")]).arg(path).arg(place.bytes.to_string());
+    let output = command.stdin(Stdio::null()).output().map_err(failed("`qemu-img` cannot be run"))?;
+    if !output.status.success() {
+        let said = String::from_utf8_lossy(&output.stderr).chars().filter(|c| !c.is_control()).take(limits::REASON_BYTES_MAX / 4).collect();
+        return Err((said, None));
+    }
+    // It has written into the file that was made, or it would be another one now.
+    File::open(path).map_err(failed("it cannot be opened"))
+}
+
+const QEMU_IMG: &str = "qemu-img";
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const ID: MigrationId = MigrationId([7; 16]);
+
+    fn place(file: &Path, set_aside: bool) -> DiskPlace {
+        DiskPlace { file: file.to_owned(), format: DiskFormat::Raw, bytes: 1 << 20, set_aside }
+    }
+
+    fn names(directory: &Path) -> Vec<String> {
+        let mut names: Vec<_> = fs::read_dir(directory).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+        names.sort();
+        names
+    }
+
+    #[test]
+    fn a_file_is_laid_and_kept_or_undone() {
+        let directory = tempfile::tempdir().unwrap();
+        let (note, file) = (directory.path().join("note"), directory.path().join("disk"));
+        let laid = LaidDisks::lay(&note, ID, &[place(&file, false)]).unwrap();
+        assert_eq!(names(directory.path()), ["disk", "note"]);
+        assert_eq!(fs::metadata(&file).unwrap().len(), 1 << 20);
+        laid.undo();
+        assert_eq!(names(directory.path()), [""; 0]);
+        LaidDisks::lay(&note, ID, &[place(&file, false)]).unwrap().keep();
+        assert_eq!(names(directory.path()), ["disk"]);
+    }
+
+    #[test]
+    fn what_is_there_is_neither_written_nor_lost() {
+        let directory = tempfile::tempdir().unwrap();
+        let (note, file) = (directory.path().join("note"), directory.path().join("disk"));
+        fs::write(&file, "mine").unwrap();
+        let refused = LaidDisks::lay(&note, ID, &[place(&file, false)]).unwrap_err().to_string();
+        assert!(refused.contains("set-aside"), "{refused}");
+        let laid = LaidDisks::lay(&note, ID, &[place(&file, true)]).unwrap();
+        assert_eq!(fs::metadata(&file).unwrap().len(), 1 << 20);
+        laid.undo();
+        assert_eq!((fs::read_to_string(&file).unwrap().as_str(), names(directory.path())), ("mine", vec!["disk".to_owned()]));
+        LaidDisks::lay(&note, ID, &[place(&file, true)]).unwrap().keep();
+        let aside = directory.path().join(format!("disk.before-{ID}"));
+        assert_eq!(fs::read_to_string(aside).unwrap(), "mine");
+        // A directory is nobody's disk.
+        let refused = LaidDisks::lay(&note, ID, &[place(directory.path(), true)]).unwrap_err().to_string();
+        assert!(refused.contains("no file"), "{refused}");
+    }
+
+    #[test]
+    fn one_that_cannot_be_laid_undoes_the_others() {
+        let directory = tempfile::tempdir().unwrap();
+        let (note, file) = (directory.path().join("note"), directory.path().join("disk"));
+        let nowhere = directory.path().join("nowhere/disk");
+        LaidDisks::lay(&note, ID, &[place(&file, false), place(&nowhere, false)]).unwrap_err();
+        assert_eq!(names(directory.path()), [""; 0]);
+    }
+
+    #[test]
+    fn a_note_undoes_only_what_it_made() {
+        let directory = tempfile::tempdir().unwrap();
+        let (note, file) = (directory.path().join("note"), directory.path().join("disk"));
+        let _killed = LaidDisks::lay(&note, ID, &[place(&file, false)]).unwrap();
+        // Somebody puts another one there.
+        let other = directory.path().join("other");
+        fs::write(&other, "theirs").unwrap();
+        fs::rename(&other, &file).unwrap();
+        LaidDisks::noted(&note).unwrap().undo();
+        assert_eq!(fs::read_to_string(&file).unwrap(), "theirs");
+        assert!(LaidDisks::noted(&note).is_none());
+    }
+}
