@@ -1,6 +1,6 @@
 //! What one lane carried, counted the same way at both ends.
 
-use xxhash_rust::xxh3::Xxh3Default;
+use twox_hash::XxHash3_128;
 
 use crate::wire::LaneTotals;
 
@@ -10,7 +10,7 @@ pub(super) struct Ledger {
     frames: u64,
     pages: u64,
     bytes: u64,
-    hash: Xxh3Default,
+    hash: XxHash3_128,
 }
 
 impl std::fmt::Debug for Ledger {
@@ -26,7 +26,7 @@ impl Ledger {
         self.pages += pages;
         for part in parts {
             self.bytes += part.len() as u64;
-            self.hash.update(part);
+            self.hash.write(part);
         }
     }
 
@@ -36,6 +36,6 @@ impl Ledger {
     }
 
     pub(super) fn totals(&self) -> LaneTotals {
-        LaneTotals { frames: self.frames, pages: self.pages, bytes: self.bytes, digest: self.hash.digest128() }
+        LaneTotals { frames: self.frames, pages: self.pages, bytes: self.bytes, digest: self.hash.finish_128() }
     }
 }

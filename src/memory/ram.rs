@@ -64,7 +64,7 @@ impl GuestRam {
         }
         let bytes = usize::try_from(expected).unwrap_or(usize::MAX);
         let mapping = MmapRegion::from_file(FileOffset::new(file, 0), bytes).map_err(|source| RamError::Map { bytes: expected, source })?;
-        Ok(Self { layout, mapping })
+        Ok(Self { layout, mapping }.advised())
     }
 
     /// Fresh zeroed memory, private to this process.
@@ -74,7 +74,19 @@ impl GuestRam {
     pub fn anonymous(layout: MemoryLayout) -> Result<Self, RamError> {
         let bytes = layout.bytes();
         let mapping = MmapRegion::new(usize::try_from(bytes).unwrap_or(usize::MAX)).map_err(|source| RamError::Map { bytes, source })?;
-        Ok(Self { layout, mapping })
+        Ok(Self { layout, mapping }.advised())
+    }
+
+    /// Memory that a twin gets is there in pieces of 2 MiB where the host allows it: fewer faults while pages arrive, and fewer
+    /// misses for the guest afterwards. QEMU asks for the same. What is never written stays without memory all the same.
+    #[expect(unsafe_code, reason = "advice about a mapping of ours")]
+    fn advised(self) -> Self {
+        // SAFETY: the mapping is this process's own as long as `self` lives, and huge pages change nothing that can be read in it.
+        let advised = unsafe { rustix::mm::madvise(self.mapping.as_ptr().cast(), self.mapping.size(), rustix::mm::Advice::LinuxHugepage) };
+        if let Err(error) = advised {
+            tracing::debug!(%error, "no huge pages for guest memory");
+        }
+        self
     }
 
     /// Where the RAM lies in guest-physical space.
