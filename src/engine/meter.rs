@@ -4,6 +4,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use crate::memory::PageCounts;
+use crate::wire::Handoff;
 
 /// Counters that the lanes advance and the progress display reads.
 #[derive(Debug, Default)]
@@ -44,7 +45,7 @@ pub struct Figures {
     pub table_bytes: u64,
     /// Time that lanes spent to make frames of pages, all of them together.
     pub encode: Duration,
-    /// From before the pause to the destination's RUNNING.
+    /// From before the pause until the destination said RUNNING, which is taken to have travelled half of a round trip.
     pub downtime: Option<Duration>,
     /// Where the downtime went, in order.
     pub breakdown: Vec<(&'static str, Duration)>,
@@ -93,7 +94,21 @@ impl Stopwatch {
 
     /// Everything since the last lap was spent on `what`.
     pub(super) fn lap(&mut self, what: &'static str) {
+        self.lap_until(what, Instant::now());
+    }
+
+    /// The peer's answer was heard now, with a round trip of `rtt`. What counts of RUNNING is when it was said, half of that earlier:
+    /// the guest runs since then.
+    pub(super) fn heard(&mut self, step: &Handoff, rtt: Duration) {
         let now = Instant::now();
+        match step {
+            Handoff::Prepared { .. } => self.lap_until("destination", now),
+            Handoff::Running => self.lap_until("network", now.checked_sub(rtt / 2).unwrap_or(now).max(self.last)),
+            _ => self.lap_until("network", now),
+        }
+    }
+
+    fn lap_until(&mut self, what: &'static str, now: Instant) {
         let spent = now - self.last;
         self.last = now;
         match self.laps.iter_mut().find(|(name, _)| *name == what) {
@@ -118,4 +133,29 @@ pub(super) fn per_second(bytes: u64, seconds: f64) -> u64 {
     #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a display value; saturates")]
     let rate = (bytes as f64 * 1e6 / micros) as u64;
     rate
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::wire::ErrorClass;
+
+    #[test]
+    fn the_way_of_running_does_not_count_as_pause() {
+        let at = Instant::now().checked_sub(Duration::from_secs(5)).unwrap();
+        let watch = || Stopwatch { start: at, last: at, laps: Vec::new() };
+        let mut long = watch();
+        long.heard(&Handoff::Running, Duration::from_secs(4));
+        assert!((3..5).contains(&long.total().as_secs()), "{:?}", long.total());
+        assert_eq!(long.laps(), [("network", long.total())]);
+
+        // A round trip that was measured wrong does not make what is over undone.
+        let mut wrong = watch();
+        wrong.heard(&Handoff::Running, Duration::from_secs(100));
+        assert_eq!(wrong.total(), Duration::ZERO);
+
+        let mut refused = watch();
+        refused.heard(&Handoff::Refuse { class: ErrorClass::Denied }, Duration::from_secs(4));
+        assert!(refused.total() >= Duration::from_secs(5));
+    }
 }

@@ -65,7 +65,7 @@ impl Run {
         };
         let Heard { step, incarnation_same, position } = heard;
         if let Some(watch) = &mut self.pause {
-            watch.lap(if matches!(step, Handoff::Prepared { .. }) { "destination" } else { "network" });
+            watch.heard(&step, self.link.session.stats().rtt);
         }
         if matches!(&step, Handoff::Prepared { digest } if self.machine.name() == "await-prepared" && self.digest != Some(*digest)) {
             let error = EngineError::Digest { vm: self.order.vm.clone(), what: "the final digest" };

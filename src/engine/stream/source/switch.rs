@@ -84,7 +84,9 @@ impl Run {
         };
         let Heard { step, incarnation_same, position } = heard;
         let prepared = matches!(step, Handoff::Prepared { .. });
-        self.lap(if prepared { "destination" } else { "network" });
+        if let Some(watch) = &mut self.pause {
+            watch.heard(&step, self.link.session.stats().rtt);
+        }
         if matches!(&step, Handoff::Prepared { digest } if self.whole.is_none_or(|whole| whole.final_digest() != *digest)) {
             let error = EngineError::Digest { vm: self.order.vm.clone(), what: "the final digest" };
             self.error.get_or_insert(error);
