@@ -14,9 +14,10 @@ use crate::engine::frames::Frames;
 use crate::engine::handoff::joined;
 use crate::engine::limiter::Limiter;
 use crate::engine::meter::Meter;
+use crate::engine::run_delay::RunDelay;
 use crate::engine::source::{LaneLedger, Manner, Reached};
 use crate::limits;
-use crate::memory::{Adaptation, DUPLICATES_KEY_BYTES, Decoder, Duplicates, Effort, Encoder, GuestRam, PageCounts, PageSet};
+use crate::memory::{Adaptation, DUPLICATES_KEY_BYTES, Decoder, Duplicates, Effort, Encoder, FrameSent, GuestRam, PageCounts, PageSet};
 use crate::transport::LaneIo;
 use crate::types::{LaneIndex, MigrationId, PAGE_BYTES, PageNumber, Round};
 use crate::wire::{After, Compression, FRAME_HEADER_BYTES, FrameHeader, LaneStanding, LaneTotals, StreamTerms, afters};
@@ -204,10 +205,12 @@ impl SourceLane {
     }
 
     /// Learns from a frame that took so long, with the one before it to be sent beside; `path` is what the path takes in a second.
-    fn adapt(&mut self, made: &Made, took: Duration, path: u64, ram: &GuestRam) {
+    /// So long the lane's thread was `delayed`.
+    fn adapt(&mut self, made: &Made, took: Duration, delayed: Duration, path: u64, ram: &GuestRam) {
         let Some(adaptation) = self.adaptation.as_mut().filter(|_| !made.frame.is_empty()) else { return };
         self.frames += 1;
-        adaptation.sent(made.took, took.saturating_sub(made.took), made.content, made.frame.len() as u64, path);
+        let (waiting, wire) = (took.saturating_sub(made.took), made.frame.len() as u64);
+        adaptation.sent(&FrameSent { packing: made.took, waiting, delayed, content: made.content, wire, path });
         if self.encoder.effort() == Effort::None && self.frames % PROBE_EVERY == 1 {
             let started = Instant::now();
             let (content, packed) = self.encoder.probe(ram);
@@ -236,9 +239,10 @@ impl SourceLane {
 /// Sends rounds until there are no more orders or something fails.
 pub(super) async fn send_lane(mut io: LaneIo, shared: SendShared, lane: Arc<Mutex<SourceLane>>, mut rounds: mpsc::Receiver<LaneRound>) {
     let mut held = Some(lane.lock_owned().await);
+    let mut run_delay = RunDelay::of_this_thread();
     while let Some(order) = next_order(&io, &shared, &mut rounds).await {
         let result = match (order, held.take()) {
-            (Ok(order), Some(lane)) => send_round(&mut io, &shared, lane, &order).await,
+            (Ok(order), Some(lane)) => send_round(&mut io, &shared, lane, &order, &mut run_delay).await,
             (Err(error), _) => Err(error),
             (Ok(_), None) => Err(EngineError::Bug("a lane goes on behind an error".into())),
         };
@@ -287,11 +291,13 @@ async fn send_round(
     shared: &SendShared,
     mut lane: HeldLane,
     order: &LaneRound,
+    run_delay: &mut RunDelay,
 ) -> Result<(HeldLane, LaneReport), EngineError> {
     lane.begin(order.round);
     if lane.adapts {
         // What was learned of a link is good for the next round on it.
-        let effort = lane.adaptation.get_or_insert_with(|| Adaptation::new(io.sender.stats().rtt)).effort();
+        let lanes = lane.lanes;
+        let effort = lane.adaptation.get_or_insert_with(|| Adaptation::new(io.sender.stats().rtt, lanes)).effort();
         lane.encoder.set_effort(effort);
     }
     let mut from = Some(PageNumber(0));
@@ -315,7 +321,8 @@ async fn send_round(
         from = None;
         if let Some(made) = making? {
             from = made.next;
-            lane.adapt(&made, since.elapsed(), io.sender.path_rate(), &shared.ram);
+            let delayed = if lane.adapts { run_delay.since_asked() } else { Duration::ZERO };
+            lane.adapt(&made, since.elapsed(), delayed, io.sender.path_rate(), &shared.ram);
             ready = Some(made);
         }
     }

@@ -21,6 +21,7 @@ mod limiter;
 mod link;
 mod meter;
 mod recovery;
+mod run_delay;
 mod search;
 mod sharing;
 mod source;

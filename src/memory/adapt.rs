@@ -6,6 +6,9 @@
 //! Packing rates are measured for the efforts that were used, processors that others use included; those of the others, and how much
 //! is left of the pages at hand, are taken from how much faster or slower, and larger or smaller, they came out than in the table
 //! below. What an effort brought some time ago is no measure: the pages were others.
+//!
+//! Where processors are short, whoever packs takes them from whoever sends, perhaps at both ends. What arrives in a second then
+//! says little of the link: only that it takes at least so much.
 
 use std::time::Duration;
 
@@ -36,6 +39,10 @@ const INCOMPRESSIBLE: f64 = 0.95;
 const FINDING_ROUND_TRIPS: u32 = 12;
 /// Round trips of at least this are a link that is worth packing for before it is known.
 const LONG: Duration = Duration::from_millis(4);
+/// Part of the time that a lane's thread was ready to run and had to wait, from which on processors are short.
+const CONTENDED: f64 = 0.1;
+/// WHY: a short path that carries more bytes a second than 1 Gbit/s is of a network that carries several times as many.
+const FAST_NETWORK: f64 = 150e6;
 
 /// What is known of one lane.
 #[derive(Debug)]
@@ -47,6 +54,11 @@ pub struct Adaptation {
     left: f64,
     /// Bytes a second that the link takes.
     link: f64,
+    /// Of the migration.
+    lanes: f64,
+    short: bool,
+    /// Whether processors were short in the last period.
+    contended: bool,
     /// Until the path has been found nothing is learned.
     finding: Duration,
     /// Bytes of content a second that each effort packs, and how many periods ago it was used.
@@ -54,24 +66,46 @@ pub struct Adaptation {
     /// Since the last decision.
     packing: Duration,
     waiting: Duration,
+    delayed: Duration,
     content: u64,
     wire: u64,
 }
 
+/// A frame that went out.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct FrameSent {
+    /// Spent to make it.
+    pub packing: Duration,
+    /// Until there was room for it.
+    pub waiting: Duration,
+    /// Of all that, ready to run and without a processor.
+    pub delayed: Duration,
+    /// Bytes of pages that went through the codec.
+    pub content: u64,
+    /// Bytes of the frame.
+    pub wire: u64,
+    /// Bytes a second that congestion control holds the path for.
+    pub path: u64,
+}
+
 impl Adaptation {
-    /// On a path with this round trip.
+    /// For one of `lanes` lanes, on a path with this round trip.
     #[must_use]
-    pub fn new(round_trip: Duration) -> Self {
+    pub fn new(round_trip: Duration, lanes: u16) -> Self {
         let at = if round_trip >= LONG { 2 } else { 0 };
         Self {
             at,
             speed: 1.0,
             left: 1.0,
             link: 0.0,
+            lanes: f64::from(lanes),
+            short: round_trip < LONG,
+            contended: false,
             finding: if round_trip >= LONG { round_trip * FINDING_ROUND_TRIPS } else { Duration::ZERO },
             rates: [(0.0, u32::MAX); LADDER.len()],
             packing: Duration::ZERO,
             waiting: Duration::ZERO,
+            delayed: Duration::ZERO,
             content: 0,
             wire: 0,
         }
@@ -83,21 +117,22 @@ impl Adaptation {
         LADDER.get(self.at).map_or(Effort::None, |(effort, ..)| *effort)
     }
 
-    /// A frame went out: `packing` was spent to make it, `waiting` until there was room for it. It has `wire` bytes, for `content`
-    /// bytes of pages that went through the codec; congestion control holds the path for one of `path` bytes a second.
-    pub fn sent(&mut self, packing: Duration, waiting: Duration, content: u64, wire: u64, path: u64) {
-        self.finding = self.finding.saturating_sub(packing + waiting);
+    /// Learns from a frame.
+    pub fn sent(&mut self, frame: &FrameSent) {
+        self.finding = self.finding.saturating_sub(frame.packing + frame.waiting);
         if !self.finding.is_zero() {
             return;
         }
-        self.packing += packing;
-        self.waiting += waiting;
-        self.content += content;
-        self.wire += wire;
+        self.packing += frame.packing;
+        self.waiting += frame.waiting;
+        self.delayed += frame.delayed;
+        self.content += frame.content;
+        self.wire += frame.wire;
         if self.packing + self.waiting >= PERIOD && self.content > 0 {
-            self.learn(path as f64);
+            self.learn(frame.path as f64);
             self.choose();
-            (self.packing, self.waiting, self.content, self.wire) = (Duration::ZERO, Duration::ZERO, 0, 0);
+            (self.packing, self.waiting, self.delayed) = Default::default();
+            (self.content, self.wire) = (0, 0);
         }
     }
 
@@ -128,6 +163,10 @@ impl Adaptation {
         // A lane that waits most of the time waits for the link, and this is what it takes. Any other fills buffers that the link has
         // yet to empty; it knows from congestion control what the link takes.
         self.link = if waiting > packing || path == 0.0 { throughput } else { path };
+        self.contended = self.delayed.as_secs_f64() > (packing + waiting) * CONTENDED;
+        if self.contended && self.short && throughput * self.lanes > FAST_NETWORK {
+            self.link = f64::INFINITY;
+        }
     }
 
     fn choose(&mut self) {
@@ -141,7 +180,8 @@ impl Adaptation {
                 _ => rate * self.speed,
             };
             let left = (left * self.left).min(1.0);
-            (1.0 / rate).max(left / SENDING).max(left / self.link)
+            let (packing, sending) = (1.0 / rate, left / SENDING);
+            if self.contended { packing + sending } else { packing.max(sending) }.max(left / self.link)
         };
         // Whatever is tried: without a codec LZ4 is, now and then.
         let [_, lz4, ..] = LADDER;
@@ -171,9 +211,15 @@ mod tests {
     /// A lane whose processor is so many times as fast as the table's, on a link of so many bytes a second, with pages of which so
     /// much more is left than in the table: its effort after `seconds`.
     fn after(adaptation: &mut Adaptation, speed: f64, link: f64, left: f64, seconds: f64) -> Effort {
+        delayed_after(adaptation, speed, link, left, seconds, 0.0)
+    }
+
+    /// The same where the lane's thread waits for a processor for so much of the time.
+    fn delayed_after(adaptation: &mut Adaptation, speed: f64, link: f64, left: f64, seconds: f64, delayed: f64) -> Effort {
+        let end = seconds;
         let mut time = 0.0;
         let mut frames = 0;
-        while time < seconds {
+        while time < end {
             let (_, rate, ratio) = LADDER[adaptation.at];
             let ratio = if adaptation.at == 0 { 1.0 } else { (ratio * left).min(1.0) };
             let content = 512.0 * 1024.0 / ratio;
@@ -181,9 +227,13 @@ mod tests {
             let packing = content / (rate * speed) + alone;
             // What is sent meanwhile need not be waited for.
             let waiting = (content * ratio / link - packing).max(0.0);
+            let seconds = Duration::from_secs_f64;
             time += packing + waiting;
             #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a test's figures")]
-            adaptation.sent(Duration::from_secs_f64(packing), Duration::from_secs_f64(waiting), content as u64, 512 * 1024, link as u64);
+            let (content, path) = (content as u64, link as u64);
+            let (packing, waiting) = (seconds(packing), seconds(waiting));
+            let delayed = (packing + waiting).mul_f64(delayed);
+            adaptation.sent(&FrameSent { packing, waiting, delayed, content, wire: 512 * 1024, path });
             frames += 1;
             if adaptation.at == 0 && frames % 16 == 0 {
                 let took = 262_144.0 / (LADDER[1].1 * speed);
@@ -196,8 +246,8 @@ mod tests {
 
     #[test]
     fn a_slow_link_is_worth_a_strong_codec_and_a_fast_one_none() {
-        let short = || Adaptation::new(Duration::from_micros(100));
-        let long = || Adaptation::new(Duration::from_millis(50));
+        let short = || Adaptation::new(Duration::from_micros(100), 2);
+        let long = || Adaptation::new(Duration::from_millis(50), 2);
         for (what, link, efforts) in [
             ("loopback", 2e9, &[Effort::None][..]),
             ("10 Gbit/s", 1.25e9, &[Effort::None, Effort::Lz4]),
@@ -214,16 +264,28 @@ mod tests {
 
     #[test]
     fn a_link_that_changes_is_answered_within_a_second() {
-        let mut adaptation = Adaptation::new(Duration::from_micros(100));
+        let mut adaptation = Adaptation::new(Duration::from_micros(100), 2);
         assert_eq!(after(&mut adaptation, 1.0, 2e9, 1.0, 1.0), Effort::None);
         assert!(matches!(after(&mut adaptation, 1.0, 50e6, 1.0, 1.0), Effort::Zstd(_)));
         assert_eq!(after(&mut adaptation, 1.0, 3e9, 1.0, 1.0), Effort::None);
     }
 
     #[test]
+    fn what_packs_takes_the_processor_from_what_sends_where_there_are_too_few() {
+        let short = || Adaptation::new(Duration::from_micros(100), 2);
+        // As much as half of two slow processors sends and receives.
+        assert_ne!(after(&mut short(), 0.4, 200e6, 1.0, 2.0), Effort::None);
+        assert_eq!(delayed_after(&mut short(), 0.4, 200e6, 1.0, 2.0, 0.2), Effort::None);
+        // Of a slow network that is no reason.
+        assert_ne!(delayed_after(&mut short(), 0.4, 50e6, 1.0, 2.0, 0.2), Effort::None);
+        let mut long = Adaptation::new(Duration::from_millis(50), 2);
+        assert_ne!(delayed_after(&mut long, 0.4, 60e6, 1.0, 2.0, 0.2), Effort::None);
+    }
+
+    #[test]
     fn incompressible_pages_go_out_as_they_are() {
         for link in [2e9, 125e6, 12.5e6] {
-            let mut adaptation = Adaptation::new(Duration::from_millis(50));
+            let mut adaptation = Adaptation::new(Duration::from_millis(50), 2);
             let effort = after(&mut adaptation, 1.0, link, 4.0, 2.0);
             let (_, rate, _) = LADDER[adaptation.at];
             assert!(effort == Effort::None || rate > link * 3.0, "{link}: {effort:?}");
@@ -232,7 +294,7 @@ mod tests {
 
     #[test]
     fn a_processor_that_is_busy_tries_less() {
-        let mut adaptation = Adaptation::new(Duration::from_millis(50));
+        let mut adaptation = Adaptation::new(Duration::from_millis(50), 2);
         let effort = after(&mut adaptation, 0.1, 125e6, 1.0, 2.0);
         assert!(matches!(effort, Effort::None | Effort::Lz4), "{effort:?}");
     }

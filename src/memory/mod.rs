@@ -31,7 +31,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::wire::Compression;
 
-pub use adapt::Adaptation;
+pub use adapt::{Adaptation, FrameSent};
 pub use chunk::{ChunkPacker, ChunkUnpacker};
 pub use decode::{DecodeError, Decoder};
 pub use digest::{KeptDigests, StripeDigest, combine_digests, differing_stripes, digest_ram, digest_stripe, digest_stripes, stripe_count};

@@ -14,8 +14,9 @@ use crate::engine::frames::Frames;
 use crate::engine::handoff::joined;
 use crate::engine::limiter::Limiter;
 use crate::engine::meter::Meter;
+use crate::engine::run_delay::RunDelay;
 use crate::limits;
-use crate::memory::{Adaptation, ChunkPacker, ChunkUnpacker, Effort};
+use crate::memory::{Adaptation, ChunkPacker, ChunkUnpacker, Effort, FrameSent};
 use crate::transport::LaneIo;
 use crate::types::{LaneIndex, MigrationId};
 use crate::wire::{Compression, CompressionScope, DiskChunk, FRAME_HEADER_BYTES, FrameHeader, FrameKind, StreamChunk, StreamTerms};
@@ -120,10 +121,12 @@ impl Sending {
         Made { frame, packed, content: piece.bytes.len() as u64, took, probe }
     }
 
-    /// Learns from a frame, beside which the one before it was sent in `sent`; `path` is what the path takes in a second.
-    fn adapt(&mut self, made: &Made, sent: Duration, path: u64) {
+    /// Learns from a frame, beside which the one before it was sent in `sent`; the lane's thread was `delayed`, and `path` is what the path takes in a
+    /// second.
+    fn adapt(&mut self, made: &Made, sent: Duration, delayed: Duration, path: u64) {
         let Some(adaptation) = self.adaptation.as_mut().filter(|_| made.content > 0) else { return };
-        adaptation.sent(made.took, sent.saturating_sub(made.took), made.content, made.frame.len() as u64, path);
+        let (waiting, wire) = (sent.saturating_sub(made.took), made.frame.len() as u64);
+        adaptation.sent(&FrameSent { packing: made.took, waiting, delayed, content: made.content, wire, path });
         if let Some((packed, took)) = made.probe {
             adaptation.probed(usize::try_from(made.content).unwrap_or(0), packed, took);
         }
@@ -136,13 +139,13 @@ async fn send_pieces(io: &mut LaneIo, shared: &SendShared) -> Result<std::conver
     let mut lane = Box::new(Sending {
         packer: ChunkPacker::new(&shared.terms, shared.level, shared.lane_bytes),
         changes: shared.disks.is_some().then(|| ChunkPacker::new(&by_itself(&shared.terms), shared.level, shared.lane_bytes)),
-        adaptation: adapts.then(|| Adaptation::new(io.sender.stats().rtt)),
+        adaptation: adapts.then(|| Adaptation::new(io.sender.stats().rtt, shared.terms.lanes)),
         sequence: 0,
     });
     if let Some(adaptation) = &lane.adaptation {
         lane.packer.set_effort(adaptation.effort());
     }
-    let (index, mut ready) = (io.lane, None);
+    let (index, mut ready, mut run_delay) = (io.lane, None, RunDelay::of_this_thread());
     loop {
         let making = async {
             let work = next_work(shared).await;
@@ -163,7 +166,7 @@ async fn send_pieces(io: &mut LaneIo, shared: &SendShared) -> Result<std::conver
         };
         let (made, held) = made;
         lane = held;
-        lane.adapt(&made, sent, io.sender.path_rate());
+        lane.adapt(&made, sent, run_delay.since_asked(), io.sender.path_rate());
         ready = Some((made.frame, made.packed));
     }
 }
