@@ -79,7 +79,7 @@ impl Question<'_> {
     }
 
     /// The circumstances, with these terms of the stream.
-    fn context(&self, stream: Option<&Stream>) -> Result<Context, String> {
+    pub(super) fn context(&self, stream: Option<&Stream>) -> Result<Context, String> {
         match self {
             Self::Request(_, context) => context.context(stream.unwrap_or(&context.stream)),
             Self::Release(_, context) | Self::Accept(_, context) | Self::Commit(_, context) => {
@@ -98,7 +98,7 @@ impl Question<'_> {
         }
     }
 
-    fn principal_uid(&self) -> Result<EntityUid, String> {
+    pub(super) fn principal_uid(&self) -> Result<EntityUid, String> {
         let id = self.principal();
         match self {
             Self::Request(..) | Self::Resolve(..) if id.is_empty() || id.len() > limits::OPERATOR_ID_BYTES_MAX => {
@@ -422,8 +422,8 @@ impl PolicySet {
         };
         let (action, candidates) = (uid("Action", question.action())?, policies.candidates(question.action(), principal, resource));
         let context = question.context(stream)?;
-        let request = cedar_policy::Request::new(principal_uid, action, resource_uid, context, Some(&self.checked.schema))
-            .map_err(|error| error.to_string())?;
+        // Its shape was compared with the schema when the set was loaded (`shapes.rs`): that takes longer than to decide.
+        let request = cedar_policy::Request::new(principal_uid, action, resource_uid, context, None).map_err(|error| error.to_string())?;
         let ask = |entities: &cedar_policy::Entities| self.checked.authorizer.is_authorized(&request, &candidates, entities);
         if listed {
             return Ok(ask(&self.known.all));

@@ -16,7 +16,7 @@ use crate::policy::errors::{PolicyErrors, PolicyProblem};
 use crate::policy::index::Index;
 use crate::policy::obligations::Obligations;
 use crate::policy::permit::{Accept, Action, Commit, Release, Request, Resolve};
-use crate::policy::{SCHEMA, lint, shape};
+use crate::policy::{SCHEMA, lint, shape, shapes};
 
 /// One policy file, already read.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -156,7 +156,9 @@ impl PolicySet {
 const ACTIONS: [&str; 5] = [Request::NAME, Release::NAME, Accept::NAME, Commit::NAME, Resolve::NAME];
 
 fn schema() -> Result<Schema, PolicyProblem> {
-    Schema::from_str(SCHEMA).map_err(|error| PolicyProblem::of_set(format!("the built-in schema does not parse: {error}")))
+    let schema = Schema::from_str(SCHEMA);
+    let schema = schema.map_err(|error| PolicyProblem::of_set(format!("the built-in schema does not parse: {error}")))?;
+    shapes::check(&schema).map(|()| schema).map_err(PolicyProblem::of_set)
 }
 
 /// Length-prefixed, so that no two different lists of files give the same bytes.

@@ -18,7 +18,7 @@
 //! *Invariants.*
 //! INVARIANT(default-deny): nothing is permitted unless a permit policy matched and no forbid did.
 //! INVARIANT(no-skipped-forbid): Cedar skips a policy that fails to evaluate, which would open what a forbid
-//! closes; here any evaluation error, like any fact that does not fit the schema, is a denial.
+//! closes; here any evaluation error, like any fact that cannot be put to Cedar, is a denial.
 //! INVARIANT(checked-before-use): a set exists only if it has a policy, every policy has a unique `@id`, and
 //! strict validation against the schema gave neither error nor warning.
 //!
@@ -37,6 +37,7 @@ mod obligations;
 mod permit;
 mod reach;
 mod shape;
+mod shapes;
 #[cfg(test)]
 mod tests;
 
