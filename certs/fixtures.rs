@@ -7,6 +7,9 @@
 #![allow(dead_code, missing_docs, reason = "each test uses its part")]
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "test support: a fixture that cannot be made fails its test")]
 
+#[path = "raw.rs"]
+pub mod raw;
+
 use std::fs;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
@@ -276,6 +279,9 @@ impl World {
         world.raw_encodings();
         world.issuers_and_dates();
         world.revocation_and_domains();
+        for (name, leaf, expected) in raw::leaves(&world.root, "root 1") {
+            world.refuse(name, leaf, expected);
+        }
         world
     }
 

@@ -293,6 +293,7 @@ impl Gateway {
         entry.migration = Some(report.migration_id);
         entry.detail.insert("state".into(), serde_json::to_value(report.state).unwrap_or_default());
         entry.detail.insert("running_on".into(), serde_json::to_value(report.running_on).unwrap_or_default());
+        entry.detail.insert("wire_bytes".into(), report.wire_bytes.into());
         if let Some(error) = &report.error {
             entry.detail.insert("why".into(), error.message.clone().into());
             put_class(&mut entry, error.class);

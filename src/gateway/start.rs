@@ -17,7 +17,7 @@ use crate::gateway::registry::Registry;
 use crate::gateway::serve::SocketKind;
 use crate::gateway::{Gateway, IMAGES, callers, kept, peers, put_class, renewal, serve};
 use crate::hypervisor::LaunchTemplate;
-use crate::identity::{Credentials, IdentityConfig, PostQuantum, Signer, TrustDomainConfig};
+use crate::identity::{Credentials, IdentityConfig, PeerRole, PostQuantum, Signer, TrustDomainConfig};
 use crate::journal::Journal;
 use crate::limits;
 use crate::policy::PolicySet;
@@ -196,8 +196,13 @@ fn put_policies(entry: &mut Entry, policies: &PolicySet) {
     }
 }
 
+/// Code of a problem with certificates or CRLs.
+const IDENTITY: &str = "identity";
+
+/// What was read and is not put in force.
 fn refused_entry(problem: &Problem) -> Entry {
-    let mut entry = Entry::new(Event::PolicyLoaded).outcome(Outcome::Failed);
+    let event = if problem.code == IDENTITY { Event::IdentityRefused } else { Event::PolicyRefused };
+    let mut entry = Entry::new(event).outcome(Outcome::Refused);
     // Policies can have more mistakes than a line has room for.
     let why: String = problem.message.chars().take(limits::REASON_BYTES_MAX).collect();
     entry.detail.insert("why".into(), why.into());
@@ -271,7 +276,7 @@ impl Gateway {
         let reloaded = tokio::task::spawn_blocking(move || {
             gateway.files.reading(&gateway.config);
             let policies = load_policies(&gateway.config)?.keep(&gateway.config)?;
-            gateway.credentials.reload().map_err(|error| Problem::new(error.class(), chain(&error)).with_code("identity"))?;
+            gateway.credentials.reload().map_err(|error| Problem::new(error.class(), chain(&error)).with_code(IDENTITY))?;
             gateway.judge.replace(policies);
             Ok::<_, Problem>(gateway.judge.policies())
         })
@@ -311,7 +316,11 @@ impl Gateway {
                 }
                 let mut entry = Entry::new(Event::SessionRefused).outcome(Outcome::Refused);
                 entry.peer = refusal.claimed.map(|spiffe| spiffe.to_string());
+                let role = if refusal.role == PeerRole::Client { "client" } else { "server" };
+                entry.detail.insert("role".into(), role.into());
+                entry.detail.insert("reason".into(), refusal.reason.code().into());
                 entry.detail.insert("why".into(), refusal.reason.to_string().into());
+                entry.detail.insert("leaf_sha256".into(), crate::gateway::judge::hex(&refusal.leaf_sha256).into());
                 self.note(entry).await;
             }
         }

@@ -205,8 +205,7 @@ fn read_state(config: &IdentityConfig, provider: &CryptoProvider, now: SystemTim
         None => return Err(own_certificate(super::RefusalReason::NoCertificate)),
     };
     let certified = read_key(config, provider, chain)?;
-    let signing_key = read_private(&config.signing_key, "signing key")?;
-    let signer = Signer::from_pkcs8_pem(&signing_key, &config.signing_key)?;
+    let signer = Signer::read(&config.signing_key)?;
     let trust = TrustState::load(&config.trust, now)?;
     Ok(State { certified: Arc::new(certified), own, signer: Arc::new(signer), trust })
 }

@@ -11,14 +11,14 @@ use rustls::pki_types::CertificateRevocationListDer;
 use rustls::pki_types::pem::PemObject;
 use serde::{Deserialize, Serialize};
 use x509_parser::certificate::X509Certificate;
-use x509_parser::error::X509Error;
 use x509_parser::prelude::FromDer;
 use x509_parser::revocation_list::CertificateRevocationList;
 
 use super::error::IdentityError;
 use super::files;
 use super::keys::read_bounded;
-use super::leaf::{hex, sha256, unhex};
+use super::leaf::{self, hex, sha256, unhex};
+use super::strength::{self, BadSignature};
 use super::time::{from_seconds, to_seconds};
 use crate::limits;
 
@@ -112,13 +112,7 @@ fn read(path: &Path, roots: &[X509Certificate<'_>], now: SystemTime) -> Result<V
 
 fn parse(der: &[u8], path: &Path, roots: &[X509Certificate<'_>], now: SystemTime) -> Result<Crl, IdentityError> {
     let malformed = |expected| IdentityError::Malformed { what: "CRL", path: path.to_owned(), expected };
-    let list = webpki::OwnedCertRevocationList::from_der(der).map_err(|error| {
-        malformed(match error {
-            webpki::Error::UnsupportedDeltaCrl => "a complete CRL, not a delta",
-            webpki::Error::UnsupportedIndirectCrl => "a direct CRL of one issuer",
-            _ => "a version 2 CRL with a nextUpdate",
-        })
-    })?;
+    let list = webpki::OwnedCertRevocationList::from_der(der).map_err(|error| malformed(expected(&error)))?;
     let (_, fields) = CertificateRevocationList::from_der(der).map_err(|_| malformed("a version 2 CRL with a nextUpdate"))?;
     fields.tbs_cert_list.extensions_map().map_err(|_| malformed("each extension once"))?;
     let number = fields.crl_number().ok_or_else(|| malformed("a CRL number"))?;
@@ -127,10 +121,13 @@ fn parse(der: &[u8], path: &Path, roots: &[X509Certificate<'_>], now: SystemTime
     let list = webpki::CertRevocationList::from(list);
     if list.issuing_distribution_point().is_some() {
         // A partition cannot be "the newest CRL of its issuer", which is all that this module keeps.
-        return Err(malformed("a CRL of everything its issuer issued, not a partition"));
+        return Err(malformed(PARTITION));
     }
     if age.this_update > now {
         return Err(IdentityError::CrlFromFuture { path: path.to_owned(), this_update: age.this_update });
+    }
+    if !fields.iter_revoked_certificates().all(|entry| leaf::is_shortest(entry.raw_serial())) {
+        return Err(malformed("every serial number in its shortest form"));
     }
     check_signature(&fields, path, roots)?;
     Ok(Crl {
@@ -143,18 +140,40 @@ fn parse(der: &[u8], path: &Path, roots: &[X509Certificate<'_>], now: SystemTime
     })
 }
 
+/// What a CRL would have to be, where it is not.
+fn expected(error: &webpki::Error) -> &'static str {
+    use webpki::Error as E;
+    match error {
+        E::UnsupportedDeltaCrl => "a complete CRL, not a delta",
+        E::UnsupportedIndirectCrl => "a direct CRL of one issuer",
+        E::UnsupportedCrlIssuingDistributionPoint | E::UnsupportedRevocationReasonsPartitioning => PARTITION,
+        E::UnsupportedCriticalExtension => "no critical extension but those that are understood here",
+        E::UnsupportedRevocationReason => "reasons for revocation of RFC 5280",
+        E::UnsupportedCrlVersion => "version 2",
+        E::InvalidCrlNumber => "a CRL number of 1 to 20 octets",
+        E::InvalidSerialNumber => "serial numbers",
+        E::SignatureAlgorithmMismatch => "one signature algorithm, inside and outside",
+        E::ExtensionValueInvalid => "each extension once, and as RFC 5280 has it",
+        _ => "a version 2 CRL with a nextUpdate and a number",
+    }
+}
+
+const PARTITION: &str = "a CRL of everything its issuer issued, not a partition";
+
 /// A CRL that names one of our roots must be signed by it, or a forged one with a high number would
 /// displace the real one. CRLs of intermediates are checked against the chain that a peer presents.
 fn check_signature(crl: &CertificateRevocationList<'_>, path: &Path, roots: &[X509Certificate<'_>]) -> Result<(), IdentityError> {
-    let mut candidates = roots.iter().filter(|root| root.subject().as_raw() == crl.issuer().as_raw()).peekable();
-    if candidates.peek().is_none() {
-        return Ok(());
+    if !strength::is_signed_well(crl) {
+        return Err(IdentityError::CrlAlgorithm { path: path.to_owned() });
     }
-    // What this library cannot verify, path validation decides for each peer.
-    let verifies = |root: &X509Certificate<'_>| {
-        !matches!(crl.verify_signature(root.public_key()), Err(X509Error::SignatureVerificationError | X509Error::InvalidSignatureValue))
-    };
-    if candidates.any(verifies) { Ok(()) } else { Err(IdentityError::CrlForged { path: path.to_owned() }) }
+    let candidates = roots.iter().filter(|root| root.subject().as_raw() == crl.issuer().as_raw());
+    // The last root of this name has the last word, unless one of them signed it.
+    let verified = candidates.map(|root| strength::check_crl(crl, root.public_key())).reduce(Result::or);
+    match verified.unwrap_or(Ok(())) {
+        Ok(()) => Ok(()),
+        Err(BadSignature::Algorithm) => Err(IdentityError::CrlAlgorithm { path: path.to_owned() }),
+        Err(BadSignature::Wrong) => Err(IdentityError::CrlForged { path: path.to_owned() }),
+    }
 }
 
 /// The newest CRL seen of each issuer in each trust domain, so that an old one is never accepted again.

@@ -79,6 +79,12 @@ pub enum RefusalReason {
     /// ExtendedKeyUsage lacks clientAuth.
     #[error("the peer's certificate has an ExtendedKeyUsage without clientAuth")]
     NoClientAuth,
+    /// A key of the chain is of a kind or length that nothing is believed by.
+    #[error("a certificate in the peer's chain has a key that proves nothing: {detail}")]
+    UnfitKey {
+        /// What is wrong with it.
+        detail: &'static str,
+    },
     /// The leaf is not valid yet.
     #[error("the peer's certificate is valid from {}", Stamp(*not_before))]
     NotYetValid {
@@ -209,6 +215,7 @@ impl RefusalReason {
             Self::NoExtendedKeyUsage => "no-extended-key-usage",
             Self::NoServerAuth => "no-server-auth",
             Self::NoClientAuth => "no-client-auth",
+            Self::UnfitKey { .. } => "unfit-key",
             Self::NotYetValid { .. } => "not-yet-valid",
             Self::Expired { .. } => "expired",
             Self::InvalidValidity => "invalid-validity",
@@ -357,6 +364,22 @@ pub enum IdentityError {
         path: PathBuf,
         /// Its subject.
         subject: String,
+    },
+    /// A root that cannot be one.
+    #[error("root in `{path}` with subject `{subject}` cannot be trusted: {why}")]
+    RootUnfit {
+        /// The file.
+        path: PathBuf,
+        /// Its subject.
+        subject: String,
+        /// What is wrong with it.
+        why: &'static str,
+    },
+    /// A CRL that is signed by an algorithm that proves nothing.
+    #[error("CRL `{path}` is signed by an algorithm that is not good enough, or not by one of its issuer's key")]
+    CrlAlgorithm {
+        /// The file.
+        path: PathBuf,
     },
     /// A CRL of the future.
     #[error("CRL `{path}` is issued in the future, at {}", Stamp(*this_update))]

@@ -38,6 +38,14 @@ impl Signer {
         Ok(Self { pair })
     }
 
+    /// Reads such a key from a file that nobody but its owner may be able to read.
+    ///
+    /// # Errors
+    /// The file cannot be read, is exposed, or holds no such key.
+    pub fn read(path: &Path) -> Result<Self, IdentityError> {
+        Self::from_pkcs8_pem(&read_private(path, "signing key")?, path)
+    }
+
     /// The signature of `message`.
     #[must_use]
     pub fn sign(&self, message: &[u8]) -> [u8; 64] {

@@ -11,6 +11,7 @@ use x509_parser::extensions::GeneralName;
 use x509_parser::prelude::FromDer;
 
 use super::error::RefusalReason;
+use super::strength;
 use super::time::from_seconds;
 use crate::types::{PeerName, SpiffeId};
 
@@ -33,10 +34,14 @@ pub(super) struct Leaf {
 /// Reads a leaf and applies every rule that needs no trust.
 pub(super) fn read(der: &CertificateDer<'_>) -> Result<Leaf, RefusalReason> {
     let certificate = parse(der)?;
+    check_form(&certificate).map_err(malformed)?;
     let spiffe = spiffe_id(&certificate)?;
     check_basic_constraints(&certificate)?;
     check_key_usage(&certificate)?;
     check_extended_key_usage(&certificate)?;
+    if let Some(detail) = strength::unfit(certificate.public_key()) {
+        return Err(RefusalReason::UnfitKey { detail });
+    }
     let validity = certificate.validity();
     Ok(Leaf {
         spiffe,
@@ -69,6 +74,31 @@ fn parse<'a>(der: &'a CertificateDer<'_>) -> Result<X509Certificate<'a>, Refusal
     }
 }
 
+/// What RFC 5280 wants of the form of every certificate, and neither library looks at.
+pub(super) fn check_form(certificate: &X509Certificate<'_>) -> Result<(), &'static str> {
+    // Section 4.2: "A certificate MUST NOT include more than one instance of a particular extension."
+    certificate.extensions_map().map_err(|_| "an extension is there twice")?;
+    // Section 4.1.2.2. A number with two encodings could be revoked by the one and presented by the other.
+    let serial = certificate.raw_serial();
+    let positive = serial.iter().any(|byte| *byte != 0) && serial.first().is_some_and(|byte| byte & 0x80 == 0);
+    // Some authorities do not count the byte that is there for the sign.
+    let bytes = serial.strip_prefix(&[0]).unwrap_or(serial).len();
+    if positive && is_shortest(serial) && bytes <= SERIAL_BYTES_MAX { Ok(()) } else { Err("serialNumber") }
+}
+
+/// RFC 5280, section 4.1.2.2.
+const SERIAL_BYTES_MAX: usize = 20;
+
+/// Whether an INTEGER has no byte too many, as DER wants it.
+pub(super) fn is_shortest(integer: &[u8]) -> bool {
+    match integer {
+        [] => false,
+        [0x00, next, ..] => next & 0x80 != 0,
+        [0xff, next, ..] => next & 0x80 == 0,
+        _ => true,
+    }
+}
+
 fn malformed(detail: &'static str) -> RefusalReason {
     RefusalReason::MalformedCertificate { detail }
 }
@@ -76,6 +106,9 @@ fn malformed(detail: &'static str) -> RefusalReason {
 fn spiffe_id(certificate: &X509Certificate<'_>) -> Result<SpiffeId, RefusalReason> {
     let names = certificate.subject_alternative_name().map_err(|_| malformed("subjectAltName"))?;
     let names = &names.ok_or(RefusalReason::NoSubjectAltName)?.value.general_names;
+    if names.iter().any(|name| matches!(name, GeneralName::Invalid(tag, _) if tag.0 != URI_TAG)) {
+        return Err(malformed("subjectAltName"));
+    }
     let mut uris = names.iter().filter_map(|name| match name {
         GeneralName::URI(uri) => Some(Ok(*uri)),
         GeneralName::Invalid(tag, bytes) if tag.0 == URI_TAG => Some(Err(*bytes)),
@@ -94,7 +127,14 @@ fn spiffe_id(certificate: &X509Certificate<'_>) -> Result<SpiffeId, RefusalReaso
 
 fn check_basic_constraints(certificate: &X509Certificate<'_>) -> Result<(), RefusalReason> {
     let constraints = certificate.basic_constraints().map_err(|_| malformed("basicConstraints"))?;
-    if constraints.is_some_and(|constraints| constraints.value.ca) { Err(RefusalReason::CaCertificate) } else { Ok(()) }
+    // Sections 4.2.1.9 and 4.2.1.10: limits on what is issued, where nothing may be.
+    let names = certificate.name_constraints().map_err(|_| malformed("nameConstraints"))?;
+    match constraints {
+        Some(constraints) if constraints.value.ca => Err(RefusalReason::CaCertificate),
+        Some(constraints) if constraints.value.path_len_constraint.is_some() => Err(malformed("basicConstraints")),
+        _ if names.is_some() => Err(malformed("nameConstraints of a leaf")),
+        _ => Ok(()),
+    }
 }
 
 fn check_key_usage(certificate: &X509Certificate<'_>) -> Result<(), RefusalReason> {

@@ -25,6 +25,7 @@ mod key_exchange;
 mod keys;
 mod leaf;
 mod peer;
+mod strength;
 #[cfg(test)]
 mod tests;
 mod time;

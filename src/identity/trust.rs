@@ -19,6 +19,7 @@ use super::error::{IdentityError, RefusalReason};
 use super::keys::read_bounded;
 use super::leaf::{self, Leaf};
 use super::peer::PeerIdentity;
+use super::strength;
 use super::time::{from_seconds, from_unix, to_unix};
 use crate::{limits, types};
 
@@ -26,6 +27,9 @@ use crate::{limits, types};
 const EKU_SERVER_AUTH: &[u8] = &[43, 6, 1, 5, 5, 7, 3, 1];
 /// DER contents of the OID 1.3.6.1.5.5.7.3.2.
 const EKU_CLIENT_AUTH: &[u8] = &[43, 6, 1, 5, 5, 7, 3, 2];
+
+/// DER contents of the OIDs of what is heeded in a root: keyUsage, basicConstraints, nameConstraints.
+const HEEDED: [&[u8]; 3] = [&[0x55, 0x1d, 15], &[0x55, 0x1d, 19], &[0x55, 0x1d, 30]];
 
 /// Which end of a handshake the verified peer is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -148,6 +152,10 @@ impl TrustDomain {
                     .map(drop)
             })
             .map_err(|error| self.reason(name, leaf, now, error))
+            .map_err(|reason| match reason {
+                RefusalReason::BadSignature | RefusalReason::Unsupported { .. } => of_a_weak_issuer(leaf, intermediates).unwrap_or(reason),
+                _ => reason,
+            })
     }
 
     /// Translates webpki's verdict, telling the leaf from its issuers.
@@ -155,7 +163,7 @@ impl TrustDomain {
         use webpki::Error as E;
         let domain = name.to_owned();
         match error {
-            E::CertExpired { .. } if now > leaf.not_after => RefusalReason::Expired { not_after: leaf.not_after },
+            E::CertExpired { .. } | E::BadDerTime if now > leaf.not_after => RefusalReason::Expired { not_after: leaf.not_after },
             E::CertExpired { not_after, .. } => RefusalReason::IssuerExpired { not_after: from_unix(not_after) },
             E::CertNotValidYet { .. } if now < leaf.not_before => RefusalReason::NotYetValid { not_before: leaf.not_before },
             E::CertNotValidYet { not_before, .. } => RefusalReason::IssuerNotYetValid { not_before: from_unix(not_before) },
@@ -197,11 +205,26 @@ impl TrustDomain {
     }
 }
 
+/// Path validation says of a key that it does not take only that nothing fits: whether an issuer of the leaf, by their names, has one.
+fn of_a_weak_issuer(leaf: &Leaf, intermediates: &[CertificateDer<'_>]) -> Option<RefusalReason> {
+    let issuers: Vec<_> = intermediates.iter().filter_map(|der| Some(X509Certificate::from_der(der).ok()?.1)).collect();
+    let mut name = leaf.issuer_der.as_slice();
+    for _ in 0..issuers.len() {
+        let issuer = issuers.iter().find(|issuer| issuer.subject().as_raw() == name)?;
+        if let Some(detail) = strength::unfit(issuer.public_key()) {
+            return Some(RefusalReason::UnfitKey { detail });
+        }
+        name = issuer.issuer().as_raw();
+    }
+    None
+}
+
 /// webpki looks at an issuer's BasicConstraints only; one whose KeyUsage lacks keyCertSign may not issue.
 fn issuers_may_issue(path: &webpki::VerifiedPath<'_>) -> Result<(), webpki::Error> {
     for issuer in path.intermediate_certificates() {
         let der = issuer.der();
         let (_, issuer) = X509Certificate::from_der(&der).map_err(|_| webpki::Error::BadDer)?;
+        leaf::check_form(&issuer).map_err(|_| webpki::Error::MalformedExtensions)?;
         let usage = issuer.key_usage().map_err(|_| webpki::Error::MalformedExtensions)?;
         if usage.is_some_and(|usage| !usage.value.key_cert_sign()) {
             return Err(webpki::Error::EndEntityUsedAsCa);
@@ -252,8 +275,7 @@ fn load_domain(config: &TrustDomainConfig, now: SystemTime) -> Result<TrustDomai
     let path = &config.roots;
     let ders = read_certificates(path, "root certificates", limits::ROOTS_PER_DOMAIN_MAX)?;
     let malformed = || IdentityError::Malformed { what: "root certificates", path: path.clone(), expected: "X.509 certificates in PEM" };
-    let certificates: Vec<_> =
-        ders.iter().map(|der| X509Certificate::from_der(der).map(|(_, root)| root)).collect::<Result<_, _>>().map_err(|_| malformed())?;
+    let certificates: Vec<_> = ders.iter().map(|der| whole(der)).collect::<Option<_>>().ok_or_else(malformed)?;
     let mut roots = Vec::with_capacity(ders.len());
     for (der, certificate) in ders.iter().zip(&certificates) {
         let is_ca = matches!(certificate.basic_constraints(), Ok(Some(constraints)) if constraints.value.ca);
@@ -261,9 +283,16 @@ fn load_domain(config: &TrustDomainConfig, now: SystemTime) -> Result<TrustDomai
             Ok(usage) => usage.is_none_or(|usage| usage.value.key_cert_sign()),
             Err(_) => false,
         };
+        let subject = || certificate.subject().to_string().chars().take(80).flat_map(char::escape_default).collect();
         if !is_ca || !may_issue {
-            let subject = certificate.subject().to_string().chars().take(80).flat_map(char::escape_default).collect();
-            return Err(IdentityError::RootNotAuthority { path: path.clone(), subject });
+            return Err(IdentityError::RootNotAuthority { path: path.clone(), subject: subject() });
+        }
+        if let Some(why) = strength::unfit(certificate.public_key()) {
+            return Err(IdentityError::RootUnfit { path: path.clone(), subject: subject(), why });
+        }
+        if certificate.extensions().iter().any(|extension| extension.critical && !HEEDED.contains(&extension.oid.as_bytes())) {
+            let why = "it has a critical extension that is not heeded here";
+            return Err(IdentityError::RootUnfit { path: path.clone(), subject: subject(), why });
         }
         roots.push(Root {
             anchor: webpki::anchor_from_trusted_cert(der).map_err(|_| malformed())?.to_owned(),
@@ -273,6 +302,12 @@ fn load_domain(config: &TrustDomainConfig, now: SystemTime) -> Result<TrustDomai
     }
     let crls = crl::load(&config.crls, &certificates, now)?;
     Ok(TrustDomain { roots, crls })
+}
+
+/// A certificate that is well formed, with nothing behind it.
+fn whole(der: &[u8]) -> Option<X509Certificate<'_>> {
+    let (rest, certificate) = X509Certificate::from_der(der).ok()?;
+    (rest.is_empty() && leaf::check_form(&certificate).is_ok()).then_some(certificate)
 }
 
 /// Reads 1 to `limit` certificates in PEM.

@@ -94,7 +94,7 @@ fn bad_bundles_leave_the_one_in_force_and_the_guest_does_not_notice() {
     for (code, spoil) in cases {
         spoil(&signers);
         lab.gateway(A).reload();
-        lab.gateway(A).audited("policy-loaded", "failed", &[&format!("\"code\":\"{code}\"")]);
+        lab.gateway(A).audited("policy-refused", "refused", &[&format!("\"code\":\"{code}\"")]);
     }
     // What was in force is in force.
     lab.migrate(A, &[]).expect_moved();
@@ -108,7 +108,7 @@ fn bad_bundles_leave_the_one_in_force_and_the_guest_does_not_notice() {
         LATER,
     );
     lab.gateway(A).reload();
-    let said = lab.gateway(A).audited("policy-loaded", "failed", &["bundle-policy-refused", "never permits"]);
+    let said = lab.gateway(A).audited("policy-refused", "refused", &["bundle-policy-refused", "never permits"]);
     assert_eq!(said["detail"]["code"], "bundle-policy-refused", "a permit that is always forbidden is a mistake");
     signers.publish(6, &POLICY.replace("\"acme\"", "\"other\""), LATER);
     lab.gateway(A).reload();
@@ -126,11 +126,11 @@ fn a_gateway_that_is_started_with_a_bad_bundle_goes_on_with_the_last_good_one() 
     lab.gateway_mut(A).kill();
     tampered(&signers);
     lab.gateway_mut(A).start();
-    lab.gateway(A).audited("policy-loaded", "failed", &["bundle-file-differs"]);
+    lab.gateway(A).audited("policy-refused", "refused", &["bundle-file-differs"]);
     // The version is remembered, whoever dies.
     signers.publish(4, POLICY, LATER);
     lab.gateway(A).reload();
-    lab.gateway(A).audited("policy-loaded", "failed", &["bundle-version-older"]);
+    lab.gateway(A).audited("policy-refused", "refused", &["bundle-version-older"]);
     lab.migrate(A, &[]).expect_moved();
     lab.settled_on(B);
     // A copy that somebody changed is no last good one.
@@ -156,7 +156,7 @@ fn an_expired_bundle_permits_nothing_and_lets_the_gateway_run() {
     // It starts with it too: what is between COMMIT and DONE has to be settled by somebody.
     lab.gateway_mut(A).stop();
     lab.gateway_mut(A).start();
-    lab.gateway(A).audited("policy-loaded", "failed", &["bundle-expired"]);
+    lab.gateway(A).audited("policy-refused", "refused", &["bundle-expired"]);
     lab.migrate(A, &[]).expect_stayed(3, &["not valid now"]);
     signers.publish(2, POLICY, LATER);
     lab.gateway(A).reload();

@@ -2,9 +2,12 @@
 
 use std::net::SocketAddr;
 
+use serde_json::{Value, json};
+use sha2::{Digest, Sha256};
 use tempfile::TempDir;
 
-use crate::fixtures::{DomainFiles, Leaf, World, gateway_id, write_gateway};
+use crate::command::wait_for;
+use crate::fixtures::{DomainFiles, Leaf, Variant, World, gateway_id, write_gateway};
 use crate::gateway::{A, B, Name};
 use crate::lab::{Lab, Setup, TRUST_DOMAIN, VM, pki_command};
 use crate::stranger;
@@ -76,6 +79,67 @@ fn a_destination_with_a_bad_certificate_gets_nothing() {
     still_beats(&lab);
 }
 
+/// Every wrong chain of the fixtures as a destination: the reason is in the audit log, next to the certificate that it is about, and not
+/// one byte of the guest went out.
+#[test]
+fn a_destination_with_any_wrong_certificate_gets_nothing_and_the_log_says_why() {
+    let world = World::new();
+    let listen = |variant: &Variant| (variant.name, gateway_id(variant.name), stranger::listen(&variant.leaf));
+    let peers: Vec<_> = world.variants.iter().map(listen).collect();
+    let (lab, _files) = fixture_lab(&world, &peers);
+    for Variant { name, .. } in &world.variants {
+        let said = lab.gateway(A).command(&["migrate", VM, "--to", name]);
+        said.expect_stayed(3, &[VM, name]);
+        assert_eq!(said.json()["wire_bytes"], 0, "{name}");
+    }
+    let log = refused_for_their_reasons(&lab, &world, "server");
+    let ended: Vec<_> = log.iter().filter(|entry| entry["event"] == "migration-finished").collect();
+    assert_eq!(ended.len(), world.variants.len());
+    for entry in ended {
+        assert_eq!((&entry["outcome"], &entry["detail"]["wire_bytes"]), (&json!("failed"), &json!(0)), "{entry}");
+        assert_eq!(entry["detail"]["running_on"], "source", "{entry}");
+    }
+    lab.gateway(A).audit_verifies();
+    still_beats(&lab);
+}
+
+/// The same as whoever dials: none of them gets so far as to say what it wants.
+#[test]
+fn whoever_dials_with_any_wrong_certificate_is_turned_away_and_the_log_says_why() {
+    let world = World::new();
+    let nobody: SocketAddr = "127.0.0.1:9".parse().unwrap();
+    let (lab, _files) = fixture_lab(&world, &[("gw-b", gateway_id("b"), nobody)]);
+    let address = lab.address(A).parse().unwrap();
+    for Variant { name, leaf, .. } in &world.variants {
+        let end = stranger::dial(address, Some(leaf));
+        assert!(matches!(end, quinn::ConnectionError::ConnectionClosed(_)), "{name}: {end}");
+    }
+    let log = refused_for_their_reasons(&lab, &world, "client");
+    assert!(log.iter().all(|entry| entry["event"] != "session-opened"), "{log:#?}");
+    lab.gateway(A).audit_verifies();
+    still_beats(&lab);
+}
+
+/// Each variant was refused in this role for its own reason; returns the audit log.
+fn refused_for_their_reasons(lab: &Lab, world: &World, role: &str) -> Vec<Value> {
+    let sha256 = |leaf: &Leaf| -> String { Sha256::digest(&leaf.chain[0]).iter().map(|byte| format!("{byte:02x}")).collect() };
+    wait_for("a refusal of each", || {
+        let log = lab.gateway(A).audit();
+        let refused = |variant: &Variant| {
+            let leaf = sha256(&variant.leaf);
+            log.iter().any(|entry| {
+                let detail = &entry["detail"];
+                entry["event"] == "session-refused"
+                    && entry["outcome"] == "refused"
+                    && detail["role"] == role
+                    && detail["reason"] == variant.expected
+                    && detail["leaf_sha256"] == leaf.as_str()
+            })
+        };
+        world.variants.iter().all(refused).then_some(log)
+    })
+}
+
 #[test]
 fn a_destination_that_proves_to_be_somebody_else_gets_nothing() {
     let world = World::new();
@@ -111,7 +175,7 @@ fn strangers_that_dial_are_turned_away_and_recorded() {
 fn still_beats(lab: &Lab) {
     assert_eq!(lab.running_copies(), [A]);
     let before = lab.newest_beat(A).unwrap_or(0);
-    crate::command::wait_for("a heartbeat", || lab.newest_beat(A).filter(|now| *now > before));
+    wait_for("a heartbeat", || lab.newest_beat(A).filter(|now| *now > before));
     lab.heartbeat_is_unbroken();
 }
 
@@ -147,7 +211,7 @@ fn a_destination_that_is_revoked_while_the_guest_moves_loses_its_session() {
     revoke(&lab, B);
     running.finish().expect_stayed(3, &[VM, "gateway/gw-b", "would not be admitted any more", "is revoked"]);
     lab.gateway(A).audited("policy-loaded", "done", &[]);
-    crate::command::wait_for("the empty twin to go", || lab.vmms(B).is_empty().then_some(()));
+    wait_for("the empty twin to go", || lab.vmms(B).is_empty().then_some(()));
     lab.settled_on(A);
 }
 
@@ -157,7 +221,7 @@ fn a_source_that_is_revoked_while_the_guest_moves_is_sent_away() {
     let (running, _) = lab.start_slow_migration(A, &[]);
     revoke(&lab, A);
     running.finish().expect_stayed(3, &[VM, "gateway/gw-a", "would not be admitted any more"]);
-    crate::command::wait_for("the empty twin to go", || lab.vmms(B).is_empty().then_some(()));
+    wait_for("the empty twin to go", || lab.vmms(B).is_empty().then_some(()));
     lab.settled_on(A);
 }
 
@@ -169,7 +233,7 @@ fn a_reload_that_is_asked_for_says_what_came_of_it() {
     let good = std::fs::read(&crl).unwrap();
     std::fs::write(&crl, "-----BEGIN X509 CRL-----\nAAAA\n-----END X509 CRL-----\n").unwrap();
     gateway.command(&["reload"]).expect(2, &["crl.pem"]);
-    gateway.audited("policy-loaded", "failed", &["crl.pem"]);
+    gateway.audited("identity-refused", "refused", &["crl.pem"]);
     std::fs::write(&crl, good).unwrap();
     assert_eq!(gateway.command(&["reload"]).json()["schema"], "sealane.gateway/1");
     let (running, _) = lab.start_slow_migration(A, &[]);

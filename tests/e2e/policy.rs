@@ -130,7 +130,7 @@ fn policies_with_mistakes_do_not_replace_those_in_force() {
     let lab = Lab::start();
     std::fs::write(lab.gateway(A).directory().join("policy.d/lab.cedar"), "permit (principal").unwrap();
     lab.gateway(A).reload();
-    lab.gateway(A).audited("policy-loaded", "failed", &["lab.cedar"]);
+    lab.gateway(A).audited("policy-refused", "refused", &["lab.cedar"]);
     lab.migrate(A, &[]).expect_moved();
     lab.settled_on(B);
 }

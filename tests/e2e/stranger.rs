@@ -5,9 +5,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
+use rustls::client::ResolvesClientCert;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::crypto::CryptoProvider;
 use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
+use rustls::server::{ClientHello, ResolvesServerCert};
+use rustls::sign::CertifiedKey;
 use rustls::{DigitallySignedStruct, SignatureScheme};
 
 use crate::fixtures::Leaf;
@@ -21,7 +24,7 @@ fn provider() -> Arc<CryptoProvider> {
 /// Listens with this certificate as long as the test's process lives.
 pub fn listen(leaf: &Leaf) -> SocketAddr {
     let builder = rustls::ServerConfig::builder_with_provider(provider()).with_protocol_versions(&[&rustls::version::TLS13]).unwrap();
-    let mut tls = builder.with_no_client_auth().with_single_cert(leaf.chain.clone(), leaf.key()).unwrap();
+    let mut tls = builder.with_no_client_auth().with_cert_resolver(Arc::new(Presents::new(leaf)));
     tls.alpn_protocols = vec![ALPN.to_vec()];
     let config = quinn::ServerConfig::with_crypto(Arc::new(QuicServerConfig::try_from(tls).unwrap()));
     let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
@@ -47,7 +50,7 @@ pub fn client(leaf: Option<&Leaf>, first_id: Option<[u8; 8]>) -> quinn::ClientCo
     let builder = rustls::ClientConfig::builder_with_provider(provider()).with_protocol_versions(&[&rustls::version::TLS13]).unwrap();
     let builder = builder.dangerous().with_custom_certificate_verifier(Arc::new(Anybody));
     let mut tls = match leaf {
-        Some(leaf) => builder.with_client_auth_cert(leaf.chain.clone(), leaf.key()).unwrap(),
+        Some(leaf) => builder.with_client_cert_resolver(Arc::new(Presents::new(leaf))),
         None => builder.with_no_client_auth(),
     };
     tls.alpn_protocols = vec![ALPN.to_vec()];
@@ -87,6 +90,33 @@ pub fn dial(address: SocketAddr, leaf: Option<&Leaf>) -> quinn::ConnectionError 
 
 pub fn runtime() -> tokio::runtime::Runtime {
     tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap()
+}
+
+/// Presents any chain, whatever is wrong with it.
+#[derive(Debug)]
+struct Presents(Arc<CertifiedKey>);
+
+impl Presents {
+    fn new(leaf: &Leaf) -> Self {
+        let key = provider().key_provider.load_private_key(leaf.key()).unwrap();
+        Self(Arc::new(CertifiedKey::new(leaf.chain.clone(), key)))
+    }
+}
+
+impl ResolvesServerCert for Presents {
+    fn resolve(&self, _: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
+        Some(Arc::clone(&self.0))
+    }
+}
+
+impl ResolvesClientCert for Presents {
+    fn resolve(&self, _: &[&[u8]], _: &[SignatureScheme]) -> Option<Arc<CertifiedKey>> {
+        Some(Arc::clone(&self.0))
+    }
+
+    fn has_certs(&self) -> bool {
+        true
+    }
 }
 
 /// Believes everybody.

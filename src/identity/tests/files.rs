@@ -154,6 +154,48 @@ fn unfit_crls_are_refused_when_they_are_loaded() {
 }
 
 #[test]
+fn crls_that_are_wrong_byte_by_byte_are_refused_for_their_own_reason() {
+    let place = Place::new();
+    let a = place.gateway("a", &WORLD.good_a);
+    let all = fixtures::raw::crls(&WORLD.root, "root 1");
+    assert!(all.len() > 30, "{} cases", all.len());
+    let mut wrong = Vec::new();
+    for (what, der, words) in all {
+        // As DER: PEM would hide what stands behind it.
+        fs::write(place.crl("root.crl"), der).unwrap();
+        match a.reload() {
+            Err(error) if error.to_string().contains(words) && error.to_string().contains("root.crl") => {}
+            other => wrong.push(format!("{what}: expected `{words}`, got {other:?}")),
+        }
+        assert!(a.identify(&WORLD.good_b.chain).is_ok(), "{what}: what was in force stays in force");
+    }
+    assert!(wrong.is_empty(), "{wrong:#?}");
+}
+
+#[test]
+fn roots_that_limit_themselves_in_ways_unknown_or_are_weak_are_refused() {
+    let place = Place::new();
+    let with = |root: Ca| {
+        fs::write(&place.trust[0].roots, format!("{}{}", WORLD.root.pem, root.pem)).unwrap();
+        load_error(place.config("a", &WORLD.good_a)).to_string()
+    };
+    let critical = with(Ca::root_with("critical", |params| {
+        let mut extension = rcgen::CustomExtension::from_oid_content(&[1, 3, 6, 1, 4, 1, 55555, 1], vec![5, 0]);
+        extension.set_criticality(true);
+        params.custom_extensions.push(extension);
+    }));
+    assert!(critical.contains("critical extension"), "{critical}");
+    let twice = with(Ca::root_with("twice", |params| {
+        let extension = || rcgen::CustomExtension::from_oid_content(&[1, 3, 6, 1, 4, 1, 55555, 1], vec![5, 0]);
+        params.custom_extensions.extend([extension(), extension()]);
+    }));
+    assert!(twice.ends_with("expected X.509 certificates in PEM"), "{twice}");
+    let behind = fixtures::pem("CERTIFICATE", &[&WORLD.root.der[..], &[0]].concat());
+    fs::write(&place.trust[0].roots, behind).unwrap();
+    assert!(matches!(load_error(place.config("a", &WORLD.good_a)), IdentityError::Malformed { what: "root certificates", .. }));
+}
+
+#[test]
 fn two_crls_that_claim_one_number_and_time_are_refused() {
     let mut place = Place::new();
     let (from, until) = (days(0), days(30));

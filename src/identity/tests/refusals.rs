@@ -10,7 +10,7 @@ fn the_table_is_large_and_names_every_case_once() {
     let all = names.len();
     names.dedup();
     assert_eq!(names.len(), all);
-    assert!(all >= 60, "{all} cases");
+    assert!(all >= 120, "{all} cases");
 }
 
 #[test]
