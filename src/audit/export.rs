@@ -184,3 +184,52 @@ fn journal(entry: &StoredEntry, origin: &str) -> String {
     text.push('\n');
     text
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::audit::entry::Entry;
+
+    /// What OCSF 1.9.0 requires of the base event and of the two classes, and of the objects in them.
+    #[test]
+    fn ocsf_has_what_its_schema_requires_whatever_the_event() {
+        for (event, outcome) in Event::ALL.iter().flat_map(|event| Outcome::ALL.iter().map(|outcome| (*event, *outcome))) {
+            let entry = Entry::new(event).outcome(outcome);
+            let stored = StoredEntry {
+                index: 7,
+                time: "2026-01-02T03:04:05.678901234Z".parse().unwrap(),
+                monotonic_ns: 1,
+                boot_id: "b".to_owned(),
+                event,
+                vm: None,
+                uuid: None,
+                migration: None,
+                peer: None,
+                outcome: entry.outcome,
+                detail: entry.detail,
+            };
+            let object = ocsf(&stored, "sealane/dc1.test/a");
+            let number = |name: &str| object[name].as_u64().unwrap_or_else(|| panic!("{event:?}: `{name}` in {object}"));
+            let class = number("class_uid");
+            assert_eq!(number("category_uid"), class / 1000);
+            assert_eq!(number("type_uid"), class * 100 + number("activity_id"));
+            assert_eq!(number("time"), 1_767_323_045_678);
+            assert!((1..=6).contains(&number("severity_id")) && [0, 1, 2, 99].contains(&number("status_id")), "{object}");
+            let metadata = &object["metadata"];
+            assert!(metadata["version"] == "1.9.0" && metadata["product"]["vendor_name"].is_string(), "{object}");
+            match class {
+                3002 => {
+                    assert!([1, 2].contains(&number("activity_id")) && object["user"]["name"].is_string(), "{object}");
+                    // At least one of these.
+                    assert!(object["service"]["name"].is_string() || object["dst_endpoint"].is_object(), "{object}");
+                }
+                6003 => {
+                    assert!(object["actor"]["app_name"].is_string() && object["api"]["operation"].is_string(), "{object}");
+                    assert!(object["src_endpoint"]["name"].is_string(), "{object}");
+                    assert_eq!(object["activity_name"], event.as_str(), "an activity 99 has a name of its own");
+                }
+                other => panic!("class {other}"),
+            }
+        }
+    }
+}

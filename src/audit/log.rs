@@ -90,7 +90,11 @@ impl AuditLog {
         signer: Arc<dyn Signer>,
         segment_bytes_max: u64,
     ) -> Result<Self, AuditError> {
-        let opened = open::open(disk, dir, origin, signer, segment_bytes_max)?;
+        Self::with(dir, open::open(disk, dir, origin, signer, None, segment_bytes_max)?)
+    }
+
+    /// A log that was opened, once what has to be is recorded.
+    pub(super) fn with(dir: &Path, opened: open::Opened) -> Result<Self, AuditError> {
         let shared = Shared {
             queue: Vec::new(),
             next_ticket: 0,

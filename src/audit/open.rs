@@ -15,6 +15,7 @@ use crate::audit::commit::Writer;
 use crate::audit::disk::{Disk, DiskFile, is_full};
 use crate::audit::entry::{Entry, Event, hex};
 use crate::audit::error::AuditError;
+use crate::audit::keys::{Keys, named_key, open_own};
 use crate::audit::note::{self, Checkpoint, Signer};
 use crate::audit::peers::{Handoffs, Known};
 use crate::audit::prune;
@@ -28,6 +29,7 @@ use crate::limits;
 pub(super) struct Opened {
     pub(super) writer: Writer,
     pub(super) head: Checkpoint,
+    pub(super) keys: Keys,
     pub(super) known: Known,
     pub(super) handoffs: Handoffs,
     /// What has to be recorded before anything else.
@@ -35,11 +37,13 @@ pub(super) struct Opened {
     pub(super) lock: Flock<File>,
 }
 
+/// `next` is a key that the log may have been handed over to, and that has not signed yet.
 pub(super) fn open(
     disk: Arc<dyn Disk>,
     dir: &Path,
     origin: &str,
     signer: Arc<dyn Signer>,
+    next: Option<[u8; 32]>,
     segment_bytes_max: u64,
 ) -> Result<Opened, AuditError> {
     let refuse = |why: String| AuditError::Checkpoint { of: dir.display().to_string(), why };
@@ -48,7 +52,7 @@ pub(super) fn open(
     }
     prepare(dir)?;
     let lock = lock(dir)?;
-    let (read, mut walk, damage) = take_in(disk.as_ref(), dir, origin, &signer.public_key())?;
+    let (read, mut walk, damage) = take_in(disk.as_ref(), dir, origin, &signer.public_key(), next)?;
     let size = walk.signed();
     let mut entries = Vec::new();
     if size == 0 {
@@ -79,13 +83,19 @@ pub(super) fn open(
     // On a full disk the log opens all the same, for what is critical.
     writer.restore_reserve();
     prune::finish(&writer, read.pruned).map_err(|error| AuditError::io("remove pruned segments of", dir, error))?;
-    Ok(Opened { writer, head, known: read.known, handoffs: read.handoffs, entries, lock })
+    Ok(Opened { writer, head, keys: read.keys, known: read.known, handoffs: read.handoffs, entries, lock })
 }
 
 /// Reads everything that is signed, as `origin`'s and by this key, up to the end or the first thing that is wrong.
-fn take_in(disk: &dyn Disk, dir: &Path, origin: &str, public_key: &[u8; 32]) -> Result<(Read, Walk, Option<AuditError>), AuditError> {
+fn take_in(
+    disk: &dyn Disk,
+    dir: &Path,
+    origin: &str,
+    public_key: &[u8; 32],
+    next: Option<[u8; 32]>,
+) -> Result<(Read, Walk, Option<AuditError>), AuditError> {
     let refuse = |why: String| AuditError::Checkpoint { of: dir.display().to_string(), why };
-    let mut read = Read::new(dir);
+    let mut read = Read::new(dir, named_key(dir).unwrap_or(*public_key));
     // It is written without a sync: a power cut may leave its name without its contents, or with a part of them.
     let published = match read_checkpoint(dir)?.map(|text| (note::open_bare(&text, public_key), text)) {
         Some((Ok(published), _)) => Some(published),
@@ -98,10 +108,20 @@ fn take_in(disk: &dyn Disk, dir: &Path, origin: &str, public_key: &[u8; 32]) -> 
     let adopt = read.publisher.adopt();
     adopt.map_err(|error| AuditError::io("read tiles of", dir, error))?;
     let mut walk = Walk::new(dir)?;
-    let damage = read.run(disk, &mut walk, public_key);
-    if let Some((_, why)) = &read.torn {
-        return Err(refuse(why.clone()));
+    let damage = read.run(disk, &mut walk);
+    // INVARIANT(key-chain).
+    let handed_over = next.is_some_and(|next| read.keys.hands_over(public_key, &next));
+    if let Some(head) = read.head.as_ref().filter(|_| !handed_over && !read.keys.ends_with(public_key)) {
+        let why = note::open_bare(&head.text, public_key).err();
+        return Err(refuse(
+            why.unwrap_or_else(|| "is handed over to another key: `sealane audit rotate-key` goes on with that".to_owned()),
+        ));
     }
+    let published = match (published, read.torn.take()) {
+        // One of an older key was left by a crash in the middle of a rotation.
+        (None, Some((text, why))) => Some(open_own(&text, &read.keys).map_err(|_| refuse(why))?),
+        (published, _) => published,
+    };
     let size = walk.signed();
     for head in published.iter().chain(&read.head) {
         if head.origin != origin {
@@ -138,16 +158,17 @@ struct Read {
     pruned: u64,
     /// A text in the place of a checkpoint that is none, and why, until it is seen to be the beginning of one.
     torn: Option<(String, String)>,
+    keys: Keys,
 }
 
 impl Read {
-    fn new(dir: &Path) -> Self {
-        let (known, handoffs) = (Known::default(), Handoffs::default());
-        Self { publisher: Publisher::new(dir), known, handoffs, head: None, pruned: 0, torn: None }
+    fn new(dir: &Path, first_key: [u8; 32]) -> Self {
+        let (known, handoffs, keys) = (Known::default(), Handoffs::default(), Keys::from(Some(first_key)));
+        Self { publisher: Publisher::new(dir), known, handoffs, head: None, pruned: 0, torn: None, keys }
     }
 
     /// Reads up to the end or the first thing that is wrong, and makes tiles that are missing. INVARIANT(signed-prefix).
-    fn run(&mut self, disk: &dyn Disk, walk: &mut Walk, public_key: &[u8; 32]) -> Option<AuditError> {
+    fn run(&mut self, disk: &dyn Disk, walk: &mut Walk) -> Option<AuditError> {
         loop {
             let commit = match walk.next() {
                 Ok(Some(commit)) => commit,
@@ -155,10 +176,12 @@ impl Read {
                 Err(error) => return Some(error),
             };
             let size = commit.checkpoint.size;
-            if let Err(why) = note::open_bare(&commit.checkpoint.text, public_key) {
+            let key = self.keys.current().unwrap_or_default();
+            if let Err(why) = note::open_bare(&commit.checkpoint.text, &key) {
                 let why = format!("the checkpoint of {size} entries {why}");
                 return Some(walk.unsign(&commit, why));
             }
+            self.keys.pass(&commit.lines);
             let whole = &commit.checkpoint.text;
             self.torn.take_if(|(text, _)| text.len() < whole.len() && whole.starts_with(text.as_str()));
             for line in commit.lines {

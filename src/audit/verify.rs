@@ -6,12 +6,14 @@ use std::path::{Path, PathBuf};
 
 use nix::fcntl::{Flock, FlockArg};
 
-use crate::audit::entry::{Event, hex, unhex32};
+use crate::audit::entry::{Event, hex};
 use crate::audit::error::AuditError;
 use crate::audit::files::Files;
+use crate::audit::keys::{Keys, named_key, open_own};
 use crate::audit::note::{self, Checkpoint};
 use crate::audit::open::read_checkpoint;
 use crate::audit::prune::pruned_by;
+use crate::audit::signatures::Signatures;
 use crate::audit::tree::Head;
 use crate::audit::walk::{Commit, Line, Walk};
 use crate::audit::witness::Witnesses;
@@ -110,11 +112,16 @@ pub fn verify(dir: &Path, options: &VerifyOptions) -> VerifyReport {
     for size in own.iter().map(String::as_str).chain(options.checkpoint.as_deref()).filter_map(size_of) {
         walk.want(size);
     }
-    let key = options.public_key.or_else(|| named_key(dir));
-    let mut read = Read { key, ..Read::default() };
+    // A log that does not begin with the given key may have been handed over to it.
+    let mut read = Read { signatures: Signatures::of(named_key(dir).or(options.public_key)), ..Read::default() };
     let damage = read.run(dir, &mut walk, live);
+    read.signatures.check();
+    if let Some(key) = options.public_key {
+        read.believe_only(&key);
+    }
+    let keys = read.signatures.keys.clone();
     // Behind a live log's checkpoint stands at most a commit that is being made.
-    let own = own.and_then(|text| open_own(&text, key));
+    let own = own.and_then(|text| open_own(&text, &keys).map_err(|why| of_the_file(&why)));
     let published = own.as_ref().map_or(0, |own| own.size);
     let unfinished = live && walk.signed() >= published;
     let content = match damage {
@@ -131,8 +138,8 @@ pub fn verify(dir: &Path, options: &VerifyOptions) -> VerifyReport {
         entries: head.size,
         root: hex(&head.root),
         signer: read.signer(&walk, &own, options, unfinished),
-        completeness: completeness(&walk, &own, options, key, &read.beyond, content.is_bad()),
-        witnesses: read.witnesses.verdict(dir, &mut walk, key, &options.witness_keys),
+        completeness: completeness(&walk, &own, options, &keys, &read.beyond, content.is_bad()),
+        witnesses: read.witnesses.verdict(dir, &mut walk, &keys, &options.witness_keys),
         content,
     }
 }
@@ -159,34 +166,15 @@ pub(super) fn is_torn(error: &AuditError) -> bool {
     matches!(error, AuditError::Damaged { why, .. } if why == "the line has no end")
 }
 
-/// The key that the log says is its own: in entry 0, or where entry 0 was pruned. Nobody has vouched for it.
-fn named_key(dir: &Path) -> Option<[u8; 32]> {
-    let mut walk = Walk::new(dir).ok()?;
-    let named = |line: &Line| Some((line.entry.event, unhex32(line.entry.detail.get("public_key")?.as_str()?)?));
-    loop {
-        let commit = walk.next();
-        walk.tree().take_full();
-        let lines = commit.as_ref().ok().and_then(Option::as_ref).map_or(walk.open_lines(), |commit| commit.lines.as_slice());
-        for (event, key) in lines.iter().filter_map(named) {
-            if matches!(event, Event::LogCreated | Event::Pruned) {
-                return Some(key);
-            }
-        }
-        if !matches!(commit, Ok(Some(_))) || walk.first() == 0 {
-            return None;
-        }
-    }
-}
-
 #[derive(Default)]
 struct Read {
-    key: Option<[u8; 32]>,
     /// The last checkpoint in the log.
     head: Option<Checkpoint>,
     /// The origin that the log gives itself, and where.
     origin: Option<(String, u64)>,
-    /// The first checkpoint that is not signed as it must be: its first entry, and why.
-    unsigned: Option<(u64, String)>,
+    signatures: Signatures,
+    /// The first commit: its first entry and its checkpoint.
+    begin: Option<(u64, Checkpoint)>,
     /// Up to where entries were given up, as far as the log says.
     pruned: u64,
     tiles: u64,
@@ -223,6 +211,8 @@ impl Read {
 
     fn take_in(&mut self, commit: Commit) {
         let first = commit.lines.first().map_or(0, |line| line.entry.index);
+        self.signatures.take_in(first, &commit);
+        self.begin.get_or_insert_with(|| (first, commit.checkpoint.clone()));
         for Line { entry, .. } in commit.lines {
             let origin = || entry.detail.get("origin").and_then(|origin| origin.as_str()).map(str::to_owned);
             if matches!(entry.event, Event::LogCreated | Event::Pruned) && self.origin.is_none() {
@@ -231,12 +221,20 @@ impl Read {
             self.pruned = self.pruned.max(pruned_by(&entry).unwrap_or(0));
             self.witnesses.take_in(entry);
         }
-        if let (Some(key), None) = (&self.key, &self.unsigned)
-            && let Err(why) = note::open_bare(&commit.checkpoint.text, key)
-        {
-            self.unsigned = Some((first, format!("the checkpoint of {} entries in the log {why}", commit.checkpoint.size)));
-        }
         self.head = Some(commit.checkpoint);
+    }
+
+    /// Only a log that this key has signed is believed; if it has not, what it says of itself is not good either.
+    fn believe_only(&mut self, key: &[u8; 32]) {
+        if self.signatures.keys.has_signed(key) {
+            return;
+        }
+        if let (Some((first, checkpoint)), None) = (&self.begin, &self.signatures.wrong)
+            && let Err(why) = note::open_bare(&checkpoint.text, key)
+        {
+            self.signatures.wrong = Some((*first, format!("the checkpoint of {} entries in the log {why}", checkpoint.size)));
+        }
+        self.signatures.keys = Keys::from(Some(*key));
     }
 
     fn content(&self, walk: &Walk) -> Verdict {
@@ -249,10 +247,10 @@ impl Read {
     }
 
     fn signer(&self, walk: &Walk, own: &Result<Checkpoint, String>, options: &VerifyOptions, unfinished: bool) -> Verdict {
-        if self.key.is_none() {
+        if self.signatures.keys.current().is_none() {
             return Verdict::bad(None, "no key is given, and the log names none");
         }
-        if let Some((entry, why)) = &self.unsigned {
+        if let Some((entry, why)) = &self.signatures.wrong {
             return Verdict::bad(Some(*entry), why.as_str());
         }
         let own = match own {
@@ -279,23 +277,26 @@ impl Read {
         if !unfinished && !walk.open_lines().is_empty() {
             return Verdict::bad(Some(signed), "nothing signed covers the entries from here on");
         }
-        match options.public_key {
-            Some(_) => Verdict::Good("every commit is signed by the given key".to_owned()),
-            None => Verdict::Open("signed by the key that the log itself names; give the key to prove whose it is".to_owned()),
+        match (options.public_key, self.signatures.keys.count()) {
+            (Some(_), 2..) => {
+                let keys = self.signatures.keys.count();
+                Verdict::Good(format!("signed by {keys} keys, each of which named the next one, and the given key is one of them"))
+            }
+            (Some(_), _) => Verdict::Good("every commit is signed by the given key".to_owned()),
+            (None, _) => Verdict::Open("signed by the key that the log itself names; give the key to prove whose it is".to_owned()),
         }
     }
 }
 
-fn open_own(text: &str, key: Option<[u8; 32]>) -> Result<Checkpoint, String> {
-    let key = key.ok_or("no key is given, and the log names none")?;
-    note::open_bare(text, &key).map_err(|why| format!("the file `checkpoint` {why}"))
+fn of_the_file(why: &str) -> String {
+    if why.starts_with("no key") { why.to_owned() } else { format!("the file `checkpoint` {why}") }
 }
 
 fn completeness(
     walk: &Walk,
     own: &Result<Checkpoint, String>,
     options: &VerifyOptions,
-    key: Option<[u8; 32]>,
+    keys: &Keys,
     beyond: &Option<PathBuf>,
     damaged: bool,
 ) -> Verdict {
@@ -315,8 +316,10 @@ fn completeness(
     let Some(text) = &options.checkpoint else {
         return Verdict::Open("no checkpoint from elsewhere is given; a log cut back with its own would not show".to_owned());
     };
-    let Some(key) = key else { return Verdict::bad(None, "no key to check the given checkpoint with") };
-    let given = match note::open(text, &key) {
+    if keys.current().is_none() {
+        return Verdict::bad(None, "no key to check the given checkpoint with");
+    }
+    let given = match keys.open(text, note::open) {
         Ok(given) => given,
         Err(why) => return Verdict::bad(None, format!("the given checkpoint {why}")),
     };

@@ -7,6 +7,7 @@ use std::path::Path;
 use serde_json::Value;
 
 use crate::audit::entry::{Event, Outcome, StoredEntry, hex, unhex32};
+use crate::audit::keys::Keys;
 use crate::audit::note::{self, Checkpoint};
 use crate::audit::peers::PROOFS;
 use crate::audit::proof::Proof;
@@ -50,8 +51,8 @@ impl Witnesses {
     }
 
     /// Everything is checked with the keys that the entries name; `keys` are those that must be among them.
-    pub(super) fn verdict(&self, dir: &Path, walk: &mut Walk, own_key: Option<[u8; 32]>, keys: &[[u8; 32]]) -> Verdict {
-        match self.check(dir, walk, own_key, keys) {
+    pub(super) fn verdict(&self, dir: &Path, walk: &mut Walk, own: &Keys, keys: &[[u8; 32]]) -> Verdict {
+        match self.check(dir, walk, own, keys) {
             Err((entry, why)) => Verdict::bad(entry, why),
             Ok(said) if keys.is_empty() && self.cosigned.is_empty() => Verdict::Open(format!("no peer has cosigned this log{said}")),
             Ok(said) if keys.is_empty() => {
@@ -74,13 +75,14 @@ impl Witnesses {
         of_key.filter_map(|noted| note::read(&noted.text).ok()).map(|head| head.size).max()
     }
 
-    fn check(&self, dir: &Path, walk: &mut Walk, own_key: Option<[u8; 32]>, keys: &[[u8; 32]]) -> Result<String, (Option<u64>, String)> {
+    fn check(&self, dir: &Path, walk: &mut Walk, own: &Keys, keys: &[[u8; 32]]) -> Result<String, (Option<u64>, String)> {
         let signed = walk.signed();
         let tiles = TilesOfWalk { dir, tree: walk.tree() };
         for noted in &self.cosigned {
             let bad = |why: String| (Some(noted.entry), format!("the head that `{}` cosigned {why}", noted.peer));
             let key = unhex32(&noted.key).ok_or_else(|| bad("names no key".to_owned()))?;
-            let head = own_key.map_or_else(|| note::read(&noted.text), |own| note::open(&noted.text, &own)).map_err(bad)?;
+            let head = if own.count() == 0 { note::read(&noted.text) } else { own.open(&noted.text, note::open) };
+            let head = head.map_err(bad)?;
             note::cosigned_at(&noted.text, &key).map_err(bad)?.ok_or_else(|| bad("has no cosignature of the named key".to_owned()))?;
             let root = if head.size <= signed { root_at(&tiles, head.size).map_err(bad)? } else { [0; 32] };
             if root != head.root {
@@ -92,18 +94,21 @@ impl Witnesses {
             if !self.kept.iter().chain(&self.cosigned).any(|noted| noted.key == hex(key)) {
                 return Err((None, "the log has neither a head nor a cosignature of a given key".to_owned()));
             }
-            self.one_owner(key)?;
+            self.one_owner(key, keys)?;
         }
         let proofs = check_proofs(dir, keys, &self.kept)?;
         Ok(format!("; {heads} heads of peers are signed and never go back, {proofs} proofs hold"))
     }
 
-    /// A key is one peer's, and that peer has no other.
-    fn one_owner(&self, key: &[u8; 32]) -> Result<(), (Option<u64>, String)> {
+    /// A key is one peer's, and that peer has no other but those that are given too.
+    fn one_owner(&self, key: &[u8; 32], given: &[[u8; 32]]) -> Result<(), (Option<u64>, String)> {
         let named = hex(key);
         let all = || self.kept.iter().chain(&self.cosigned);
         let Some(owner) = all().find(|noted| noted.key == named).map(|noted| noted.peer.as_str()) else { return Ok(()) };
-        match all().find(|noted| (noted.key == named) != (noted.peer == owner)) {
+        let other = |noted: &&Noted| {
+            (noted.key == named) != (noted.peer == owner) && (noted.key == named || !given.iter().any(|key| hex(key) == noted.key))
+        };
+        match all().find(other) {
             Some(other) if other.key == named => {
                 Err((Some(other.entry), format!("the given key is that of `{owner}`, and here that of `{}`", other.peer)))
             }

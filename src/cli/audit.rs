@@ -1,5 +1,8 @@
 //! `sealane audit`: what is in a log, and whether it is what was written. Works from files alone.
 
+mod collector;
+mod rotation;
+
 use std::collections::VecDeque;
 use std::fmt::Write;
 use std::io::Read;
@@ -9,6 +12,8 @@ use rustls_pki_types::SubjectPublicKeyInfoDer;
 use rustls_pki_types::pem::PemObject;
 use serde::Serialize;
 use serde_json::Value;
+
+use collector::Collector;
 
 use super::Ending;
 use super::output::{Out, Tone, printable};
@@ -45,7 +50,8 @@ pub(super) fn audit(command: &AuditCommand, out: Out) -> Ending {
             let (given, witnesses) = (public_key(key)?, public_keys(peer_key)?);
             Ok(verify_proof(proof, &text(proof)?, &given, &witnesses, out))
         }
-        AuditCommand::Export { directory, format, filter } => export(directory, *format, filter, out),
+        AuditCommand::RotateKey { directory, old_key, new_key } => rotation::rotate_key(directory, old_key, new_key, out),
+        AuditCommand::Export { directory, format, to, filter } => export(directory, *format, to.as_deref(), filter, out),
     }
 }
 
@@ -61,7 +67,8 @@ fn filter_of(flags: &AuditFilterFlags) -> Filter {
     }
 }
 
-fn export(directory: &Path, format: AuditFormat, flags: &AuditFilterFlags, out: Out) -> Ending {
+fn export(directory: &Path, format: AuditFormat, to: Option<&str>, flags: &AuditFilterFlags, out: Out) -> Ending {
+    let collector = to.map(Collector::open).transpose()?;
     let format = match format {
         AuditFormat::Ocsf => ExportFormat::Ocsf,
         AuditFormat::Syslog => ExportFormat::Syslog,
@@ -69,7 +76,11 @@ fn export(directory: &Path, format: AuditFormat, flags: &AuditFilterFlags, out: 
     };
     let origin = audit::origin(directory).map_err(|error| problem(&error))?;
     for entry in audit::read(directory, filter_of(flags)).map_err(|error| problem(&error))? {
-        out.data(&audit::export(&entry.map_err(|error| problem(&error).with_hint(DAMAGED))?, &origin, format));
+        let text = audit::export(&entry.map_err(|error| problem(&error).with_hint(DAMAGED))?, &origin, format);
+        match &collector {
+            Some(collector) => collector.send(&text)?,
+            None => out.data(&text),
+        }
     }
     Ok(Exit::Done)
 }

@@ -119,7 +119,7 @@ fn wants_json(command: &Command) -> bool {
         #[cfg(feature = "failpoints")]
         Command::Failpoints => false,
         Command::Policy(PolicyCommand::Bundle(BundleCommand::Make { .. }))
-        | Command::Audit(AuditCommand::Prove { .. } | AuditCommand::Export { .. })
+        | Command::Audit(AuditCommand::Prove { .. } | AuditCommand::RotateKey { .. } | AuditCommand::Export { .. })
         | Command::Gateway(_)
         | Command::Pki(_)
         | Command::Vmm(_)

@@ -468,6 +468,18 @@ pub enum AuditCommand {
         #[arg(long)]
         json: bool,
     },
+    /// Hand an audit log over to another signing key; its gateway must not run.
+    RotateKey {
+        /// The log's directory.
+        #[arg(value_name = "DIR")]
+        directory: PathBuf,
+        /// The private key that signs it now, NAME-signing-key.pem.
+        #[arg(long, value_name = "FILE")]
+        old_key: PathBuf,
+        /// The private key that is to sign it from now on.
+        #[arg(long, value_name = "FILE")]
+        new_key: PathBuf,
+    },
     /// Print the entries of an audit log in the form of a collector.
     Export {
         /// The log's directory.
@@ -476,6 +488,9 @@ pub enum AuditCommand {
         /// Which form.
         #[arg(long, value_enum)]
         format: AuditFormat,
+        /// Send each entry to this socket, e.g. `/dev/log`, `/run/systemd/journal/socket` or `udp:127.0.0.1:514`.
+        #[arg(long, value_name = "SOCKET")]
+        to: Option<String>,
         /// Which entries.
         #[command(flatten)]
         filter: AuditFilterFlags,

@@ -318,6 +318,32 @@ fn a_log_is_exported_for_collectors() {
         assert!(number("time") > 1_600_000_000_000 && number("severity_id") > 0 && object["metadata"]["version"] == "1.9.0");
         assert!(object["api"]["operation"].is_string() && object["actor"].is_object() && object["src_endpoint"].is_object());
     }
+    // A collector's socket gets the same, one entry at a time.
+    let path = dir.path().join("log");
+    let collector = std::os::unix::net::UnixDatagram::bind(&path).unwrap();
+    let received = |format: &str| {
+        sealane(dir.path(), &format!("audit export gw-a --format {format} --to log")).says(0, &[]);
+        let mut all = Vec::new();
+        for _ in 0..9 {
+            let mut bytes = vec![0; 65_536];
+            let length = collector.recv(&mut bytes).unwrap();
+            all.push(String::from_utf8(bytes[..length].to_vec()).unwrap());
+        }
+        all
+    };
+    assert_eq!(received("syslog"), export("syslog").lines().collect::<Vec<_>>());
+    for entry in received("journal") {
+        assert!(
+            entry.starts_with("MESSAGE=") && entry.ends_with("}\n") && !entry.contains("\n_") && entry.contains("\nSEALANE_INDEX="),
+            "{entry}"
+        );
+    }
+    let udp = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+    sealane(dir.path(), &format!("audit export gw-a --format syslog --event decision --to udp:{}", udp.local_addr().unwrap())).says(0, &[]);
+    let mut bytes = vec![0; 65_536];
+    let length = udp.recv(&mut bytes).unwrap();
+    assert!(bytes[..length].starts_with(b"<1") && bytes[..length].ends_with(b"}"));
+    sealane(dir.path(), "audit export gw-a --format syslog --to nobody").says(2, &["cannot send to `nobody`", "/dev/log"]);
     let denied = &objects[8];
     assert_eq!((&denied["status"], &denied["resources"][0]["name"]), (&"Failure".into(), &"web-1".into()), "{denied}");
     let syslog = export("syslog");

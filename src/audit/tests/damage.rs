@@ -181,7 +181,7 @@ const CASES: &[Case] = &[
         v.entry(62, "\"event\":\"decision\",", "");
         v.entry(62, "\"index\":62,", "\"index\":62,\"event\":\"decision\",");
     }),
-    ("a field doubled", Content, Some(63), "not in canonical form", |v| v.entry(63, "\"index\":63", "\"index\":63,\"index\":63")),
+    ("a field doubled", Content, Some(63), "is no entry", |v| v.entry(63, "\"index\":63", "\"index\":63,\"index\":63")),
     ("a field unknown", Content, Some(64), "is no entry", |v| v.entry(64, "\"vm\":", "\"vk\":1,\"vm\":")),
     ("a field missing", Content, Some(65), "is no entry", |v| v.entry(65, "\"event\":\"decision\",", "")),
     ("an event unknown", Content, Some(66), "is no entry", |v| v.entry(66, "\"decision\"", "\"decisive\"")),

@@ -5,6 +5,7 @@ mod damage;
 mod fault;
 mod oracle;
 mod peers;
+mod rotation;
 mod tamper;
 mod writer;
 
