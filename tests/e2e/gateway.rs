@@ -155,10 +155,11 @@ impl Gateway {
     /// SIGHUP: certificates, revocation lists and policies are read again. Waits until that is in the audit log.
     #[track_caller]
     pub fn reload(&self) {
-        let loaded = || self.audit().iter().filter(|entry| entry["event"] == "policy-loaded").count();
-        let before = loaded();
+        let outcome = |entry: &Value| ["policy-loaded", "policy-refused", "identity-refused"].iter().any(|event| entry["event"] == *event);
+        let read = || self.audit().into_iter().filter(outcome).count();
+        let before = read();
         self.signal(Signal::HUP);
-        wait_for("a reload", || (loaded() > before).then_some(()));
+        wait_for("a reload", || (read() > before).then_some(()));
     }
 
     /// A command for this gateway, with `--json`.

@@ -1,4 +1,5 @@
-//! One live guest moves back and forth for hours: nothing piles up in the gateways.
+//! One live guest moves back and forth for hours, or its gateways change their certificates and CRLs a thousand times while it moves:
+//! nothing piles up in the gateways.
 
 use std::fs;
 use std::time::Duration;
@@ -103,4 +104,51 @@ fn a_guest_that_moves_back_and_forth_for_long_leaves_nothing_behind() {
     held.is_flat();
     let grown = [A, B].map(|name| held.growth_kib(name));
     println!("soak: {moves} moves, all verified, heartbeat unbroken, behind {warm_up} moves: RSS {grown:?} KiB, files and threads flat");
+}
+
+/// Certificates, keys and CRLs of both gateways are replaced again and again while one guest moves: the migration keeps its session, and
+/// new sessions are taken all the time.
+#[test]
+fn a_thousand_certificates_and_crls_change_under_one_migration() {
+    let rotations = number("SEALANE_ROTATIONS").unwrap_or(25);
+    let by_hand = |setup: Setup, name| setup.replace(name, "[gateway]", "[gateway]\nwatch_files = false");
+    let lab = by_hand(by_hand(Setup::new().busy(), A), B).start();
+    let (running, _) = lab.start_slow_migration(A, &[]);
+    let pki = lab.pki();
+    let clients = [A, B].map(|name| sealane::control::Client::new(lab.gateway(name).directory().join("run/api.sock")));
+    let runtime = crate::stranger::runtime();
+    let mut held = Held(Vec::new());
+    let every = (rotations / 5).max(1);
+    for done in 1..=rotations {
+        for name in [A, B] {
+            sealane::identity::authority::renew(&pki, name.gateway()).unwrap();
+        }
+        sealane::identity::authority::refresh_crl(&pki).unwrap();
+        for client in &clients {
+            runtime.block_on(client.reload()).unwrap();
+        }
+        if done % every == 0 {
+            // A session of its own, with what was just issued.
+            lab.gateway(A).command(&["plan", crate::lab::VM, "--to", "gw-b"]);
+            let samples = [A, B].map(|name| Sample::of(&lab, name));
+            println!("{done:>6} rotations  {samples:?}");
+            held.0.push((done, samples));
+        }
+    }
+    let active = lab.active_migration(A).expect("the migration goes on");
+    held.is_flat();
+    runtime.block_on(async {
+        let id = active["id"].as_str().unwrap().parse().unwrap();
+        let faster = serde_json::from_value(serde_json::json!({ "bandwidth_bytes_per_second": 1_000_000_000u64 })).unwrap();
+        clients[0].set(id, &faster).await.unwrap();
+    });
+    let report = running.finish().expect_moved();
+    assert_eq!(report["reconnects"], 0, "{report}");
+    lab.settled_on(B);
+    for name in [A, B] {
+        let log = lab.gateway(name).audit();
+        let loaded = log.iter().filter(|entry| entry["event"] == "policy-loaded").count() as u64;
+        assert_eq!(loaded, rotations, "{name:?}");
+        assert!(log.iter().all(|entry| entry["event"] != "session-refused" && entry["event"] != "link-lost"), "{log:#?}");
+    }
 }

@@ -1,11 +1,14 @@
 //! What strangers, peers and users can send, one function for each: it takes any bytes, and must not panic, hang, or take
 //! more memory than its input justifies. What it accepts has to come out again as it was.
 
+#[path = "logs.rs"]
+mod logs;
+
 use std::path::Path;
 use std::sync::{Arc, LazyLock};
 
 use sealane::condense::{Condenser, Expander, Expected, Grammar, PAST_KEY_BYTES, RamBlock};
-use sealane::control::{MigrateRequest, ResolveRequest, SetRequest};
+use sealane::control::{GatewayView, MigrateRequest, MigrationView, Problem, ResolveRequest, SetRequest};
 use sealane::engine::Placement;
 use sealane::hypervisor::Generation;
 use sealane::identity::{Credentials, IdentityConfig, PostQuantum, TrustDomainConfig};
@@ -50,6 +53,13 @@ pub const TARGETS: &[Target] = &[
     Target { name: "control-request", run: control_request, seeds: control_requests, share: 100 },
     Target { name: "policy", run: policy, seeds: policies, share: 5 },
     Target { name: "certificate", run: certificate, seeds: certificates, share: 50 },
+    Target { name: "audit-log", run: logs::audit_log, seeds: logs::audit_logs, share: 5 },
+    Target { name: "audit-checkpoint", run: logs::audit_checkpoint, seeds: logs::audit_checkpoints, share: 5 },
+    Target { name: "audit-proof", run: logs::audit_proof, seeds: logs::audit_proofs, share: 20 },
+    Target { name: "bundle-manifest", run: logs::bundle_manifest, seeds: logs::bundle_manifests, share: 50 },
+    Target { name: "bundle-signature", run: logs::bundle_signature, seeds: logs::bundle_signatures, share: 2 },
+    Target { name: "crl", run: crl, seeds: crls, share: 10 },
+    Target { name: "qmp", run: logs::qmp, seeds: logs::qmp_conversations, share: 5 },
 ];
 
 /// The target of this name.
@@ -327,6 +337,10 @@ fn control_request(bytes: &[u8]) {
     let _ = serde_json::from_slice::<MigrateRequest>(bytes);
     let _ = serde_json::from_slice::<SetRequest>(bytes);
     let _ = serde_json::from_slice::<ResolveRequest>(bytes);
+    // The other way: what a command is told by whoever has the socket.
+    let _ = serde_json::from_slice::<MigrationView>(bytes);
+    let _ = serde_json::from_slice::<GatewayView>(bytes);
+    let _ = serde_json::from_slice::<Problem>(bytes);
 }
 
 fn control_requests() -> Vec<Vec<u8>> {
@@ -378,6 +392,38 @@ fn certificate(bytes: &[u8]) {
     let found = gateway.identify(&[bytes.to_vec().into()]);
     assert!(known || found.is_err(), "a certificate that nobody signed is believed");
 }
+
+/// Any bytes as the CRL of a trust domain: nobody who was revoked comes back by it.
+fn crl(bytes: &[u8]) {
+    let (gateway, path, revoked) = &*REVOKER;
+    std::fs::write(path, bytes).unwrap();
+    let _ = gateway.reload();
+    assert!(gateway.identify(&revoked.chain).is_err(), "a CRL that nobody signed is believed");
+}
+
+fn crls() -> Vec<Vec<u8>> {
+    vec![std::fs::read(&REVOKER.1).unwrap()]
+}
+
+/// A gateway, the file of its CRL, and who is on it.
+static REVOKER: LazyLock<(Arc<Credentials>, std::path::PathBuf, crate::fixtures::Leaf)> = LazyLock::new(|| {
+    let (world, directory) = (World::new(), tempfile::tempdir().unwrap());
+    let own = crate::fixtures::write_gateway(directory.path(), "a", &world.good_a);
+    let files = world.write_trust(directory.path()).remove(0);
+    let path = directory.path().join("fuzz.crl");
+    std::fs::write(&path, world.root.crl(9, 0, 30, &[&world.good_b.serial])).unwrap();
+    let trust = vec![TrustDomainConfig { domain: files.domain, roots: files.roots, crls: vec![path.clone()] }];
+    let config = IdentityConfig {
+        certificate: own.certificate,
+        key: own.key,
+        signing_key: own.signing_key,
+        trust,
+        post_quantum: PostQuantum::Preferred,
+    };
+    // Kept as long as the process lives.
+    let _ = directory.keep();
+    (Credentials::load(config).unwrap(), path, world.good_b)
+});
 
 fn certificates() -> Vec<Vec<u8>> {
     GATEWAY.1.clone()
