@@ -12,7 +12,7 @@ use super::settings::{
     Config, Gateway, Identity, Incoming, Limits, Migration, Operator, PLACEHOLDERS, Peer, Policies, PolicyBundle, Template, Trust, Vm,
 };
 use super::typed::TrustDomain;
-use super::{ByteSize, Classification, Compression, Durability, Label, Role, TimeSpan};
+use super::{ByteSize, Classification, Compression, Durability, KeyFile, Label, Role, TimeSpan};
 use crate::limits::{HISTORY_COUNT_MAX, LANES_MAX, MIGRATIONS_MAX, RAM_BYTES_MAX, SOCKET_PATH_BYTES_MAX, TABLE_BYTES, TABLE_BYTES_MAX};
 use crate::policy::bundle::BundleTrust;
 use crate::types::{PeerName, SpiffeId, Verify, VmName, VmUuid};
@@ -128,8 +128,14 @@ fn socket_length(r: &mut Reader, key: &str, path: &Located<PathBuf>, room: usize
 fn identity(r: &mut Reader, top: &mut Section<'_, '_>) -> Option<Identity> {
     let mut s = r.section(top, "identity");
     let certificate = file(r, &mut s, "certificate", FileKind::Certificate);
-    let key = file(r, &mut s, "key", FileKind::PrivateKey);
-    let signing_key = file(r, &mut s, "signing_key", FileKind::PrivateKey);
+    let [key, signing_key] = ["key", "signing_key"].map(|name| {
+        let key = r.required::<KeyFile>(&mut s, name);
+        // A credential is there for the service alone.
+        if let Some(Located { value: KeyFile::File(path), at }) = &key {
+            r.mentions.push(FileMention { key: s.key(name), at: *at, path: path.clone(), kind: FileKind::PrivateKey });
+        }
+        key
+    });
     if let (Some(key), Some(signing_key)) = (&key, &signing_key)
         && key.value == signing_key.value
     {

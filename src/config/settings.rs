@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use super::raw::Setting;
-use super::{Address, Bandwidth, ByteSize, Classification, Compression, DiskFormat, Durability, Existing, Label, Role, TimeSpan};
+use super::{Address, Bandwidth, ByteSize, Classification, Compression, DiskFormat, Durability, Existing, KeyFile, Label, Role, TimeSpan};
 use crate::types::{PeerName, SpiffeId, Verify, VmName, VmUuid};
 
 /// A configuration without problems; made by [`load`](super::load) and [`parse`](super::parse) only.
@@ -95,10 +95,10 @@ pub struct Gateway {
 pub struct Identity {
     /// PEM file: the leaf and its intermediates.
     pub certificate: PathBuf,
-    /// PEM file: the leaf's private key.
-    pub key: PathBuf,
-    /// PEM file: the Ed25519 key that signs handoff messages and checkpoints.
-    pub signing_key: PathBuf,
+    /// PEM: the leaf's private key.
+    pub key: KeyFile,
+    /// PEM: the Ed25519 key that signs handoff messages and checkpoints.
+    pub signing_key: KeyFile,
     /// Whether a peer that cannot do X25519MLKEM768 is refused.
     pub require_post_quantum: bool,
     /// By trust domain; at least one.

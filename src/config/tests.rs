@@ -87,7 +87,14 @@ fn every_kind_of_mistake_is_named_with_line_column_key_and_expectation() {
                 "7:15: identity.signing_key: the same file as `identity.key` // the TLS key and the key that signs handoffs are two keys; `sealane pki issue` makes both",
             ],
         ),
-        ("key = \"key.pem\"\n", "", &["4:1: identity.key: missing: expected a path"]),
+        (
+            "key = \"key.pem\"",
+            "key = \"credential:../tls-key\"",
+            &[
+                "6:7: identity.key: expected a path, or `credential:` and a name, got `credential:../tls-key` // the name of a `LoadCredential=` of the service: letters, digits, `.`, `-`, `_`",
+            ],
+        ),
+        ("key = \"key.pem\"\n", "", &["4:1: identity.key: missing: expected a path, or `credential:` and a name"]),
         (
             "crls = [\"crl.pem\"]",
             "crls = []",
@@ -405,10 +412,20 @@ fn load_problems(file: &Path) -> Vec<String> {
 }
 
 #[test]
+fn a_credential_is_a_name_and_its_file_is_the_service_s_to_read() {
+    let (_directory, file) = files();
+    let text = std::fs::read_to_string(&file).unwrap().replacen("key.pem", "credential:tls-key", 1);
+    std::fs::write(&file, text).unwrap();
+    let config = load(&file).unwrap();
+    assert_eq!(config.identity.key, KeyFile::Credential("tls-key".to_owned()));
+    assert_eq!(config.identity.key.to_string(), "credential:tls-key");
+}
+
+#[test]
 fn a_file_whose_files_are_all_there_loads() {
     let (directory, file) = files();
     assert_eq!(load_problems(&file), Vec::<String>::new());
-    assert_eq!(load(&file).unwrap().identity.key, directory.path().join("key.pem"));
+    assert_eq!(load(&file).unwrap().identity.key, KeyFile::File(directory.path().join("key.pem")));
 }
 
 #[test]

@@ -8,7 +8,8 @@ use toml::de::DeValue;
 
 use super::raw::{Reader, Typed};
 use super::{
-    Address, Bandwidth, ByteSize, Classification, Compression, DiskFormat, Durability, Existing, InvalidQuantity, Label, Role, TimeSpan,
+    Address, Bandwidth, ByteSize, Classification, Compression, DiskFormat, Durability, Existing, InvalidQuantity, KeyFile, Label, Role,
+    TimeSpan,
 };
 use crate::types::{PeerName, SpiffeId, Verify, VmName, VmUuid, is_trust_domain};
 
@@ -154,6 +155,24 @@ impl Typed for PathBuf {
 
     fn show(&self) -> String {
         self.display().to_string()
+    }
+}
+
+impl Typed for KeyFile {
+    const EXPECTED: &'static str = "a path, or `credential:` and a name";
+
+    fn read(reader: &mut Reader, key: &str, value: &Spanned<DeValue<'_>>) -> Result<Self, Option<String>> {
+        match value.get_ref().as_str().and_then(|text| text.strip_prefix(Self::CREDENTIAL)) {
+            Some(name) => {
+                let hint = || "the name of a `LoadCredential=` of the service: letters, digits, `.`, `-`, `_`".to_owned();
+                Self::credential(name).ok_or_else(|| Some(hint()))
+            }
+            None => PathBuf::read(reader, key, value).map(Self::File),
+        }
+    }
+
+    fn show(&self) -> String {
+        self.to_string()
     }
 }
 

@@ -1,6 +1,7 @@
 //! Values that appear in the file, each with the rule that it has to keep.
 
 use std::fmt;
+use std::path::PathBuf;
 use std::str::FromStr;
 
 use crate::types::{InvalidValue, VmName};
@@ -68,6 +69,49 @@ impl FromStr for Address {
 impl fmt::Display for Address {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if self.host.contains(':') { write!(f, "[{}]:{}", self.host, self.port) } else { write!(f, "{}:{}", self.host, self.port) }
+    }
+}
+
+/// Where a private key is.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub enum KeyFile {
+    /// A file of its own.
+    File(PathBuf),
+    /// What systemd gives the service under this name: `LoadCredential=NAME:…`.
+    Credential(String),
+}
+
+impl KeyFile {
+    /// How a credential is written.
+    pub(super) const CREDENTIAL: &'static str = "credential:";
+
+    /// A credential of that name; the rule is systemd's for names, without what is confusing in a path.
+    pub(super) fn credential(name: &str) -> Option<Self> {
+        let fits = (1..=255).contains(&name.len()) && !name.starts_with('.');
+        let plain = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'-' | b'_');
+        (fits && name.bytes().all(plain)).then(|| Self::Credential(name.to_owned()))
+    }
+
+    /// The file. Nothing where a credential is wanted and systemd has named no directory of credentials, as it does for the service
+    /// alone.
+    #[must_use]
+    pub fn path(&self) -> Option<PathBuf> {
+        match self {
+            Self::File(path) => Some(path.clone()),
+            Self::Credential(name) => {
+                let directory = std::env::var_os("CREDENTIALS_DIRECTORY").map(PathBuf::from).filter(|path| path.is_absolute());
+                directory.map(|directory| directory.join(name))
+            }
+        }
+    }
+}
+
+impl fmt::Display for KeyFile {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::File(path) => path.display().fmt(f),
+            Self::Credential(name) => write!(f, "{}{name}", Self::CREDENTIAL),
+        }
     }
 }
 

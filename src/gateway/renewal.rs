@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use crate::config::{Config, Policies};
+use crate::config::{Config, KeyFile, Policies};
 use crate::engine::Command;
 use crate::gateway::Gateway;
 
@@ -49,9 +49,9 @@ impl Files {
 
 fn picture(config: &Config) -> Picture {
     let identity = &config.identity;
-    let own = [&identity.certificate, &identity.key, &identity.signing_key];
+    let keys = [&identity.key, &identity.signing_key].into_iter().filter_map(KeyFile::path);
     let trust = identity.trust.iter().flat_map(|trust| trust.crls.iter().chain([&trust.roots]));
-    let mut files: Vec<PathBuf> = own.into_iter().chain(trust).cloned().collect();
+    let mut files: Vec<PathBuf> = trust.chain([&identity.certificate]).cloned().chain(keys).collect();
     let (directory, all) = match &config.policy {
         Policies::Directory(directory) => (directory, false),
         Policies::Bundle(bundle) => (&bundle.directory, true),

@@ -58,7 +58,7 @@ fn build(config: Arc<Config>) -> Result<Arc<Gateway>, Problem> {
     // A CRL number never goes back, not even across a restart.
     let remembered = config.gateway.state_directory.join("crl-numbers");
     std::fs::create_dir_all(&config.gateway.state_directory).map_err(|error| local("state directory", &error))?;
-    let credentials = Credentials::load_remembering(identity_config(&config), remembered).map_err(identity)?;
+    let credentials = Credentials::load_remembering(identity_config(&config)?, remembered).map_err(identity)?;
     if let Err(error) = credentials.own_standing() {
         tracing::warn!(error = %chain(&error), "peers will refuse this gateway's own certificate");
     }
@@ -113,16 +113,21 @@ fn build(config: Arc<Config>) -> Result<Arc<Gateway>, Problem> {
     }))
 }
 
-fn identity_config(config: &Config) -> IdentityConfig {
+fn identity_config(config: &Config) -> Result<IdentityConfig, Problem> {
     let trust =
         |trust: &config::Trust| TrustDomainConfig { domain: trust.domain.clone(), roots: trust.roots.clone(), crls: trust.crls.clone() };
-    IdentityConfig {
+    let place = |key: &str, file: &config::KeyFile| {
+        let message = format!("identity.{key}: `{file}`: systemd gave this process no credentials: $CREDENTIALS_DIRECTORY is not set");
+        let missing = || Problem::new(ErrorClass::Misuse, message).with_code("configuration");
+        file.path().ok_or_else(|| missing().with_hint("the unit needs `LoadCredential=NAME:FILE` or `LoadCredentialEncrypted=NAME:FILE`"))
+    };
+    Ok(IdentityConfig {
         certificate: config.identity.certificate.clone(),
-        key: config.identity.key.clone(),
-        signing_key: config.identity.signing_key.clone(),
+        key: place("key", &config.identity.key)?,
+        signing_key: place("signing_key", &config.identity.signing_key)?,
         trust: config.identity.trust.iter().map(trust).collect(),
         post_quantum: if config.identity.require_post_quantum { PostQuantum::Required } else { PostQuantum::Preferred },
-    }
+    })
 }
 
 /// The policies to start with. Where the bundle is refused, they are of the one that was in force last, and the reason comes along.

@@ -290,6 +290,16 @@ pub enum IdentityError {
         /// Its permission bits.
         mode: u32,
     },
+    /// A private key from systemd that is not as systemd lays it.
+    #[error("systemd credential `{path}` is not as systemd lays it: {found}, expected {expected}")]
+    Credential {
+        /// The file.
+        path: PathBuf,
+        /// What it is.
+        found: String,
+        /// What it should be.
+        expected: &'static str,
+    },
     /// A file does not hold what it should.
     #[error("{what} `{path}` is malformed: expected {expected}")]
     Malformed {

@@ -1,10 +1,10 @@
 //! Private keys: reading them, refusing exposed ones, and the gateway's Ed25519 signatures.
 
 use std::fmt;
-use std::fs::{File, OpenOptions};
+use std::fs::{File, Metadata, OpenOptions};
 use std::io::Read;
-use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
-use std::path::Path;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::path::{Path, PathBuf};
 
 use nix::fcntl::OFlag;
 use ring::signature::{ED25519, Ed25519KeyPair, KeyPair, UnparsedPublicKey};
@@ -81,14 +81,48 @@ pub(super) fn read_bounded(path: &Path, what: &'static str, limit: u64) -> Resul
 
 /// Reads a private key file, which nobody but its owner may be able to read.
 pub(super) fn read_private(path: &Path, what: &'static str) -> Result<Vec<u8>, IdentityError> {
+    let credentials = std::env::var_os("CREDENTIALS_DIRECTORY").map(PathBuf::from);
+    let laid_by_systemd = credentials.is_some_and(|directory| path.parent() == Some(&directory));
+    read_private_as(path, what, laid_by_systemd)
+}
+
+fn read_private_as(path: &Path, what: &'static str, laid_by_systemd: bool) -> Result<Vec<u8>, IdentityError> {
     let file = open(path, what)?;
     // The opened file is asked, not the path, so that the answer is about what is read.
     let metadata = file.metadata().map_err(|source| IdentityError::File { action: "read", what, path: path.to_owned(), source })?;
     let mode = metadata.permissions().mode() & 0o7777;
-    if mode & 0o077 != 0 {
+    if laid_by_systemd {
+        credential(path, what, &metadata)?;
+    } else if mode & 0o077 != 0 {
         return Err(IdentityError::KeyExposed { path: path.to_owned(), mode });
     }
     read_open(&file, path, what, limits::PEM_FILE_BYTES_MAX)
+}
+
+/// systemd lays a credential with mode 0400. It is root's, and the service's user may read it by an access list, whose mask then shows
+/// where the mode of the group would be; or it belongs to the service's user. Its directory is as closed.
+fn credential(path: &Path, what: &'static str, file: &Metadata) -> Result<(), IdentityError> {
+    let wrong = |metadata: &Metadata, path: &Path, expected| {
+        let found = format!("mode {:04o} of user id {}, group id {}", metadata.mode() & 0o7777, metadata.uid(), metadata.gid());
+        IdentityError::Credential { path: path.to_owned(), found, expected }
+    };
+    let ours = |metadata: &Metadata| metadata.uid() == 0 || metadata.uid() == nix::unistd::geteuid().as_raw();
+    // What stands for the group is an access list's only where the group is root's.
+    let closed = |metadata: &Metadata| match metadata.mode() & 0o077 {
+        0 => true,
+        0o040 | 0o050 => metadata.uid() == 0 && metadata.gid() == 0,
+        _ => false,
+    };
+    let directory = path.parent().unwrap_or(path);
+    let around =
+        std::fs::metadata(directory).map_err(|source| IdentityError::File { action: "read", what, path: directory.to_owned(), source })?;
+    if !ours(&around) || !closed(&around) {
+        return Err(wrong(&around, directory, "a directory of root or the service's user that nobody else may use"));
+    }
+    if !ours(file) || !closed(file) || file.mode() & 0o7333 != 0 {
+        return Err(wrong(file, path, "mode 0400, of root or the service's user"));
+    }
+    Ok(())
 }
 
 /// Opens a regular file. A pipe or device would make a reload wait for whoever holds its other end.
@@ -136,6 +170,54 @@ MC4CAQAwBQYDK2VwBCIEINTuctv5E1hK1bbY8fdp+K06/nwoy/HU++CXqI9EdVhC
             assert!(!verify_signature(&signer.public_key(), b"evidence", &bad), "bit {bit}");
         }
         assert!(!verify_signature(&[0; 32], b"evidence", &signature));
+    }
+
+    /// As systemd's own code lays them: 0400, with an access list where it gives the service's user access, or given to that user.
+    #[test]
+    fn a_systemd_credential_is_taken_as_systemd_lays_it_and_not_otherwise() {
+        let directory = tempfile::tempdir().unwrap();
+        let mode = |path: &Path, mode: u32| std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).unwrap();
+        let path = directory.path().join("tls-key");
+        std::fs::write(&path, KEY).unwrap();
+        let root = nix::unistd::geteuid().is_root();
+        // A mask of an access list looks like a group that may read, and only root has credentials like that.
+        for (directory_mode, file_mode, taken) in [
+            (0o500, 0o400, true),
+            (0o700, 0o400, true),
+            (0o550, 0o440, root),
+            (0o700, 0o440, root),
+            (0o700, 0o600, false),
+            (0o700, 0o404, false),
+            (0o700, 0o420, false),
+            (0o700, 0o444, false),
+            (0o755, 0o400, false),
+            (0o770, 0o400, false),
+            (0o701, 0o400, false),
+        ] {
+            mode(directory.path(), directory_mode);
+            mode(&path, file_mode);
+            let read = read_private_as(&path, "private key", true);
+            assert_eq!(read.is_ok(), taken, "{directory_mode:o} {file_mode:o}: {read:?}");
+            if let Err(error) = read {
+                assert!(error.to_string().contains("is not as systemd lays it"), "{error}");
+            }
+        }
+        mode(directory.path(), 0o700);
+        if root {
+            mode(&path, 0o400);
+            for (owner, group, taken) in [(0, 0, true), (65_534, 0, false)] {
+                std::os::unix::fs::chown(&path, Some(owner), Some(group)).unwrap();
+                assert_eq!(read_private_as(&path, "private key", true).is_ok(), taken, "{owner}:{group}");
+            }
+            std::os::unix::fs::chown(&path, Some(0), Some(65_534)).unwrap();
+            mode(&path, 0o440);
+            assert!(read_private_as(&path, "private key", true).is_err(), "a group that may read it is no access list");
+        } else {
+            println!("SKIP credentials of other users: only root makes files of others");
+        }
+        // The same file as a key that is no credential.
+        mode(&path, 0o440);
+        assert!(matches!(read_private_as(&path, "private key", false), Err(IdentityError::KeyExposed { mode: 0o440, .. })));
     }
 
     #[test]
