@@ -289,8 +289,8 @@ impl StoredEntry {
         if text.as_bytes() == line { Ok(entry) } else { Err(NOT_CANONICAL.to_owned()) }
     }
 
-    /// Its line, field by field in the order of their names. WHY: by way of a [`Value`] it takes three times as long, and whoever verifies
-    /// a log does it with every line.
+    /// Its line, field by field in the order of their names. WHY: not by way of a [`Value`], since whoever verifies a log does it
+    /// with every line.
     fn write(&self, out: &mut String) -> Result<(), String> {
         out.push_str("{\"boot_id\":");
         quote(&self.boot_id, out)?;

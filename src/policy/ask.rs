@@ -422,7 +422,7 @@ impl PolicySet {
         };
         let (action, candidates) = (uid("Action", question.action())?, policies.candidates(question.action(), principal, resource));
         let context = question.context(stream)?;
-        // Its shape was compared with the schema when the set was loaded (`shapes.rs`): that takes longer than to decide.
+        // Its shape was compared with the schema when the set was loaded (`shapes.rs`).
         let request = cedar_policy::Request::new(principal_uid, action, resource_uid, context, None).map_err(|error| error.to_string())?;
         let ask = |entities: &cedar_policy::Entities| self.checked.authorizer.is_authorized(&request, &candidates, entities);
         if listed {
