@@ -156,14 +156,16 @@ fn accepts_what_the_specification_allows() {
 fn refuses_a_hostile_header() {
     let good = pages(&[zero(0, 1)]);
     let body_max = u32::try_from(FRAME_BODY_BYTES_MAX).unwrap();
-    let kind = "`kind` of `frame` is unknown: expected 1 (pages), 2 (round mark) or 3 (stream), got";
+    let kind = "`kind` of `frame` is unknown: expected 1 (pages), 2 (round mark), 3 (stream) or 4 (disk), got";
     let body = "`body length` of `frame` is out of bounds: expected";
     let stream = Raw { kind: 3, records: 1, body: vec![0; 14], ..good.clone() };
+    let disk = Raw { kind: 4, records: 1, body: vec![0; 64], ..good.clone() };
     let bounds = |field: &str, expected: &str| format!("`{field}` of `frame` is out of bounds: expected {expected}");
     check(&[
         ("kind zero", vec![Raw { kind: 0, ..good.clone() }], &format!("{kind} 0")),
-        ("kind unknown", vec![Raw { kind: 4, ..good.clone() }], &format!("{kind} 4")),
+        ("kind unknown", vec![Raw { kind: 5, ..good.clone() }], &format!("{kind} 5")),
         ("a piece of a stream", vec![stream], "frame of lane 0 has a piece of a stream: expected pages"),
+        ("a change of a disk", vec![disk], "frame of lane 0 has a piece of a stream: expected pages"),
         ("kind of an opaque stream", vec![Raw { kind: 255, ..good.clone() }], &format!("{kind} 255")),
         ("reserved byte", vec![Raw { reserved: 1, ..good.clone() }], &bounds("reserved byte", "0 to 0, got 1")),
         ("lane over the limit", vec![Raw { lane: 16, ..good.clone() }], &bounds("lane", "0 to 15, got 16")),

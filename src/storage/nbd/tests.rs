@@ -82,9 +82,9 @@ async fn hostile_options_are_bounded_and_refused() {
         (b"IHAVEOPX".to_vec(), "an option: expected"),
         (option(8, 0, b"").repeat(limits::NBD_OPTIONS_MAX + 1), "more than"),
         // A name that is longer than its option, and one with facts that are missing: no, and then nothing.
-        (option(7, 6, &[0xff; 6]), "eof"),
-        (option(7, 6, &[0, 0, 0, 0, 0, 9]), "eof"),
-        (option(7, 3, &[0; 3]), "eof"),
+        (option(7, 6, &[0xff; 6]), "end of file"),
+        (option(7, 6, &[0, 0, 0, 0, 0, 9]), "end of file"),
+        (option(7, 3, &[0; 3]), "end of file"),
     ] {
         let refused = said_to(&options).await.unwrap_err();
         assert!(refused.contains(says), "{refused}: {says}");
