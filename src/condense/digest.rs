@@ -1,13 +1,13 @@
 //! What both ends compute over a stream, to find that it is the same.
 
 use ring::digest::{Context, SHA256};
-use twox_hash::XxHash3_128;
+use xxhash_rust::xxh3::Xxh3;
 
 /// SHA-256 over all that is not pages, and XXH3-128 over the pages: pages are as fast to compare as they are to copy, and as with
 /// guests whose pages are seen, what guards them on the way is the tunnel.
 pub struct StreamDigest {
     framing: Context,
-    pages: XxHash3_128,
+    pages: Xxh3,
     bytes: u64,
 }
 
@@ -19,7 +19,7 @@ impl std::fmt::Debug for StreamDigest {
 
 impl Default for StreamDigest {
     fn default() -> Self {
-        Self { framing: Context::new(&SHA256), pages: XxHash3_128::new(), bytes: 0 }
+        Self { framing: Context::new(&SHA256), pages: Xxh3::new(), bytes: 0 }
     }
 }
 
@@ -30,7 +30,7 @@ impl StreamDigest {
     }
 
     pub(super) fn page(&mut self, content: &[u8]) {
-        self.pages.write(content);
+        self.pages.update(content);
         self.bytes += content.len() as u64;
     }
 
@@ -46,6 +46,6 @@ impl StreamDigest {
         self.framing.update(&self.bytes.to_le_bytes());
         let mut framing = [0; 32];
         framing.copy_from_slice(self.framing.finish().as_ref());
-        (framing, self.pages.finish_128())
+        (framing, self.pages.digest128())
     }
 }

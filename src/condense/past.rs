@@ -4,7 +4,7 @@
 
 use std::collections::HashMap;
 
-use twox_hash::XxHash3_128;
+use xxhash_rust::xxh3::xxh3_128_with_secret;
 
 use super::walk::Place;
 use crate::types::PAGE_BYTES;
@@ -208,8 +208,7 @@ impl Index {
     }
 
     fn hash(&self, content: &[u8]) -> (u64, u32) {
-        // A secret of this length is never refused.
-        let hash = XxHash3_128::oneshot_with_secret(self.key.as_slice(), content).unwrap_or_else(|_| XxHash3_128::oneshot(content));
+        let hash = xxh3_128_with_secret(content, self.key.as_slice());
         let part = |bits: u128| u64::try_from(bits & u128::from(u64::MAX)).unwrap_or(0);
         (part(hash), u32::try_from(hash >> 96).unwrap_or(0))
     }

@@ -7,7 +7,7 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 
-use twox_hash::XxHash3_128;
+use xxhash_rust::xxh3::xxh3_128;
 
 use crate::limits::STRIPE_PAGES;
 use crate::memory::{GuestRam, PageSet, RamError};
@@ -52,13 +52,13 @@ pub fn digest_stripes(ram: &GuestRam, stripes: Range<u64>) -> Result<Vec<StripeD
 
 fn of_stripe(blocks: &[u128]) -> StripeDigest {
     let bytes: Vec<u8> = blocks.iter().flat_map(|digest| digest.to_le_bytes()).collect();
-    StripeDigest(XxHash3_128::oneshot(&bytes))
+    StripeDigest(xxh3_128(&bytes))
 }
 
 /// The digest of a stripe whose bytes were copied out.
 #[must_use]
 pub fn digest_stripe(bytes: &[u8]) -> StripeDigest {
-    let blocks: Vec<u128> = bytes.chunks(BLOCK_BYTES).map(XxHash3_128::oneshot).collect();
+    let blocks: Vec<u128> = bytes.chunks(BLOCK_BYTES).map(xxh3_128).collect();
     of_stripe(&blocks)
 }
 
@@ -74,7 +74,7 @@ struct Blocks<'a> {
 impl<'a> Blocks<'a> {
     fn new(ram: &'a GuestRam) -> Self {
         let block = vec![0; BLOCK_BYTES];
-        Self { ram, hole: XxHash3_128::oneshot(&block), block, written: None }
+        Self { ram, hole: xxh3_128(&block), block, written: None }
     }
 
     fn digest(&mut self, index: u64) -> Result<u128, RamError> {
@@ -91,7 +91,7 @@ impl<'a> Blocks<'a> {
         // INVARIANT(block-bound): `pages` is at most what the block holds.
         let block = &mut self.block[..bytes];
         self.ram.read(first, block)?;
-        Ok(XxHash3_128::oneshot(block))
+        Ok(xxh3_128(block))
     }
 }
 
@@ -200,7 +200,7 @@ const _: () = assert!(GROUP.is_multiple_of(STRIPE_BLOCKS));
 #[must_use]
 pub fn combine_digests(stripes: &[StripeDigest]) -> u128 {
     let bytes: Vec<u8> = stripes.iter().flat_map(|digest| digest.0.to_le_bytes()).collect();
-    XxHash3_128::oneshot(&bytes)
+    xxh3_128(&bytes)
 }
 
 /// The digest of all guest RAM, on the calling thread.

@@ -6,7 +6,7 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError, RwLock};
 
-use twox_hash::XxHash3_128;
+use xxhash_rust::xxh3::xxh3_128_with_secret;
 
 use crate::limits::LANES_MAX;
 use crate::memory::{PageSet, lane_of};
@@ -137,8 +137,7 @@ impl Duplicates {
         if self.shard_entries_max == 0 {
             return None;
         }
-        // The secret is as long as it has to be.
-        let hash = XxHash3_128::oneshot_with_secret(&self.key, content).ok()?;
+        let hash = xxh3_128_with_secret(content, &self.key);
         let [low, high] = [hash, hash >> 64].map(|half| u64::try_from(half & u128::from(u64::MAX)).unwrap_or(0));
         let hash_more = u32::try_from(high >> 32).unwrap_or(0);
         // The low bits of the high half choose the shard, the low half the place in it.

@@ -1,6 +1,6 @@
 //! What one lane carried, counted the same way at both ends.
 
-use twox_hash::XxHash3_128;
+use xxhash_rust::xxh3::Xxh3Default;
 
 use crate::wire::LaneTotals;
 
@@ -10,7 +10,7 @@ pub(super) struct Ledger {
     frames: u64,
     pages: u64,
     bytes: u64,
-    hash: XxHash3_128,
+    hash: Xxh3Default,
 }
 
 impl std::fmt::Debug for Ledger {
@@ -26,7 +26,7 @@ impl Ledger {
         self.pages += pages;
         for part in parts {
             self.bytes += part.len() as u64;
-            self.hash.write(part);
+            self.hash.update(part);
         }
     }
 
@@ -36,6 +36,6 @@ impl Ledger {
     }
 
     pub(super) fn totals(&self) -> LaneTotals {
-        LaneTotals { frames: self.frames, pages: self.pages, bytes: self.bytes, digest: self.hash.finish_128() }
+        LaneTotals { frames: self.frames, pages: self.pages, bytes: self.bytes, digest: self.hash.digest128() }
     }
 }

@@ -4,7 +4,7 @@ use std::thread::ThreadId;
 
 use bytes::Bytes;
 use tokio::sync::mpsc;
-use twox_hash::XxHash3_128;
+use xxhash_rust::xxh3::Xxh3;
 
 use super::link::Link;
 use super::*;
@@ -22,25 +22,25 @@ struct Carried {
 
 /// Sends `chunks` of 64 KiB that differ by lane and place.
 async fn send(mut io: LaneIo, chunks: u64, mut after: impl FnMut(u64)) -> Result<(Carried, ThreadId), TransportError> {
-    let mut digest = XxHash3_128::new();
+    let mut digest = Xxh3::new();
     for n in 0..chunks {
         let mut chunk = vec![u8::try_from(io.lane.0).unwrap(); 64 * 1024];
         chunk[..8].copy_from_slice(&n.to_le_bytes());
-        digest.write(&chunk);
+        digest.update(&chunk);
         io.sender.write(Bytes::from(chunk)).await?;
         after(n);
     }
     io.sender.finish().await?;
-    let carried = Carried { lane: io.lane, bytes: io.sender.sent_bytes(), digest: digest.finish_128() };
+    let carried = Carried { lane: io.lane, bytes: io.sender.sent_bytes(), digest: digest.digest128() };
     Ok((carried, std::thread::current().id()))
 }
 
 async fn receive(mut io: LaneIo) -> Result<(Carried, ThreadId), TransportError> {
-    let mut digest = XxHash3_128::new();
+    let mut digest = Xxh3::new();
     while let Some(bytes) = io.receiver.read_chunk(1 << 20).await? {
-        digest.write(&bytes);
+        digest.update(&bytes);
     }
-    let carried = Carried { lane: io.lane, bytes: io.receiver.received_bytes(), digest: digest.finish_128() };
+    let carried = Carried { lane: io.lane, bytes: io.receiver.received_bytes(), digest: digest.digest128() };
     Ok((carried, std::thread::current().id()))
 }
 
