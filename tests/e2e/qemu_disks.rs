@@ -303,7 +303,7 @@ fn a_guest_moves_with_its_disk_into_another_format_and_back() {
     let mut plan = Plan::small("qcow2", "raw");
     plan.ends[0].1 = "cluster_size = \"4KiB\"".to_owned();
     let Some(mut disks) = Disks::start(Setup::new(), plan) else { return };
-    let report = disks.lab.migrate(A, &["--storage", "all", "--verify-disks"]).expect_moved();
+    let report = disks.lab.migrate(A, &["--storage", "all", "--verify-disks", "--compress", "zstd"]).expect_moved();
     moved(&report, 64 * MIB);
     assert!(report["disks"]["verified"] == true && report["disks"]["verify_seconds"].as_f64().unwrap() > 0.0, "{report}");
     // 16 MiB are one byte, and the rest is holes.
