@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """Many small VMs at once through one pair of gateways, next to one VM with as much memory.
 
-  fleet.py [--vms 100] [--memory-mib 64] [--parallel 100] [--binary target/release/sealane]
+  fleet.py [--vms 100] [--memory-mib 64] [--parallel 8] [--binary target/release/sealane]
 
 Both gateways and all VMMs run on this host; the guests are synthetic, write nothing and fill their memory with content of their own.
-The clock runs from the first `migrate` to the last VM that runs at the destination. Every gateway's peak resident memory is read
+The clock runs from the first `migrate` to the last VM that runs at the destination. Every gateway's anonymous memory is read
 from the kernel when all is over. The table goes to stderr, one JSON object to stdout.
 """
 
@@ -198,16 +198,16 @@ def measure(binary, memories_mib, parallel):
         idle = {name: lab.resident(name, "VmRSS") for name in lab.gateways}
         seconds = lab.move_all()
         # Guest memory is shared with the VMMs and not the gateway's: what is its own is anonymous.
-        peaks = {name: {"idle_bytes": idle[name], "anonymous_bytes": lab.resident(name, "RssAnon")} for name in lab.gateways}
+        memory = {name: {"idle_bytes": idle[name], "anonymous_bytes": lab.resident(name, "RssAnon")} for name in lab.gateways}
         wire = sum(report["wire_bytes"] for report in lab.ask("gw-a", "history")["reports"])
-        return {"vms": len(memories_mib), "memory_mib": sum(memories_mib), "seconds": seconds, "wire_bytes": wire, "gateways": peaks}
+        return {"vms": len(memories_mib), "memory_mib": sum(memories_mib), "seconds": seconds, "wire_bytes": wire, "gateways": memory}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vms", type=int, default=100)
     parser.add_argument("--memory-mib", type=int, default=64)
-    parser.add_argument("--parallel", type=int, default=100)
+    parser.add_argument("--parallel", type=int, default=8, help="migrations at once, at most 64")
     parser.add_argument("--one-only", action="store_true", help="only the one VM")
     parser.add_argument("--binary", default="target/release/sealane")
     flags = parser.parse_args()
