@@ -358,7 +358,7 @@ async fn send_frame(io: &mut LaneIo, shared: &SendShared, made: Option<Made>) ->
 }
 
 /// WHY: a trial takes less time than a frame, and has to be rare where nothing comes of it.
-const PROBE_EVERY: u64 = 32;
+pub(super) const PROBE_EVERY: u64 = 32;
 
 /// The decoders of a migration, by lane. Whoever receives on a lane holds its decoder.
 pub(super) type Decoders = Arc<[Mutex<Decoder>]>;

@@ -12,6 +12,7 @@ use crate::engine::EngineError;
 use crate::engine::disks::{Change, DiskIn, DiskOut};
 use crate::engine::frames::Frames;
 use crate::engine::handoff::joined;
+use crate::engine::lanes::PROBE_EVERY;
 use crate::engine::limiter::Limiter;
 use crate::engine::meter::Meter;
 use crate::engine::run_delay::RunDelay;
@@ -182,9 +183,6 @@ async fn send_frame(io: &mut LaneIo, shared: &SendShared, frame: Vec<u8>, packed
     tokio::task::yield_now().await;
     Ok(began.elapsed())
 }
-
-/// WHY: a trial takes less time than a frame, and has to be rare where nothing comes of it.
-const PROBE_EVERY: u64 = 32;
 
 /// The same, where nothing is looked back to.
 fn by_itself(terms: &StreamTerms) -> StreamTerms {
