@@ -36,7 +36,7 @@ pub const STREAM_CHUNK_BYTES_MAX: usize = 256 * 1024;
 /// again, at the destination they wait for those before them. 1 Gbit/s over 150 ms takes 19 MB.
 pub const STREAM_WINDOW_BYTES: u64 = 24 << 20;
 /// LIMIT: pages of a stream that each end remembers, to find equal ones and send differences: what the tables of a migration take.
-pub const STREAM_PAST_BYTES_MAX: usize = 1 << 30;
+pub const STREAM_PAST_BYTES_MAX: usize = 1 << 29;
 /// LIMIT: disks of one VM; a PC bus has room for about as many.
 pub const DISKS_MAX: usize = 64;
 /// LIMIT: bytes of one disk: 64 TiB, as QEMU's own formats have at most some more.

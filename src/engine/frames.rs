@@ -1,4 +1,4 @@
-//! Buffers of frames, used again once QUIC has had them acknowledged: fresh ones would be mapped, cleared and unmapped each time.
+//! Buffers of frames, used again once QUIC has had them acknowledged, or the hypervisor has them: fresh ones would be mapped, cleared and unmapped each time.
 
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -17,14 +17,27 @@ const IDLE_MAX: usize = 8;
 impl Frames {
     /// An empty buffer with room for a frame.
     pub(super) fn take(&self) -> Vec<u8> {
+        let mut frame = self.idle();
+        frame.clear();
+        frame
+    }
+
+    /// A buffer of so many bytes, to be overwritten: they are what was there before.
+    pub(super) fn take_filled(&self, bytes: usize) -> Vec<u8> {
+        let mut frame = self.idle();
+        // Only what is longer than before is cleared.
+        frame.resize(bytes, 0);
+        frame
+    }
+
+    fn idle(&self) -> Vec<u8> {
         let idle = self.0.lock().unwrap_or_else(PoisonError::into_inner).pop();
         idle.unwrap_or_else(|| Vec::with_capacity(FRAME_HEADER_BYTES + limits::FRAME_BODY_BYTES_MAX))
     }
 
-    pub(super) fn give_back(&self, mut frame: Vec<u8>) {
+    pub(super) fn give_back(&self, frame: Vec<u8>) {
         let mut idle = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if idle.len() < IDLE_MAX {
-            frame.clear();
             idle.push(frame);
         }
     }
@@ -71,5 +84,7 @@ mod tests {
         assert_eq!(idle(), 1);
         let again = frames.take();
         assert!(again.is_empty() && again.capacity() >= limits::FRAME_BODY_BYTES_MAX);
+        drop(frames.lend(again));
+        assert_eq!(frames.take_filled(5).len(), 5);
     }
 }

@@ -147,6 +147,12 @@ pub struct StreamChunk<'a> {
 impl<'a> StreamChunk<'a> {
     /// Appends the whole frame.
     pub fn put(&self, out: &mut Vec<u8>, lane: LaneIndex, sequence: u64) {
+        self.put_head(out, lane, sequence);
+        out.put(self.block);
+    }
+
+    /// Appends what is in front of the block.
+    pub fn put_head(&self, out: &mut Vec<u8>, lane: LaneIndex, sequence: u64) {
         let body_bytes = STREAM_HEAD_BYTES + self.block.len();
         let header = FrameHeader { kind: FrameKind::Stream, lane, round: Round(1), sequence, records: 1, body_bytes };
         out.put(&header.encode());
@@ -156,7 +162,6 @@ impl<'a> StreamChunk<'a> {
         });
         out.put_u64(self.offset);
         out.put_length(self.bytes);
-        out.put(self.block);
     }
 
     /// The piece in the body of a frame. Its end is a number that exists, and its length at most
