@@ -162,8 +162,11 @@ pub const AUDIT_TILES_PENDING_MAX: usize = 64;
 pub const AUDIT_HANDOFFS_MAX: usize = 4096;
 /// LIMIT: peers whose heads are kept in memory.
 pub const AUDIT_PEERS_MAX: usize = 4096;
-/// LIMIT: heads and answers that one session may bring; each may cost an entry. Two of each are what an exchange can take.
+/// LIMIT: heads and answers that one session may bring in half of [`AUDIT_HEADS_EVERY`]; each may cost an entry. Two of each are what
+/// an exchange can take.
 pub const AUDIT_HEADS_PER_SESSION_MAX: usize = 8;
+/// LIMIT: a peer in a session gets a head at least that often: what a log that goes back could hide is a minute of a session, and two entries a minute are little.
+pub const AUDIT_HEADS_EVERY: std::time::Duration = std::time::Duration::from_secs(60);
 /// LIMIT: crashes in a row before the first entry after them.
 pub const AUDIT_DROPPED_MAX: usize = 1000;
 

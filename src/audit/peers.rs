@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::{MutexGuard, PoisonError};
+use std::time::Instant;
 
 use serde_json::Value;
 
@@ -53,6 +54,8 @@ struct Peer {
     cosigned: Option<Noted>,
     /// Heads that it was shown and has not answered.
     shown: Vec<Checkpoint>,
+    /// When it was shown one last, by this process.
+    shown_at: Option<Instant>,
 }
 
 /// A head as it stands in an entry of this log.
@@ -68,6 +71,13 @@ struct Noted {
 const SHOWN_MAX: usize = 8;
 
 impl AuditLog {
+    /// Whether `peer` has been shown no head for [`limits::AUDIT_HEADS_EVERY`].
+    #[must_use]
+    pub fn head_is_due(&self, peer: &SpiffeId) -> bool {
+        let shown_at = self.known().peers.get(peer.as_str()).and_then(|state| state.shown_at);
+        shown_at.is_none_or(|at| at.elapsed() >= limits::AUDIT_HEADS_EVERY)
+    }
+
     /// What to show `peer`: the head, that it extends what the peer knows (`from`, or what it cosigned last), and that the last entry
     /// about COMMIT or RUN of `migration` is in it.
     ///
@@ -79,6 +89,7 @@ impl AuditLog {
         let mut known = self.known();
         let state = known.peers.entry(peer.to_string()).or_default();
         let from = from.unwrap_or_else(|| state.cosigned.as_ref().map_or(0, |last| last.head.size));
+        state.shown_at = Some(Instant::now());
         let head = self.head();
         if from > head.size {
             let why = format!("the peer keeps a head of {from} entries of this log, which has {}: this log went back", head.size);

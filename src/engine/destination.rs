@@ -491,6 +491,7 @@ impl Run {
                 let (evidence, binding) = (self.evidence.clone(), self.binding.clone());
                 let kept = blocking(move || evidence.kept_image(&binding)).await?;
                 kept.map(|_| None).ok_or_else(|| EngineError::Bug("the final image is not there".into()))
+                    self.heads = Exchange::default();
             }
             HandoffAction::Forget => {
                 if self.machine.name() == "running" {

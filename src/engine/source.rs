@@ -270,6 +270,9 @@ impl Run {
         let ram = Arc::clone(guest.ram());
         let run = Self {
             machine: Source::new(order.goal),
+        if self.outage.is_none() && self.binding.is_some() && self.pause.is_none() {
+            self.evidence.show_head_when_due(&self.link, self.order.migration).await;
+        }
             limiter: Arc::new(Limiter::new(order.limited(order.bandwidth), share)),
             guest: Arc::new(Mutex::new(guest)),
             round: RoundUnderWay::new(Round(0), false, 0, 0),

@@ -1,7 +1,7 @@
-//! At the end of a handoff each side shows the other the head of its audit log, keeps and cosigns what it is shown, and keeps what the
-//! other has signed.
+//! At the end of a handoff, and every minute of a session that takes longer, each side shows the other the head of its audit log,
+//! keeps and cosigns what it is shown, and keeps what the other has signed.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::audit::{Announcement, Answer};
 use crate::engine::Link;
@@ -20,6 +20,8 @@ pub(super) struct Exchange {
     ours: bool,
     shown_again: bool,
     heard: usize,
+    /// Since when they are counted.
+    counted: Option<Instant>,
 }
 
 impl Exchange {
@@ -33,6 +35,13 @@ impl Evidence {
     /// Shows the peer the head of the audit log, from where the peer knows it. A peer that does not get it has the next one.
     pub(super) async fn show_head(&self, link: &Link, migration: MigrationId) {
         self.show_head_from(link, migration, None).await;
+    }
+
+    /// The same, if the peer has not seen a head for a while: while a migration takes long, and where it ends without a handoff.
+    pub(super) async fn show_head_when_due(&self, link: &Link, migration: MigrationId) {
+        if self.audit.head_is_due(&link.peer.spiffe) {
+            self.show_head(link, migration).await;
+        }
     }
 
     async fn show_head_from(&self, link: &Link, migration: MigrationId, from: Option<u64>) {
@@ -58,6 +67,9 @@ impl Evidence {
     ) -> Option<Message> {
         if !matches!(message, Message::AuditHead(_) | Message::AuditAnswer(_)) {
             return Some(message);
+        }
+        if exchange.counted.is_none_or(|since| since.elapsed() >= limits::AUDIT_HEADS_EVERY / 2) {
+            (exchange.heard, exchange.shown_again, exchange.counted) = (0, false, Some(Instant::now()));
         }
         exchange.heard = exchange.heard.saturating_add(1);
         if exchange.heard > limits::AUDIT_HEADS_PER_SESSION_MAX {
@@ -90,6 +102,8 @@ impl Evidence {
             Err(error) => return tracing::error!(error = %error, "audit task failed"),
         };
         self.say_of_heads(link, Message::AuditAnswer(answer)).await;
+        // Who was called answers in kind.
+        self.show_head_when_due(link, migration).await;
     }
 
     async fn keep_answer(&self, link: &Link, migration: MigrationId, exchange: &mut Exchange, answer: AuditAnswer) {

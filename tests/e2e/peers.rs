@@ -71,6 +71,20 @@ fn a_source_gateway_that_is_killed_in_the_rounds_and_finds_no_note_of_them_leave
 }
 
 #[test]
+fn a_session_without_a_handoff_leaves_the_head_of_each_log_with_the_other() {
+    let lab = Setup::new().busy().start();
+    let (running, id) = lab.start_slow_migration(A, &[]);
+    for (name, other) in [(A, B), (B, A)] {
+        let head = lab.gateway(name).audited("peer-head", "done", &[other.gateway()]);
+        assert!(!head.to_string().contains("tlog-proof"), "nothing changed hands: {head}");
+        lab.gateway(name).audited("head-cosigned", "done", &[other.gateway()]);
+    }
+    lab.gateway(A).command(&["cancel", &id]).expect(0, &[]);
+    running.finish().expect_stayed(5, &[VM]);
+    lab.settled_on(A);
+}
+
+#[test]
 fn a_destination_vmm_that_is_killed_in_the_rounds_leaves_the_guest_on_the_source() {
     let lab = Setup::new().busy().start();
     let (running, id) = lab.start_slow_migration(A, &[]);

@@ -9,6 +9,7 @@ use super::{Command, Run, SourceEnd, blocking, lock};
 use crate::engine::EngineError;
 use crate::engine::handoff::{Evidence, joined};
 use crate::engine::link::{hear_why, until_abort_is_heard};
+use crate::engine::witness::Exchange;
 use crate::limits;
 use crate::migration::{HandoffAction, Outcome, SourceEvent, SourceRecord, SourceStep};
 use crate::storage::write_image;
@@ -161,6 +162,7 @@ impl Run {
     /// Heads of both audit logs behind their last entries, if the destination's comes soon.
     pub(super) async fn last_words(&mut self) {
         let migration = self.order.migration;
+        self.heads = Exchange::default();
         self.evidence.show_head(&self.link, migration).await;
         self.evidence.finish_heads(&self.link, migration, &mut self.heads, false, limits::LAST_WORDS).await;
         self.figures.peer_audit_head = self.heads.theirs.take();

@@ -530,6 +530,7 @@ impl Run {
                 blocking(move || Ok(lock(&twin).renew()?)).await.map(|()| None)
             }
             HandoffAction::Keep | HandoffAction::Forget | HandoffAction::Restore => {
+                    self.heads = Exchange::default();
                 Err(EngineError::Bug("a stream has no image on disk".into()))
             }
             HandoffAction::LeaveToJournal => {

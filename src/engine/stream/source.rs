@@ -421,6 +421,9 @@ impl Run {
     /// A destination that hears nothing for too long takes this for lost.
     async fn sign_of_life(&mut self) -> Option<StreamSourceEvent> {
         if self.outage.is_some() || self.heard_from_us.elapsed() < limits::PING_EVERY {
+        if self.outage.is_none() && self.binding.is_some() && self.pause.is_none() {
+            self.evidence.show_head_when_due(&self.link, self.order.migration).await;
+        }
             return None;
         }
         match self.say(Message::Ping).await {

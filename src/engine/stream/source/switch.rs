@@ -10,6 +10,7 @@ use crate::engine::EngineError;
 use crate::engine::handoff::{Binding, Heard, blocking, joined};
 use crate::engine::link::{hear_why, until_abort_is_heard};
 use crate::engine::source::{Command, SourceEnd};
+use crate::engine::witness::Exchange;
 use crate::limits;
 use crate::migration::{HandoffAction, OfferRecord, Outcome, SourceRecord, SourceStep, StreamSourceEvent};
 use crate::telemetry::{Phase, Progress, chain};
@@ -271,6 +272,7 @@ impl Run {
         let migration = self.order.migration;
         self.evidence.show_head(&self.link, migration).await;
         self.evidence.finish_heads(&self.link, migration, &mut self.heads, false, limits::LAST_WORDS).await;
+        self.heads = Exchange::default();
         self.figures.peer_audit_head = self.heads.theirs.take();
     }
 }
