@@ -172,7 +172,7 @@ async fn send(dir: &Path, address: SocketAddr, options: Options) -> Result<()> {
     let expected: SpiffeId = format!("spiffe://{DOMAIN}/gateway/receiver").parse()?;
     let session = sender.connect(address, &expected).await?;
     let migration = MigrationId([u8::try_from(std::process::id() % 251)?; 16]);
-    session.send(&Message::Accept(Accept { migration, lanes: options.lanes, policy_digest: [0; 32] })).await?;
+    session.send(&Message::Accept(Accept { migration, lanes: options.lanes, policy_digest: [0; 32], bandwidth_max: None })).await?;
     session.receive().await?;
 
     let (before, start) = (cpu_seconds(), Instant::now());

@@ -250,7 +250,6 @@ const BAD: &[Case] = &[
     ("an obligation that is not built", |b| annotated(b, "@require_mode(\"postcopy\")", RELEASE), nothing, "bundle-policy-refused", "no other mode is built"),
     ("an obligation without a unit", |b| annotated(b, "@max_bandwidth(\"100\")", RELEASE), nothing, "bundle-policy-refused", "Mbit/s"),
     ("an obligation of a forbid", |b| annotated(b, "@max_lanes(\"2\")", "forbid (principal, action == Sealane::Action::\"accept\", resource)"), nothing, "bundle-policy-refused", "a forbid cannot"),
-    ("a limit that a destination cannot keep", |b| annotated(b, "@max_bandwidth(\"1Gbit/s\")", "permit (principal, action == Sealane::Action::\"accept\", resource)"), nothing, "bundle-policy-refused", "only a source"),
     ("an obligation where there is no stream", |b| annotated(b, "@max_lanes(\"2\")", "permit (principal, action == Sealane::Action::\"resolveInDoubt\", resource)"), nothing, "bundle-policy-refused", "no stream"),
 ];
 

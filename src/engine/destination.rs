@@ -7,6 +7,7 @@ mod progress;
 mod watch;
 
 use std::collections::VecDeque;
+use std::num::NonZeroU64;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -41,6 +42,8 @@ type Twin = Arc<Mutex<Box<dyn PagedDestination>>>;
 struct Run {
     order: Offer,
     lanes: u16,
+    /// What the source is told to send at most, bytes a second.
+    bandwidth_max: Option<NonZeroU64>,
     evidence: Evidence,
     link: Link,
     twin: Twin,
@@ -84,7 +87,7 @@ struct Rounds {
 
 /// Runs the destination end until the VM's place is decided, or the source has to be waited for.
 pub async fn run_destination(order: DestinationOrder) -> DestinationEnd {
-    let DestinationOrder { offer, lanes, evidence, link, twin, ask_commit, policy_digest, commands, .. } = order;
+    let DestinationOrder { offer, lanes, evidence, link, twin, ask_commit, policy_digest, bandwidth_max, commands, .. } = order;
     let DestinationOrder { returns, outage_max, progress, comes_back_in, .. } = order;
     let ram = Arc::clone(twin.ram());
     // Nobody but the lanes writes it before the state is restored, so all of it need not be read in the pause.
@@ -101,6 +104,7 @@ pub async fn run_destination(order: DestinationOrder) -> DestinationEnd {
     };
     let mut run = Run {
         lanes,
+        bandwidth_max,
         evidence,
         link,
         twin: Arc::new(Mutex::new(twin)),
@@ -189,7 +193,7 @@ impl Run {
         if !comes_back {
             return self.accept().await;
         }
-        self.say(Message::Resumed(Resumed { migration, deciding: false, lanes })).await
+        self.say(Message::Resumed(Resumed { migration, deciding: false, bandwidth_max: self.bandwidth_max, lanes })).await
     }
 
     /// Lets every lane join, on the session that stands now; what they carried counts from 0.
@@ -220,7 +224,13 @@ impl Run {
 
     async fn accept(&mut self) -> Result<(), EngineError> {
         crate::failpoint::hit!("destination.accept.before");
-        self.say(Message::Accept(Accept { migration: self.order.migration, lanes: self.lanes, policy_digest: self.policy_digest })).await
+        self.say(Message::Accept(Accept {
+            migration: self.order.migration,
+            lanes: self.lanes,
+            policy_digest: self.policy_digest,
+            bandwidth_max: self.bandwidth_max,
+        }))
+        .await
     }
 
     async fn say(&mut self, message: Message) -> Result<(), EngineError> {
@@ -481,6 +491,7 @@ impl Run {
             }
             HandoffAction::End(outcome) => {
                 if outcome == Outcome::Moved {
+                    self.heads = Exchange::default();
                     self.evidence.show_head(&self.link, self.order.migration).await;
                 }
                 self.ended = Some(Some(outcome));
@@ -491,7 +502,6 @@ impl Run {
                 let (evidence, binding) = (self.evidence.clone(), self.binding.clone());
                 let kept = blocking(move || evidence.kept_image(&binding)).await?;
                 kept.map(|_| None).ok_or_else(|| EngineError::Bug("the final image is not there".into()))
-                    self.heads = Exchange::default();
             }
             HandoffAction::Forget => {
                 if self.machine.name() == "running" {

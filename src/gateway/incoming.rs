@@ -1,5 +1,6 @@
 //! A VM arrives: from a stranger's datagram to a running guest.
 
+use std::num::NonZeroU64;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
@@ -183,7 +184,7 @@ impl Gateway {
             }
         };
         let answer = if known {
-            Message::Resumed(Resumed { migration, deciding: true, lanes: vec![LaneStanding::default()] })
+            Message::Resumed(Resumed { migration, deciding: true, bandwidth_max: None, lanes: vec![LaneStanding::default()] })
         } else {
             let reason = "this gateway knows nothing of the migration: it was started anew, or gave up".to_owned();
             Message::Failure(Failure { class: ErrorClass::Local, reason })
@@ -251,6 +252,7 @@ impl Gateway {
         // As few as policy asks for; the switch is judged by what is granted.
         let lanes = permit.stream().map_or(1, |stream| stream.lanes).clamp(1, limits::LANES_MAX);
         case.terms.lanes = lanes;
+        case.bandwidth_max = permit.obligations().bandwidth_max();
         let hosting = self.hosting(&offer, link)?;
         if memory_bytes > hosting.memory_bytes_max {
             let most = hosting.memory_bytes_max;
@@ -417,6 +419,7 @@ impl Gateway {
             twin: Box::new(()),
             ask_commit,
             policy_digest,
+            bandwidth_max: case.bandwidth_max.and_then(NonZeroU64::new),
             commands,
             returns,
             outage_max,

@@ -241,10 +241,10 @@ impl Judge {
     }
 }
 
-/// What the source sends has its limit since the offer: a permit that asks for less comes too late.
+/// What is sent has its limit since the offer was accepted: a permit that asks for less comes too late.
 fn within_limit<A: Action>(case: &Case, answer: Result<Permit<A>, Denial>) -> Result<Permit<A>, Denial> {
     let permit = answer?;
-    let most = permit.obligations().bandwidth_max().filter(|_| case.side == Side::Source);
+    let most = permit.obligations().bandwidth_max();
     let Some(most) = most.filter(|most| case.bandwidth_max.is_none_or(|limit| limit > *most)) else { return Ok(permit) };
     let (ids, limit) = (permit.policy_ids().join("`, `"), case.bandwidth_max.map_or("none".to_owned(), |limit| limit.to_string()));
     Err(Denial {

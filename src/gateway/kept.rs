@@ -207,7 +207,7 @@ impl Gateway {
         let (_, memory_bytes) = self.read_offer(&offer)?;
         // It goes on with the lanes that it was granted, so they are what is judged.
         let terms = StreamTerms { lanes, ..offer.stream.clone() };
-        let case = Case {
+        let mut case = Case {
             migration: offer.migration,
             vm: offer.vm.clone(),
             uuid: offer.uuid,
@@ -220,6 +220,7 @@ impl Gateway {
         if permit.stream().is_none_or(|stream| stream.lanes < lanes) {
             return Err(Refusal::new(ErrorClass::Denied, format!("policy has come to permit fewer lanes than the {lanes} it was granted")));
         }
+        case.bandwidth_max = permit.obligations().bandwidth_max();
         let runtime = &self.config.gateway.runtime_directory;
         let leavings = Leavings::of(runtime, offer.migration);
         let (socket, vm) = (twin_file(runtime, offer.migration, "sock"), offer.vm.clone());

@@ -17,7 +17,7 @@
 //! | `require_post_quantum` | `true` | has a key exchange that a quantum computer does not break |
 //! | `require_mode` | `precopy` | moves all memory before the switch |
 //! | `max_lanes` | `1` and up | has at most so many lanes |
-//! | `max_bandwidth` | `100Mbit/s` | takes at most that much; the source sees to it |
+//! | `max_bandwidth` | `100Mbit/s` | takes at most that much; the source sees to it, also where the destination's policy asks |
 
 use std::fmt;
 
@@ -25,7 +25,7 @@ use cedar_policy::{ActionConstraint, Effect, Policy};
 
 use crate::limits;
 use crate::policy::facts::{Codec, CodecScope, Durability, Mode, Stream};
-use crate::policy::permit::{Accept, Action, Resolve};
+use crate::policy::permit::{Action, Resolve};
 
 /// The key exchange that counts as post-quantum.
 const POST_QUANTUM: &str = "X25519MLKEM768";
@@ -65,14 +65,6 @@ impl Obligations {
         };
         if only(Resolve::NAME) {
             return Err(format!("`{}` is about no stream: nothing can be asked of it", Resolve::NAME));
-        }
-        let accepts = match policy.action_constraint() {
-            ActionConstraint::Any => true,
-            ActionConstraint::Eq(uid) => uid.id().unescaped() == Accept::NAME,
-            ActionConstraint::In(uids) => uids.iter().any(|uid| uid.id().unescaped() == Accept::NAME),
-        };
-        if accepts && own.bandwidth_max.is_some() {
-            return Err(format!("`@max_bandwidth` on a permit for `{}`: only a source limits what it sends", Accept::NAME));
         }
         Ok(own)
     }

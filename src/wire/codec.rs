@@ -8,6 +8,7 @@ use crate::wire::{
     Feature, FinalDigest, Handoff, HandoffMessage, Hello, Join, LaneStanding, LaneTotals, Message, Offer, Resume, Resumed, RoundApplied,
     RoundEnd, SignedHandoff, StateChunk, StreamApplied, StreamEnd, StreamResumed, StreamTerms, WireError,
 };
+use std::num::NonZeroU64;
 
 /// Bytes in front of the body of a control message: length and kind.
 pub const CONTROL_HEADER_BYTES: usize = 5;
@@ -110,6 +111,7 @@ impl Message {
                 out.put(&accept.migration.0);
                 out.put_u16(accept.lanes);
                 out.put(&accept.policy_digest);
+                out.put_u64(accept.bandwidth_max.map_or(0, NonZeroU64::get));
             }
             Self::RoundEnd(end) => {
                 out.put(&end.migration.0);
@@ -149,6 +151,7 @@ impl Message {
             Self::Resumed(resumed) => {
                 out.put(&resumed.migration.0);
                 out.put_u8(u8::from(resumed.deciding));
+                out.put_u64(resumed.bandwidth_max.map_or(0, NonZeroU64::get));
                 out.put_length(resumed.lanes.len());
                 for lane in &resumed.lanes {
                     out.put_u32(lane.round.0);
@@ -218,6 +221,7 @@ impl Message {
                 migration: migration(reader)?,
                 lanes: lane_count(reader, "lanes")?,
                 policy_digest: reader.array("policy digest")?,
+                bandwidth_max: NonZeroU64::new(reader.u64("bandwidth limit")?),
             }),
             4 => Self::RoundEnd(RoundEnd {
                 migration: migration(reader)?,
@@ -233,7 +237,12 @@ impl Message {
                 Self::Failure(Failure { class: error_class(reader)?, reason: reader.text("reason", limits::REASON_BYTES_MAX)?.to_owned() })
             }
             11 => Self::Resume(Resume { migration: migration(reader)?, round: Round(reader.u32("round")?) }),
-            12 => Self::Resumed(Resumed { migration: migration(reader)?, deciding: reader.flag("deciding")?, lanes: standings(reader)? }),
+            12 => Self::Resumed(Resumed {
+                migration: migration(reader)?,
+                deciding: reader.flag("deciding")?,
+                bandwidth_max: NonZeroU64::new(reader.u64("bandwidth limit")?),
+                lanes: standings(reader)?,
+            }),
             13 => Self::AuditAnswer(AuditAnswer {
                 entries: reader.u64("entries")?,
                 cosignature: reader.text("cosignature", limits::COSIGNATURE_BYTES_MAX)?.to_owned(),

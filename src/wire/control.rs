@@ -2,6 +2,7 @@
 
 use crate::types::{Epoch, Incarnation, LaneIndex, MigrationId, RamRegion, Round, VmName, VmUuid};
 use crate::wire::ErrorClass;
+use std::num::NonZeroU64;
 
 /// A message of the control stream.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -175,6 +176,8 @@ pub struct Accept {
     pub lanes: u16,
     /// SHA-256 of the destination's policy set.
     pub policy_digest: [u8; 32],
+    /// Bytes a second of UDP payload that the source may send at most.
+    pub bandwidth_max: Option<NonZeroU64>,
 }
 
 /// What one lane carried since its join.
@@ -350,6 +353,8 @@ pub struct Resumed {
     pub migration: MigrationId,
     /// Whether FINAL and all that it is about came, so that the handoff decides; else pages are taken.
     pub deciding: bool,
+    /// As in [`Accept`], by the policy that holds now.
+    pub bandwidth_max: Option<NonZeroU64>,
     /// What each lane has applied.
     pub lanes: Vec<LaneStanding>,
 }

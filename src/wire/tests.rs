@@ -1,6 +1,7 @@
 //! Every message there and back, and every way to break one that we could think of.
 
 use proptest::prelude::*;
+use std::num::NonZeroU64;
 
 use super::*;
 use crate::limits;
@@ -62,7 +63,7 @@ fn every_message() -> Vec<Message> {
     vec![
         Message::Hello(Hello { features: vec![feature("zstd", false), feature("x", true)], ..Hello::new(Incarnation([8; 16]), [6; 32]) }),
         Message::Offer(offer()),
-        Message::Accept(Accept { migration: MIGRATION, lanes: 1, policy_digest: [1; 32] }),
+        Message::Accept(Accept { migration: MIGRATION, lanes: 1, policy_digest: [1; 32], bandwidth_max: NonZeroU64::new(1 << 20) }),
         Message::RoundEnd(RoundEnd { migration: MIGRATION, round: Round(1), last: true, lanes: totals.clone() }),
         Message::RoundApplied(RoundApplied { migration: MIGRATION, round: Round(7), lanes: totals.clone() }),
         Message::StateChunk(StateChunk { migration: MIGRATION, offset: 5, total: 9, bytes: vec![1, 2, 3] }),
@@ -81,6 +82,7 @@ fn every_message() -> Vec<Message> {
         Message::Resumed(Resumed {
             migration: MIGRATION,
             deciding: false,
+            bandwidth_max: None,
             lanes: vec![LaneStanding { round: Round(3), frames: 70_000 }, LaneStanding::default()],
         }),
         Message::Offer(Offer { stream: other_terms, ..offer() }),

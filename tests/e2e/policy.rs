@@ -1,7 +1,7 @@
 //! What policy denies. The guest goes on where it is, and whoever denied has it in its audit log.
 
 use crate::gateway::{A, B, Name};
-use crate::lab::{Lab, Setup, VM};
+use crate::lab::{Lab, POLICY, Setup, VM, replaced};
 
 /// A move that policy at `denier` denies at `action`.
 #[track_caller]
@@ -80,6 +80,22 @@ const OVERFLOW: &str = "when { context.stream.lanes * 9223372036854775807 > 0 };
 fn a_policy_of_the_source_that_cannot_be_evaluated_denies() {
     let broken = format!(r#"@id("too-large") permit (principal, action == Sealane::Action::"release", resource) {OVERFLOW}"#);
     denied(&Setup::new().with_policy(A, &broken).start(), A, "release", &["too-large"]);
+}
+
+#[test]
+fn a_limit_of_bandwidth_that_the_destination_asks_for_is_kept() {
+    let permit = "@id(\"accept-from-our-gateways\")";
+    let limited = format!("{permit}\n@max_bandwidth(\"64Mbit/s\")");
+    let lab = Setup::new().busy().policy(B, &replaced(POLICY, permit, &limited)).start();
+    let (running, id) = lab.start_slow_migration(A, &["--max-downtime", "1h"]);
+    // What an operator asks for counts as far as both policies let it.
+    lab.gateway(A).command(&["set", &id, "bandwidth=1GiB/s"]).expect(0, &[]);
+    let report = running.finish().expect_moved();
+    let (bytes, seconds) = (report["wire_bytes"].as_f64().unwrap(), report["duration_seconds"].as_f64().unwrap());
+    // Twice: what was allowed to burst, and what is not counted as page frames.
+    assert!(bytes / seconds < 2.0 * 8_000_000.0, "{report}");
+    lab.gateway(B).audited("decision", "allow", &["\"action\":\"accept\"", "max_bandwidth=8000000 bytes/s"]);
+    lab.settled_on(B);
 }
 
 #[test]

@@ -107,7 +107,7 @@ impl Taking<'_> {
         let granted = lanes.clamp(1, self.offer.stream.lanes);
         let gate = self.session.expect_lanes(self.migration(), granted, Arc::new(|io| Box::pin(drain(io)))).unwrap();
         self.gate = Some(gate);
-        self.say(Message::Accept(Accept { migration: self.migration(), lanes, policy_digest: [2; 32] })).await;
+        self.say(Message::Accept(Accept { migration: self.migration(), lanes, policy_digest: [2; 32], bandwidth_max: None })).await;
     }
 
     /// Accepts and waits for the end of the first round.

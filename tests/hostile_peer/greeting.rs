@@ -127,7 +127,7 @@ async fn only_an_offer_or_a_handoff_opens_a_conversation() {
     let migration = sealane::types::MigrationId(random());
     let totals = vec![LaneTotals::default(); 2];
     let cases = [
-        Message::Accept(Accept { migration, lanes: 1, policy_digest: [0; 32] }),
+        Message::Accept(Accept { migration, lanes: 1, policy_digest: [0; 32], bandwidth_max: None }),
         Message::RoundEnd(RoundEnd { migration, round: Round(1), last: true, lanes: totals.clone() }),
         Message::RoundApplied(RoundApplied { migration, round: Round(1), lanes: totals }),
         Message::StateChunk(StateChunk { migration, offset: 0, total: 1, bytes: vec![1] }),

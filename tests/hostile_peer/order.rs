@@ -28,7 +28,7 @@ async fn a_message_out_of_place_ends_the_migration() {
     .await;
     case(g, &evil, "accept from the source", PeerMisbehaved, async |a| {
         a.accepted().await;
-        a.say(Message::Accept(Accept { migration: a.migration(), lanes: 1, policy_digest: [0; 32] })).await;
+        a.say(Message::Accept(Accept { migration: a.migration(), lanes: 1, policy_digest: [0; 32], bandwidth_max: None })).await;
     })
     .await;
     case(g, &evil, "round applied from the source", PeerMisbehaved, async |a| {

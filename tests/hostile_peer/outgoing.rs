@@ -56,7 +56,7 @@ async fn before_commit_the_guest_runs_on_whatever_the_destination_does() {
     .await;
     case(g, s, "accept twice", misbehaved, 30.0, async |t| {
         t.first_round().await;
-        let accept = sealane::wire::Accept { migration: t.migration(), lanes: 2, policy_digest: [0; 32] };
+        let accept = sealane::wire::Accept { migration: t.migration(), lanes: 2, policy_digest: [0; 32], bandwidth_max: None };
         t.say(Message::Accept(accept)).await;
     })
     .await;

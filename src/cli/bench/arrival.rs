@@ -68,6 +68,7 @@ impl Side {
             link,
             twin: Box::new(twin) as Box<dyn PagedDestination>,
             ask_commit: Arc::new(|_| Ok(())),
+            bandwidth_max: None,
             policy_digest: [0; 32],
             commands,
             returns,

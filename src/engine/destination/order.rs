@@ -1,5 +1,6 @@
 //! What a destination is given, and how it ends.
 
+use std::num::NonZeroU64;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -29,6 +30,8 @@ pub struct DestinationOrder<T: ?Sized = dyn PagedDestination> {
     pub ask_commit: AskCommit,
     /// SHA-256 of the policy set that permitted the offer.
     pub policy_digest: [u8; 32],
+    /// Bytes a second that the source is told to send at most.
+    pub bandwidth_max: Option<NonZeroU64>,
     /// [`Command::Cancel`] says that this gateway is shutting down; everything else is steered at the source.
     pub commands: mpsc::Receiver<Command>,
     /// New sessions in which the source comes back for this migration.
@@ -83,6 +86,7 @@ impl<T: ?Sized> DestinationOrder<T> {
             link,
             ask_commit,
             policy_digest,
+            bandwidth_max,
             commands,
             returns,
             outage_max,
@@ -99,6 +103,7 @@ impl<T: ?Sized> DestinationOrder<T> {
             twin,
             ask_commit,
             policy_digest,
+            bandwidth_max,
             commands,
             returns,
             outage_max,

@@ -106,7 +106,7 @@ impl Run {
             }
         };
         self.resumed = Some((resume.round, lanes.clone()));
-        if let Err(error) = self.say(Message::Resumed(Resumed { migration, deciding, lanes })).await {
+        if let Err(error) = self.say(Message::Resumed(Resumed { migration, deciding, bandwidth_max: self.bandwidth_max, lanes })).await {
             return self.broken(error).await;
         }
         crate::failpoint::hit!("destination.resumed-sent");

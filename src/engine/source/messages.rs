@@ -32,6 +32,8 @@ impl Run {
                     durability: self.order.stream.durability,
                 });
                 self.binding = Some(offer.as_ref().into());
+                self.order.limit_too(accept.bandwidth_max);
+                self.limiter.set(self.order.limited(self.order.bandwidth));
                 Some(SourceEvent::Accepted { offer, lanes: accept.lanes })
             }
             Message::RoundApplied(applied) if applied.migration == self.order.migration => {

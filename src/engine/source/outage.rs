@@ -132,6 +132,8 @@ impl Run {
                 got: "one that takes pages, after COMMIT".into(),
             });
         }
+        self.order.limit_too(resumed.bandwidth_max);
+        self.limiter.set(self.order.limited(self.order.bandwidth));
         self.owe_again(&resumed).await?;
         self.open_lanes().await?;
         crate::failpoint::hit!("source.lanes-reopened");

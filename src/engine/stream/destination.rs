@@ -4,6 +4,7 @@ mod disks;
 mod outage;
 
 use std::collections::VecDeque;
+use std::num::NonZeroU64;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -37,6 +38,8 @@ type Twin = Arc<Mutex<Box<dyn StreamDestination>>>;
 struct Run {
     order: Offer,
     lanes: u16,
+    /// What the source is told to send at most, bytes a second.
+    bandwidth_max: Option<NonZeroU64>,
     evidence: Evidence,
     link: Link,
     twin: Twin,
@@ -72,7 +75,7 @@ struct Run {
 
 /// Runs the destination end of a hypervisor's own stream until the VM's place is decided, or the source has to be waited for.
 pub async fn run_stream_destination(order: DestinationOrder<dyn StreamDestination>) -> DestinationEnd {
-    let DestinationOrder { offer, lanes, evidence, link, twin, ask_commit, policy_digest, commands, .. } = order;
+    let DestinationOrder { offer, lanes, evidence, link, twin, ask_commit, policy_digest, bandwidth_max, commands, .. } = order;
     let DestinationOrder { returns, outage_max, disk_socket, .. } = order;
     let binding = Binding {
         migration: offer.migration,
@@ -87,6 +90,7 @@ pub async fn run_stream_destination(order: DestinationOrder<dyn StreamDestinatio
     let flow = Arc::new(Inflow::new());
     let mut run = Run {
         lanes,
+        bandwidth_max,
         evidence,
         link,
         stages: twin.stages(),
@@ -181,7 +185,13 @@ impl Run {
 
     async fn accept(&mut self) -> Result<(), EngineError> {
         crate::failpoint::hit!("destination.accept.before");
-        self.say(Message::Accept(Accept { migration: self.order.migration, lanes: self.lanes, policy_digest: self.policy_digest })).await
+        self.say(Message::Accept(Accept {
+            migration: self.order.migration,
+            lanes: self.lanes,
+            policy_digest: self.policy_digest,
+            bandwidth_max: self.bandwidth_max,
+        }))
+        .await
     }
 
     /// Lets every lane join, on the session that stands now.
@@ -520,6 +530,7 @@ impl Run {
             }
             HandoffAction::End(outcome) => {
                 if outcome == Outcome::Moved {
+                    self.heads = Exchange::default();
                     self.evidence.show_head(&self.link, self.order.migration).await;
                 }
                 self.ended = Some(Some(outcome));
@@ -530,7 +541,6 @@ impl Run {
                 blocking(move || Ok(lock(&twin).renew()?)).await.map(|()| None)
             }
             HandoffAction::Keep | HandoffAction::Forget | HandoffAction::Restore => {
-                    self.heads = Exchange::default();
                 Err(EngineError::Bug("a stream has no image on disk".into()))
             }
             HandoffAction::LeaveToJournal => {

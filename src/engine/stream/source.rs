@@ -109,7 +109,7 @@ pub async fn run_stream_source(order: SourceOrder, ports: SourcePorts<dyn Stream
         guest: Arc::new(Mutex::new(guest)),
         machine: if disks.is_some() { Machine::with_disks() } else { Machine::default() },
         binding: None,
-        flow: Arc::new(Outflow::new(order.bandwidth)),
+        flow: Arc::new(Outflow::new(order.limited(order.bandwidth))),
         disks,
         reading: None,
         whole: None,
@@ -396,6 +396,7 @@ impl Run {
     async fn commanded(&mut self, command: Option<Command>) -> Option<StreamSourceEvent> {
         match command {
             Some(Command::Bandwidth(limit)) => {
+                self.order.bandwidth = limit;
                 self.limiter.set(self.order.limited(limit));
                 None
             }
@@ -420,10 +421,10 @@ impl Run {
 
     /// A destination that hears nothing for too long takes this for lost.
     async fn sign_of_life(&mut self) -> Option<StreamSourceEvent> {
-        if self.outage.is_some() || self.heard_from_us.elapsed() < limits::PING_EVERY {
         if self.outage.is_none() && self.binding.is_some() && self.pause.is_none() {
             self.evidence.show_head_when_due(&self.link, self.order.migration).await;
         }
+        if self.outage.is_some() || self.heard_from_us.elapsed() < limits::PING_EVERY {
             return None;
         }
         match self.say(Message::Ping).await {
@@ -489,7 +490,7 @@ impl Run {
         self.lanes = lanes;
         let journal = Arc::clone(&self.evidence.journal);
         joined(tokio::task::spawn_blocking(move || journal.reserve()).await)??;
-        let (goal, rate_max) = (self.goal, self.order.bandwidth);
+        let (goal, rate_max) = (self.goal, self.order.limited(self.order.bandwidth));
         // What was said before this migration is none of its affair.
         self.stages.borrow_and_update();
         let begun = self.beside(move |guest| {

@@ -42,6 +42,8 @@ impl Run {
                     durability: self.order.stream.durability,
                 });
                 self.binding = Some(offer.as_ref().into());
+                self.order.limit_too(accept.bandwidth_max);
+                self.limiter.set(self.order.limited(self.order.bandwidth));
                 Some(StreamSourceEvent::Accepted { offer, lanes: accept.lanes })
             }
             Message::StreamApplied(applied) if applied.migration == self.order.migration => {
@@ -270,9 +272,9 @@ impl Run {
     /// Heads of both audit logs behind their last entries, if the destination's comes soon.
     async fn last_words(&mut self) {
         let migration = self.order.migration;
+        self.heads = Exchange::default();
         self.evidence.show_head(&self.link, migration).await;
         self.evidence.finish_heads(&self.link, migration, &mut self.heads, false, limits::LAST_WORDS).await;
-        self.heads = Exchange::default();
         self.figures.peer_audit_head = self.heads.theirs.take();
     }
 }
