@@ -549,6 +549,9 @@ pub struct VmmRunFlags {
     /// Append the serial console to this file, instead of stdout.
     #[arg(long, value_name = "FILE")]
     pub serial: Option<PathBuf>,
+    /// With --incoming: take a guest of more memory than this host has available, because it has touched little of it.
+    #[arg(long)]
+    pub overcommit: bool,
 }
 
 /// A built-in guest.

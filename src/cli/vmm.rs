@@ -40,7 +40,7 @@ fn surroundings(flags: &VmmRunFlags) -> Surroundings {
         HugepagesFlag::Reserved => Hugepages::Reserved,
     };
     let serial = flags.serial.clone().map_or(SerialSink::Stdout, SerialSink::File);
-    Surroundings { hugepages, serial }
+    Surroundings { hugepages, serial, overcommit: flags.overcommit }
 }
 
 fn uuid(flags: &VmmRunFlags) -> Result<VmUuid, Problem> {

@@ -490,7 +490,7 @@ impl LanePages {
     fn take_run(&mut self, run: Run) -> Option<(PageNumber, u64)> {
         let local = self.local(run.first()).0;
         let end = local + run.count();
-        let (first, count) = self.set.next_run(PageNumber(local), run.count()).filter(|(first, _)| first.0 < end)?;
+        let (first, count) = self.set.next_run_before(PageNumber(local), PageNumber(end), run.count())?;
         let count = count.min(end - first.0);
         for page in first.0..first.0 + count {
             self.set.remove(PageNumber(page));

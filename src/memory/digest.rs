@@ -164,6 +164,9 @@ impl KeptDigests {
     pub fn refresh(&self, ram: &GuestRam, groups: Range<usize>) -> Result<(), RamError> {
         let mut reader = Blocks::new(ram);
         for (index, group) in self.groups.iter().enumerate().take(groups.end).skip(groups.start) {
+            if group.stale.load(Ordering::Acquire) == 0 {
+                continue;
+            }
             let mut digests = group.digests.lock().unwrap_or_else(PoisonError::into_inner);
             // Taken before it is read: what is touched from here on is stale again.
             let mut taken = group.stale.swap(0, Ordering::AcqRel);

@@ -132,13 +132,25 @@ impl PageSet {
     /// (first page, count).
     #[must_use]
     pub fn next_run(&self, from: PageNumber, pages_max: u64) -> Option<(PageNumber, u64)> {
+        self.next_run_before(from, PageNumber(u64::MAX), pages_max)
+    }
+
+    /// As [`next_run`](Self::next_run), of a run that begins before `end`; looks no further.
+    #[must_use]
+    pub fn next_run_before(&self, from: PageNumber, end: PageNumber, pages_max: u64) -> Option<(PageNumber, u64)> {
         let mut index = usize::try_from(from.0 / WORD_BITS).ok()?;
         let mut word = self.words.get(index)? & (u64::MAX << (from.0 % WORD_BITS));
         while word == 0 {
             index += 1;
+            if index as u64 * WORD_BITS >= end.0 {
+                return None;
+            }
             word = *self.words.get(index)?;
         }
         let first = index as u64 * WORD_BITS + u64::from(word.trailing_zeros());
+        if first >= end.0 {
+            return None;
+        }
         let mut end = first;
         while end - first < pages_max {
             let Some(word) = self.words.get(usize::try_from(end / WORD_BITS).ok()?) else { break };
@@ -214,6 +226,16 @@ mod tests {
     }
 
     proptest! {
+        #[test]
+        fn a_bounded_search_finds_what_a_whole_one_finds_in_there(
+            words in prop::collection::vec(prop_oneof![Just(0), any::<u64>()], 1..9), from in 0u64..600, ahead in 0u64..600, max in 1u64..200,
+        ) {
+            let set = PageSet::from_words(words.len() as u64 * 64, &words);
+            let (from, end) = (PageNumber(from), PageNumber(from + ahead));
+            let expected = set.next_run(from, max).filter(|(first, _)| *first < end);
+            prop_assert_eq!(set.next_run_before(from, end, max), expected);
+        }
+
         #[test]
         fn the_lanes_share_out_every_page_once(words in prop::collection::vec(any::<u64>(), 1..80), lanes in 1u16..9, max in 1u64..600) {
             let set = PageSet::from_words(words.len() as u64 * 64, &words);

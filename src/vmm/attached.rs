@@ -16,6 +16,8 @@ pub struct Surroundings {
     pub hugepages: Hugepages,
     /// Where the serial console goes.
     pub serial: SerialSink,
+    /// Whether a guest may have more memory than this host has available now.
+    pub overcommit: bool,
 }
 
 /// A KVM guest that a gateway can attach to.
@@ -85,7 +87,7 @@ impl AttachedGuest for AttachedVm {
         Ok(self.vm()?.save_state()?)
     }
     fn prepare(&mut self, machine: &Machine) -> Result<File, Vec<String>> {
-        let lacks = check_compatible(machine);
+        let lacks = check_compatible(machine, self.surroundings.overcommit);
         if !lacks.is_empty() {
             return Err(lacks);
         }

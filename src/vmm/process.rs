@@ -35,7 +35,7 @@ const GUEST: &str = "guest";
 pub fn serve(process: Process, socket: &Path) -> Result<Option<u32>, VmmError> {
     let guest: Arc<Mutex<dyn AttachedGuest>> = match process {
         Process::Kvm(config) => {
-            let surroundings = Surroundings { hugepages: config.hugepages, serial: config.serial.clone() };
+            let surroundings = Surroundings { hugepages: config.hugepages, serial: config.serial.clone(), overcommit: false };
             let vm = Vm::create(&config)?;
             vm.start()?;
             Arc::new(Mutex::new(AttachedVm::running(vm, surroundings)))

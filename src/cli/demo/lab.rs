@@ -416,8 +416,8 @@ allowed_sites = ["site-a", "site-b"]
 migratable = true
 
 [incoming]
-command = [{program}, "vmm", "run", "--incoming", "--socket", "{{socket}}", "--serial", "{{serial}}"]
-max_memory = "64GiB"
+command = [{program}, "vmm", "run", "--incoming", "--overcommit", "--socket", "{{socket}}", "--serial", "{{serial}}"]
+max_memory = "1024GiB"
 "#
     )
 }

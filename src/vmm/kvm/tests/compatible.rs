@@ -15,7 +15,7 @@ fn host_and_machine() -> Option<(Host, Machine)> {
 fn a_host_can_take_its_own_machines() {
     if kvm_usable("a_host_can_take_its_own_machines") {
         let (_, machine) = host_and_machine().unwrap();
-        assert_eq!(check_compatible(&machine), Vec::<String>::new());
+        assert_eq!(check_compatible(&machine, false), Vec::<String>::new());
         let size = serde_json::to_vec(&machine).unwrap().len();
         println!("machine description: {size} bytes");
         assert!(size < crate::limits::MACHINE_BYTES_MAX / 4);
