@@ -310,6 +310,14 @@ pub const CALLER_SPEAKS_WITHIN: std::time::Duration = std::time::Duration::from_
 pub const CALLER_READS_WITHIN: std::time::Duration = std::time::Duration::from_secs(60);
 /// LIMIT: how long is waited when a caller cannot be taken, for want of descriptors.
 pub const ACCEPT_PAUSE: std::time::Duration = std::time::Duration::from_millis(100);
+/// LIMIT: a message to the launcher of VMMs: names and one path.
+pub const LAUNCHER_MESSAGE_BYTES_MAX: usize = 64 << 10;
+/// LIMIT: a message of the launcher: a few numbers, or a reason.
+pub const LAUNCHER_ANSWER_BYTES_MAX: usize = 8 << 10;
+/// LIMIT: VMMs of one gateway that have not ended; a host has no memory for more, and each takes two descriptors.
+pub const LAUNCHED_MAX: usize = 400;
+/// LIMIT: how long the launcher may take for an answer: a program is loaded, its memory is given back, or `qemu-img` makes a file.
+pub const LAUNCHER_ANSWERS_WITHIN: std::time::Duration = std::time::Duration::from_secs(30);
 /// LIMIT: an answer of the control API; the largest lists ten thousand VMs.
 pub const CONTROL_RESPONSE_BYTES_MAX: usize = 16 << 20;
 /// LIMIT: one line of an event stream; the largest is a report.

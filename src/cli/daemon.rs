@@ -264,3 +264,9 @@ pub(super) fn gateway(flags: &super::flags::GatewayFlags) -> Ending {
     crate::gateway::run(super::config::load(&flags.config)?)?;
     Ok(Exit::Done)
 }
+
+/// Starts VMMs for the gateway at the other end of standard input.
+pub(super) fn launcher() -> Ending {
+    crate::gateway::run_launcher()?;
+    Ok(Exit::Done)
+}

@@ -30,6 +30,8 @@ pub(super) fn doctor(flags: &DoctorFlags, out: Out) -> Ending {
         checks.push(socket_buffer(name, &read(&format!("/proc/sys/net/core/{name}"))));
     }
     checks.push(open_files(&read("/proc/self/limits")));
+    let (landlock, seccomp) = crate::gateway::sandbox_of_kernel();
+    checks.extend(sandbox(landlock, seccomp));
     let environment = std::env::var_os("SEALANE_CONFIG").filter(|value| !value.is_empty()).map(PathBuf::from);
     let default = || Some(PathBuf::from(DEFAULT_FILE)).filter(|file| file.exists());
     match flags.config.clone().or(environment).or_else(default) {
@@ -142,6 +144,31 @@ fn open_files(limits: &str) -> Check {
     }
 }
 
+/// The first version of Landlock that knows of TCP and of signals is newer than the first; seccomp does those as well.
+fn sandbox(landlock: Result<u32, String>, seccomp: Result<(), String>) -> [Check; 2] {
+    let lost = |what: &str, why: String| format!("{what}: {why}");
+    [
+        match landlock {
+            Ok(abi) => check("Landlock", CheckVerdict::Pass, format!("interface {abi}: a gateway sees its own files alone"), None),
+            Err(why) => check(
+                "Landlock",
+                CheckVerdict::Warn,
+                lost("a gateway that is taken over sees all files of its user", why),
+                Some("Linux 5.13 or later, with `landlock` in the kernel's `lsm=`"),
+            ),
+        },
+        match seccomp {
+            Ok(()) => check("seccomp", CheckVerdict::Pass, "a gateway makes no system calls but its own", None),
+            Err(why) => check(
+                "seccomp",
+                CheckVerdict::Warn,
+                lost("a gateway that is taken over can start programs", why),
+                Some("a kernel with CONFIG_SECCOMP_FILTER; some containers forbid it"),
+            ),
+        },
+    ]
+}
+
 fn configuration(file: &Path) -> Vec<Check> {
     let config = match super::config::load(file) {
         Ok(config) => config,
@@ -247,7 +274,11 @@ mod tests {
 
     #[test]
     fn every_warning_says_what_is_lost_and_what_to_do() {
-        for check in [huge_pages(""), socket_buffer("wmem_max", "1"), open_files("Max open files 1 1 files"), processor("")] {
+        let sandbox = sandbox(Err("none".into()), Err("none".into()));
+        for check in [huge_pages(""), socket_buffer("wmem_max", "1"), open_files("Max open files 1 1 files"), processor("")]
+            .into_iter()
+            .chain(sandbox)
+        {
             assert!(check.hint.is_some() || check.verdict == CheckVerdict::Skipped, "{check:?}");
         }
     }

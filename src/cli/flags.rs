@@ -43,6 +43,9 @@ pub enum Command {
     /// Runs in the foreground and logs to stderr. SIGHUP reloads certificates, revocation lists and policies; SIGTERM
     /// finishes or cleanly aborts what is under way.
     Gateway(GatewayFlags),
+    /// Start VMMs for a gateway; it starts this itself.
+    #[command(hide = true)]
+    Launcher,
     /// Move a VM to a peer.
     ///
     /// Shows progress until the VM runs there, and prints a report. Ctrl-C cancels with the VM running on the source; a

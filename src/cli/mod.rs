@@ -66,6 +66,7 @@ fn dispatch(command: Command, out: Out) -> Ending {
     match command {
         Command::Demo(flags) => demo::demo(&flags, out),
         Command::Gateway(flags) => daemon::gateway(&flags),
+        Command::Launcher => daemon::launcher(),
         Command::Migrate(flags) => daemon::migrate(&flags, out),
         Command::Plan(flags) => daemon::plan(&flags, out),
         Command::Vms(flags) => daemon::vms(&flags, out),
@@ -121,6 +122,7 @@ fn wants_json(command: &Command) -> bool {
         Command::Policy(PolicyCommand::Bundle(BundleCommand::Make { .. }))
         | Command::Audit(AuditCommand::Prove { .. } | AuditCommand::RotateKey { .. } | AuditCommand::Export { .. })
         | Command::Gateway(_)
+        | Command::Launcher
         | Command::Pki(_)
         | Command::Vmm(_)
         | Command::Completion(_)

@@ -148,6 +148,11 @@ pub(super) fn gateway(view: &GatewayView) -> String {
     if let Some(end) = &view.certificate_expires {
         let _ = write!(text, ", certificate until {}", printable(end));
     }
+    if let Some(sandbox) = &view.sandbox {
+        let files = sandbox.landlock_abi.map_or("without Landlock".to_owned(), |abi| format!("Landlock {abi}"));
+        let calls = if sandbox.seccomp { "seccomp" } else { "without seccomp" };
+        let _ = write!(text, "\nsandbox {}: {files}, {calls}", printable(&sandbox.setting));
+    }
     text.push('\n');
     text
 }

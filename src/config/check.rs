@@ -12,7 +12,7 @@ use super::settings::{
     Config, Gateway, Identity, Incoming, Limits, Migration, Operator, PLACEHOLDERS, Peer, Policies, PolicyBundle, Template, Trust, Vm,
 };
 use super::typed::TrustDomain;
-use super::{ByteSize, Classification, Compression, Durability, KeyFile, Label, Role, TimeSpan};
+use super::{ByteSize, Classification, Compression, Durability, KeyFile, Label, Role, Sandboxing, TimeSpan};
 use crate::limits::{HISTORY_COUNT_MAX, LANES_MAX, MIGRATIONS_MAX, RAM_BYTES_MAX, SOCKET_PATH_BYTES_MAX, TABLE_BYTES, TABLE_BYTES_MAX};
 use crate::policy::bundle::BundleTrust;
 use crate::types::{PeerName, SpiffeId, Verify, VmName, VmUuid};
@@ -101,6 +101,8 @@ fn gateway(r: &mut Reader, top: &mut Section<'_, '_>) -> Option<Gateway> {
     // Room for `/incoming-` + a migration's 32 digits + `.sock`.
     socket_length(r, &s.key("runtime_directory"), &runtime_directory, 48);
     let watch_files = r.or(&mut s, "watch_files", true).value;
+    let user = r.optional::<String>(&mut s, "user");
+    let sandbox = r.or(&mut s, "sandbox", Sandboxing::Auto).value;
     r.finish(s);
     Some(Gateway {
         name: name?.value,
@@ -112,6 +114,8 @@ fn gateway(r: &mut Reader, top: &mut Section<'_, '_>) -> Option<Gateway> {
         audit_directory,
         audit_keep,
         runtime_directory: runtime_directory.value,
+        user: user.map(|user| user.value),
+        sandbox,
         watch_files,
     })
 }

@@ -27,7 +27,7 @@ pub use settings::{
     Config, Disk, Gateway, Identity, Incoming, Limits, Migration, Operator, Peer, Policies, PolicyBundle, Template, Trust, Vm,
 };
 pub use units::{Bandwidth, ByteSize, InvalidQuantity, TimeSpan};
-pub use values::{Address, Classification, Compression, DiskFormat, Durability, Existing, KeyFile, Label, Role};
+pub use values::{Address, Classification, Compression, DiskFormat, Durability, Existing, KeyFile, Label, Role, Sandboxing};
 
 use crate::limits::CONFIG_BYTES_MAX;
 

@@ -4,7 +4,9 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use super::raw::Setting;
-use super::{Address, Bandwidth, ByteSize, Classification, Compression, DiskFormat, Durability, Existing, KeyFile, Label, Role, TimeSpan};
+use super::{
+    Address, Bandwidth, ByteSize, Classification, Compression, DiskFormat, Durability, Existing, KeyFile, Label, Role, Sandboxing, TimeSpan,
+};
 use crate::types::{PeerName, SpiffeId, Verify, VmName, VmUuid};
 
 /// A configuration without problems; made by [`load`](super::load) and [`parse`](super::parse) only.
@@ -85,6 +87,10 @@ pub struct Gateway {
     pub audit_keep: Option<TimeSpan>,
     /// Where the sockets of incoming VMMs are.
     pub runtime_directory: PathBuf,
+    /// The user that a gateway becomes that was started as root.
+    pub user: Option<String>,
+    /// What is done where the kernel cannot confine the gateway.
+    pub sandbox: Sandboxing,
     /// Whether certificates, CRLs and policies are read again when their files change.
     pub watch_files: bool,
 }

@@ -88,6 +88,11 @@ fn every_kind_of_mistake_is_named_with_line_column_key_and_expectation() {
             ],
         ),
         (
+            "site = \"dc1\"",
+            "site = \"dc1\"\nsandbox = \"maybe\"",
+            &["4:11: gateway.sandbox: expected `require`, `auto` or `off`, got `maybe`"],
+        ),
+        (
             "key = \"key.pem\"",
             "key = \"credential:../tls-key\"",
             &[

@@ -9,7 +9,7 @@ use toml::de::DeValue;
 use super::raw::{Reader, Typed};
 use super::{
     Address, Bandwidth, ByteSize, Classification, Compression, DiskFormat, Durability, Existing, InvalidQuantity, KeyFile, Label, Role,
-    TimeSpan,
+    Sandboxing, TimeSpan,
 };
 use crate::types::{PeerName, SpiffeId, Verify, VmName, VmUuid, is_trust_domain};
 
@@ -44,6 +44,7 @@ from_text! {
     DiskFormat = DiskFormat::EXPECTED,
     Durability = Durability::EXPECTED,
     Existing = Existing::EXPECTED,
+    Sandboxing = Sandboxing::EXPECTED,
     Classification = Classification::EXPECTED,
     Role = Role::EXPECTED,
 }

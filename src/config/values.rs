@@ -41,6 +41,14 @@ pub struct Address {
     pub port: u16,
 }
 
+impl Address {
+    /// Whether it has to be looked up.
+    #[must_use]
+    pub fn is_name(&self) -> bool {
+        self.host.parse::<std::net::IpAddr>().is_err()
+    }
+}
+
 impl FromStr for Address {
     type Err = InvalidValue;
 
@@ -198,6 +206,17 @@ words! {
         Refuse = "refuse",
         /// It is renamed.
         SetAside = "set-aside",
+    }
+}
+words! {
+    /// What a gateway does where its kernel cannot confine it.
+    Sandboxing, "`require`, `auto` or `off`" {
+        /// It does not start.
+        Require = "require",
+        /// It does without what is missing, and says so.
+        Auto = "auto",
+        /// It is not confined.
+        Off = "off",
     }
 }
 words! {

@@ -228,6 +228,20 @@ pub struct GatewayView {
     /// Departures that wait for their turn.
     #[serde(default)]
     pub migrations_queued: u32,
+    /// What it has given up for its own safety.
+    #[serde(default)]
+    pub sandbox: Option<SandboxView>,
+}
+
+/// What a gateway has given up since it started.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct SandboxView {
+    /// `gateway.sandbox` of its configuration: `require`, `auto` or `off`.
+    pub setting: String,
+    /// The version of Landlock's interface by which files are confined; absent where the kernel has none.
+    pub landlock_abi: Option<u32>,
+    /// Whether system calls are filtered.
+    pub seccomp: bool,
 }
 
 /// All VMs that the gateway knows.

@@ -132,22 +132,25 @@ impl Gateway {
     pub(super) fn disk_order(&self, migration: MigrationId, DiskWish { verify, blocking }: DiskWish) -> DiskOrder {
         DiskOrder { socket: twin_file(&self.config.gateway.runtime_directory, migration, SOCKET), verify, blocking }
     }
+}
 
-    /// Makes files for the disks that come, where the configuration says so; a twin opens them when it is started.
-    pub(super) fn lay_disks(&self, migration: MigrationId, vm: &config::Vm, disks: &[Disk]) -> Result<LaidDisks, storage::LayError> {
-        let place = |disk: &Disk| {
-            let listed = vm.disks.iter().find(|listed| listed.device == disk.device)?;
-            let format = match listed.format {
-                DiskFormat::Raw => storage::DiskFormat::Raw,
-                DiskFormat::Qcow2 => storage::DiskFormat::Qcow2 { cluster_bytes: listed.cluster_size.bytes },
-            };
-            let set_aside = listed.existing == Existing::SetAside;
-            Some(DiskPlace { file: listed.file.clone()?, format, bytes: disk.bytes, set_aside })
-        };
-        let places: Vec<_> = disks.iter().filter_map(place).collect();
-        let note = twin_file(&self.config.gateway.runtime_directory, migration, LAID);
-        LaidDisks::lay(&note, migration, &places)
-    }
+/// Where files are made for the disks that come, as the configuration says; a twin opens them when it is started.
+pub(super) fn places(vm: &config::Vm, disks: &[Disk]) -> Vec<DiskPlace> {
+    let place = |disk: &Disk| {
+        let listed = vm.disks.iter().find(|listed| listed.device == disk.device)?;
+        Some(DiskPlace { bytes: disk.bytes, ..longest(listed)? })
+    };
+    disks.iter().filter_map(place).collect()
+}
+
+/// The longest disk that may come to such a place; nothing where none is made.
+pub(super) fn longest(listed: &config::Disk) -> Option<DiskPlace> {
+    let format = match listed.format {
+        DiskFormat::Raw => storage::DiskFormat::Raw,
+        DiskFormat::Qcow2 => storage::DiskFormat::Qcow2 { cluster_bytes: listed.cluster_size.bytes },
+    };
+    let set_aside = listed.existing == Existing::SetAside;
+    Some(DiskPlace { file: listed.file.clone()?, format, bytes: listed.max_size.bytes, set_aside })
 }
 
 /// What an earlier gateway has left of disks of a VM that did not come: its note of them, or a socket.

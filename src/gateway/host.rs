@@ -8,11 +8,10 @@ use crate::config;
 use crate::engine::Host;
 use crate::gateway::Gateway;
 use crate::gateway::kept::twin_file;
+use crate::gateway::launcher::{INCOMING, Launcher, Start};
 use crate::hypervisor::attach::{self, AttachedDestination, AttachedSource, Timeouts};
 use crate::hypervisor::qemu::{self, QemuSource};
-use crate::hypervisor::{
-    Address, Guest, GuestStatus, HypervisorError, LaunchTemplate, LaunchVariables, Machine, PagedDestination, RunState,
-};
+use crate::hypervisor::{Address, Guest, GuestStatus, HypervisorError, Machine, PagedDestination, RunState};
 use crate::storage::ImageHead;
 
 /// How long a VMM may take to listen.
@@ -21,7 +20,7 @@ pub(super) const LAUNCH: Duration = Duration::from_secs(10);
 impl Gateway {
     pub(super) fn host(&self) -> Host {
         let runtime: Arc<Path> = self.config.gateway.runtime_directory.clone().into();
-        let (template, files) = (self.incoming.clone(), Arc::clone(&runtime));
+        let launcher = self.config.incoming.is_some().then(|| self.launcher.clone());
         Host {
             attach: Arc::new(|address, vm| {
                 Ok(match Address::parse(address) {
@@ -30,7 +29,7 @@ impl Gateway {
                 })
             }),
             look: Arc::new(|address, vm| observe(&Address::parse(address), vm.as_str())),
-            rebuild: Arc::new(move |address, head| rebuild(template.as_ref(), &files, Path::new(address), head)),
+            rebuild: Arc::new(move |address, head| rebuild(launcher.as_ref(), Path::new(address), head)),
             rebuilt_at: Arc::new(move |migration| twin_file(&runtime, migration, "sock").display().to_string()),
         }
     }
@@ -66,15 +65,10 @@ pub(super) fn discard(address: &Address, vm: &str) -> Result<(), HypervisorError
     }
 }
 
-fn rebuild(
-    template: Option<&LaunchTemplate>,
-    runtime: &Path,
-    address: &Path,
-    head: &ImageHead,
-) -> Result<Box<dyn PagedDestination>, HypervisorError> {
+fn rebuild(launcher: Option<&Launcher>, address: &Path, head: &ImageHead) -> Result<Box<dyn PagedDestination>, HypervisorError> {
     let vm = head.vm.as_str();
     let local = |what, why: &str| HypervisorError::Local { vm: vm.to_owned(), what, source: std::io::Error::other(why.to_owned()) };
-    let template = template.ok_or_else(|| local("cannot build the guest from its image", "the configuration has no [incoming]"))?;
+    let launcher = launcher.ok_or_else(|| local("cannot build the guest from its image", "the configuration has no [incoming]"))?;
     let machine: Machine =
         serde_json::from_slice(&head.machine).map_err(|error| local("cannot read the machine of an image", &error.to_string()))?;
     // What an earlier try left there never ran; one that runs refuses.
@@ -83,16 +77,18 @@ fn rebuild(
         Err(error) => return Err(error),
     }
     let _ = std::fs::remove_file(address);
-    let variables = LaunchVariables {
-        socket: address.to_owned(),
+    let what = Start {
+        template: INCOMING.to_owned(),
+        migration: head.migration,
         vm: head.vm.clone(),
         uuid: head.uuid,
         memory_bytes: machine.regions.iter().map(|region| region.bytes).sum(),
         vcpus: machine.vcpus,
-        serial: runtime.join(format!("{vm}.serial")),
-        log: twin_file(runtime, head.migration, "log"),
     };
-    let mut vmm = template.launch(&variables, LAUNCH)?;
+    if launcher.variables(&what).socket != std::path::absolute(address).unwrap_or_default() {
+        return Err(local("cannot build the guest from its image", "it was to be in another runtime directory"));
+    }
+    let mut vmm = launcher.launch(&what, LAUNCH)?;
     crate::failpoint::hit!("recovery.rebuilt-launched");
     match AttachedDestination::prepare(address, vm, &machine, Timeouts::default()) {
         Ok(twin) => Ok(Box::new(twin)),

@@ -16,6 +16,7 @@ mod host;
 mod incoming;
 mod judge;
 mod kept;
+mod launcher;
 mod machine;
 mod outgoing;
 mod peers;
@@ -28,12 +29,14 @@ mod renewal;
 mod report;
 mod resolution;
 mod resumption;
+mod sandbox;
 mod serve;
 mod start;
 mod turns;
 mod twins;
 mod why;
 
+pub use launcher::run as run_launcher;
 pub use start::run;
 
 // For `sealane policy` and `sealane bench`, which ask and report as the daemon does.
@@ -42,15 +45,15 @@ pub(crate) use policies::{
     address_of, channel_in_order, compression, default_stream, entities, operator_id, read_policies, read_policy_text, zstd_level,
 };
 pub(crate) use report::{put_figures, report};
+pub(crate) use sandbox::kernel as sandbox_of_kernel;
 pub(crate) use start::audit_signer;
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use crate::audit::{AuditLog, Entry, Event, Outcome};
-use crate::config::{Config, Label};
+use crate::config::Config;
+use crate::control::SandboxView;
 use crate::engine::{Evidence, NoArbiter, TotalBandwidth};
-use crate::hypervisor::LaunchTemplate;
 use crate::identity::Credentials;
 use crate::journal::Journal;
 use crate::transport::Endpoint;
@@ -67,9 +70,9 @@ struct Gateway {
     audit: AuditLog,
     judge: Arc<Judge>,
     registry: Arc<Registry>,
-    incoming: Option<LaunchTemplate>,
-    /// How empty QEMUs are started, by the template's name.
-    templates: BTreeMap<Label, LaunchTemplate>,
+    /// Starts VMMs, which this process cannot.
+    launcher: launcher::Launcher,
+    sandbox: SandboxView,
     peers: peers::Reachability,
     /// Told when a peer came back for an interrupted handoff.
     taken_up: tokio::sync::Notify,

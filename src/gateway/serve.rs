@@ -209,6 +209,7 @@ async fn gateway_view(State(gateway): Shared, ConnectInfo(caller): ConnectInfo<C
         policy_digest: Some(hex(&gateway.judge.policies().digest())),
         migrations_active: u32::try_from(active).unwrap_or(u32::MAX),
         migrations_queued: u32::try_from(queued).unwrap_or(u32::MAX),
+        sandbox: Some(gateway.sandbox.clone()),
     }))
 }
 

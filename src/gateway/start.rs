@@ -1,6 +1,5 @@
 //! Start and end of the daemon.
 
-use std::os::unix::fs::DirBuilderExt;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -8,15 +7,17 @@ use tokio::signal::unix::{SignalKind, signal};
 
 use crate::audit::{self, AuditLog, Entry, Event, Outcome};
 use crate::config::{self, Config, Policies};
+use crate::control::SandboxView;
 use crate::engine::{Command, TotalBandwidth};
 use crate::gateway::bundles::{Candidate, Vault};
 use crate::gateway::callers::{Callers, Patience};
 use crate::gateway::judge::Judge;
+use crate::gateway::launcher::Launcher;
 use crate::gateway::policies::{entities, read_policies};
 use crate::gateway::registry::Registry;
+use crate::gateway::sandbox::{self, Account};
 use crate::gateway::serve::SocketKind;
-use crate::gateway::{Gateway, IMAGES, callers, kept, peers, put_class, renewal, serve};
-use crate::hypervisor::LaunchTemplate;
+use crate::gateway::{Gateway, callers, kept, peers, put_class, renewal, serve};
 use crate::identity::{Credentials, IdentityConfig, PeerRole, PostQuantum, Signer, TrustDomainConfig};
 use crate::journal::Journal;
 use crate::limits;
@@ -39,25 +40,32 @@ const SUM_UP_EVERY: Duration = Duration::from_secs(5);
 /// # Errors
 /// A part cannot be built; nothing was started then. The problem names the part.
 pub fn run(config: Config) -> Result<(), Problem> {
+    let account = config.gateway.user.as_deref().map(Account::find).transpose()?;
+    // Another process, before this one gives up that it can start any.
+    let launcher = Launcher::begin(&config)?;
+    // How many cores a container may use is not to be seen from inside.
+    let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    let transport = TransportConfig::new(config.gateway.listen);
+    let sandbox = sandbox::enter(&config, account.as_ref())?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
+        .worker_threads(cores)
         .thread_name("gateway")
         .build()
         .map_err(|error| Problem::new(ErrorClass::Local, format!("the runtime cannot be started: {error}")))?;
     runtime.block_on(async {
-        let gateway = build(Arc::new(config))?;
+        let gateway = build(Arc::new(config), transport, launcher, sandbox)?;
         live(gateway).await
     })
 }
 
-fn build(config: Arc<Config>) -> Result<Arc<Gateway>, Problem> {
+fn build(config: Arc<Config>, transport: TransportConfig, launcher: Launcher, sandbox: SandboxView) -> Result<Arc<Gateway>, Problem> {
     let files = renewal::Files::default();
     files.reading(&config);
     let local = |what: &str, error: &dyn std::error::Error| Problem::new(ErrorClass::Local, format!("{what}: {}", chain(error)));
     let identity = |error: crate::identity::IdentityError| Problem::new(error.class(), chain(&error)).with_code("identity");
     // A CRL number never goes back, not even across a restart.
     let remembered = config.gateway.state_directory.join("crl-numbers");
-    std::fs::create_dir_all(&config.gateway.state_directory).map_err(|error| local("state directory", &error))?;
     let credentials = Credentials::load_remembering(identity_config(&config)?, remembered).map_err(identity)?;
     if let Err(error) = credentials.own_standing() {
         tracing::warn!(error = %chain(&error), "peers will refuse this gateway's own certificate");
@@ -77,19 +85,7 @@ fn build(config: Arc<Config>) -> Result<Arc<Gateway>, Problem> {
         let entry = refused_entry(&problem);
         audit.record(&entry).map_err(|error| local("audit log", &error))?;
     }
-    std::fs::create_dir_all(&config.gateway.runtime_directory).map_err(|error| local("runtime directory", &error))?;
-    // Images hold guest memory.
-    let images = config.gateway.state_directory.join(IMAGES);
-    std::fs::DirBuilder::new().recursive(true).mode(0o700).create(images).map_err(|error| local("directory of images", &error))?;
-    let launch = |key: &str, command: &[String]| {
-        let wrong = |error| Problem::new(ErrorClass::Misuse, format!("{key}.command: {error}")).with_code("configuration");
-        LaunchTemplate::new(command).map_err(wrong)
-    };
-    let incoming = config.incoming.as_ref().map(|incoming| launch("incoming", &incoming.command)).transpose()?;
-    let templates = config.templates.iter().map(|template| Ok((template.name.clone(), launch("template", &template.command)?)));
-    let templates = templates.collect::<Result<_, Problem>>()?;
-    let endpoint = Endpoint::bind(TransportConfig::new(config.gateway.listen), Arc::clone(&credentials))
-        .map_err(|error| local("listening port", &error))?;
+    let endpoint = Endpoint::bind(transport, Arc::clone(&credentials)).map_err(|error| local("listening port", &error))?;
     let registry = Registry::new(config.limits.migrations_max, config.migration.parallel);
     let bandwidth = config.migration.bandwidth_total.map(|limit| TotalBandwidth::new(limit.bytes_per_second));
     Ok(Arc::new(Gateway {
@@ -100,8 +96,8 @@ fn build(config: Arc<Config>) -> Result<Arc<Gateway>, Problem> {
         journal: Arc::new(journal),
         audit,
         registry: Arc::new(registry),
-        incoming,
-        templates,
+        launcher,
+        sandbox,
         peers: peers::Reachability::default(),
         taken_up: tokio::sync::Notify::new(),
         proposals: tokio::sync::Mutex::default(),
@@ -220,6 +216,7 @@ async fn live(gateway: Arc<Gateway>) -> Result<(), Problem> {
     let mut entry = Entry::new(Event::GatewayStarted).outcome(Outcome::Done);
     entry.detail.insert("version".into(), env!("CARGO_PKG_VERSION").into());
     entry.detail.insert("incarnation".into(), gateway.journal.incarnation().to_string().into());
+    entry.detail.insert("sandbox".into(), serde_json::to_value(&gateway.sandbox).unwrap_or_default());
     put_policies(&mut entry, &gateway.judge.policies());
     gateway.audit.record(&entry).map_err(|error| Problem::new(ErrorClass::Local, chain(&error)))?;
     gateway.recover().await;

@@ -5,13 +5,14 @@ use std::time::{Duration, Instant};
 
 use crate::engine::Link;
 use crate::gateway::Gateway;
-use crate::gateway::disks::SOCKET;
+use crate::gateway::disks::{LAID, SOCKET, places};
 use crate::gateway::host::LAUNCH;
 use crate::gateway::incoming::Refusal;
 use crate::gateway::kept::twin_file;
+use crate::gateway::launcher::{INCOMING, Launcher, Start};
 use crate::hypervisor::attach::{AttachedDestination, Timeouts};
 use crate::hypervisor::qemu::{self, QEMU_KIND, QemuDestination};
-use crate::hypervisor::{HypervisorError, LaunchTemplate, LaunchVariables, LaunchedVmm, Machine, PagedDestination, StreamDestination};
+use crate::hypervisor::{HypervisorError, LaunchedVmm, Machine, PagedDestination, StreamDestination};
 use crate::storage::LaidDisks;
 use crate::telemetry;
 use crate::types::MigrationId;
@@ -33,9 +34,9 @@ pub(super) struct Hosting {
 
 enum From {
     /// A VMM that serves the attach protocol is started.
-    Vmm(LaunchTemplate),
-    /// A QEMU is started.
-    Qemu(LaunchTemplate),
+    Vmm,
+    /// A QEMU is started, by the template of this name.
+    Qemu(String),
     /// A QEMU waits already.
     QemuAt(PathBuf),
 }
@@ -66,8 +67,8 @@ impl Gateway {
         let denied = |why: String| Refusal::new(ErrorClass::Denied, why);
         if offer.hypervisor != QEMU_KIND {
             let none = || denied("this gateway accepts no VMs: its configuration has no [incoming]".into());
-            let (template, incoming) = self.incoming.clone().zip(self.config.incoming.as_ref()).ok_or_else(none)?;
-            return Ok(Hosting { from: From::Vmm(template), memory_bytes_max: incoming.max_memory.bytes });
+            let incoming = self.config.incoming.as_ref().ok_or_else(none)?;
+            return Ok(Hosting { from: From::Vmm, memory_bytes_max: incoming.max_memory.bytes });
         }
         let incompatible =
             |why: &str| Err(Refusal::new(ErrorClass::PeerIncompatible, format!("VM `{}` comes as a stream: {why}", offer.vm)));
@@ -82,10 +83,10 @@ impl Gateway {
             return Ok(Hosting { from: From::QemuAt(path), memory_bytes_max: u64::MAX });
         }
         let name = vm.and_then(|vm| vm.template.as_ref());
-        let template = name.and_then(|name| self.templates.get(name).zip(self.config.templates.iter().find(|known| known.name == *name)));
+        let template = name.and_then(|name| self.config.templates.iter().find(|known| known.name == *name));
         let none = || denied(format!("VM `{}` has neither `template` nor `incoming_qmp` in this gateway's configuration", offer.vm));
-        let (template, configured) = template.ok_or_else(none)?;
-        Ok(Hosting { from: From::Qemu(template.clone()), memory_bytes_max: configured.max_memory.bytes })
+        let template = template.ok_or_else(none)?;
+        Ok(Hosting { from: From::Qemu(template.name.to_string()), memory_bytes_max: template.max_memory.bytes })
     }
 
     /// Starts an empty VMM, or finds the one that waits, and lets it say what this host lacks.
@@ -95,58 +96,56 @@ impl Gateway {
         offer: &Offer,
         machine: Machine,
     ) -> Result<(Twin, Option<LaunchedVmm>, Leavings, Option<LaidDisks>), Refusal> {
-        let runtime = &self.config.gateway.runtime_directory;
-        // A Unix socket's path has at most 107 bytes: the id alone names it, and says whose twin it is.
-        let file = |what| twin_file(runtime, offer.migration, what);
-        let variables = LaunchVariables {
-            socket: file(if matches!(hosting.from, From::Vmm(_)) { "sock" } else { "qmp" }),
+        let what = Start {
+            template: if let From::Qemu(name) = &hosting.from { name.clone() } else { INCOMING.to_owned() },
+            migration: offer.migration,
             vm: offer.vm.clone(),
             uuid: offer.uuid,
             memory_bytes: machine.regions.iter().map(|region| region.bytes).sum(),
             vcpus: machine.vcpus,
-            serial: runtime.join(format!("{}.serial", offer.vm)),
-            log: file("log"),
         };
-        let leavings = Leavings::of(runtime, offer.migration);
-        let laid = self.lay(offer, &machine)?;
-        let built = tokio::task::spawn_blocking(move || build(&hosting.from, &variables, &machine)).await;
-        let built = match built {
-            Ok(built) => built.map_err(Refusal::from),
-            Err(error) => Err(Refusal::new(ErrorClass::Bug, error.to_string())),
-        };
-        match built {
-            Ok((twin, vmm)) => Ok((twin, vmm, leavings, laid)),
+        let runtime = &self.config.gateway.runtime_directory;
+        let (leavings, note) = (Leavings::of(runtime, offer.migration), twin_file(runtime, offer.migration, LAID));
+        let vm = self.config.vm(&offer.vm).filter(|_| !machine.disks.is_empty());
+        let places = vm.map(|vm| places(vm, &machine.disks));
+        let launcher = self.launcher.clone();
+        let built = tokio::task::spawn_blocking(move || {
+            let lay = |places: Vec<_>| LaidDisks::lay(&note, what.migration, &places, |place| launcher.make_disk(what.migration, place));
+            let laid = places.map(lay).transpose().map_err(|error| Refusal::new(ErrorClass::Local, telemetry::chain(&error)))?;
+            match build(&launcher, &hosting.from, &what, &machine) {
+                Ok((twin, vmm)) => Ok((twin, vmm, laid)),
+                Err(error) => {
+                    laid.into_iter().for_each(LaidDisks::undo);
+                    Err(Refusal::from(error))
+                }
+            }
+        });
+        match built.await.unwrap_or_else(|error| Err(Refusal::new(ErrorClass::Bug, error.to_string()))) {
+            Ok((twin, vmm, laid)) => Ok((twin, vmm, leavings, laid)),
             Err(refusal) => {
                 leavings.remove();
-                laid.into_iter().for_each(LaidDisks::undo);
                 Err(refusal)
             }
         }
     }
-
-    /// Files for the disks that come.
-    fn lay(&self, offer: &Offer, machine: &Machine) -> Result<Option<LaidDisks>, Refusal> {
-        let vm = self.config.vm(&offer.vm).filter(|_| !machine.disks.is_empty());
-        let Some(vm) = vm else { return Ok(None) };
-        let laid = self.lay_disks(offer.migration, vm, &machine.disks);
-        laid.map(Some).map_err(|error| Refusal::new(ErrorClass::Local, telemetry::chain(&error)))
-    }
 }
 
-fn build(from: &From, variables: &LaunchVariables, machine: &Machine) -> Result<(Twin, Option<LaunchedVmm>), HypervisorError> {
-    let (socket, vm) = (variables.socket.clone(), variables.vm.as_str());
-    let template = match from {
-        From::Vmm(template) | From::Qemu(template) => template,
-        From::QemuAt(path) => {
-            let twin = QemuDestination::prepare(path, vm, machine, None, qemu::ANSWER_WITHIN)?;
-            return Ok((Twin::Stream(Box::new(twin)), None));
-        }
-    };
-    let mut vmm = template.launch(variables, LAUNCH)?;
+fn build(launcher: &Launcher, from: &From, what: &Start, machine: &Machine) -> Result<(Twin, Option<LaunchedVmm>), HypervisorError> {
+    let vm = what.vm.as_str();
+    if let From::QemuAt(path) = from {
+        let twin = QemuDestination::prepare(path, vm, machine, None, qemu::ANSWER_WITHIN)?;
+        return Ok((Twin::Stream(Box::new(twin)), None));
+    }
+    let variables = launcher.variables(what);
+    let mut vmm = launcher.launch(what, LAUNCH)?;
     let twin = match from {
-        From::Vmm(_) => AttachedDestination::prepare(&socket, vm, machine, Timeouts::default()).map(|twin| Twin::Pages(Box::new(twin))),
-        From::Qemu(_) | From::QemuAt(_) => QemuDestination::prepare(&socket, vm, machine, Some(variables.log.clone()), qemu::ANSWER_WITHIN)
-            .map(|twin| Twin::Stream(Box::new(twin))),
+        From::Vmm => {
+            AttachedDestination::prepare(&variables.socket, vm, machine, Timeouts::default()).map(|twin| Twin::Pages(Box::new(twin)))
+        }
+        From::Qemu(_) | From::QemuAt(_) => {
+            QemuDestination::prepare(&variables.socket, vm, machine, Some(variables.log), qemu::ANSWER_WITHIN)
+                .map(|twin| Twin::Stream(Box::new(twin)))
+        }
     };
     match twin {
         Ok(twin) => Ok((twin, Some(vmm))),

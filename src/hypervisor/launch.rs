@@ -1,14 +1,17 @@
 //! Starts an incoming VMM from the operator's template.
 //!
-//! The VMM is no child of the gateway in any sense that matters: own process group, no inherited descriptors
-//! but `/dev/null` and its log, and it runs on when the gateway dies.
+//! The VMM is no child in any sense that matters: own process group, no inherited descriptors but `/dev/null` and its log, and it runs on
+//! when whoever started it dies.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom};
+use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
+
+use nix::fcntl::OFlag;
 
 use crate::hypervisor::HypervisorError;
 use crate::hypervisor::attach::{dial, printable};
@@ -129,43 +132,25 @@ impl LaunchTemplate {
         self.arguments.iter().map(fill).collect()
     }
 
-    /// Starts the VMM and waits until its socket accepts.
+    /// Starts the VMM as a child of this process and waits until its socket accepts.
     ///
     /// # Errors
-    /// The program cannot be started, dies early (the end of its log is in the message), does not listen
-    /// within `within` (it is then ended), or something listens at the socket already.
+    /// As of [`LaunchedVmm::begin`].
     pub fn launch(&self, variables: &LaunchVariables, within: Duration) -> Result<LaunchedVmm, HypervisorError> {
-        let local = |what| move |source| HypervisorError::Local { vm: variables.vm.to_string(), what, source };
-        if dial(&variables.socket, Duration::from_millis(100)).is_ok() {
-            return Err(local("cannot start a VMM")(io::Error::new(io::ErrorKind::AddrInUse, "another VMM listens at its socket")));
-        }
-        let log =
-            OpenOptions::new().create(true).append(true).read(true).open(&variables.log).map_err(local("cannot open the VMM's log"))?;
-        let log_start = log.metadata().map_err(local("cannot read the VMM's log"))?.len();
-        let child = self.spawn(variables, &log).map_err(local("cannot start a VMM"))?;
-        let mut vmm = LaunchedVmm { socket: variables.socket.clone(), pid: child.id(), child: Some(child) };
-        let started = Instant::now();
-        loop {
-            if let Some(status) = vmm.try_wait().map_err(local("cannot watch the VMM"))? {
-                let said = log_tail(log, log_start);
-                let why = format!("it ended with {status} before it listened and said `{said}`");
-                return Err(local("cannot start a VMM")(io::Error::other(why)));
-            }
-            if dial(&variables.socket, Duration::from_millis(100)).is_ok() {
-                return Ok(vmm);
-            }
-            if started.elapsed() >= within {
-                vmm.kill().map_err(local("cannot end a VMM that does not listen"))?;
-                return Err(local("cannot start a VMM")(io::Error::new(io::ErrorKind::TimedOut, "it did not listen in time")));
-            }
-            std::thread::sleep(POLL_PAUSE);
-        }
+        LaunchedVmm::begin(variables, within, || self.spawn(variables).map(|child| Box::new(OwnChild(Some(child))) as Box<dyn VmmProcess>))
     }
 
-    fn spawn(&self, variables: &LaunchVariables, log: &File) -> io::Result<Child> {
+    /// Starts the VMM, with its own output in its log.
+    ///
+    /// # Errors
+    /// The log cannot be opened, or the program not be started.
+    pub fn spawn(&self, variables: &LaunchVariables) -> io::Result<Child> {
         let arguments = self.fill(variables);
         let (program, rest) = arguments.split_first().ok_or_else(|| io::Error::from(io::ErrorKind::InvalidInput))?;
-        Command::new(program).args(rest).stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log.try_clone()?).process_group(0).spawn()
+        // Where the log is, others may write too; a link would lead out of there.
+        let mut options = OpenOptions::new();
+        let log = options.create(true).append(true).mode(0o600).custom_flags(OFlag::O_NOFOLLOW.bits()).open(&variables.log)?;
+        Command::new(program).args(rest).stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log).process_group(0).spawn()
     }
 }
 
@@ -186,8 +171,12 @@ fn pieces(argument: &str) -> Result<Vec<Piece>, TemplateError> {
 
 /// The end of a VMM's log.
 pub(super) fn log_tail_of(path: &Path) -> String {
+    tail_of(path, 0)
+}
+
+fn tail_of(path: &Path, start: u64) -> String {
     match File::open(path) {
-        Ok(log) => log_tail(log, 0),
+        Ok(log) => log_tail(log, start),
         Err(error) => format!("(its log cannot be read: {error})"),
     }
 }
@@ -205,23 +194,77 @@ fn log_tail(mut log: File, start: u64) -> String {
     }
 }
 
-/// A VMM that this gateway started. Dropping it leaves the VMM running.
+/// A process that was started for a VMM, by whoever is its parent. Dropping it leaves the VMM running.
+pub trait VmmProcess: std::fmt::Debug + Send {
+    /// Its number.
+    fn pid(&self) -> u32;
+
+    /// How it ended, if it did.
+    ///
+    /// # Errors
+    /// It cannot be asked about.
+    fn try_wait(&mut self) -> io::Result<Option<ExitStatus>>;
+
+    /// Ends it, and all that it has started. A guest in it is lost.
+    ///
+    /// # Errors
+    /// It cannot be ended.
+    fn kill(&mut self) -> io::Result<()>;
+}
+
+/// A VMM that this gateway had started. Dropping it leaves the VMM running.
 #[derive(Debug)]
 pub struct LaunchedVmm {
     /// Where it listens.
     pub socket: PathBuf,
     /// Its process.
     pub pid: u32,
-    child: Option<Child>,
+    process: Box<dyn VmmProcess>,
 }
 
 impl LaunchedVmm {
+    /// Has a VMM started and waits until its socket accepts.
+    ///
+    /// # Errors
+    /// The program cannot be started, dies early (the end of its log is in the message), does not listen
+    /// within `within` (it is then ended), or something listens at the socket already.
+    pub fn begin(
+        variables: &LaunchVariables,
+        within: Duration,
+        start: impl FnOnce() -> io::Result<Box<dyn VmmProcess>>,
+    ) -> Result<Self, HypervisorError> {
+        let local = |what| move |source| HypervisorError::Local { vm: variables.vm.to_string(), what, source };
+        if dial(&variables.socket, Duration::from_millis(100)).is_ok() {
+            return Err(local("cannot start a VMM")(io::Error::new(io::ErrorKind::AddrInUse, "another VMM listens at its socket")));
+        }
+        // What an earlier one has said is not this one's.
+        let log_start = std::fs::metadata(&variables.log).map_or(0, |log| log.len());
+        let process = start().map_err(local("cannot start a VMM"))?;
+        let mut vmm = Self { socket: variables.socket.clone(), pid: process.pid(), process };
+        let started = Instant::now();
+        loop {
+            if let Some(status) = vmm.try_wait().map_err(local("cannot watch the VMM"))? {
+                let said = tail_of(&variables.log, log_start);
+                let why = format!("it ended with {status} before it listened and said `{said}`");
+                return Err(local("cannot start a VMM")(io::Error::other(why)));
+            }
+            if dial(&variables.socket, Duration::from_millis(100)).is_ok() {
+                return Ok(vmm);
+            }
+            if started.elapsed() >= within {
+                vmm.kill().map_err(local("cannot end a VMM that does not listen"))?;
+                return Err(local("cannot start a VMM")(io::Error::new(io::ErrorKind::TimedOut, "it did not listen in time")));
+            }
+            std::thread::sleep(POLL_PAUSE);
+        }
+    }
+
     /// How the VMM ended, if it did.
     ///
     /// # Errors
     /// The process cannot be asked about.
     pub fn try_wait(&mut self) -> io::Result<Option<ExitStatus>> {
-        self.child.as_mut().map_or(Ok(None), Child::try_wait)
+        self.process.try_wait()
     }
 
     /// Ends a VMM that does not listen to requests any more. The guest in it is lost.
@@ -229,7 +272,25 @@ impl LaunchedVmm {
     /// # Errors
     /// The process cannot be ended.
     pub fn kill(&mut self) -> io::Result<()> {
-        let Some(child) = &mut self.child else { return Ok(()) };
+        self.process.kill()
+    }
+}
+
+/// A child of this process.
+#[derive(Debug)]
+struct OwnChild(Option<Child>);
+
+impl VmmProcess for OwnChild {
+    fn pid(&self) -> u32 {
+        self.0.as_ref().map_or(0, Child::id)
+    }
+
+    fn try_wait(&mut self) -> io::Result<Option<ExitStatus>> {
+        self.0.as_mut().map_or(Ok(None), Child::try_wait)
+    }
+
+    fn kill(&mut self) -> io::Result<()> {
+        let Some(child) = &mut self.0 else { return Ok(()) };
         if child.try_wait()?.is_some() {
             return Ok(());
         }
@@ -244,14 +305,14 @@ impl LaunchedVmm {
     }
 }
 
-impl Drop for LaunchedVmm {
-    /// Somebody has to take the exit status as long as this gateway lives.
+impl Drop for OwnChild {
+    /// Somebody has to take the exit status as long as this process lives.
     fn drop(&mut self) {
-        let Some(mut child) = self.child.take() else { return };
+        let Some(mut child) = self.0.take() else { return };
         if !matches!(child.try_wait(), Ok(None)) {
             return;
         }
-        let pid = self.pid;
+        let pid = child.id();
         let waiter = std::thread::Builder::new().name("vmm-wait".to_owned()).stack_size(64 * 1024).spawn(move || {
             if let Ok(status) = child.wait() {
                 tracing::info!(pid, %status, "VMM ended");

@@ -23,7 +23,7 @@ pub mod qemu;
 pub mod synthetic;
 
 pub use generation::{Generation, InvalidGeneration};
-pub use launch::{LaunchTemplate, LaunchVariables, LaunchedVmm, TemplateError};
+pub use launch::{LaunchTemplate, LaunchVariables, LaunchedVmm, TemplateError, VmmProcess};
 
 use crate::condense::Grammar;
 use crate::memory::{GuestRam, PageSet};

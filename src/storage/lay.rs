@@ -4,7 +4,7 @@
 //! back. Which files are ours the note says, by inode, so that a gateway that was killed in between does not take another's for its
 //! own.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
@@ -16,7 +16,7 @@ use crate::limits;
 use crate::types::MigrationId;
 
 /// What a disk's file is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum DiskFormat {
     /// The bytes of the disk, with holes.
     Raw,
@@ -28,7 +28,7 @@ pub enum DiskFormat {
 }
 
 /// Where a disk is laid.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DiskPlace {
     /// The file, or a block device that is large enough.
     pub file: PathBuf,
@@ -70,14 +70,20 @@ struct Laid {
 }
 
 impl LaidDisks {
-    /// Makes a file for each place. `note` is written first, and says what to undo if this gateway is killed.
+    /// Has a file made for each place, by [`make_disk`] in a process that may, and gives it its name. `note` is written in between,
+    /// and says what to undo if this gateway is killed.
     ///
     /// # Errors
     /// [`LayError`]; whatever was made is undone.
-    pub fn lay(note: &Path, migration: MigrationId, places: &[DiskPlace]) -> Result<Self, LayError> {
+    pub fn lay(
+        note: &Path,
+        migration: MigrationId,
+        places: &[DiskPlace],
+        make: impl Fn(&DiskPlace) -> io::Result<()>,
+    ) -> Result<Self, LayError> {
         let mut disks = Self { note: note.to_owned(), laid: Vec::new() };
         for place in places {
-            if let Err(error) = disks.lay_one(migration, place) {
+            if let Err(error) = disks.lay_one(migration, place, &make) {
                 disks.undo();
                 return Err(error);
             }
@@ -85,7 +91,7 @@ impl LaidDisks {
         Ok(disks)
     }
 
-    fn lay_one(&mut self, migration: MigrationId, place: &DiskPlace) -> Result<(), LayError> {
+    fn lay_one(&mut self, migration: MigrationId, place: &DiskPlace, make: impl Fn(&DiskPlace) -> io::Result<()>) -> Result<(), LayError> {
         let failed = |what: &str| {
             let (file, bytes, what) = (place.file.clone(), place.bytes, what.to_owned());
             move |source: io::Error| LayError { file, bytes, what, source: Some(source) }
@@ -106,10 +112,9 @@ impl LaidDisks {
         if there.is_some() && !place.set_aside {
             return Err(refused("a file is there already: remove it, or say `existing = \"set-aside\"` of this disk".to_owned()));
         }
-        let made_at = beside(&place.file, &format!("{migration}.new"));
-        let made = make(&made_at, place).map_err(|(what, source)| LayError { source, ..refused(what) });
-        let made = made.inspect_err(|_| drop(fs::remove_file(&made_at)))?;
-        let metadata = made.metadata().map_err(failed("it cannot be looked at"))?;
+        make(place).map_err(failed("it cannot be made"))?;
+        let made_at = made_at(migration, place);
+        let metadata = fs::symlink_metadata(&made_at).map_err(failed("it cannot be looked at"))?;
         let aside = beside(&place.file, &format!("before-{migration}"));
         self.laid.push(Laid {
             made_at: made_at.clone(),
@@ -169,25 +174,37 @@ fn beside(file: &Path, what: &str) -> PathBuf {
     file.with_file_name(name)
 }
 
-fn make(path: &Path, place: &DiskPlace) -> Result<File, (String, Option<io::Error>)> {
-    let failed = |what: &str| {
-        let what = what.to_owned();
-        move |error| (what, Some(error))
+/// Where a disk's file is made, before it has its name.
+fn made_at(migration: MigrationId, place: &DiskPlace) -> PathBuf {
+    beside(&place.file, &format!("{migration}.new"))
+}
+
+/// Makes the file of a disk, empty, under its first name.
+///
+/// # Errors
+/// It is not there then.
+pub fn make_disk(migration: MigrationId, place: &DiskPlace) -> io::Result<()> {
+    let path = made_at(migration, place);
+    let made = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path)?;
+    let formatted = match place.format {
+        DiskFormat::Raw => made.set_len(place.bytes),
+        DiskFormat::Qcow2 { cluster_bytes } => make_qcow2(&path, cluster_bytes, place.bytes),
     };
-    let made = OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(path).map_err(failed("it cannot be made"))?;
-    let DiskFormat::Qcow2 { cluster_bytes } = place.format else {
-        made.set_len(place.bytes).map_err(failed("it cannot be made so long"))?;
-        return Ok(made);
-    };
+    formatted.inspect_err(|_| drop(fs::remove_file(&path)))
+}
+
+/// Writes into a file that is there.
+fn make_qcow2(path: &Path, cluster_bytes: u64, bytes: u64) -> io::Result<()> {
     let mut command = Command::new(QEMU_IMG);
-    command.args(["create", "-q", "-f", "qcow2", "-o", &format!("cluster_size={cluster_bytes}")]).arg(path).arg(place.bytes.to_string());
-    let output = command.stdin(Stdio::null()).output().map_err(failed("`qemu-img` cannot be run"))?;
-    if !output.status.success() {
-        let said = String::from_utf8_lossy(&output.stderr).chars().filter(|c| !c.is_control()).take(limits::REASON_BYTES_MAX / 4).collect();
-        return Err((said, None));
+    command.args(["create", "-q", "-f", "qcow2", "-o", &format!("cluster_size={cluster_bytes}")]).arg(path).arg(bytes.to_string());
+    let failed = |error| io::Error::other(format!("`{QEMU_IMG}` cannot be run: {error}"));
+    let output = command.stdin(Stdio::null()).output().map_err(failed)?;
+    if output.status.success() {
+        return Ok(());
     }
-    // It has written into the file that was made, or it would be another one now.
-    File::open(path).map_err(failed("it cannot be opened"))
+    let said: String =
+        String::from_utf8_lossy(&output.stderr).chars().filter(|c| !c.is_control()).take(limits::REASON_BYTES_MAX / 4).collect();
+    Err(io::Error::other(said))
 }
 
 const QEMU_IMG: &str = "qemu-img";
@@ -202,6 +219,10 @@ mod tests {
         DiskPlace { file: file.to_owned(), format: DiskFormat::Raw, bytes: 1 << 20, set_aside }
     }
 
+    fn lay(note: &Path, places: &[DiskPlace]) -> Result<LaidDisks, LayError> {
+        LaidDisks::lay(note, ID, places, |place| make_disk(ID, place))
+    }
+
     fn names(directory: &Path) -> Vec<String> {
         let mut names: Vec<_> = fs::read_dir(directory).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
         names.sort();
@@ -212,12 +233,12 @@ mod tests {
     fn a_file_is_laid_and_kept_or_undone() {
         let directory = tempfile::tempdir().unwrap();
         let (note, file) = (directory.path().join("note"), directory.path().join("disk"));
-        let laid = LaidDisks::lay(&note, ID, &[place(&file, false)]).unwrap();
+        let laid = lay(&note, &[place(&file, false)]).unwrap();
         assert_eq!(names(directory.path()), ["disk", "note"]);
         assert_eq!(fs::metadata(&file).unwrap().len(), 1 << 20);
         laid.undo();
         assert_eq!(names(directory.path()), [""; 0]);
-        LaidDisks::lay(&note, ID, &[place(&file, false)]).unwrap().keep();
+        lay(&note, &[place(&file, false)]).unwrap().keep();
         assert_eq!(names(directory.path()), ["disk"]);
     }
 
@@ -226,17 +247,17 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let (note, file) = (directory.path().join("note"), directory.path().join("disk"));
         fs::write(&file, "mine").unwrap();
-        let refused = LaidDisks::lay(&note, ID, &[place(&file, false)]).unwrap_err().to_string();
+        let refused = lay(&note, &[place(&file, false)]).unwrap_err().to_string();
         assert!(refused.contains("set-aside"), "{refused}");
-        let laid = LaidDisks::lay(&note, ID, &[place(&file, true)]).unwrap();
+        let laid = lay(&note, &[place(&file, true)]).unwrap();
         assert_eq!(fs::metadata(&file).unwrap().len(), 1 << 20);
         laid.undo();
         assert_eq!((fs::read_to_string(&file).unwrap().as_str(), names(directory.path())), ("mine", vec!["disk".to_owned()]));
-        LaidDisks::lay(&note, ID, &[place(&file, true)]).unwrap().keep();
+        lay(&note, &[place(&file, true)]).unwrap().keep();
         let aside = directory.path().join(format!("disk.before-{ID}"));
         assert_eq!(fs::read_to_string(aside).unwrap(), "mine");
         // A directory is nobody's disk.
-        let refused = LaidDisks::lay(&note, ID, &[place(directory.path(), true)]).unwrap_err().to_string();
+        let refused = lay(&note, &[place(directory.path(), true)]).unwrap_err().to_string();
         assert!(refused.contains("no file"), "{refused}");
     }
 
@@ -245,7 +266,7 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let (note, file) = (directory.path().join("note"), directory.path().join("disk"));
         let nowhere = directory.path().join("nowhere/disk");
-        LaidDisks::lay(&note, ID, &[place(&file, false), place(&nowhere, false)]).unwrap_err();
+        lay(&note, &[place(&file, false), place(&nowhere, false)]).unwrap_err();
         assert_eq!(names(directory.path()), [""; 0]);
     }
 
@@ -253,7 +274,7 @@ mod tests {
     fn a_note_undoes_only_what_it_made() {
         let directory = tempfile::tempdir().unwrap();
         let (note, file) = (directory.path().join("note"), directory.path().join("disk"));
-        let _killed = LaidDisks::lay(&note, ID, &[place(&file, false)]).unwrap();
+        let _killed = lay(&note, &[place(&file, false)]).unwrap();
         // Somebody puts another one there.
         let other = directory.path().join("other");
         fs::write(&other, "theirs").unwrap();

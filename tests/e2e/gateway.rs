@@ -45,6 +45,7 @@ impl Name {
 
 pub struct Gateway {
     directory: PathBuf,
+    environment: Vec<(&'static str, PathBuf)>,
     process: Option<Child>,
 }
 
@@ -53,7 +54,7 @@ impl Gateway {
         for path in ["state", "audit", "run", "policy.d"] {
             fs::create_dir_all(directory.join(path)).unwrap();
         }
-        Self { directory, process: None }
+        Self { directory, environment: Vec::new(), process: None }
     }
 
     pub fn directory(&self) -> &Path {
@@ -62,6 +63,11 @@ impl Gateway {
 
     pub fn config(&self) -> PathBuf {
         self.directory.join("gateway.toml")
+    }
+
+    /// From its next start on.
+    pub fn set_environment(&mut self, name: &'static str, value: &Path) {
+        self.environment.push((name, value.to_owned()));
     }
 
     /// Starts it and waits until it answers.
@@ -83,6 +89,7 @@ impl Gateway {
         command.env("SEALANE_LOG", "sealane=debug").args(["gateway", "--config"]).arg(self.config()).stdout(log.try_clone().unwrap());
         // A gateway without failpoints knows nothing of it.
         command.env("SEALANE_FAILPOINT_FILE", self.directory.join("failpoint"));
+        command.envs(self.environment.iter().cloned());
         self.process = Some(command.stderr(log).spawn().unwrap());
     }
 

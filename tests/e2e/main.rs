@@ -48,5 +48,6 @@ mod queue;
 mod random;
 mod relay;
 mod resolve;
+mod sandbox;
 mod soak;
 mod stranger;
