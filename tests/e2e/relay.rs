@@ -174,8 +174,7 @@ impl Shared {
         while !self.ended.load(Ordering::SeqCst) {
             match socket.recv_from(&mut buffer) {
                 Ok((count, from)) => each(&buffer[..count], from),
-                // An ICMP message about a gateway that is down also comes as an error.
-                Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut | ErrorKind::ConnectionRefused) => {}
+                Err(error) if is_passing(error.kind()) => {}
                 Err(error) => panic!("the relay cannot receive: {error}"),
             }
         }
@@ -255,6 +254,11 @@ impl Queue {
         self.bytes += count;
         Some(self.idle_from + conditions.delay)
     }
+}
+
+/// Nothing came, the process stood still for a while (signal(7)), or an ICMP message told of a gateway that is down.
+fn is_passing(kind: ErrorKind) -> bool {
+    matches!(kind, ErrorKind::WouldBlock | ErrorKind::TimedOut | ErrorKind::Interrupted | ErrorKind::ConnectionRefused)
 }
 
 fn open(address: SocketAddr) -> UdpSocket {
