@@ -432,6 +432,9 @@ impl Gateway {
     pub(super) fn conclude(self: &Arc<Self>, departure: Departure, note: Note, hypervisor: String, end: &SourceEnd) -> Report {
         let mut report = report::report(departure.migration, &departure.vm.name, end.outcome, end.error.as_ref(), note.started);
         report::put_figures(&mut report, &end.figures);
+        if !end.woken {
+            report::not_woken(&mut report);
+        }
         report.hypervisor = hypervisor;
         report.guest_memory_bytes = departure.case.memory_bytes;
         report.authenticated.source = Some(self.credentials.own_id());

@@ -37,6 +37,15 @@ pub(crate) fn report(
     report
 }
 
+/// The VM belongs to the source, and its guest does not run there: most likely its hypervisor has ended.
+pub(super) fn not_woken(report: &mut Report) {
+    report.running_on = RunningOn::NeitherYet;
+    if let Some(problem) = report.error.take() {
+        let hint = "no copy of the guest runs: if its hypervisor has ended, its memory is lost, and it has to be started from its disks";
+        report.error = Some(problem.with_code("guest-not-resumed").with_running_on(RunningOn::NeitherYet).with_hint(hint));
+    }
+}
+
 /// The same with the VM in its message: whoever reads it may be moving several.
 pub(super) fn named(mut problem: Problem, vm: &VmName) -> Problem {
     if !problem.message.contains(&format!("`{vm}`")) {

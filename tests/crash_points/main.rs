@@ -27,12 +27,15 @@ mod guest;
 mod lab;
 #[path = "../e2e/one_copy.rs"]
 mod one_copy;
+#[path = "../e2e/qemus.rs"]
+mod qemus;
 #[path = "../e2e/random.rs"]
 mod random;
 #[path = "../e2e/relay.rs"]
 mod relay;
 
 mod place;
+mod qemu;
 mod run;
 mod tally;
 

@@ -290,7 +290,8 @@ fn action(point: &str, blow: Blow) -> &'static str {
     }
 }
 
-fn is_stopped(process: u32) -> bool {
+/// Whether SIGSTOP has stopped it.
+pub fn is_stopped(process: u32) -> bool {
     let stat = fs::read_to_string(format!("/proc/{process}/stat")).unwrap_or_default();
     stat.rsplit_once(") ").is_some_and(|(_, rest)| rest.starts_with('T'))
 }

@@ -44,6 +44,7 @@ mod policy;
 mod qemu;
 mod qemu_disks;
 mod qemu_streams;
+mod qemus;
 mod queue;
 mod random;
 mod relay;

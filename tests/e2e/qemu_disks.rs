@@ -3,8 +3,7 @@
 //! `SEALANE_QEMU_DISKS=1` runs those that take long.
 
 use std::fs::File;
-use std::io::{BufRead, BufReader, Read, Seek, SeekFrom, Write};
-use std::os::unix::net::UnixStream;
+use std::io::{Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::OnceLock;
@@ -17,10 +16,9 @@ use crate::command::{Running, wait_for};
 use crate::gateway::{A, B, Name};
 use crate::guest::UUID;
 use crate::lab::{Lab, Setup};
+use crate::qemus::{LOOK, QEMU, ask};
 use crate::relay::Conditions;
 
-const QEMU: &str = "qemu-system-x86_64";
-const LOOK: Duration = Duration::from_secs(5);
 const MIB: u64 = 1 << 20;
 
 /// What the disk is at each end.
@@ -205,30 +203,7 @@ impl Disks {
     #[track_caller]
     fn ask(&self, command: &str, arguments: &Value) -> Value {
         let running = self.monitors(self.at).into_iter().find(|path| qemu::observe(path, "vm", LOOK).is_ok()).unwrap();
-        let mut answer = Value::Null;
-        let mut stream = UnixStream::connect(running).unwrap();
-        let mut reader = BufReader::new(stream.try_clone().unwrap());
-        let mut line = String::new();
-        reader.read_line(&mut line).unwrap();
-        let mut asked = json!({ "execute": command });
-        if !arguments.is_null() {
-            asked["arguments"] = arguments.clone();
-        }
-        for command in [json!({ "execute": "qmp_capabilities" }), asked] {
-            stream.write_all(format!("{command}\n").as_bytes()).unwrap();
-            loop {
-                line.clear();
-                // One that quits may say nothing more.
-                if reader.read_line(&mut line).unwrap() == 0 {
-                    return Value::Null;
-                }
-                answer = serde_json::from_str(&line).unwrap();
-                if answer.get("event").is_none() {
-                    break;
-                }
-            }
-        }
-        answer["return"].clone()
+        ask(&running, command, arguments)
     }
 
     /// What never changes is on the disk where the guest is; its QEMU ends.

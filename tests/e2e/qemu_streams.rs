@@ -18,7 +18,7 @@ use rustix::net::{
 use crate::gateway::{A, B};
 use crate::guest::UUID;
 use crate::lab::Setup;
-use crate::qemu::Qemus;
+use crate::qemus::Qemus;
 use crate::random::{Random, number};
 
 /// What happens to a stream.

@@ -22,7 +22,7 @@ use crate::engine::link::send_within;
 use crate::engine::source::{AskCommit, Command};
 use crate::engine::witness::Exchange;
 use crate::engine::{EngineError, Link};
-use crate::hypervisor::{HypervisorError, StreamDestination, StreamStage};
+use crate::hypervisor::{HypervisorError, RunState, StreamDestination, StreamStage};
 use crate::limits;
 use crate::migration::{
     DestinationRecord, DestinationStep, HandoffAction, Outcome, PreparedRecord, StreamDestination as Machine, StreamDestinationAction,
@@ -386,6 +386,7 @@ impl Run {
                     self.final_said = Some(digest);
                     self.final_when_ready()
                 }
+                Ok(Heard { step: step @ Handoff::Commit { .. }, .. }) if self.machine.is_prepared() => Some(self.committed(step).await),
                 Ok(Heard { step, .. }) => {
                     if let (Handoff::Abort { class }, None) = (&step, &self.error) {
                         self.error = Some(EngineError::peer(self.order.migration, *class, "the source keeps the VM"));
@@ -405,6 +406,21 @@ impl Run {
             Message::Ping => None,
             other => Some(self.give_up(EngineError::OutOfPlace { expected: self.machine.name(), got: other.name().to_owned() })),
         }
+    }
+
+    /// RUN is written for a guest that can run: one whose hypervisor has ended since PREPARED is given back.
+    async fn committed(&mut self, step: Handoff) -> StreamDestinationEvent {
+        let twin = Arc::clone(&self.twin);
+        let state = blocking(move || Ok(lock(&twin).status()?.state)).await;
+        let refused = match state {
+            Ok(RunState::Paused | RunState::Running) => return StreamDestinationEvent::Handoff(DestinationStep::Received(step)),
+            Ok(state) => {
+                let (vm, reason) = (self.order.vm.to_string(), format!("the guest is `{state:?}`: expected `Paused`"));
+                HypervisorError::Refused { vm, request: "cont", reason }.into()
+            }
+            Err(error) => error,
+        };
+        self.give_up(refused)
     }
 
     /// Whether a source that is gone means to give up. After PREPARED only its word counts, which comes on another session; after

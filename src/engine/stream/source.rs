@@ -54,8 +54,6 @@ struct Run {
     condenser: Arc<Mutex<Condenser>>,
     /// All of the stream, once it was read.
     whole: Option<Whole>,
-    /// It was said that all of it is there.
-    finalised: bool,
     goal: StreamGoal,
     guest_bytes: u64,
     lanes: u16,
@@ -115,7 +113,6 @@ pub async fn run_stream_source(order: SourceOrder, ports: SourcePorts<dyn Stream
         disks,
         reading: None,
         whole: None,
-        finalised: false,
         goal,
         guest_bytes,
         lanes: 0,
@@ -334,6 +331,7 @@ impl Run {
         tracing::debug!(migration = %self.order.migration, ?stage, "hypervisor");
         match stage {
             StreamStage::Stopped => {
+                crate::failpoint::hit!("source.paused");
                 self.phase = Phase::Switchover;
                 self.pause = Some(Stopwatch::start());
                 self.pause_ends = Some(Instant::now() + self.pause_max());
@@ -372,10 +370,8 @@ impl Run {
     /// FINAL can be said when the stream has ended, and the hypervisor says itself that its guest does not run by itself any more.
     async fn finalised(&mut self) -> Option<StreamSourceEvent> {
         let whole = self.whole.filter(|_| *self.stages.borrow() == StreamStage::Complete)?;
-        // Where the stream's end is seen behind `Complete` and before its news, the news is none.
-        if std::mem::replace(&mut self.finalised, true) {
-            return None;
-        }
+        // Whichever of the two came last, this is said once.
+        self.stages.borrow_and_update();
         let guest = Arc::clone(&self.guest);
         if let Err(error) = blocking(move || Ok(lock(&guest).ensure_complete()?)).await {
             return Some(self.give_up(error));

@@ -57,14 +57,16 @@ impl Run {
         let running = self.reading.is_some() && self.outage.is_none();
         let rtt = self.threads.iter().map(|handle| handle.stats().rtt).max();
         let path = rtt.filter(|_| running && self.flow.was_full()).map(|rtt| {
-            let measured = (now.applied - before.applied) as f64 / (now.at - before.at).as_secs_f64().max(1e-3);
+            let measured = now.applied.saturating_sub(before.applied) as f64 / (now.at - before.at).as_secs_f64().max(1e-3);
             // A single look may fall between two acknowledgements.
             self.path_rate = measured.max(self.path_rate * RATE_KEPT);
             #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a rate of bytes; saturates")]
             let window = (self.path_rate * (rtt * 2 + WINDOW_SLACK).as_secs_f64()) as u64;
             self.flow.set_window(window);
             // What it writes is more than what becomes of it.
-            let written = (now.taken - before.taken) as f64 / ((now.read - before.read) as f64).max(1.0);
+            // A stream that has just ended says 0: its digest was taken.
+            let (taken, read) = (now.taken.saturating_sub(before.taken), now.read.saturating_sub(before.read));
+            let written = taken as f64 / (read as f64).max(1.0);
             #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a rate of bytes; saturates")]
             let rate = (self.path_rate * written.max(1.0)) as u64;
             rate.max(1)

@@ -1,0 +1,243 @@
+//! SIGKILL of either QEMU and of either gateway, and a cancel, at each phase of a QEMU's move.
+//!
+//! A gateway stops itself at a failpoint, something is killed, and it goes on. `SEALANE_POINTS` and `SEALANE_BLOWS` (parts of names)
+//! choose.
+
+use std::fs;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use rustix::process::{Signal, kill_process};
+use sealane::hypervisor::RunState;
+use serde_json::{Value, json};
+
+use crate::command::{Running, Said, wait_for};
+use crate::gateway::{A, B, Name};
+use crate::lab::Setup;
+use crate::place::Role::{self, Destination, Source};
+use crate::qemus::{OneCopy, Qemus, ask, processes_with};
+use crate::run::is_stopped;
+
+/// In the order in which a move comes by.
+const PHASES: [(&str, Role); 16] = [
+    ("destination.accept.after", Destination),
+    ("source.lanes-open", Source),
+    ("source.paused", Source),
+    ("send.FINAL.after", Source),
+    ("destination.compare", Destination),
+    ("destination.state-restored", Destination),
+    ("record.prepared.done", Destination),
+    ("send.PREPARED.after", Destination),
+    ("source.policy-asked", Source),
+    ("record.commit.done", Source),
+    ("send.COMMIT.after", Source),
+    ("record.run.done", Destination),
+    ("destination.resume.after", Destination),
+    ("send.RUNNING.before", Destination),
+    ("record.done.begin", Source),
+    ("source.destroy", Source),
+];
+
+/// What happens at a phase.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Blow {
+    SourceQemu,
+    DestinationQemu,
+    SourceGateway,
+    DestinationGateway,
+    Cancel,
+}
+
+/// Where the guest has to be afterwards.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Wanted {
+    /// At one of the two.
+    Somewhere,
+    There(Role),
+    /// The only QEMU that had it is the one that was killed.
+    Nowhere,
+    /// The source, unless the destination was quicker to run it.
+    SourceOrNowhere,
+}
+
+fn position(point: &str) -> usize {
+    PHASES.iter().position(|(name, _)| *name == point).unwrap()
+}
+
+fn wanted(point: &str, blow: Blow) -> Wanted {
+    let at = position(point);
+    match blow {
+        Blow::SourceGateway | Blow::DestinationGateway | Blow::Cancel => Wanted::Somewhere,
+        // Behind FINAL the destination has all of it, and what the source has is only a copy.
+        Blow::SourceQemu if at >= position("send.FINAL.after") => Wanted::There(Destination),
+        Blow::SourceQemu => Wanted::Nowhere,
+        Blow::DestinationQemu if at < position("send.COMMIT.after") => Wanted::There(Source),
+        Blow::DestinationQemu if at == position("send.COMMIT.after") => Wanted::SourceOrNowhere,
+        Blow::DestinationQemu => Wanted::Nowhere,
+    }
+}
+
+struct Scene(Qemus);
+
+impl Scene {
+    fn start() -> Option<Self> {
+        // What a gateway that was killed leaves of an attempt is given up soon.
+        let soon = |setup: Setup, name| setup.replace(name, "timeout = \"10m\"", "timeout = \"10m\"\nmax_outage = \"30s\"");
+        Qemus::start(soon(soon(Setup::new(), A), B)).map(Self)
+    }
+
+    fn name(&self, role: Role) -> Name {
+        if role == Source { self.0.at } else { self.0.at.other() }
+    }
+
+    /// Whether the guest is somewhere still.
+    #[track_caller]
+    fn play(&mut self, point: &str, reacher: Role, blow: Blow) -> bool {
+        let (from, reacher) = (self.0.at, self.name(reacher));
+        let copies = OneCopy::watch(&self.0);
+        let armed = self.0.lab.gateway(reacher).directory().join("failpoint");
+        fs::write(&armed, format!("{point}=stop")).unwrap();
+        let mut running = self.0.lab.start_migrate(from, &[]);
+        let process = self.0.lab.gateway(reacher).process_id();
+        wait_for(&format!("`{point}` to be reached"), || {
+            let stopped = is_stopped(process);
+            // What comes last may come behind the end of the command.
+            assert!(stopped || !running.has_ended() || self.0.lab.active_migration(from).is_some(), "`{point}` is not reached");
+            stopped.then_some(())
+        });
+        fs::remove_file(&armed).unwrap();
+        let cancel = self.strike(blow);
+        if self.0.lab.gateway(reacher).is_up() {
+            self.0.lab.gateway(reacher).signal(Signal::CONT);
+        }
+        drop(cancel.map(Running::finish));
+        for name in [A, B] {
+            if !self.0.lab.gateway(name).is_up() {
+                self.0.lab.gateway_mut(name).start();
+            }
+        }
+        let said = running.finish();
+        let there = self.look(wanted(point, blow), from, &said);
+        copies.end();
+        there
+    }
+
+    /// What is under way then is the answer's command.
+    fn strike(&mut self, blow: Blow) -> Option<Running> {
+        let (source, destination) = (self.name(Source), self.name(Destination));
+        match blow {
+            Blow::SourceQemu => self.kill_qemu(source),
+            Blow::DestinationQemu => self.kill_qemu(destination),
+            Blow::SourceGateway => self.0.lab.gateway_mut(source).kill(),
+            Blow::DestinationGateway => self.0.lab.gateway_mut(destination).kill(),
+            Blow::Cancel => {
+                let run = fs::read_dir(self.0.lab.gateway(source).directory().join("run")).unwrap();
+                let names: Vec<_> = run.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+                let id = names.iter().find_map(|name| name.strip_suffix(".departure")).expect("a note of what is offered");
+                return Some(self.0.lab.gateway(source).start_command(&["cancel", id]));
+            }
+        }
+        None
+    }
+
+    fn kill_qemu(&mut self, name: Name) {
+        for monitor in self.0.monitors(name) {
+            for pid in processes_with(&monitor) {
+                kill_process(pid, Signal::KILL).unwrap();
+            }
+        }
+        // The first one is a child of this process.
+        let _ = self.0.first.try_wait();
+    }
+
+    #[track_caller]
+    fn look(&mut self, wanted: Wanted, from: Name, said: &Said) -> bool {
+        let to = from.other();
+        match wanted {
+            Wanted::Somewhere => drop(self.0.settle()),
+            Wanted::There(Source) => self.0.is_only_at(from),
+            Wanted::There(Destination) => self.0.is_only_at(to),
+            Wanted::Nowhere => return self.is_nowhere(said),
+            Wanted::SourceOrNowhere => {
+                let running = wait_for("the guest, or the end of it", || {
+                    let _ = self.0.first.try_wait();
+                    let states = [A, B].map(|name| self.0.states(name));
+                    let over = self.0.lab.active_migration(from).is_none();
+                    (over && states.concat().iter().all(|state| *state == RunState::Running)).then(|| states.concat().len())
+                });
+                if running == 0 {
+                    return false;
+                }
+                self.0.is_only_at(from);
+            }
+        }
+        self.is_as_it_was();
+        true
+    }
+
+    /// No QEMU is left, and nobody says that one is.
+    #[track_caller]
+    fn is_nowhere(&mut self, said: &Said) -> bool {
+        wait_for("no QEMU", || {
+            let _ = self.0.first.try_wait();
+            [A, B].iter().all(|name| self.0.states(*name).is_empty()).then_some(())
+        });
+        // Where RUN was said the guest has moved, and was killed there.
+        let report = said.json();
+        assert!(report["running_on"] != "source", "{report}");
+        false
+    }
+
+    /// Nothing of ours is at the guest's QEMU, and nothing of the other one is left.
+    #[track_caller]
+    fn is_as_it_was(&self) {
+        let monitor = self.0.monitors(self.0.at).into_iter().find(|path| !processes_with(path).is_empty()).unwrap();
+        wait_for("a QEMU as it was", || {
+            let capabilities = ask(&monitor, "query-migrate-capabilities", &Value::Null);
+            let paused = json!({ "capability": "pause-before-switchover", "state": true });
+            let left = capabilities.as_array().unwrap().contains(&paused);
+            let jobs = [ask(&monitor, "query-jobs", &Value::Null), ask(&monitor, "query-block-exports", &Value::Null)];
+            (!left && jobs == [json!([]), json!([])]).then_some(())
+        });
+        wait_for("one QEMU", || (processes_with(self.0.lab.directory()).len() == 1 + 2).then_some(()));
+    }
+}
+
+#[test]
+fn a_qemu_or_a_gateway_killed_at_any_phase_leaves_one_copy_or_says_that_none_is_left() {
+    let chosen = |variable: &str| std::env::var(variable).unwrap_or_default();
+    let (points, blows) = (chosen("SEALANE_POINTS"), chosen("SEALANE_BLOWS"));
+    let has = |wanted: &str, name: &str| wanted.split(',').any(|part| name.contains(part));
+    let (mut scene, mut runs, mut lost, mut violations) = (None, 0, 0, Vec::new());
+    for (point, reacher) in PHASES.into_iter().filter(|(point, _)| has(&points, point)) {
+        for blow in [Blow::SourceGateway, Blow::DestinationGateway, Blow::Cancel, Blow::DestinationQemu, Blow::SourceQemu] {
+            if !has(&blows, &format!("{blow:?}")) {
+                continue;
+            }
+            if scene.is_none() {
+                scene = Scene::start();
+            }
+            let Some(playing) = &mut scene else { return };
+            runs += 1;
+            let from = playing.0.at;
+            match catch_unwind(AssertUnwindSafe(|| playing.play(point, reacher, blow))) {
+                Ok(true) => println!("{point}, {blow:?}: from {from:?}, on {:?}", playing.0.at),
+                Ok(false) => {
+                    println!("{point}, {blow:?}: from {from:?}, nowhere");
+                    (scene, lost) = (None, lost + 1);
+                }
+                Err(panic) => {
+                    let why = panic.downcast_ref::<String>().map(String::as_str).or(panic.downcast_ref::<&str>().copied());
+                    for name in [A, B] {
+                        let log = playing.0.lab.gateway(name).log();
+                        let lines: Vec<_> = log.lines().filter(|line| !line.contains("quinn")).collect();
+                        println!("--- {name:?}\n{}", lines[lines.len().saturating_sub(60)..].join("\n"));
+                    }
+                    violations.push(format!("{point}, {blow:?}: from {from:?}: {}", why.unwrap_or("a panic without words")));
+                    scene = None;
+                }
+            }
+        }
+    }
+    println!("QEMU killed at each phase: {runs} runs, its only copy killed {lost}, violations {}", violations.len());
+    assert!(violations.is_empty(), "{}", violations.join("\n"));
+}
