@@ -43,6 +43,7 @@ mod picky_vmm;
 mod policy;
 mod qemu;
 mod qemu_disks;
+mod qemu_network;
 mod qemu_streams;
 mod qemus;
 mod queue;

@@ -46,6 +46,12 @@ fn ours(index: usize) -> String {
     format!("{OURS}{index}")
 }
 
+/// The `id` of a device. QEMU names some with the path of the part that has the medium, as `virtio-blk`.
+fn id_of(qdev: &str) -> String {
+    let id = qdev.strip_prefix("/machine/peripheral/").map(|path| path.strip_suffix("/virtio-backend").unwrap_or(path));
+    id.filter(|id| !id.contains('/')).unwrap_or(qdev).to_owned()
+}
+
 fn blocks(qmp: &Qmp) -> Result<Vec<Block>, HypervisorError> {
     #[derive(Deserialize)]
     struct Found {
@@ -73,7 +79,7 @@ fn blocks(qmp: &Qmp) -> Result<Vec<Block>, HypervisorError> {
     for Found { device, qdev, inserted } in found {
         // A drive without a medium.
         let Some(Inserted { node_name: Some(node), ro, file, image }) = inserted else { continue };
-        let device = qdev.unwrap_or(device);
+        let device = qdev.as_deref().map_or(device, id_of);
         if device.is_empty() || device.len() > limits::DISK_NAME_BYTES_MAX || image.virtual_size > limits::DISK_BYTES_MAX {
             return Err(qmp.protocol(&format!("its disk `{device}` has {} bytes", image.virtual_size)));
         }
@@ -287,4 +293,22 @@ pub(super) fn end_exports(monitor: &Monitor, within: Duration) -> Result<(), Hyp
         std::thread::sleep(LOOK_PAUSE);
     }
     qmp.execute("nbd-server-stop", Value::Null).map(drop)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_device_has_the_id_that_its_operator_gave_it() {
+        for (qdev, id) in [
+            ("disk0", "disk0"),
+            ("/machine/peripheral/disk0/virtio-backend", "disk0"),
+            ("/machine/peripheral/disk0", "disk0"),
+            ("/machine/peripheral/disk0/another/part", "/machine/peripheral/disk0/another/part"),
+            ("/machine/peripheral-anon/device[0]/virtio-backend", "/machine/peripheral-anon/device[0]/virtio-backend"),
+        ] {
+            assert_eq!(id_of(qdev), id);
+        }
+    }
 }
