@@ -180,6 +180,22 @@ fn start(directory: &Path) -> Child {
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log).spawn().unwrap()
 }
 
+/// A process of this host.
+struct Process {
+    id: String,
+    parent: String,
+    state: String,
+}
+
+fn processes() -> Vec<Process> {
+    let process = |entry: fs::DirEntry| {
+        let stat = fs::read_to_string(entry.path().join("stat")).ok()?;
+        let mut words = stat.rsplit_once(") ")?.1.split(' ').map(str::to_owned);
+        Some(Process { id: entry.file_name().display().to_string(), state: words.next()?, parent: words.next()? })
+    };
+    fs::read_dir("/proc").unwrap().flatten().filter_map(process).collect()
+}
+
 /// A synthetic guest in its own process.
 struct Guest {
     process: Child,
@@ -265,22 +281,13 @@ impl Gateway {
         statm.split(' ').nth(1).unwrap().parse::<u64>().unwrap() * 4096
     }
 
-    /// VMMs that the gateway started and that still run.
+    /// VMMs that the gateway's launcher started and that still run.
     fn twins(&self) -> Vec<String> {
         let own = self.process.id().to_string();
-        let mut found = Vec::new();
-        for entry in fs::read_dir("/proc").unwrap().flatten() {
-            let Ok(stat) = fs::read_to_string(entry.path().join("stat")) else { continue };
-            let Some((_, rest)) = stat.rsplit_once(") ") else { continue };
-            let mut words = rest.split(' ');
-            if let (Some(state), Some(parent)) = (words.next(), words.next())
-                && parent == own
-                && state != "Z"
-            {
-                found.push(format!("process {}", entry.file_name().display()));
-            }
-        }
-        found
+        let launchers = processes().into_iter().filter(|process| process.parent == own).map(|process| process.id);
+        let launchers: Vec<_> = launchers.collect();
+        let twins = processes().into_iter().filter(|process| launchers.contains(&process.parent) && process.state != "Z");
+        twins.map(|process| format!("process {}", process.id)).collect()
     }
 
     /// Sockets of twins.
