@@ -46,6 +46,10 @@ pub const DISK_NAME_BYTES_MAX: usize = 255;
 /// LIMIT: changes to disks from the first that the source does not know to be applied to the last that it has sent; both ends remember
 /// that many numbers. A mirror has 16 MiB under way for each disk, in pieces of 64 KiB where zeroes stand between.
 pub const DISK_CHANGES_MAX: usize = 4096;
+/// LIMIT: blocks of which a destination says at once what they hold: 256 MiB of a disk in 64 KiB.
+pub const DISK_HELD_PART: usize = 4096;
+/// LIMIT: blocks of which a source remembers what the destination holds: 1 TiB of disks in 256 MiB. Those behind are sent.
+pub const DISK_HELD_BLOCKS_MAX: usize = 1 << 24;
 /// LIMIT: bytes that changes under way write: kept at the source to be sent again, at the destination until its hypervisor took them.
 /// 1 Gbit/s over 150 ms takes 19 MB.
 pub const DISK_WINDOW_BYTES: usize = 24 << 20;

@@ -210,8 +210,8 @@ pub struct MigrationFlags {
     pub verify_disks: bool,
     /// How the guest's writes are copied while its disks are; with `--storage all`.
     ///
-    /// With `auto` they are copied behind its back, and its writes wait for the destination only when copying falls behind.
-    /// `blocking` has them wait from the beginning, which QEMU before 8.2 needs for a guest that writes faster than the link.
+    /// With `auto` they are copied behind its back, and it is slowed down when copying falls behind. With `blocking` they wait for the
+    /// destination from the beginning; a QEMU may hang for ever when its gateway ends meanwhile.
     #[arg(long, value_enum, default_value_t = DiskWritesFlag::Auto)]
     pub disk_writes: DiskWritesFlag,
     /// Compare all memory and state on both sides before the switch.

@@ -275,7 +275,8 @@ pub(super) fn report(out: Out, report: &Report) -> String {
     }
     if let Some(disks) = &report.disks {
         let compared = disks.verify_seconds.map_or("not compared".to_owned(), |took| format!("compared in {}", seconds(took)));
-        row("disks", format!("{}, {}, {} written there, {compared}", disks.count, bytes(disks.bytes), bytes(disks.changed_bytes)));
+        let held = if disks.held_bytes > 0 { format!(", {} were there", bytes(disks.held_bytes)) } else { String::new() };
+        row("disks", format!("{}, {}, {} written there{held}, {compared}", disks.count, bytes(disks.bytes), bytes(disks.changed_bytes)));
     }
     let verified = if report.verified { "yes: all memory and state were compared" } else { "no" };
     row("verified", verified.to_owned());

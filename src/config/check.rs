@@ -241,6 +241,7 @@ fn migration(r: &mut Reader, top: &mut Section<'_, '_>) -> Migration {
             r.problem(span.at, &s.key(key), "expected more than zero".to_owned(), None);
         }
     }
+    let keep_disks = r.or(&mut s, "keep_disks", TimeSpan { duration: Duration::from_secs(3600) }).value;
     let verify = r.or(&mut s, "verify", Verify::Yes).value;
     let tables = r.or(&mut s, "tables", ByteSize { bytes: TABLE_BYTES as u64 });
     if tables.value.bytes > TABLE_BYTES_MAX {
@@ -259,6 +260,7 @@ fn migration(r: &mut Reader, top: &mut Section<'_, '_>) -> Migration {
         max_downtime: max_downtime.value,
         timeout: timeout.value,
         max_outage: max_outage.value,
+        keep_disks,
         verify,
         tables: tables.value,
         bandwidth,

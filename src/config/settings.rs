@@ -161,6 +161,8 @@ pub struct Migration {
     pub timeout: TimeSpan,
     /// Longest outage of the link that is waited out.
     pub max_outage: TimeSpan,
+    /// How long disks of a VM that did not come are kept for another attempt.
+    pub keep_disks: TimeSpan,
     /// What is compared before the switch.
     pub verify: Verify,
     /// Most memory that each migration takes at the source to find equal pages and differences.

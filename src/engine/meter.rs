@@ -74,6 +74,8 @@ pub struct DiskFigures {
     pub bytes: u64,
     /// Ranges that were written, zeroed or discarded at the destination.
     pub changed_bytes: u64,
+    /// What was there already and was not sent.
+    pub held_bytes: u64,
     /// What it took of the pause to compare them; nothing when they were not.
     pub verify: Option<Duration>,
 }

@@ -38,8 +38,8 @@ pub use limiter::{Share, TotalBandwidth};
 pub use link::{Link, PeerFacts, greet};
 pub use meter::{DiskFigures, Figures, Meter};
 pub use recovery::{
-    Attach, Decision, Host, Interruption, Look, Rebuild, Resolved, Withdrawal, answer, decide, interruption, may_own_twin, repeat_effect,
-    resolve, sweep_images, tell, unfinished, withdraw,
+    Attach, Decision, Host, Interruption, Look, Rebuild, Resolved, Withdrawal, answer, decide, has_disks, interruption, may_own_twin,
+    repeat_effect, resolve, sweep_images, tell, unfinished, withdraw,
 };
 pub use source::{AskCommit, Command, Manner, Redial, SourceEnd, SourceOrder, SourcePorts, continue_guest, continue_source, run_source};
 pub use standing::{RecordNote, Standing, decisions, doubts, notes, owners, standing};

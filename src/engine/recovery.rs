@@ -21,7 +21,7 @@ use crate::transport::{Session, TransportError};
 use crate::types::{MigrationId, SpiffeId, VmName};
 use crate::wire::{ErrorClass, FinalDigest, Handoff, Message, SignedHandoff};
 
-pub use start::{Interruption, interruption, may_own_twin, repeat_effect, sweep_images, unfinished};
+pub use start::{Interruption, has_disks, interruption, may_own_twin, repeat_effect, sweep_images, unfinished};
 pub use tell::{Withdrawal, tell, withdraw};
 
 /// Re-attaches to a guest by the address in a record.

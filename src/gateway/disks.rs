@@ -6,7 +6,7 @@ use rustix::fs::statfs;
 
 use crate::config::{self, DiskFormat, Existing};
 use crate::control::{DiskWrites, MigrateRequest, Storage};
-use crate::engine::DiskOrder;
+use crate::engine::{self, DiskOrder};
 use crate::gateway::Gateway;
 use crate::gateway::kept::twin_file;
 use crate::hypervisor::qemu::QemuSource;
@@ -132,15 +132,52 @@ impl Gateway {
     pub(super) fn disk_order(&self, migration: MigrationId, DiskWish { verify, blocking }: DiskWish) -> DiskOrder {
         DiskOrder { socket: twin_file(&self.config.gateway.runtime_directory, migration, SOCKET), verify, blocking }
     }
+
+    /// Takes away the disks of a VM that did not come, and keeps them for another attempt where that may be.
+    pub(super) fn end_disks(&self, laid: LaidDisks, denied: bool) {
+        if denied || self.config.migration.keep_disks.duration.is_zero() {
+            return laid.discard();
+        }
+        laid.keep_for_later();
+        self.forget_kept_disks();
+    }
+
+    /// Removes what was kept for long enough, and each of the others when it is due.
+    pub(super) fn forget_kept_disks(&self) {
+        let keep = self.config.migration.keep_disks.duration;
+        let files = self.config.vms.iter().flat_map(|vm| &vm.disks).filter_map(|disk| disk.file.clone());
+        for (file, left) in files.filter_map(|file| storage::forget_kept(&file, keep).map(|left| (file, left))) {
+            tokio::spawn(async move {
+                tokio::time::sleep(left).await;
+                // One that another attempt has kept since then has a time of its own.
+                let _ = storage::forget_kept(&file, keep);
+            });
+        }
+    }
+
+    /// What became of the disks of a migration that was interrupted, once its journal says whose its VM is.
+    pub(super) fn settle_disks(&self, migration: MigrationId) {
+        let note = twin_file(&self.config.gateway.runtime_directory, migration, LAID);
+        let Some(laid) = LaidDisks::noted(&note) else { return };
+        match engine::has_disks(&self.evidence(), migration) {
+            Ok(Some(true)) => laid.keep(),
+            Ok(Some(false)) => {
+                tracing::warn!(%migration, "the disks of a VM that did not come are taken away");
+                self.end_disks(laid, false);
+            }
+            Ok(None) => {}
+            Err(error) => tracing::error!(%migration, error = %telemetry::chain(&error), "nobody knows whose the disks of a migration are"),
+        }
+    }
 }
 
 /// Where files are made for the disks that come, as the configuration says; a twin opens them when it is started.
 pub(super) fn places(vm: &config::Vm, disks: &[Disk]) -> Vec<DiskPlace> {
-    let place = |disk: &Disk| {
+    let place = |(index, disk): (usize, &Disk)| {
         let listed = vm.disks.iter().find(|listed| listed.device == disk.device)?;
-        Some(DiskPlace { bytes: disk.bytes, ..longest(listed)? })
+        Some(DiskPlace { bytes: disk.bytes, disk: u16::try_from(index).ok()?, ..longest(listed)? })
     };
-    disks.iter().filter_map(place).collect()
+    disks.iter().enumerate().filter_map(place).collect()
 }
 
 /// The longest disk that may come to such a place; nothing where none is made.
@@ -150,22 +187,7 @@ pub(super) fn longest(listed: &config::Disk) -> Option<DiskPlace> {
         DiskFormat::Qcow2 => storage::DiskFormat::Qcow2 { cluster_bytes: listed.cluster_size.bytes },
     };
     let set_aside = listed.existing == Existing::SetAside;
-    Some(DiskPlace { file: listed.file.clone()?, format, bytes: listed.max_size.bytes, set_aside })
-}
-
-/// What an earlier gateway has left of disks of a VM that did not come: its note of them, or a socket.
-pub(super) fn undo_left(note: &Path, promised: bool) {
-    if note.extension().is_some_and(|what| what == SOCKET) {
-        // Nobody listens any more.
-        return drop(std::fs::remove_file(note));
-    }
-    let Some(laid) = LaidDisks::noted(note) else { return };
-    if promised {
-        // A guest may run on them. Whoever refuses it later leaves them to the operator.
-        return laid.keep();
-    }
-    tracing::warn!(note = %note.display(), "disks of a migration that was cut off are removed");
-    laid.undo();
+    Some(DiskPlace { file: listed.file.clone()?, format, bytes: listed.max_size.bytes, set_aside, disk: 0 })
 }
 
 #[cfg(test)]

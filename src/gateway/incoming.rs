@@ -425,6 +425,7 @@ impl Gateway {
             outage_max,
             progress,
             comes_back_in,
+            held_disks: laid.as_ref().map(|laid| laid.held().to_vec()).unwrap_or_default(),
             disk_socket: twin_file(&self.config.gateway.runtime_directory, migration, SOCKET),
         };
         let end = match twin {
@@ -436,7 +437,10 @@ impl Gateway {
         self.refresh_place(&vm);
         let claim = match end.outcome {
             Some(place) => {
-                clear_up(matches!(place, Place::Moved | Place::Cold), vmm, &leavings, laid).await;
+                let denied =
+                    end.error.as_ref().is_some_and(|error| matches!(error.class(), ErrorClass::Denied | ErrorClass::Unauthenticated));
+                let laid = clear_up(matches!(place, Place::Moved | Place::Cold), vmm, &leavings, laid).await;
+                laid.into_iter().for_each(|laid| self.end_disks(laid, denied));
                 Some(claim)
             }
             None => {
@@ -503,16 +507,17 @@ impl Gateway {
     }
 }
 
-/// Nothing is left of a VM that did not come.
-async fn clear_up(came: bool, vmm: Option<LaunchedVmm>, leavings: &Leavings, laid: Option<LaidDisks>) {
+/// Nothing is left of a VM that did not come but its disks.
+async fn clear_up(came: bool, vmm: Option<LaunchedVmm>, leavings: &Leavings, laid: Option<LaidDisks>) -> Option<LaidDisks> {
     if came {
-        return laid.into_iter().for_each(LaidDisks::keep);
+        laid.into_iter().for_each(LaidDisks::keep);
+        return None;
     }
     if let Some(vmm) = vmm {
         end_twin(vmm).await;
     }
     leavings.remove();
-    laid.into_iter().for_each(LaidDisks::undo);
+    laid
 }
 
 fn cut(reason: &str) -> String {

@@ -7,7 +7,7 @@ use std::time::{Duration, SystemTime};
 use tokio::sync::watch;
 
 use crate::engine::{self, Interruption, Placement, Resolved};
-use crate::gateway::disks::{LAID, SOCKET, undo_left};
+use crate::gateway::disks::{LAID, SOCKET};
 use crate::gateway::host::{discard, home, observe};
 use crate::gateway::registry::{Claim, Migration};
 use crate::gateway::{Gateway, report};
@@ -125,6 +125,7 @@ impl Gateway {
         if let Err(error) = tokio::task::spawn_blocking(move || gateway.sweep()).await {
             tracing::error!(error = %error, "sweep task");
         }
+        self.forget_kept_disks();
         crate::failpoint::hit!("recovery.end");
     }
 
@@ -139,14 +140,20 @@ impl Gateway {
     /// Ends twins that an earlier run of this gateway left behind and that no journal promises anything to.
     fn sweep_twins(&self) {
         let Ok(entries) = std::fs::read_dir(&self.config.gateway.runtime_directory) else { return };
+        let mut left = Vec::new();
         for path in entries.flatten().map(|entry| entry.path()) {
             let name = path.file_name().and_then(|name| name.to_str()).and_then(|name| name.split_once('.'));
             let Some((Ok(migration), what)) = name.map(|(name, what)| (name.parse::<MigrationId>(), what)) else { continue };
             let address = match what {
                 "sock" => Address::Attach(path.clone()),
                 "qmp" => Address::Qemu(path.clone()),
-                LAID | SOCKET => {
-                    undo_left(&path, self.kept.has(migration) || engine::may_own_twin(&self.evidence(), migration).unwrap_or(true));
+                LAID => {
+                    left.push(migration);
+                    continue;
+                }
+                SOCKET => {
+                    // Nobody listens any more.
+                    let _ = std::fs::remove_file(&path);
                     continue;
                 }
                 _ => continue,
@@ -170,6 +177,8 @@ impl Gateway {
                 Err(error) => tracing::warn!(vm, %migration, error = %telemetry::chain(&error), "a twin of nobody is not ended"),
             }
         }
+        // Behind the twins that have them open.
+        left.into_iter().for_each(|migration| self.settle_disks(migration));
     }
 
     /// Shows an interrupted migration as one that is under way.
@@ -237,6 +246,7 @@ impl Gateway {
                 pause = (pause * 2).min(LONGEST_PAUSE);
                 if gateway.try_resolve(migration).await {
                     gateway.load_places();
+                    gateway.settle_disks(migration);
                     drop(claim);
                     gateway.settled(migration, ended).await;
                     gateway.close_proposal(migration).await;

@@ -115,6 +115,7 @@ pub(crate) fn put_figures(report: &mut Report, figures: &Figures) {
         count: figures.disks.count,
         bytes: figures.disks.bytes,
         changed_bytes: figures.disks.changed_bytes,
+        held_bytes: figures.disks.held_bytes,
         verified: figures.verified && figures.disks.verify.is_some(),
         verify_seconds: figures.disks.verify.map(|took| took.as_secs_f64()),
     });

@@ -322,21 +322,22 @@ pub trait Exports {
 /// The source end of a hypervisor that sends its guest itself.
 pub trait StreamSource: Guest + Exports {
     /// Begins to copy disks to the NBD exports of their names behind a socket, and whatever the guest writes to them from now on;
-    /// with `blocking` a write of the guest waits until it is there.
+    /// with `blocking` a write of the guest waits until it is there. With `in_place` nothing is zeroed before it is copied: much of it
+    /// may be there already.
     ///
     /// # Errors
     /// The hypervisor is gone or refuses.
-    fn mirror(&mut self, at: &Path, disks: &[Disk], blocking: bool) -> Result<(), HypervisorError>;
+    fn mirror(&mut self, at: &Path, disks: &[Disk], blocking: bool, in_place: bool) -> Result<(), HypervisorError>;
     /// How far that has come.
     ///
     /// # Errors
     /// It has failed, or the hypervisor is gone.
     fn mirror_progress(&mut self) -> Result<MirrorProgress, HypervisorError>;
-    /// Writes of the guest wait from now on; false where that cannot be changed any more.
+    /// The guest writes no more than this to each of these disks from now on, until it is woken or has left.
     ///
     /// # Errors
-    /// The hypervisor is gone.
-    fn block_writes(&mut self) -> Result<bool, HypervisorError>;
+    /// The hypervisor is gone or refuses.
+    fn slow_writes(&mut self, disks: &[Disk], bytes_per_second: u64) -> Result<(), HypervisorError>;
     /// Ends the copying of the disks of a guest that is [`Stopped`](StreamStage::Stopped), with both ends equal.
     ///
     /// # Errors

@@ -2,13 +2,14 @@
 //!
 //! A file that is there already is never written to and never deleted: it is renamed, if the configuration lets it be, and renamed
 //! back. Which files are ours the note says, by inode, so that a gateway that was killed in between does not take another's for its
-//! own.
+//! own. What came of a disk whose VM did not come may be kept beside its place, under a name of ours, for the next attempt.
 
-use std::fs::{self, OpenOptions};
-use std::io::{self, Write};
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Read, Write};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::time::{Duration, SystemTime};
 
 use serde::{Deserialize, Serialize};
 
@@ -38,6 +39,8 @@ pub struct DiskPlace {
     pub bytes: u64,
     /// Whether a file that is there makes room.
     pub set_aside: bool,
+    /// Its place among the disks of the offer.
+    pub disk: u16,
 }
 
 /// A disk could not be laid; nothing is left of the others.
@@ -57,6 +60,7 @@ pub struct LayError {
 pub struct LaidDisks {
     note: PathBuf,
     laid: Vec<Laid>,
+    held: Vec<u16>,
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -79,9 +83,9 @@ impl LaidDisks {
         note: &Path,
         migration: MigrationId,
         places: &[DiskPlace],
-        make: impl Fn(&DiskPlace) -> io::Result<()>,
+        make: impl Fn(&DiskPlace) -> io::Result<bool>,
     ) -> Result<Self, LayError> {
-        let mut disks = Self { note: note.to_owned(), laid: Vec::new() };
+        let mut disks = Self { note: note.to_owned(), laid: Vec::new(), held: Vec::new() };
         for place in places {
             if let Err(error) = disks.lay_one(migration, place, &make) {
                 disks.undo();
@@ -91,7 +95,12 @@ impl LaidDisks {
         Ok(disks)
     }
 
-    fn lay_one(&mut self, migration: MigrationId, place: &DiskPlace, make: impl Fn(&DiskPlace) -> io::Result<()>) -> Result<(), LayError> {
+    fn lay_one(
+        &mut self,
+        migration: MigrationId,
+        place: &DiskPlace,
+        make: impl Fn(&DiskPlace) -> io::Result<bool>,
+    ) -> Result<(), LayError> {
         let failed = |what: &str| {
             let (file, bytes, what) = (place.file.clone(), place.bytes, what.to_owned());
             move |source: io::Error| LayError { file, bytes, what, source: Some(source) }
@@ -112,7 +121,9 @@ impl LaidDisks {
         if there.is_some() && !place.set_aside {
             return Err(refused("a file is there already: remove it, or say `existing = \"set-aside\"` of this disk".to_owned()));
         }
-        make(place).map_err(failed("it cannot be made"))?;
+        if make(place).map_err(failed("it cannot be made"))? {
+            self.held.push(place.disk);
+        }
         let made_at = made_at(migration, place);
         let metadata = fs::symlink_metadata(&made_at).map_err(failed("it cannot be looked at"))?;
         let aside = beside(&place.file, &format!("before-{migration}"));
@@ -142,11 +153,37 @@ impl LaidDisks {
         let _ = fs::remove_file(&self.note);
     }
 
-    /// Removes what was laid, and puts back what was there before.
+    /// Disks that an earlier attempt has left something of.
+    #[must_use]
+    pub fn held(&self) -> &[u16] {
+        &self.held
+    }
+
+    /// Removes what was laid, and puts back what was there before. Without anything new it is kept as it was kept before.
     pub fn undo(self) {
+        let keep = !self.held.is_empty();
+        self.take_away(keep);
+    }
+
+    /// The same, and nothing is kept.
+    pub fn discard(self) {
+        self.take_away(false);
+    }
+
+    /// The same, but what has come is kept for another attempt.
+    pub fn keep_for_later(self) {
+        self.take_away(true);
+    }
+
+    fn take_away(self, keep: bool) {
         for Laid { made_at, file, aside, inode } in self.laid {
-            for path in [&made_at, &file] {
+            for path in [&file, &made_at] {
                 let ours = fs::symlink_metadata(path).is_ok_and(|there| (there.dev(), there.ino()) == inode);
+                if ours && keep && fs::rename(path, kept_at(&file)).is_ok() {
+                    // From now on its time counts.
+                    let _ = OpenOptions::new().write(true).open(kept_at(&file)).and_then(|kept| kept.set_modified(SystemTime::now()));
+                    continue;
+                }
                 if ours && let Err(error) = fs::remove_file(path) {
                     tracing::error!(path = %path.display(), %error, "a disk that nobody needs is not removed");
                 }
@@ -163,7 +200,7 @@ impl LaidDisks {
     #[must_use]
     pub fn noted(note: &Path) -> Option<Self> {
         let laid = serde_json::from_slice(&fs::read(note).ok()?).ok()?;
-        Some(Self { note: note.to_owned(), laid })
+        Some(Self { note: note.to_owned(), laid, held: Vec::new() })
     }
 }
 
@@ -179,18 +216,68 @@ fn made_at(migration: MigrationId, place: &DiskPlace) -> PathBuf {
     beside(&place.file, &format!("{migration}.new"))
 }
 
-/// Makes the file of a disk, empty, under its first name.
+/// Where the disk of a VM that did not come is kept.
+fn kept_at(file: &Path) -> PathBuf {
+    beside(file, "sealane-kept")
+}
+
+/// Takes what is kept of a disk for the one that is made; one of another form is removed.
+fn take_kept(made_at: &Path, place: &DiskPlace) -> bool {
+    let kept = kept_at(&place.file);
+    let Ok(there) = fs::symlink_metadata(&kept) else { return false };
+    let fits = there.is_file()
+        && match place.format {
+            DiskFormat::Raw => there.len() == place.bytes,
+            DiskFormat::Qcow2 { .. } => qcow2_bytes(&kept).is_ok_and(|bytes| bytes == place.bytes),
+        };
+    let taken = fits && fs::symlink_metadata(made_at).is_err() && fs::rename(&kept, made_at).is_ok();
+    if !taken {
+        let _ = fs::remove_file(&kept);
+    }
+    taken
+}
+
+/// How long the disk of an image is (QEMU, `docs/interop/qcow2.rst`: magic, version, backing file, then size at byte 24).
+fn qcow2_bytes(path: &Path) -> io::Result<u64> {
+    let mut head = [0; 32];
+    File::open(path)?.read_exact(&mut head)?;
+    let [.., a, b, c, d, e, f, g, h] = head;
+    // One with a backing file is none of ours.
+    if !head.starts_with(b"QFI\xfb") || head.iter().skip(8).take(8).any(|byte| *byte != 0) {
+        return Err(io::ErrorKind::InvalidData.into());
+    }
+    Ok(u64::from_be_bytes([a, b, c, d, e, f, g, h]))
+}
+
+/// Removes what is kept of a disk for longer than this; how long it has to stay, if it has.
+#[must_use]
+pub fn forget_kept(file: &Path, keep: Duration) -> Option<Duration> {
+    let kept = kept_at(file);
+    let age = fs::symlink_metadata(&kept).ok()?.modified().ok()?.elapsed().unwrap_or_default();
+    let left = keep.checked_sub(age).filter(|left| !left.is_zero());
+    if left.is_none()
+        && let Err(error) = fs::remove_file(&kept)
+    {
+        tracing::error!(path = %kept.display(), %error, "a disk that nobody needs is not removed");
+    }
+    left
+}
+
+/// Makes the file of a disk under its first name: what is kept of it, or an empty one. Whether something was kept.
 ///
 /// # Errors
 /// It is not there then.
-pub fn make_disk(migration: MigrationId, place: &DiskPlace) -> io::Result<()> {
+pub fn make_disk(migration: MigrationId, place: &DiskPlace) -> io::Result<bool> {
     let path = made_at(migration, place);
+    if take_kept(&path, place) {
+        return Ok(true);
+    }
     let made = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path)?;
     let formatted = match place.format {
         DiskFormat::Raw => made.set_len(place.bytes),
         DiskFormat::Qcow2 { cluster_bytes } => make_qcow2(&path, cluster_bytes, place.bytes),
     };
-    formatted.inspect_err(|_| drop(fs::remove_file(&path)))
+    formatted.inspect_err(|_| drop(fs::remove_file(&path))).map(|()| false)
 }
 
 /// Writes into a file that is there.
@@ -216,7 +303,7 @@ mod tests {
     const ID: MigrationId = MigrationId([7; 16]);
 
     fn place(file: &Path, set_aside: bool) -> DiskPlace {
-        DiskPlace { file: file.to_owned(), format: DiskFormat::Raw, bytes: 1 << 20, set_aside }
+        DiskPlace { file: file.to_owned(), format: DiskFormat::Raw, bytes: 1 << 20, set_aside, disk: 3 }
     }
 
     fn lay(note: &Path, places: &[DiskPlace]) -> Result<LaidDisks, LayError> {
@@ -282,5 +369,48 @@ mod tests {
         LaidDisks::noted(&note).unwrap().undo();
         assert_eq!(fs::read_to_string(&file).unwrap(), "theirs");
         assert!(LaidDisks::noted(&note).is_none());
+    }
+
+    #[test]
+    fn what_is_kept_is_taken_by_the_next_attempt_and_forgotten_in_time() {
+        let directory = tempfile::tempdir().unwrap();
+        let (note, file) = (directory.path().join("note"), directory.path().join("disk"));
+        fs::write(&file, "mine").unwrap();
+        let laid = lay(&note, &[place(&file, true)]).unwrap();
+        assert_eq!(laid.held(), [0; 0]);
+        OpenOptions::new().write(true).open(&file).unwrap().write_all(b"copied").unwrap();
+        laid.keep_for_later();
+        assert_eq!(
+            (fs::read_to_string(&file).unwrap().as_str(), names(directory.path())),
+            ("mine", vec!["disk".into(), "disk.sealane-kept".into()])
+        );
+        assert!(forget_kept(&file, Duration::from_secs(600)).is_some());
+        let laid = lay(&note, &[place(&file, true)]).unwrap();
+        assert_eq!((laid.held(), &fs::read(&file).unwrap()[..6]), ([3].as_slice(), b"copied".as_slice()));
+        // Whatever cannot go on with it keeps it.
+        laid.keep_for_later();
+        let longer = DiskPlace { bytes: 2 << 20, ..place(&file, true) };
+        let laid = lay(&note, &[longer]).unwrap();
+        assert_eq!((laid.held(), fs::read(&file).unwrap()[0]), ([0; 0].as_slice(), 0), "another size");
+        laid.keep_for_later();
+        assert_eq!(forget_kept(&file, Duration::ZERO), None);
+        assert_eq!(names(directory.path()), ["disk"]);
+    }
+
+    #[test]
+    fn an_image_says_how_long_its_disk_is() {
+        let directory = tempfile::tempdir().unwrap();
+        let file = directory.path().join("image");
+        let mut head = b"QFI\xfb\0\0\0\x03".to_vec();
+        head.extend([0; 16]);
+        head.extend((5_u64 << 30).to_be_bytes());
+        fs::write(&file, &head).unwrap();
+        assert_eq!(qcow2_bytes(&file).unwrap(), 5 << 30);
+        for at in [0, 15] {
+            let mut other = head.clone();
+            other[at] = 1;
+            fs::write(&file, &other).unwrap();
+            assert!(qcow2_bytes(&file).is_err());
+        }
     }
 }

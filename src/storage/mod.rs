@@ -24,4 +24,4 @@ mod tests;
 pub use error::ImageError;
 pub use head::ImageHead;
 pub use image::{read_head, remove_image, restore_image, write_image};
-pub use lay::{DiskFormat, DiskPlace, LaidDisks, LayError, make_disk};
+pub use lay::{DiskFormat, DiskPlace, LaidDisks, LayError, forget_kept, make_disk};

@@ -113,6 +113,9 @@ pub struct DiskReport {
     pub bytes: u64,
     /// Ranges that were written, zeroed or discarded at the destination.
     pub changed_bytes: u64,
+    /// What was there already, from an earlier attempt, and was not sent.
+    #[serde(default)]
+    pub held_bytes: u64,
     /// True only when all that they hold was read at both ends in the pause, and was equal.
     pub verified: bool,
     /// What that took of the pause.

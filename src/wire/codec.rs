@@ -4,9 +4,9 @@ use crate::limits;
 use crate::types::{Epoch, Incarnation, LaneIndex, MigrationId, RamRegion, Round, VmName, VmUuid};
 use crate::wire::reader::{Reader, Writer};
 use crate::wire::{
-    Accept, AuditAnswer, AuditHead, Compression, CompressionScope, DiskApplied, DiskDigests, DiskEnd, Durability, ErrorClass, Failure,
-    Feature, FinalDigest, Handoff, HandoffMessage, Hello, Join, LaneStanding, LaneTotals, Message, Offer, Resume, Resumed, RoundApplied,
-    RoundEnd, SignedHandoff, StateChunk, StreamApplied, StreamEnd, StreamResumed, StreamTerms, WireError,
+    Accept, AuditAnswer, AuditHead, Compression, CompressionScope, Durability, ErrorClass, Failure, Feature, FinalDigest, Handoff,
+    HandoffMessage, Hello, Join, LaneStanding, LaneTotals, Message, Offer, Resume, Resumed, RoundApplied, RoundEnd, SignedHandoff,
+    StateChunk, StreamApplied, StreamEnd, StreamResumed, StreamTerms, WireError,
 };
 use std::num::NonZeroU64;
 
@@ -26,7 +26,7 @@ const HANDOFF_DOMAIN: &[u8] = b"sealane handoff v1\0";
 const LANES_DOMAIN: &[u8] = b"sealane lanes v1\0";
 
 /// Name of each kind of message; the kind is the place in the list, counted from 1.
-const NAMES: [&str; 19] = [
+const NAMES: [&str; 20] = [
     "hello",
     "offer",
     "accept",
@@ -46,6 +46,7 @@ const NAMES: [&str; 19] = [
     "disk-applied",
     "disk-end",
     "disk-digests",
+    "disk-held",
 ];
 
 /// And for the digest over the length of a stream.
@@ -66,7 +67,7 @@ pub fn decode_control_header(header: &[u8; CONTROL_HEADER_BYTES]) -> Result<(u8,
 
 fn name_of(kind: u8) -> Result<&'static str, WireError> {
     let name = usize::from(kind).checked_sub(1).and_then(|index| NAMES.get(index)).copied();
-    name.ok_or(WireError::Unknown { message: "control header", field: "kind", expected: "1 to 19", got: u64::from(kind) })
+    name.ok_or(WireError::Unknown { message: "control header", field: "kind", expected: "1 to 20", got: u64::from(kind) })
 }
 
 impl Message {
@@ -93,6 +94,7 @@ impl Message {
             Self::DiskApplied(_) => 17,
             Self::DiskEnd(_) => 18,
             Self::DiskDigests(_) => 19,
+            Self::DiskHeld(_) => 20,
         }
     }
 
@@ -167,30 +169,7 @@ impl Message {
                 out.put_u8(u8::from(resumed.deciding));
                 out.put_u64(resumed.bytes);
             }
-            Self::DiskApplied(_) | Self::DiskEnd(_) | Self::DiskDigests(_) => self.put_disks(out),
-        }
-    }
-
-    /// The body of a message about disks.
-    fn put_disks(&self, out: &mut Vec<u8>) {
-        match self {
-            Self::DiskApplied(applied) => {
-                out.put(&applied.migration.0);
-                out.put_length(applied.changes.len());
-                applied.changes.iter().for_each(|number| out.put_u64(*number));
-            }
-            Self::DiskEnd(end) => {
-                out.put(&end.migration.0);
-                out.put_u64(end.changes);
-                out.put_u64(end.bytes);
-                out.put_u8(u8::from(end.verify));
-            }
-            Self::DiskDigests(digests) => {
-                out.put(&digests.migration.0);
-                out.put_length(digests.digests.len());
-                digests.digests.iter().for_each(|digest| out.put(digest));
-            }
-            _ => {}
+            Self::DiskApplied(_) | Self::DiskEnd(_) | Self::DiskDigests(_) | Self::DiskHeld(_) => self.put_disks(out),
         }
     }
 
@@ -254,20 +233,7 @@ impl Message {
                 deciding: reader.flag("deciding")?,
                 bytes: reader.u64("bytes")?,
             }),
-            17 => Self::DiskApplied(DiskApplied {
-                migration: migration(reader)?,
-                changes: list(reader, "changes", limits::DISK_CHANGES_MAX, |reader| reader.u64("change"))?,
-            }),
-            18 => Self::DiskEnd(DiskEnd {
-                migration: migration(reader)?,
-                changes: reader.u64("changes")?,
-                bytes: reader.u64("bytes")?,
-                verify: reader.flag("verify")?,
-            }),
-            19 => Self::DiskDigests(DiskDigests {
-                migration: migration(reader)?,
-                digests: list(reader, "digests", limits::DISKS_MAX, |reader| reader.array("digest"))?,
-            }),
+            17..=20 => super::disk::message(kind, reader)?,
             _ => Self::Ping,
         };
         reader.finish()?;
@@ -389,7 +355,7 @@ fn hello(reader: &mut Reader<'_>) -> Result<Hello, WireError> {
 }
 
 /// At least one, and at most `most`.
-fn list<T>(
+pub(super) fn list<T>(
     reader: &mut Reader<'_>,
     field: &'static str,
     most: usize,
@@ -578,7 +544,7 @@ fn digest(reader: &mut Reader<'_>) -> Result<FinalDigest, WireError> {
     Ok(FinalDigest { state: reader.array("state digest")?, lanes: reader.array("lanes digest")?, memory: reader.u128("memory digest")? })
 }
 
-fn migration(reader: &mut Reader<'_>) -> Result<MigrationId, WireError> {
+pub(super) fn migration(reader: &mut Reader<'_>) -> Result<MigrationId, WireError> {
     reader.array("migration").map(MigrationId)
 }
 

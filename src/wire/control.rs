@@ -45,6 +45,8 @@ pub enum Message {
     DiskEnd(DiskEnd),
     /// Source: what its disks hold.
     DiskDigests(DiskDigests),
+    /// Destination: what its disks hold already, before anything of them changes.
+    DiskHeld(DiskHeld),
 }
 
 /// What a gateway speaks and who it is beyond its certificate.
@@ -417,6 +419,19 @@ pub struct DiskDigests {
     pub migration: MigrationId,
     /// SHA-256 of each disk, in the order of the offer (`PROTOCOL.md`, disks).
     pub digests: Vec<[u8; 32]>,
+}
+
+/// The next blocks of a disk of the destination.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DiskHeld {
+    /// The attempt.
+    pub migration: MigrationId,
+    /// Which disk of the offer.
+    pub disk: u16,
+    /// The beginnings of their digests (`PROTOCOL.md`, disks).
+    pub blocks: Vec<[u8; 16]>,
+    /// Whether nothing more comes, of any disk.
+    pub last: bool,
 }
 
 /// What one lane has applied since its last join.

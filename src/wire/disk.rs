@@ -2,8 +2,9 @@
 
 use crate::limits;
 use crate::types::{LaneIndex, Round};
+use crate::wire::codec::{list, migration};
 use crate::wire::reader::{Reader, Writer};
-use crate::wire::{Codec, FrameHeader, FrameKind, WireError};
+use crate::wire::{Codec, DiskApplied, DiskDigests, DiskEnd, DiskHeld, FrameHeader, FrameKind, Message, WireError};
 
 /// Bytes in front of the block: codec, change, disk, number, settled, offset, length.
 pub(super) const DISK_HEAD_BYTES: usize = 32;
@@ -105,6 +106,65 @@ impl<'a> DiskChunk<'a> {
         reader.finish()?;
         Ok(Self { disk, change, number, settled, offset, bytes, codec, block })
     }
+}
+
+impl Message {
+    /// The body of a message about disks.
+    pub(super) fn put_disks(&self, out: &mut Vec<u8>) {
+        match self {
+            Self::DiskApplied(applied) => {
+                out.put(&applied.migration.0);
+                out.put_length(applied.changes.len());
+                applied.changes.iter().for_each(|number| out.put_u64(*number));
+            }
+            Self::DiskEnd(end) => {
+                out.put(&end.migration.0);
+                out.put_u64(end.changes);
+                out.put_u64(end.bytes);
+                out.put_u8(u8::from(end.verify));
+            }
+            Self::DiskDigests(digests) => {
+                out.put(&digests.migration.0);
+                out.put_length(digests.digests.len());
+                digests.digests.iter().for_each(|digest| out.put(digest));
+            }
+            Self::DiskHeld(held) => {
+                out.put(&held.migration.0);
+                out.put_u16(held.disk);
+                out.put_u8(u8::from(held.last));
+                out.put_length(held.blocks.len());
+                held.blocks.iter().for_each(|block| out.put(block));
+            }
+            _ => {}
+        }
+    }
+}
+
+/// The message about disks of a kind.
+pub(super) fn message(kind: u8, reader: &mut Reader<'_>) -> Result<Message, WireError> {
+    let migration = migration(reader)?;
+    Ok(match kind {
+        17 => Message::DiskApplied(DiskApplied {
+            migration,
+            changes: list(reader, "changes", limits::DISK_CHANGES_MAX, |reader| reader.u64("change"))?,
+        }),
+        18 => Message::DiskEnd(DiskEnd {
+            migration,
+            changes: reader.u64("changes")?,
+            bytes: reader.u64("bytes")?,
+            verify: reader.flag("verify")?,
+        }),
+        19 => Message::DiskDigests(DiskDigests {
+            migration,
+            digests: list(reader, "digests", limits::DISKS_MAX, |reader| reader.array("digest"))?,
+        }),
+        _ => {
+            let (disk, last) = (reader.u16("disk")?, reader.flag("last")?);
+            let count = reader.length("blocks", 0, limits::DISK_HELD_PART)?;
+            let blocks = (0..count).map(|_| reader.array("block")).collect::<Result<_, _>>()?;
+            Message::DiskHeld(DiskHeld { migration, disk, blocks, last })
+        }
+    })
 }
 
 #[cfg(test)]

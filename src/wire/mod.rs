@@ -29,9 +29,9 @@ pub mod protocol {}
 pub use code::ErrorClass;
 pub use codec::{CONTROL_HEADER_BYTES, JOIN_BYTES, decode_control_header};
 pub use control::{
-    Accept, AuditAnswer, AuditHead, Compression, CompressionScope, DiskApplied, DiskDigests, DiskEnd, Durability, Failure, Feature,
-    FinalDigest, Handoff, HandoffMessage, Hello, Join, LaneStanding, LaneTotals, Message, Offer, Resume, Resumed, RoundApplied, RoundEnd,
-    SignedHandoff, StateChunk, StreamApplied, StreamEnd, StreamResumed, StreamTerms,
+    Accept, AuditAnswer, AuditHead, Compression, CompressionScope, DiskApplied, DiskDigests, DiskEnd, DiskHeld, Durability, Failure,
+    Feature, FinalDigest, Handoff, HandoffMessage, Hello, Join, LaneStanding, LaneTotals, Message, Offer, Resume, Resumed, RoundApplied,
+    RoundEnd, SignedHandoff, StateChunk, StreamApplied, StreamEnd, StreamResumed, StreamTerms,
 };
 pub use disk::{DiskChange, DiskChunk};
 pub use error::WireError;

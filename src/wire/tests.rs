@@ -94,6 +94,7 @@ fn every_message() -> Vec<Message> {
         Message::DiskApplied(DiskApplied { migration: MIGRATION, changes: vec![3, 1 << 40] }),
         Message::DiskEnd(DiskEnd { migration: MIGRATION, changes: 9, bytes: 1 << 40, verify: true }),
         Message::DiskDigests(DiskDigests { migration: MIGRATION, digests: vec![[1; 32], [2; 32]] }),
+        Message::DiskHeld(DiskHeld { migration: MIGRATION, disk: 3, blocks: vec![[1; 16], [0; 16]], last: true }),
     ]
 }
 
@@ -202,8 +203,8 @@ fn refuses_hostile_control_headers() {
     let length = |got: u32| Err(format!("`body length` of `control header` is out of bounds: expected 0 to {max}, got {got}"));
     assert_eq!(header(max + 1, 2), length(max + 1));
     assert_eq!(header(u32::MAX, 2), length(u32::MAX));
-    for kind in [0, 20, 255] {
-        let unknown = format!("`kind` of `control header` is unknown: expected 1 to 19, got {kind}");
+    for kind in [0, 21, 255] {
+        let unknown = format!("`kind` of `control header` is unknown: expected 1 to 20, got {kind}");
         assert_eq!(header(0, kind), Err(unknown.clone()));
         assert_eq!(Message::decode(kind, &[]).unwrap_err().to_string(), unknown);
     }

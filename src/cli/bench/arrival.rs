@@ -76,6 +76,7 @@ impl Side {
             progress: None,
             comes_back_in: None,
             disk_socket: std::path::PathBuf::new(),
+            held_disks: Vec::new(),
         };
         run_destination(order).await
     }

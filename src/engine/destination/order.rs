@@ -44,6 +44,8 @@ pub struct DestinationOrder<T: ?Sized = dyn PagedDestination> {
     pub comes_back_in: Option<Round>,
     /// Where the hypervisor lets the gateway reach its disks.
     pub disk_socket: PathBuf,
+    /// Disks of the offer that may hold something already.
+    pub held_disks: Vec<u16>,
 }
 
 /// The source comes back in a new session, with this as its first message.
@@ -93,6 +95,7 @@ impl<T: ?Sized> DestinationOrder<T> {
             progress,
             comes_back_in,
             disk_socket,
+            held_disks,
             ..
         } = self;
         DestinationOrder {
@@ -110,6 +113,7 @@ impl<T: ?Sized> DestinationOrder<T> {
             progress,
             comes_back_in,
             disk_socket,
+            held_disks,
         }
     }
 }

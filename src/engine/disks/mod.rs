@@ -10,15 +10,19 @@
 //!
 //! *Invariants:* `disk-window` (what is under way is bounded, at both ends, so a slow link is felt by the mirror), `disk-once` (every
 //! change is made once and then answered, whatever becomes of sessions and lanes).
+//! What the destination's disks hold already it tells first, and `serve` answers by itself whatever would change nothing there (`held.rs`).
+//!
 //! *Read first:* `outgoing.rs`, `serve.rs`, `incoming.rs`.
 
 mod digest;
+mod held;
 mod incoming;
 mod outgoing;
 mod pace;
 mod serve;
 
 pub(super) use digest::digest_disks;
+pub(super) use held::{Held, tell_held};
 pub(super) use incoming::DiskIn;
 pub(super) use outgoing::{Change, DiskOut};
 pub(super) use pace::MirrorPace;

@@ -148,6 +148,11 @@ impl DiskOut {
         state.under_way.is_empty().then_some((state.next, state.changed_bytes))
     }
 
+    /// Bytes of the ranges of all changes until now.
+    pub(in crate::engine) fn changed_bytes(&self) -> u64 {
+        self.lock().changed_bytes
+    }
+
     /// Nothing is taken any more, and nobody is answered.
     pub(in crate::engine) fn close(&self) {
         let mut state = self.lock();

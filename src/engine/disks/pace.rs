@@ -13,7 +13,7 @@ pub(in crate::engine) struct MirrorPace {
 }
 
 impl MirrorPace {
-    /// Whether writes of the guest have to wait, or it will not be done.
+    /// Whether the guest has to write less, or it will not be done.
     pub(in crate::engine) fn is_hopeless(&mut self, now: Instant, said: &MirrorProgress) -> bool {
         let Some((at, before)) = self.looked else {
             self.looked = Some((now, said.remaining_bytes));

@@ -11,6 +11,7 @@ use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::mpsc;
 use tokio::task::{JoinHandle, JoinSet};
 
+use super::held::Held;
 use super::outgoing::{Change, DiskOut};
 use crate::hypervisor::Disk;
 use crate::limits;
@@ -29,13 +30,13 @@ impl DiskServer {
     ///
     /// # Errors
     /// The socket cannot be made.
-    pub(in crate::engine) fn start(at: &Path, disks: &[Disk], out: Arc<DiskOut>) -> io::Result<Self> {
+    pub(in crate::engine) fn start(at: &Path, disks: &[Disk], out: Arc<DiskOut>, held: Arc<Held>) -> io::Result<Self> {
         // One that a gateway that was killed has left.
         let _ = std::fs::remove_file(at);
         let listener = UnixListener::bind(at)?;
         std::fs::set_permissions(at, std::fs::Permissions::from_mode(0o600))?;
         let exports: Arc<[NbdExport]> = disks.iter().map(|disk| NbdExport { name: disk.device.clone(), bytes: disk.bytes }).collect();
-        Ok(Self { task: tokio::spawn(accept(listener, exports, out)), at: at.to_owned() })
+        Ok(Self { task: tokio::spawn(accept(listener, exports, out, held)), at: at.to_owned() })
     }
 }
 
@@ -46,12 +47,12 @@ impl Drop for DiskServer {
     }
 }
 
-async fn accept(listener: UnixListener, exports: Arc<[NbdExport]>, out: Arc<DiskOut>) {
+async fn accept(listener: UnixListener, exports: Arc<[NbdExport]>, out: Arc<DiskOut>, held: Arc<Held>) {
     let mut connections = JoinSet::new();
     loop {
         tokio::select! {
             accepted = listener.accept(), if connections.len() < limits::NBD_CONNECTIONS_MAX => match accepted {
-                Ok((stream, _)) => drop(connections.spawn(serve(stream, Arc::clone(&exports), Arc::clone(&out)))),
+                Ok((stream, _)) => drop(connections.spawn(serve(stream, Arc::clone(&exports), Arc::clone(&out), Arc::clone(&held)))),
                 Err(error) => {
                     tracing::warn!(%error, "a hypervisor's connection for its disks is not taken");
                     tokio::time::sleep(limits::GREETING_WITHIN / 10).await;
@@ -66,7 +67,7 @@ async fn accept(listener: UnixListener, exports: Arc<[NbdExport]>, out: Arc<Disk
     }
 }
 
-async fn serve(mut stream: UnixStream, exports: Arc<[NbdExport]>, out: Arc<DiskOut>) -> io::Result<()> {
+async fn serve(mut stream: UnixStream, exports: Arc<[NbdExport]>, out: Arc<DiskOut>, held: Arc<Held>) -> io::Result<()> {
     let chosen = tokio::time::timeout(limits::GREETING_WITHIN, welcome(&mut stream, &exports)).await??;
     let Some((disk, export)) = chosen.and_then(|index| Some((u16::try_from(index).ok()?, exports.get(index)?))) else { return Ok(()) };
     let (reader, mut writer) = stream.into_split();
@@ -81,7 +82,12 @@ async fn serve(mut stream: UnixStream, exports: Arc<[NbdExport]>, out: Arc<DiskO
                     let _ = replies.send((cookie, error)).await;
                 }
                 NbdAsked::Change { cookie, change, offset, bytes, data } => {
-                    let changes = cut(disk, change, offset, bytes, data.into());
+                    let changes = cut((disk, export.bytes), change, offset, bytes, data.into(), &held);
+                    if changes.is_empty() {
+                        // All of it is there.
+                        let _ = replies.send((cookie, 0)).await;
+                        continue;
+                    }
                     if !out.submit(changes, cookie, replies.clone()).await {
                         return Err(io::Error::other("nothing is taken any more"));
                     }
@@ -102,35 +108,48 @@ async fn serve(mut stream: UnixStream, exports: Arc<[NbdExport]>, out: Arc<DiskO
 }
 
 /// A request as changes that each fit a frame. What is written as zeroes becomes a hole: a mirror reads what its disk holds, and
-/// takes everything that was ever written for data.
-fn cut(disk: u16, change: DiskChange, offset: u64, bytes: u32, data: Bytes) -> Vec<Change> {
-    if change != DiskChange::Write {
+/// takes everything that was ever written for data. What the destination holds already is no change.
+fn cut((disk, disk_bytes): (u16, u64), change: DiskChange, offset: u64, bytes: u32, data: Bytes, held: &Held) -> Vec<Change> {
+    let nothing_known = held.is_empty();
+    if change == DiskChange::Flush || (change != DiskChange::Write && nothing_known) {
         return vec![Change { disk, change, offset, bytes, data }];
     }
-    let mut changes: Vec<Change> = Vec::new();
-    let mut at = 0;
-    while at < data.len() {
-        let here = offset + at as u64;
+    let (mut changes, mut here, end): (Vec<Change>, _, _) = (Vec::new(), offset, offset + u64::from(bytes));
+    while here < end {
         // Blocks are those of the disk, wherever a request begins.
-        let to_next = BLOCK_BYTES - usize::try_from(here % BLOCK_BYTES as u64).unwrap_or(0);
-        let end = data.len().min(at + to_next);
-        let block = data.slice(at..end);
-        let change = if is_zero(&block) { DiskChange::Zero } else { DiskChange::Write };
+        let (number, into) = (here / BLOCK_BYTES as u64, here % BLOCK_BYTES as u64);
+        let length = (BLOCK_BYTES as u64 - into).min(end - here);
+        let (at, next) = (here - offset, here + length);
+        let slice = |from: u64, to: u64| data.slice(usize::try_from(from).unwrap_or(0)..usize::try_from(to).unwrap_or(0));
+        let block = if change == DiskChange::Write { slice(at, at + length) } else { Bytes::new() };
+        let kind = if change == DiskChange::Write && is_zero(&block) { DiskChange::Zero } else { change };
+        let begins = here;
+        here = next;
+        if !nothing_known {
+            let whole = into == 0 && (length == BLOCK_BYTES as u64 || next == disk_bytes);
+            let content = (kind == DiskChange::Write).then_some(&block[..]);
+            if whole && kind != DiskChange::Discard && held.is_same(disk, number, content, usize::try_from(length).unwrap_or(0)) {
+                continue;
+            }
+            held.forget(disk, number);
+        }
+        let more = u32::try_from(length).unwrap_or(0);
         match changes.last_mut() {
-            Some(last) if last.change == change && (change == DiskChange::Zero || last.data.len() + block.len() <= PIECE_BYTES_MAX) => {
-                last.bytes += u32::try_from(block.len()).unwrap_or(0);
-                if change == DiskChange::Write {
-                    let begins = at - last.data.len();
-                    last.data = data.slice(begins..end);
+            Some(last)
+                if last.change == kind
+                    && last.offset + u64::from(last.bytes) == begins
+                    && (kind != DiskChange::Write || last.data.len() + block.len() <= PIECE_BYTES_MAX) =>
+            {
+                last.bytes += more;
+                if kind == DiskChange::Write {
+                    last.data = slice(last.offset - offset, at + length);
                 }
             }
             _ => {
-                let bytes = u32::try_from(block.len()).unwrap_or(0);
-                let data = if change == DiskChange::Write { block } else { Bytes::new() };
-                changes.push(Change { disk, change, offset: here, bytes, data });
+                let data = if kind == DiskChange::Write { block } else { Bytes::new() };
+                changes.push(Change { disk, change: kind, offset: begins, bytes: more, data });
             }
         }
-        at = end;
     }
     changes
 }
@@ -160,7 +179,8 @@ mod tests {
         let mut data = vec![0_u8; 8 * BLOCK_BYTES];
         data[3 * BLOCK_BYTES + 5] = 1;
         data[4 * BLOCK_BYTES] = 2;
-        let changes = cut(1, W, 1 << 30, 8 * block, data.clone().into());
+        let (held, disk) = (Held::default(), (1, 1 << 40));
+        let changes = cut(disk, W, 1 << 30, 8 * block, data.clone().into(), &held);
         let third = (1 << 30) + 3 * u64::from(block);
         assert_eq!(
             shape(&changes),
@@ -168,11 +188,11 @@ mod tests {
         );
         assert_eq!(changes[1].data, data[3 * BLOCK_BYTES..5 * BLOCK_BYTES]);
         // Blocks are the disk's.
-        let changes = cut(0, W, 512, block, vec![7; BLOCK_BYTES].into());
+        let changes = cut(disk, W, 512, block, vec![7; BLOCK_BYTES].into(), &held);
         assert_eq!(shape(&changes), [(W, 512, block, BLOCK_BYTES)]);
-        let changes = cut(0, W, 512, block, vec![0; BLOCK_BYTES].into());
+        let changes = cut(disk, W, 512, block, vec![0; BLOCK_BYTES].into(), &held);
         assert_eq!(shape(&changes), [(Z, 512, block, 0)]);
-        let changes = cut(0, W, 0, 9 * block, vec![7; 9 * BLOCK_BYTES].into());
+        let changes = cut(disk, W, 0, 9 * block, vec![7; 9 * BLOCK_BYTES].into(), &held);
         assert_eq!(
             shape(&changes),
             [
@@ -181,8 +201,28 @@ mod tests {
                 (W, 8 * u64::from(block), block, BLOCK_BYTES)
             ]
         );
-        let zero = cut(0, Z, 9, u32::MAX, Bytes::new());
+        let zero = cut(disk, Z, 9, u32::MAX, Bytes::new(), &held);
         assert_eq!(shape(&zero), [(Z, 9, u32::MAX, 0)]);
+    }
+
+    #[test]
+    fn what_is_there_already_is_no_change() {
+        use DiskChange::{Discard as D, Write as W, Zero as Z};
+        let (held, block) = (Held::default(), BLOCK_BYTES as u64);
+        let disks = [Disk { device: "disk0".to_owned(), bytes: 4 * block }];
+        held.take(&disks, 0, &[[0; 16]; 4], true).unwrap();
+        let mut data = vec![0; 4 * BLOCK_BYTES];
+        data[2 * BLOCK_BYTES] = 1;
+        let cut = |change, offset, bytes: u64, data: Vec<u8>| {
+            shape(&super::cut((0, 4 * block), change, offset, u32::try_from(bytes).unwrap(), data.into(), &held))
+        };
+        assert_eq!(cut(Z, 0, 4 * block, Vec::new()), []);
+        assert_eq!(cut(W, 0, 4 * block, data.clone()), [(W, 2 * block, 65_536, BLOCK_BYTES)]);
+        // It is on its way, and so is what comes behind it.
+        assert_eq!(cut(Z, 0, 4 * block, Vec::new()), [(Z, 2 * block, 65_536, 0)]);
+        assert_eq!(cut(Z, 512, block, Vec::new()), [(Z, 512, 65_536, 0)]);
+        assert_eq!(cut(D, 3 * block, block, Vec::new()), [(D, 3 * block, 65_536, 0)]);
+        assert_eq!(cut(W, 0, 4 * block, data), [(Z, 0, 131_072, 0), (W, 2 * block, 65_536, BLOCK_BYTES), (Z, 3 * block, 65_536, 0)]);
     }
 
     #[tokio::test]
@@ -190,7 +230,7 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let (at, out) = (directory.path().join("nbd"), Arc::new(DiskOut::default()));
         let disks = [Disk { device: "disk0".to_owned(), bytes: 1 << 20 }];
-        let server = DiskServer::start(&at, &disks, Arc::clone(&out)).unwrap();
+        let server = DiskServer::start(&at, &disks, Arc::clone(&out), Arc::default()).unwrap();
         assert_eq!(std::fs::metadata(&at).unwrap().permissions().mode() & 0o777, 0o600);
         let mut client = UnixStream::connect(&at).await.unwrap();
         assert_eq!(enter(&mut client, "disk0", true).await.unwrap(), 1 << 20);

@@ -76,6 +76,20 @@ pub fn may_own_twin(evidence: &Evidence, migration: MigrationId) -> Result<bool,
     Ok(rebuilt || matches!(last, Some(JournalRecord::Destination(Prepared(_) | Run | Closed))))
 }
 
+/// Whether the guest that came with this migration has the disks that were made for it: it runs or ran here, or it never will.
+/// Nothing as long as the source has to say.
+///
+/// # Errors
+/// The journal cannot be read.
+pub fn has_disks(evidence: &Evidence, migration: MigrationId) -> Result<Option<bool>, EngineError> {
+    use DestinationRecord::{Closed, Fenced, Prepared, Run};
+    Ok(match evidence.records(migration)?.pop() {
+        Some(JournalRecord::Destination(Prepared(_))) => None,
+        Some(JournalRecord::Destination(Run | Closed | Fenced)) => Some(true),
+        _ => Some(false),
+    })
+}
+
 /// Repeats the effect of a migration's last record, in case a crash came between the two: resumes a guest that stays,
 /// destroys the paused copy of one that is away. Only for a gateway that starts: no migration has a guest in hand then,
 /// and a record speaks for the guest only while the VM's placement is the one that it made.

@@ -76,7 +76,7 @@ struct Run {
 /// Runs the destination end of a hypervisor's own stream until the VM's place is decided, or the source has to be waited for.
 pub async fn run_stream_destination(order: DestinationOrder<dyn StreamDestination>) -> DestinationEnd {
     let DestinationOrder { offer, lanes, evidence, link, twin, ask_commit, policy_digest, bandwidth_max, commands, .. } = order;
-    let DestinationOrder { returns, outage_max, disk_socket, .. } = order;
+    let DestinationOrder { returns, outage_max, disk_socket, held_disks, .. } = order;
     let binding = Binding {
         migration: offer.migration,
         vm: offer.vm.clone(),
@@ -120,7 +120,7 @@ pub async fn run_stream_destination(order: DestinationOrder<dyn StreamDestinatio
         ended: None,
         order: offer,
     };
-    let first = run.begin(disk_socket).await;
+    let first = run.begin(disk_socket, held_disks).await;
     run.run(first).await
 }
 
@@ -162,12 +162,12 @@ impl Run {
     }
 
     /// Lets the hypervisor wait for its stream, and takes the offer.
-    async fn begin(&mut self, disk_socket: PathBuf) -> Result<(), EngineError> {
+    async fn begin(&mut self, disk_socket: PathBuf, held: Vec<u16>) -> Result<(), EngineError> {
         // The gateway has compared it with the offer.
         let machine: crate::hypervisor::Machine =
             serde_json::from_slice(&self.order.machine).map_err(|error| EngineError::Bug(error.to_string()))?;
         if !machine.disks.is_empty() {
-            self.disks = Some(Disks::open(&self.twin, &self.order.vm, disk_socket, machine.disks).await?);
+            self.disks = Some(Disks::open(&self.twin, &self.order.vm, disk_socket, machine.disks, held).await?);
         }
         let twin = Arc::clone(&self.twin);
         let stream = blocking(move || Ok(lock(&twin).begin()?)).await?;

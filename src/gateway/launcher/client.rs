@@ -50,7 +50,8 @@ struct Told {
 enum State {
     Asked,
     Started(u32),
-    Made,
+    /// Whether something of it was kept.
+    Made(bool),
     Refused(String),
     Ended(i32),
 }
@@ -102,9 +103,9 @@ impl Launcher {
     }
 
     /// Has an empty file made for a disk; it is given its name by whoever asks.
-    pub(in crate::gateway) fn make_disk(&self, migration: MigrationId, place: &DiskPlace) -> io::Result<()> {
+    pub(in crate::gateway) fn make_disk(&self, migration: MigrationId, place: &DiskPlace) -> io::Result<bool> {
         let asked = self.0.ask(|number| Request::Make { number, migration, place: place.clone() })?;
-        asked.answer(|state| matches!(state, State::Made).then_some(()))
+        asked.answer(|state| if let State::Made(kept) = state { Some(*kept) } else { None })
     }
 
     /// Where the files of that VMM are.
@@ -145,7 +146,7 @@ impl Shared {
                     continue;
                 }
                 Answer::Started { number, pid } => (number, State::Started(pid)),
-                Answer::Made { number } => (number, State::Made),
+                Answer::Made { number, kept } => (number, State::Made(kept)),
                 Answer::Refused { number, why } => (number, State::Refused(why)),
                 Answer::Ended { number, status } => {
                     tracing::info!(number, status = %ExitStatus::from_raw(status), "VMM ended");
@@ -201,7 +202,7 @@ impl Shared {
             State::Started(pid) => Some(*pid),
             // It can have ended between two looks; its status is asked for next.
             State::Ended(_) => Some(0),
-            State::Asked | State::Made | State::Refused(_) => None,
+            State::Asked | State::Made(_) | State::Refused(_) => None,
         });
         match started {
             Ok(pid) => Ok(Box::new(Launched { asked, pid })),

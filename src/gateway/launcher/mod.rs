@@ -32,7 +32,7 @@ use crate::wire::ErrorClass;
 enum Request {
     /// A VMM is to be started.
     Start { number: u64, what: Start },
-    /// An empty file is to be made for a disk that comes with a migration.
+    /// A file is to be made for a disk that comes with a migration.
     Make { number: u64, migration: MigrationId, place: DiskPlace },
     /// The VMM of this number is to be ended, and all that it has started.
     End { number: u64 },
@@ -49,6 +49,8 @@ enum Answer {
     },
     Made {
         number: u64,
+        /// Of an attempt that came to nothing.
+        kept: bool,
     },
     Refused {
         number: u64,

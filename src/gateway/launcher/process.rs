@@ -112,7 +112,7 @@ impl Process {
                 }
                 Some(Request::Make { number, migration, place }) => {
                     let made = self.make(migration, &place);
-                    self.answer(number, made.map(|()| Answer::Made { number }))?;
+                    self.answer(number, made.map(|kept| Answer::Made { number, kept }))?;
                 }
                 Some(Request::End { number }) => self.end(number)?,
             }
@@ -125,8 +125,10 @@ impl Process {
     }
 
     /// INVARIANT(templates-once): a disk is made where the configuration has one, and no longer than it says.
-    fn make(&self, migration: MigrationId, place: &DiskPlace) -> io::Result<()> {
-        let fits = |known: &&DiskPlace| DiskPlace { bytes: place.bytes, ..(*known).clone() } == *place && place.bytes <= known.bytes;
+    fn make(&self, migration: MigrationId, place: &DiskPlace) -> io::Result<bool> {
+        let fits = |known: &&DiskPlace| {
+            DiskPlace { bytes: place.bytes, disk: place.disk, ..(*known).clone() } == *place && place.bytes <= known.bytes
+        };
         self.disks.iter().find(fits).ok_or_else(|| no(format!("no `[[vm.disk]]` is this disk of {} bytes", place.bytes)))?;
         make_disk(migration, place)
     }

@@ -24,7 +24,7 @@ fn registration(runtime: &Path) -> Registration {
 
 /// The longest that may be made.
 fn disk(directory: &Path, format: DiskFormat) -> DiskPlace {
-    DiskPlace { file: directory.join("web-1.img"), format, bytes: 1 << 20, set_aside: false }
+    DiskPlace { file: directory.join("web-1.img"), format, bytes: 1 << 20, set_aside: false, disk: 0 }
 }
 
 fn sockets() -> (OwnedFd, OwnedFd) {

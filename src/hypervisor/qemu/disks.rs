@@ -19,6 +19,8 @@ use crate::limits;
 const OURS: &str = "sealane-disk-";
 /// What the monitor keeps the descriptor of a listening socket under.
 const LISTENER_NAME: &str = "sealane-nbd";
+/// What a mirror copies for a write, however small.
+const MIRROR_BLOCK_BYTES: u64 = 64 * 1024;
 /// Between two looks at something that QEMU has no event for, or one that may have come already.
 const LOOK_PAUSE: Duration = Duration::from_millis(5);
 
@@ -28,6 +30,10 @@ struct Block {
     node: String,
     read_only: bool,
     file: String,
+    /// The device in QEMU's words.
+    qdev: Option<String>,
+    /// Whose limits it has.
+    limits: Option<String>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -64,6 +70,7 @@ fn blocks(qmp: &Qmp) -> Result<Vec<Block>, HypervisorError> {
     #[serde(rename_all = "kebab-case")]
     struct Inserted {
         node_name: Option<String>,
+        group: Option<String>,
         ro: bool,
         #[serde(default)]
         file: String,
@@ -78,12 +85,12 @@ fn blocks(qmp: &Qmp) -> Result<Vec<Block>, HypervisorError> {
     let mut blocks = Vec::new();
     for Found { device, qdev, inserted } in found {
         // A drive without a medium.
-        let Some(Inserted { node_name: Some(node), ro, file, image }) = inserted else { continue };
+        let Some(Inserted { node_name: Some(node), group: limits, ro, file, image }) = inserted else { continue };
         let device = qdev.as_deref().map_or(device, id_of);
         if device.is_empty() || device.len() > limits::DISK_NAME_BYTES_MAX || image.virtual_size > limits::DISK_BYTES_MAX {
             return Err(qmp.protocol(&format!("its disk `{device}` has {} bytes", image.virtual_size)));
         }
-        blocks.push(Block { disk: Disk { device, bytes: image.virtual_size }, node, read_only: ro, file });
+        blocks.push(Block { disk: Disk { device, bytes: image.virtual_size }, node, read_only: ro, file, qdev, limits });
     }
     Ok(blocks)
 }
@@ -116,14 +123,16 @@ fn node_of(qmp: &Qmp, blocks: &[Block], disk: &Disk, request: &'static str) -> R
     block.map(|block| block.node.clone()).ok_or_else(|| qmp.refused(request, &format!("there is no disk `{}`", disk.device)))
 }
 
-/// Begins to mirror each disk to the export of its name behind the socket at `at`.
-pub(super) fn mirror(monitor: &Monitor, at: &Path, disks: &[Disk], blocking: bool) -> Result<(), HypervisorError> {
+/// Begins to mirror each disk to the export of its name behind the socket at `at`. A QEMU that may discard there zeroes all of it
+/// first; without that it goes from range to range, zeroes among them.
+pub(super) fn mirror(monitor: &Monitor, at: &Path, disks: &[Disk], blocking: bool, in_place: bool) -> Result<(), HypervisorError> {
     let qmp = &monitor.qmp;
     let blocks = blocks(qmp)?;
     for (index, disk) in disks.iter().enumerate() {
         let node = node_of(qmp, &blocks, disk, "blockdev-mirror")?;
         let server = json!({ "type": "unix", "path": at });
-        let target = json!({ "driver": "nbd", "node-name": ours(index), "server": server, "export": disk.device, "discard": "unmap" });
+        let discard = if in_place { "ignore" } else { "unmap" };
+        let target = json!({ "driver": "nbd", "node-name": ours(index), "server": server, "export": disk.device, "discard": discard });
         qmp.execute("blockdev-add", target)?;
         let mode = if blocking { "write-blocking" } else { "background" };
         // One that fails stays to be asked why.
@@ -162,18 +171,34 @@ pub(super) fn progress(monitor: &Monitor, count: usize) -> Result<MirrorProgress
     })
 }
 
-/// From now on the guest's writes are done when they are at both ends; false where this QEMU cannot change that any more.
-pub(super) fn block_writes(monitor: &Monitor) -> Result<bool, HypervisorError> {
-    for job in jobs(&monitor.qmp)? {
-        let change = json!({ "id": job.id, "type": "mirror", "copy-mode": "write-blocking" });
-        match monitor.qmp.execute("block-job-change", change) {
-            Ok(_) => {}
-            // It came with 8.2.
-            Err(HypervisorError::Refused { .. }) => return Ok(false),
-            Err(error) => return Err(error),
+/// The guest writes no more than this to each disk, in requests of which each costs a block of a mirror. A disk that somebody else has
+/// limited stays as it is. Not by having its writes wait for the mirror: a QEMU (10.0.2) that is told so while it copies may crash when
+/// its connection ends then, and take the guest along.
+pub(super) fn slow_writes(qmp: &Qmp, disks: &[Disk], bytes_per_second: u64) -> Result<(), HypervisorError> {
+    let wanted = |block: &Block| disks.iter().any(|disk| disk.device == block.disk.device);
+    for (index, block) in blocks(qmp)?.iter().enumerate().filter(|(_, block)| wanted(block)) {
+        if block.limits.as_ref().is_none_or(|group| group.starts_with(OURS)) {
+            limit_writes(qmp, block, bytes_per_second, Some(ours(index)))?;
         }
     }
-    Ok(true)
+    Ok(())
+}
+
+/// Takes our limits away.
+fn full_speed(qmp: &Qmp) -> Result<(), HypervisorError> {
+    let ours = |block: &&Block| block.limits.as_ref().is_some_and(|group| group.starts_with(OURS));
+    blocks(qmp)?.iter().filter(ours).try_for_each(|block| limit_writes(qmp, block, 0, None))
+}
+
+fn limit_writes(qmp: &Qmp, block: &Block, bytes_per_second: u64, group: Option<String>) -> Result<(), HypervisorError> {
+    let requests = if bytes_per_second == 0 { 0 } else { (bytes_per_second / MIRROR_BLOCK_BYTES).max(1) };
+    let mut limit = json!({
+        "id": block.qdev, "bps": 0, "bps_rd": 0, "bps_wr": bytes_per_second, "iops": 0, "iops_rd": 0, "iops_wr": requests,
+    });
+    if let Some(group) = group {
+        limit["group"] = group.into();
+    }
+    qmp.execute("block_set_io_throttle", limit).map(drop)
 }
 
 /// Ends mirrors when both sides are equal, which they stay, as the guest stands still.
@@ -221,6 +246,7 @@ fn remove_nodes(qmp: &Qmp) -> Result<(), HypervisorError> {
 /// Ends whatever of ours there is, however far it has come: the guest's own disks are as if nothing had been.
 pub(super) fn abandon(monitor: &Monitor, within: Duration) -> Result<(), HypervisorError> {
     let qmp = &monitor.qmp;
+    full_speed(qmp)?;
     for job in jobs(qmp)? {
         if job.status != "concluded" {
             // One that concludes at this moment does not take it.

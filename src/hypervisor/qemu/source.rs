@@ -166,17 +166,17 @@ impl Exports for QemuSource {
 }
 
 impl StreamSource for QemuSource {
-    fn mirror(&mut self, at: &Path, disks: &[Disk], blocking: bool) -> Result<(), HypervisorError> {
+    fn mirror(&mut self, at: &Path, disks: &[Disk], blocking: bool, in_place: bool) -> Result<(), HypervisorError> {
         self.mirrors = disks.len();
-        disks::mirror(&self.monitor, at, disks, blocking)
+        disks::mirror(&self.monitor, at, disks, blocking, in_place)
     }
 
     fn mirror_progress(&mut self) -> Result<MirrorProgress, HypervisorError> {
         disks::progress(&self.monitor, self.mirrors)
     }
 
-    fn block_writes(&mut self) -> Result<bool, HypervisorError> {
-        disks::block_writes(&self.monitor)
+    fn slow_writes(&mut self, disks: &[Disk], bytes_per_second: u64) -> Result<(), HypervisorError> {
+        disks::slow_writes(&self.monitor.qmp, disks, bytes_per_second)
     }
 
     fn end_mirror(&mut self, within: Duration) -> Result<(), HypervisorError> {

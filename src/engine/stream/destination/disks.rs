@@ -2,22 +2,26 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Instant;
 
 use tokio::net::UnixStream;
+use tokio::sync::mpsc;
 use tokio::task::{JoinHandle, JoinSet};
 
 use super::{Run, Twin, lock, wait};
 use crate::engine::EngineError;
-use crate::engine::disks::{DiskIn, digest_disks};
+use crate::engine::disks::{DiskIn, digest_disks, tell_held};
 use crate::engine::handoff::{blocking, joined};
 use crate::hypervisor::Disk;
 use crate::limits;
 use crate::migration::StreamDestinationEvent;
 use crate::storage::nbd::enter;
 use crate::types::VmName;
-use crate::wire::{DiskApplied, DiskDigests, DiskEnd, Message};
+use crate::wire::{DiskApplied, DiskDigests, DiskEnd, DiskHeld, Message};
 
 type Digests = Vec<[u8; 32]>;
+/// The next blocks of a disk.
+type HeldBlocks = (u16, Vec<[u8; 16]>);
 
 /// Disks under way.
 pub(super) struct Disks {
@@ -25,6 +29,10 @@ pub(super) struct Disks {
     at: PathBuf,
     pub(super) incoming: Arc<DiskIn>,
     writers: JoinSet<Result<(), EngineError>>,
+    /// Those that may hold something.
+    held: Vec<u16>,
+    /// What is read of them, until the source knows.
+    telling: Option<mpsc::Receiver<HeldBlocks>>,
     end: Option<DiskEnd>,
     closing: Option<JoinHandle<Result<Option<Digests>, EngineError>>>,
     /// What was read here, once nobody else has them.
@@ -36,6 +44,8 @@ pub(super) struct Disks {
 pub(super) enum Happened {
     /// The source has to be told something.
     Told,
+    /// What blocks of a disk hold; nothing when all was read.
+    Held(Option<HeldBlocks>),
     /// A writer has ended.
     Failed(EngineError),
     /// Only the hypervisor has them now.
@@ -44,7 +54,7 @@ pub(super) enum Happened {
 
 impl Disks {
     /// Has the twin's disks exported at `at`, and a writer for each.
-    pub(super) async fn open(twin: &Twin, vm: &VmName, at: PathBuf, all: Vec<Disk>) -> Result<Self, EngineError> {
+    pub(super) async fn open(twin: &Twin, vm: &VmName, at: PathBuf, all: Vec<Disk>, held: Vec<u16>) -> Result<Self, EngineError> {
         let (exporting, there, disks) = (Arc::clone(twin), at.clone(), all.clone());
         blocking(move || Ok(lock(&exporting).export(&there, &disks, true)?)).await?;
         let (incoming, outputs) = DiskIn::new(&all);
@@ -64,7 +74,26 @@ impl Disks {
             let (incoming, failed) = (Arc::clone(&incoming), failed(vm, &disk.device, "written"));
             writers.spawn(async move { incoming.write(stream, output).await.map_err(failed) });
         }
-        Ok(Self { all, at, incoming, writers, end: None, closing: None, closed: None, theirs: None })
+        let mut disks = Self { all, at, incoming, writers, held, telling: None, end: None, closing: None, closed: None, theirs: None };
+        disks.tell_again();
+        Ok(disks)
+    }
+
+    /// Reads what its disks hold, for a source that knows nothing yet.
+    pub(super) fn tell_again(&mut self) {
+        let (blocks, telling) = mpsc::channel(HELD_QUEUE);
+        let (at, all, held) = (self.at.clone(), self.all.clone(), self.held.clone());
+        tokio::spawn(async move {
+            if let Err(error) = tell_held(&at, &all, &held, &blocks).await {
+                tracing::warn!(%error, "what is left of disks cannot be read: it is sent again");
+            }
+        });
+        self.telling = Some(telling);
+    }
+
+    /// The source has come back, and takes for unknown what it was not told.
+    pub(super) fn tell_no_more(&mut self) {
+        self.telling = None;
     }
 
     /// Whether only the hypervisor has them, and they hold what they have to.
@@ -94,9 +123,10 @@ impl Drop for Disks {
 
 /// Waits for what happens to disks; for ever where there are none.
 pub(super) async fn happened(disks: &mut Option<Disks>) -> Happened {
-    let Some(Disks { incoming, writers, closing, .. }) = disks else { return std::future::pending().await };
+    let Some(Disks { incoming, writers, closing, telling, .. }) = disks else { return std::future::pending().await };
     tokio::select! {
         () = incoming.to_tell() => Happened::Told,
+        blocks = next(telling) => Happened::Held(blocks),
         Some(ended) = writers.join_next() => Happened::Failed(match joined(ended).and_then(|ended| ended) {
             Ok(()) => EngineError::Bug("a writer of a disk has ended".into()),
             Err(error) => error,
@@ -105,6 +135,13 @@ pub(super) async fn happened(disks: &mut Option<Disks>) -> Happened {
             *closing = None;
             Happened::Closed(joined(closed).and_then(|closed| closed))
         }
+    }
+}
+
+async fn next(telling: &mut Option<mpsc::Receiver<HeldBlocks>>) -> Option<HeldBlocks> {
+    match telling {
+        Some(telling) => telling.recv().await,
+        None => std::future::pending().await,
     }
 }
 
@@ -130,6 +167,7 @@ impl Run {
     pub(super) async fn disks_happened(&mut self, happened: Happened) -> Option<StreamDestinationEvent> {
         match happened {
             Happened::Told => self.tell_changes().await,
+            Happened::Held(blocks) => self.tell_held(blocks).await,
             // Writers lose their exports when those are taken away.
             Happened::Failed(_) if self.disks.as_ref().is_some_and(Disks::need_no_writer) => None,
             Happened::Failed(error) => self.machine.is_receiving().then(|| self.give_up(error)),
@@ -139,6 +177,23 @@ impl Run {
                 disks.closed = Some(digests);
                 self.disks_settled()
             }
+        }
+    }
+
+    async fn tell_held(&mut self, blocks: Option<HeldBlocks>) -> Option<StreamDestinationEvent> {
+        // The source can lead on only behind this.
+        self.watch.led_on = Instant::now();
+        let last = blocks.is_none();
+        if last {
+            self.disks.as_mut()?.tell_no_more();
+        }
+        if self.lost.is_some() {
+            return None;
+        }
+        let (disk, blocks) = blocks.unwrap_or_default();
+        match self.say(Message::DiskHeld(DiskHeld { migration: self.order.migration, disk, blocks, last })).await {
+            Ok(()) => None,
+            Err(error) => self.broken(error).await,
         }
     }
 
@@ -193,3 +248,6 @@ impl Run {
         self.final_when_ready()
     }
 }
+
+/// WHY: reading goes on while the last message is sent.
+const HELD_QUEUE: usize = 2;

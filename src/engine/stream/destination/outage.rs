@@ -52,6 +52,9 @@ impl Run {
         match first {
             Message::Offer(offer) if offer == self.order && self.flow.given_bytes() == 0 && self.lost.is_some() => {
                 self.adopt(link).await;
+                if let Some(disks) = &mut self.disks {
+                    disks.tell_again();
+                }
                 match self.begin_again() {
                     Ok(()) => {}
                     Err(error) => return self.broken(error).await,
@@ -89,6 +92,9 @@ impl Run {
 
     pub(super) async fn resume(&mut self) -> Option<StreamDestinationEvent> {
         let (migration, deciding) = (self.order.migration, !self.machine.is_receiving());
+        if let Some(disks) = &mut self.disks {
+            disks.tell_no_more();
+        }
         if !deciding && let Err(error) = self.begin_again() {
             return self.broken(error).await;
         }

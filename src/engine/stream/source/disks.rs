@@ -7,23 +7,28 @@ use tokio::task::JoinHandle;
 
 use super::{Guest, Run, lock};
 use crate::engine::EngineError;
-use crate::engine::disks::{DiskOrder, DiskOut, DiskServer, MirrorPace, digest_disks};
+use crate::engine::disks::{DiskOrder, DiskOut, DiskServer, Held, MirrorPace, digest_disks};
 use crate::engine::handoff::{blocking, joined};
 use crate::hypervisor::{Disk, HypervisorError, MirrorProgress};
 use crate::migration::StreamSourceEvent;
 use crate::telemetry::Phase;
 use crate::types::{MigrationId, VmName};
-use crate::wire::{DiskApplied, DiskDigests, DiskEnd, Message};
+use crate::wire::{DiskApplied, DiskDigests, DiskEnd, DiskHeld, Message};
 
 /// Disks under way.
 pub(super) struct Disks {
     order: DiskOrder,
     all: Vec<Disk>,
     pub(super) out: Arc<DiskOut>,
+    held: Arc<Held>,
     server: Option<DiskServer>,
     pub(super) said: MirrorProgress,
     pace: MirrorPace,
     blocking: bool,
+    /// Since when they are copied.
+    began: Option<Instant>,
+    /// How often the guest had to be slowed down.
+    slowed: u32,
     settling: Option<JoinHandle<Result<Settled, EngineError>>>,
     settled: Option<Settled>,
 }
@@ -43,10 +48,13 @@ impl Disks {
             order,
             all,
             out: Arc::default(),
+            held: Arc::default(),
             server: None,
             said: MirrorProgress::default(),
             pace: MirrorPace::default(),
             blocking,
+            began: None,
+            slowed: 0,
             settling: None,
             settled: None,
         }
@@ -76,19 +84,53 @@ pub(super) async fn settled(disks: &mut Option<Disks>) -> Result<(), EngineError
 }
 
 impl Run {
-    /// Opens the lanes, and has the hypervisor write to our end of them.
+    /// Opens the lanes. What is to be sent on them is known when the destination has said what it holds.
     pub(super) async fn mirror(&mut self, lanes: u16) -> Result<(), EngineError> {
         self.lanes = lanes;
         let journal = Arc::clone(&self.evidence.journal);
         joined(tokio::task::spawn_blocking(move || journal.reserve()).await)??;
         self.phase = Phase::Storage;
+        self.open_lanes().await
+    }
+
+    /// The destination says what its disks hold.
+    pub(super) async fn disk_held(&mut self, said: &DiskHeld) -> Option<StreamSourceEvent> {
+        let taken = match &self.disks {
+            // Only behind ACCEPT.
+            Some(disks) if said.migration == self.order.migration && self.phase == Phase::Storage => {
+                disks.held.take(&disks.all, said.disk, &said.blocks, said.last)
+            }
+            _ => Err(EngineError::OutOfPlace { expected: self.machine.name(), got: "disk-held".to_owned() }),
+        };
+        let begun = match taken {
+            Ok(()) => self.begin_mirrors().await,
+            refused => refused,
+        };
+        begun.err().map(|error| self.give_up(error))
+    }
+
+    /// A destination that comes back says no more of its disks: what is not known is sent.
+    pub(super) async fn disks_resumed(&mut self) -> Result<(), EngineError> {
+        if self.phase == Phase::Storage
+            && let Some(disks) = &self.disks
+        {
+            disks.held.close();
+            self.begin_mirrors().await?;
+        }
+        Ok(())
+    }
+
+    /// Has the hypervisor write to our end of the lanes, once it is known what need not be sent.
+    async fn begin_mirrors(&mut self) -> Result<(), EngineError> {
         let vm = self.order.vm.to_string();
-        let Some(disks) = &mut self.disks else { return Err(EngineError::Bug("a mirror without disks".into())) };
+        let Some(disks) = self.disks.as_mut().filter(|disks| disks.server.is_none() && disks.held.is_complete()) else { return Ok(()) };
         let local = |source| HypervisorError::Local { vm, what: "cannot listen for disks", source };
-        disks.server = Some(DiskServer::start(&disks.order.socket, &disks.all, Arc::clone(&disks.out)).map_err(local)?);
+        disks.server =
+            Some(DiskServer::start(&disks.order.socket, &disks.all, Arc::clone(&disks.out), Arc::clone(&disks.held)).map_err(local)?);
         let (at, all, blocking) = (disks.order.socket.clone(), disks.all.clone(), disks.blocking);
-        self.open_lanes().await?;
-        self.beside(move |guest| guest.mirror(&at, &all, blocking)).await?;
+        let in_place = !disks.held.is_empty();
+        disks.began = Some(Instant::now());
+        self.beside(move |guest| guest.mirror(&at, &all, blocking, in_place)).await?;
         Ok(())
     }
 
@@ -100,7 +142,7 @@ impl Run {
 
     /// How the mirrors are, while they are what is waited for.
     pub(super) async fn look_at_disks(&mut self) -> Option<StreamSourceEvent> {
-        if self.phase != Phase::Storage || self.disks.is_none() {
+        if self.phase != Phase::Storage || self.disks.as_ref().is_none_or(|disks| disks.server.is_none()) {
             return None;
         }
         if self.outage.is_some() {
@@ -117,16 +159,16 @@ impl Run {
             tracing::info!(migration = %self.order.migration, "disks are equal at both ends");
             return Some(StreamSourceEvent::Mirrored);
         }
-        if !disks.blocking && disks.pace.is_hopeless(Instant::now(), &said) {
-            disks.blocking = true;
-            match self.beside(|guest| guest.block_writes()).await {
-                Ok(true) => {
-                    tracing::warn!(migration = %self.order.migration, "the guest writes faster than its disks are copied: it waits")
-                }
-                Ok(false) => {
-                    tracing::warn!(migration = %self.order.migration, "the guest writes faster than its disks are copied, and this QEMU cannot have it wait")
-                }
-                Err(error) => return Some(self.give_up(error)),
+        if disks.pace.is_hopeless(Instant::now(), &said) {
+            disks.pace.forget();
+            let copied = disks.out.changed_bytes() as f64 / disks.began.map_or(1.0, |began| began.elapsed().as_secs_f64().max(1.0));
+            disks.slowed += 1;
+            #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a rate of bytes; saturates")]
+            let each = (copied / f64::from(1 << disks.slowed.min(SLOWED_MAX)) / disks.all.len().max(1) as f64) as u64;
+            let (each, all) = (each.max(WRITE_BYTES_PER_SECOND_MIN), disks.all.clone());
+            tracing::warn!(migration = %self.order.migration, each, "the guest writes faster than its disks are copied: it is slowed down to so many bytes a second");
+            if let Err(error) = self.beside(move |guest| guest.slow_writes(&all, each)).await {
+                return Some(self.give_up(error));
             }
         }
         None
@@ -152,6 +194,7 @@ impl Run {
         if let Some(Settled { end, took, .. }) = &disks.settled {
             (self.figures.disks.count, self.figures.disks.bytes) = (disks.all.len(), disks.bytes());
             self.figures.disks.changed_bytes = end.bytes;
+            self.figures.disks.held_bytes = disks.held.same_bytes();
             self.figures.disks.verify = end.verify.then_some(*took);
         }
         if let Err(error) = self.say_disks().await {
@@ -220,6 +263,11 @@ async fn settle(
 
 /// WHY: a slow disk; the pause is bounded by it, and what it takes is in the report.
 const VERIFY_BYTES_PER_SECOND: f64 = 100e6;
+
+/// WHY: copying goes on with half of the path or more; a guest that has to be slowed further hardly writes any more.
+const SLOWED_MAX: u32 = 8;
+/// What a guest may always write, one block of a mirror a second.
+const WRITE_BYTES_PER_SECOND_MIN: u64 = 64 * 1024;
 
 #[cfg(test)]
 mod tests {

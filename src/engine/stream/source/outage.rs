@@ -110,6 +110,7 @@ impl Run {
         self.figures.resent_bytes += self.flow.send_again();
         self.figures.resent_bytes += self.disks.as_ref().map_or(0, |disks| disks.out.send_again());
         self.open_lanes().await?;
+        self.disks_resumed().await?;
         self.say_disks().await?;
         if let Some(whole) = self.whole.filter(|_| *self.stages.borrow() == StreamStage::Complete) {
             self.say_end(whole).await?;

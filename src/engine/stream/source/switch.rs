@@ -59,6 +59,7 @@ impl Run {
                 self.patience = None;
                 None
             }
+            Message::DiskHeld(said) => self.disk_held(&said).await,
             Message::Handoff(signed) => self.handoff_received(&signed),
             message @ (Message::AuditHead(_) | Message::AuditAnswer(_)) => {
                 self.evidence.hear_of_heads(&self.link, self.order.migration, &mut self.heads, message).await;
