@@ -391,8 +391,7 @@ impl Gateway {
         let Arrival { offer, lanes, case, twin, vmm, leavings, laid, policy_digest, policy_ids, claim } = arrival;
         let (migration, vm, kind) = (offer.migration, offer.vm.clone(), offer.hypervisor.clone());
         let shown = Progress { phase: Phase::Memory, memory_total_bytes: case.memory_bytes, ..Progress::new(migration) };
-        let (_progress, progress) = watch::channel(shown);
-        let (ended_in, ended) = watch::channel(false);
+        let ((_progress, progress), (ended_in, ended)) = (watch::channel(shown), watch::channel(false));
         let (commands_in, commands) = mpsc::channel(limits::COMMAND_QUEUE);
         let (returns_in, returns) = mpsc::channel(1);
         self.registry.begin(Migration {

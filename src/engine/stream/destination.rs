@@ -1,6 +1,7 @@
 //! The destination end of a stream.
 
 mod disks;
+mod messages;
 mod outage;
 
 use std::collections::VecDeque;
@@ -17,20 +18,20 @@ use super::lanes::{ReceiveShared, receive_lane};
 use super::{Broken, Whole};
 use crate::condense::Expander;
 use crate::engine::destination::{DestinationEnd, DestinationOrder, Return, Watch};
-use crate::engine::handoff::{Binding, Evidence, Heard, blocking, joined};
+use crate::engine::handoff::{Binding, Evidence, blocking, joined};
 use crate::engine::link::send_within;
 use crate::engine::source::{AskCommit, Command};
 use crate::engine::witness::Exchange;
 use crate::engine::{EngineError, Link};
-use crate::hypervisor::{HypervisorError, RunState, StreamDestination, StreamStage};
+use crate::hypervisor::{HypervisorError, StreamDestination, StreamStage};
 use crate::limits;
 use crate::migration::{
     DestinationRecord, DestinationStep, HandoffAction, Outcome, PreparedRecord, StreamDestination as Machine, StreamDestinationAction,
     StreamDestinationEvent,
 };
 use crate::telemetry::chain;
-use crate::transport::{LaneGate, TransportError};
-use crate::wire::{Accept, ErrorClass, Failure, FinalDigest, Handoff, Message, Offer, StreamApplied};
+use crate::transport::LaneGate;
+use crate::wire::{Accept, ErrorClass, Failure, FinalDigest, Message, Offer, StreamApplied};
 use disks::Disks;
 
 type Twin = Arc<Mutex<Box<dyn StreamDestination>>>;
@@ -361,66 +362,6 @@ impl Run {
     fn final_when_ready(&mut self) -> Option<StreamDestinationEvent> {
         let ready = self.machine.is_receiving() && self.whole.is_some() && self.disks.as_ref().is_none_or(Disks::are_settled);
         self.final_said.filter(|_| ready).map(StreamDestinationEvent::Final)
-    }
-
-    async fn received(&mut self, message: Result<Message, TransportError>) -> Option<StreamDestinationEvent> {
-        let message = match message {
-            Ok(message) => message,
-            Err(source) => return self.broken(EngineError::Transport { migration: self.order.migration, source }).await,
-        };
-        match message {
-            Message::StreamEnd(end) if end.migration == self.order.migration => match self.flow.ends_at(end.bytes) {
-                Ok(()) => None,
-                Err(error) => Some(self.give_up(error)),
-            },
-            Message::DiskEnd(end) if end.migration == self.order.migration => self.disks_end(end),
-            Message::DiskDigests(digests) if digests.migration == self.order.migration => self.disks_digests(digests),
-            Message::Handoff(signed) => match self.evidence.check(&self.binding, &signed) {
-                Ok(heard) if !heard.incarnation_same => {
-                    Some(self.give_up(EngineError::NotAuthentic { migration: self.order.migration, why: "sender's journal" }))
-                }
-                // Until it is loaded it may be said again, by a source that lost its link.
-                Ok(Heard { step: Handoff::Final { digest, lanes }, .. })
-                    if lanes == self.lanes && self.final_said.is_none_or(|said| said == digest) && !self.machine.is_prepared() =>
-                {
-                    self.final_said = Some(digest);
-                    self.final_when_ready()
-                }
-                Ok(Heard { step: step @ Handoff::Commit { .. }, .. }) if self.machine.is_prepared() => Some(self.committed(step).await),
-                Ok(Heard { step, .. }) => {
-                    if let (Handoff::Abort { class }, None) = (&step, &self.error) {
-                        self.error = Some(EngineError::peer(self.order.migration, *class, "the source keeps the VM"));
-                    }
-                    Some(StreamDestinationEvent::Handoff(DestinationStep::Received(step)))
-                }
-                Err(error) => Some(self.give_up(error)),
-            },
-            message @ (Message::AuditHead(_) | Message::AuditAnswer(_)) => {
-                self.evidence.hear_of_heads(&self.link, self.order.migration, &mut self.heads, message).await;
-                None
-            }
-            Message::Failure(failure) => {
-                let error = EngineError::peer(self.order.migration, failure.class, &failure.reason);
-                Some(self.give_up(error))
-            }
-            Message::Ping => None,
-            other => Some(self.give_up(EngineError::OutOfPlace { expected: self.machine.name(), got: other.name().to_owned() })),
-        }
-    }
-
-    /// RUN is written for a guest that can run: one whose hypervisor has ended since PREPARED is given back.
-    async fn committed(&mut self, step: Handoff) -> StreamDestinationEvent {
-        let twin = Arc::clone(&self.twin);
-        let state = blocking(move || Ok(lock(&twin).status()?.state)).await;
-        let refused = match state {
-            Ok(RunState::Paused | RunState::Running) => return StreamDestinationEvent::Handoff(DestinationStep::Received(step)),
-            Ok(state) => {
-                let (vm, reason) = (self.order.vm.to_string(), format!("the guest is `{state:?}`: expected `Paused`"));
-                HypervisorError::Refused { vm, request: "cont", reason }.into()
-            }
-            Err(error) => error,
-        };
-        self.give_up(refused)
     }
 
     /// Whether a source that is gone means to give up. After PREPARED only its word counts, which comes on another session; after
