@@ -217,6 +217,24 @@ async fn messages_of_one_migration_are_worth_nothing_in_another() {
     assert!(!gateway.handoff_records(migration).iter().any(|record| record == "run"));
 }
 
+/// RUN is for a guest that can run: the source has a whole one, which it may not wake behind a RUN.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_twin_that_died_behind_prepared_is_given_back_at_commit() {
+    let lab = Lab::new();
+    let mut gateway = lab.gateway(0).await;
+    let evil = Evil::new(&lab, EVIL, &gateway);
+    let mut attempt = evil.attempt(0).await;
+    attempt.prepared().await;
+    gateway.kill_twins();
+    attempt.step(Handoff::Commit { digest: attempt.digest() }).await;
+    assert!(matches!(attempt.heard_step("refuse").await, Handoff::Refuse { .. }));
+    let migration = attempt.migration();
+    drop(attempt);
+    gateway.is_well("a twin that died", 0).await;
+    assert_eq!(gateway.handoff_records(migration), ["prepared", "refused"]);
+    takes_an_honest_vm(&mut gateway, &evil, 9, 1).await;
+}
+
 /// A second session speaks for a migration that is under way on the first.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_second_session_does_not_speak_for_a_migration_under_way() {

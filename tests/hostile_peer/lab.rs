@@ -290,6 +290,14 @@ impl Gateway {
         twins.map(|process| format!("process {}", process.id)).collect()
     }
 
+    /// Every VMM that it started ends as if the host had killed it.
+    pub fn kill_twins(&self) {
+        for twin in self.twins() {
+            let id = twin.trim_start_matches("process ");
+            assert!(std::process::Command::new("kill").args(["-KILL", id]).status().unwrap().success());
+        }
+    }
+
     /// Sockets of twins.
     fn sockets(&self) -> Vec<String> {
         let names = fs::read_dir(self.directory.join("run")).unwrap().flatten().map(|entry| entry.file_name().display().to_string());

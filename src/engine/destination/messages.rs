@@ -1,8 +1,10 @@
 //! What the source says, as events for the machine.
 
-use super::Run;
+use std::sync::Arc;
+
+use super::{Run, lock};
 use crate::engine::EngineError;
-use crate::engine::handoff::Heard;
+use crate::engine::handoff::{Heard, blocking};
 use crate::limits;
 use crate::migration::{DestinationEvent, DestinationStep};
 use crate::transport::TransportError;
@@ -46,6 +48,7 @@ impl Run {
                     self.final_said = Some(digest);
                     self.final_when_ready()
                 }
+                Ok(Heard { step: step @ Handoff::Commit { .. }, .. }) if self.machine.is_prepared() => Some(self.committed(step).await),
                 Ok(Heard { step, .. }) => {
                     if let (Handoff::Abort { class }, None) = (&step, &self.error) {
                         self.error = Some(EngineError::peer(self.order.migration, *class, "the source keeps the VM"));
@@ -64,6 +67,15 @@ impl Run {
             }
             Message::Ping => None,
             other => Some(self.give_up(EngineError::OutOfPlace { expected: self.machine.name(), got: other.name().to_owned() })),
+        }
+    }
+
+    /// RUN is written for a guest that can run: one whose VMM has ended since PREPARED is given back.
+    async fn committed(&mut self, step: Handoff) -> DestinationEvent {
+        let twin = Arc::clone(&self.twin);
+        match blocking(move || Ok(lock(&twin).status()?)).await {
+            Ok(_) => DestinationEvent::Handoff(DestinationStep::Received(step)),
+            Err(error) => self.give_up(error),
         }
     }
 }
