@@ -3,7 +3,7 @@
 use super::Run;
 use crate::engine::EngineError;
 use crate::engine::handoff::Heard;
-use crate::migration::{OfferRecord, SourceEvent, SourceStep};
+use crate::migration::{SourceEvent, SourceStep};
 use crate::transport::TransportError;
 use crate::wire::{Handoff, Message, SignedHandoff};
 
@@ -19,21 +19,9 @@ impl Run {
                     && accept.migration == self.order.migration
                     && (1..=self.order.stream.lanes).contains(&accept.lanes) =>
             {
-                let offer = Box::new(OfferRecord {
-                    migration: self.order.migration,
-                    vm: self.order.vm.clone(),
-                    uuid: self.order.uuid,
-                    epoch: self.order.epoch,
-                    peer: self.link.peer.spiffe.clone(),
-                    peer_incarnation: self.link.peer.incarnation,
-                    peer_key: self.link.peer.signing_key,
-                    policy_digest: self.order.policy_digest,
-                    address: self.order.address.clone(),
-                    durability: self.order.stream.durability,
-                });
+                let offer = Box::new(self.order.record(&self.link.peer));
                 self.binding = Some(offer.as_ref().into());
-                self.order.limit_too(accept.bandwidth_max);
-                self.limiter.set(self.order.limited(self.order.bandwidth));
+                self.order.limit_too(accept.bandwidth_max, &self.limiter);
                 Some(SourceEvent::Accepted { offer, lanes: accept.lanes })
             }
             Message::RoundApplied(applied) if applied.migration == self.order.migration => {

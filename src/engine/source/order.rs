@@ -11,12 +11,12 @@ use tokio::sync::{mpsc, watch};
 
 use crate::engine::disks::DiskOrder;
 use crate::engine::handoff::Evidence;
-use crate::engine::limiter::Share;
+use crate::engine::limiter::{Limiter, Share};
 use crate::engine::meter::Figures;
-use crate::engine::{EngineError, Link};
+use crate::engine::{EngineError, Link, PeerFacts};
 use crate::hypervisor::{Machine, PagedSource};
 use crate::limits;
-use crate::migration::{Goal, Outcome};
+use crate::migration::{Goal, OfferRecord, Outcome};
 use crate::telemetry::Progress;
 use crate::transport::Session;
 use crate::types::{Epoch, MigrationId, VmName, VmUuid};
@@ -67,9 +67,26 @@ impl SourceOrder {
         wanted.filter(|bytes| *bytes > 0).into_iter().chain(self.bandwidth_max).min()
     }
 
-    /// Keeps a limit that the destination's policy asks for as well.
-    pub(in crate::engine) fn limit_too(&mut self, most: Option<NonZeroU64>) {
+    /// Keeps a limit that the destination's policy asks for as well, from here on.
+    pub(in crate::engine) fn limit_too(&mut self, most: Option<NonZeroU64>, limiter: &Limiter) {
         self.bandwidth_max = self.bandwidth_max.into_iter().chain(most.map(NonZeroU64::get)).min();
+        limiter.set(self.limited(self.bandwidth));
+    }
+
+    /// What the journal keeps of an offer that this peer has accepted.
+    pub(in crate::engine) fn record(&self, peer: &PeerFacts) -> OfferRecord {
+        OfferRecord {
+            migration: self.migration,
+            vm: self.vm.clone(),
+            uuid: self.uuid,
+            epoch: self.epoch,
+            peer: peer.spiffe.clone(),
+            peer_incarnation: peer.incarnation,
+            peer_key: peer.signing_key,
+            policy_digest: self.policy_digest,
+            address: self.address.clone(),
+            durability: self.stream.durability,
+        }
     }
 
     /// What the destination is offered: this guest, on these terms.

@@ -132,8 +132,7 @@ impl Run {
                 got: "one that takes pages, after COMMIT".into(),
             });
         }
-        self.order.limit_too(resumed.bandwidth_max);
-        self.limiter.set(self.order.limited(self.order.bandwidth));
+        self.order.limit_too(resumed.bandwidth_max, &self.limiter);
         self.owe_again(&resumed).await?;
         self.open_lanes().await?;
         crate::failpoint::hit!("source.lanes-reopened");

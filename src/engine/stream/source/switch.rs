@@ -12,7 +12,7 @@ use crate::engine::link::{hear_why, until_abort_is_heard};
 use crate::engine::source::{Command, SourceEnd};
 use crate::engine::witness::Exchange;
 use crate::limits;
-use crate::migration::{HandoffAction, OfferRecord, Outcome, SourceRecord, SourceStep, StreamSourceEvent};
+use crate::migration::{HandoffAction, Outcome, SourceRecord, SourceStep, StreamSourceEvent};
 use crate::telemetry::{Phase, Progress, chain};
 use crate::transport::TransportError;
 use crate::wire::{ErrorClass, Failure, Handoff, Message, SignedHandoff};
@@ -29,21 +29,9 @@ impl Run {
                     && accept.migration == self.order.migration
                     && (1..=self.order.stream.lanes).contains(&accept.lanes) =>
             {
-                let offer = Box::new(OfferRecord {
-                    migration: self.order.migration,
-                    vm: self.order.vm.clone(),
-                    uuid: self.order.uuid,
-                    epoch: self.order.epoch,
-                    peer: self.link.peer.spiffe.clone(),
-                    peer_incarnation: self.link.peer.incarnation,
-                    peer_key: self.link.peer.signing_key,
-                    policy_digest: self.order.policy_digest,
-                    address: self.order.address.clone(),
-                    durability: self.order.stream.durability,
-                });
+                let offer = Box::new(self.order.record(&self.link.peer));
                 self.binding = Some(offer.as_ref().into());
-                self.order.limit_too(accept.bandwidth_max);
-                self.limiter.set(self.order.limited(self.order.bandwidth));
+                self.order.limit_too(accept.bandwidth_max, &self.limiter);
                 Some(StreamSourceEvent::Accepted { offer, lanes: accept.lanes })
             }
             Message::StreamApplied(applied) if applied.migration == self.order.migration => {
