@@ -4,9 +4,9 @@
 use std::time::{Duration, Instant};
 
 use crate::audit::{Announcement, Answer};
-use crate::engine::Link;
 use crate::engine::handoff::Evidence;
 use crate::engine::link::send_within;
+use crate::engine::{EngineError, Link};
 use crate::limits;
 use crate::types::MigrationId;
 use crate::wire::{AuditAnswer, AuditHead, Message};
@@ -54,6 +54,25 @@ impl Evidence {
             }
             Ok(Err(error)) => tracing::error!(peer = %link.peer.spiffe, error = %error, "the head of the audit log cannot be shown"),
             Err(error) => tracing::error!(error = %error, "audit task failed"),
+        }
+    }
+
+    /// Takes in a message that is no step of a migration, at either end of one that is in the state `expected`.
+    ///
+    /// # Errors
+    /// The peer says that it failed, or what has no place here.
+    pub(super) async fn hear_aside(
+        &self,
+        link: &Link,
+        migration: MigrationId,
+        exchange: &mut Exchange,
+        expected: &'static str,
+        message: Message,
+    ) -> Result<(), EngineError> {
+        match self.hear_of_heads(link, migration, exchange, message).await {
+            None | Some(Message::Ping) => Ok(()),
+            Some(Message::Failure(failure)) => Err(EngineError::peer(migration, failure.class, &failure.reason)),
+            Some(other) => Err(EngineError::OutOfPlace { expected, got: other.name().to_owned() }),
         }
     }
 

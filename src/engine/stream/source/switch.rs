@@ -49,16 +49,10 @@ impl Run {
             }
             Message::DiskHeld(said) => self.disk_held(&said).await,
             Message::Handoff(signed) => self.handoff_received(&signed),
-            message @ (Message::AuditHead(_) | Message::AuditAnswer(_)) => {
-                self.evidence.hear_of_heads(&self.link, self.order.migration, &mut self.heads, message).await;
-                None
+            other => {
+                let aside = self.evidence.hear_aside(&self.link, self.order.migration, &mut self.heads, self.machine.name(), other).await;
+                aside.err().map(|error| self.give_up(error))
             }
-            Message::Failure(failure) => {
-                let error = EngineError::peer(self.order.migration, failure.class, &failure.reason);
-                Some(self.give_up(error))
-            }
-            Message::Ping => None,
-            other => Some(self.give_up(EngineError::OutOfPlace { expected: self.machine.name(), got: other.name().to_owned() })),
         }
     }
 
