@@ -274,6 +274,7 @@ pub(super) fn write(disk: &dyn Disk, path: &Path, bytes: &[u8]) -> io::Result<()
     let temporary = path.with_extension("tmp");
     let written = disk.remove(&temporary).and_then(|()| {
         let file = disk.open(&temporary)?;
+        disk.give_blocks(&file, bytes.len());
         disk.append(&file, bytes)?;
         disk.rename(&temporary, path)
     });

@@ -14,11 +14,12 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::mpsc;
 
+use crate::engine::commit_question::CommitQuestion;
 use crate::engine::digest::{KeptUp, digest_kept, digest_totals, sha256, totals_differ};
 use crate::engine::handoff::{Binding, Evidence, blocking, joined};
 use crate::engine::lanes::{Applied, Decoders, LaneReport, ReceiveShared, Seal, decoders, decoders_after_restart, receive_lane};
 use crate::engine::link::send_within;
-use crate::engine::source::{AskCommit, Command};
+use crate::engine::source::Command;
 use crate::engine::witness::Exchange;
 use crate::engine::{EngineError, Link};
 use crate::hypervisor::PagedDestination;
@@ -48,7 +49,7 @@ struct Run {
     link: Link,
     twin: Twin,
     ram: Arc<GuestRam>,
-    ask_commit: AskCommit,
+    commit_question: CommitQuestion,
     binding: Binding,
     machine: Destination,
     gate: Option<LaneGate>,
@@ -113,7 +114,7 @@ pub async fn run_destination(order: DestinationOrder) -> DestinationEnd {
         room: None,
         busy: vec![Duration::ZERO; usize::from(lanes)],
         ram,
-        ask_commit,
+        commit_question: CommitQuestion::new(ask_commit),
         binding,
         machine: comes_back_in.map_or_else(Destination::default, Destination::after_restart),
         progress: None,
@@ -383,8 +384,8 @@ impl Run {
                 let lanes = self.rounds.applied.iter().map(|(_, totals)| *totals).collect();
                 crate::failpoint::hit!("destination.round-complete");
                 self.say(Message::RoundApplied(RoundApplied { migration: self.order.migration, round, lanes })).await?;
-                if self.machine.is_receiving() && self.room.as_ref().is_none_or(tokio::task::JoinHandle::is_finished) {
-                    // The pause may come now, and the disk need not be waited for in it. Others use room up meanwhile.
+                if self.machine.name() == "receiving" && self.room.as_ref().is_none_or(tokio::task::JoinHandle::is_finished) {
+                    // The pause comes behind a later round, and the disk need not be waited for in it. Others use room up meanwhile.
                     let journal = Arc::clone(&self.evidence.journal);
                     self.room = Some(tokio::task::spawn_blocking(move || journal.reserve()));
                 }
@@ -405,6 +406,7 @@ impl Run {
     /// Restores the twin and computes what it holds; FINAL said what it has to be.
     async fn compare(&mut self, said: FinalDigest) -> Result<DestinationEvent, EngineError> {
         crate::failpoint::hit!("destination.compare");
+        self.commit_question.ask_ahead(&self.link.session);
         let totals: Vec<LaneTotals> = self.rounds.applied.iter().map(|(_, totals)| *totals).collect();
         let (twin, ram, vm) = (Arc::clone(&self.twin), Arc::clone(&self.ram), self.order.vm.clone());
         let (state, kept) = (std::mem::take(&mut self.state.bytes), self.kept_up.as_ref().map(KeptUp::digests));
@@ -461,8 +463,7 @@ impl Run {
                 Ok(None)
             }
             HandoffAction::AskCommit => {
-                let (ask, session) = (Arc::clone(&self.ask_commit), Arc::clone(&self.link.session));
-                let answer = joined(tokio::task::spawn_blocking(move || ask(&session)).await)?;
+                let answer = self.commit_question.answer(&self.link.session).await?;
                 crate::failpoint::hit!("destination.policy-asked");
                 Ok(Some(DestinationEvent::Handoff(match answer {
                     Ok(()) => DestinationStep::CommitPermitted,

@@ -94,8 +94,8 @@ pub(super) fn digest_kept(kept: &KeptDigests, ram: &GuestRam) -> Result<u128, En
     Ok(kept.digest())
 }
 
-/// WHY: 16 MiB take about as long to read as a thread takes to start.
-const BLOCKS_FOR_A_THREAD: usize = 256;
+/// WHY: 4 MiB take several times as long to read as a thread takes to start.
+const BLOCKS_FOR_A_THREAD: usize = 64;
 
 /// Digest of all guest RAM.
 pub(super) fn digest_memory(ram: &GuestRam) -> Result<u128, EngineError> {

@@ -10,6 +10,7 @@
 //! *Read first:* `source.rs`, then `lanes.rs`, `destination.rs`, `handoff.rs`.
 
 mod arbiter;
+mod commit_question;
 mod destination;
 mod digest;
 mod disks;

@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 
+use crate::engine::commit_question::CommitQuestion;
 use crate::engine::digest::KeptUp;
 use crate::engine::error::may_be_forgotten;
 use crate::engine::handoff::{Binding, Evidence, blocking, joined};
@@ -48,7 +49,7 @@ struct Run {
     link: Link,
     guest: Guest,
     ram: Arc<GuestRam>,
-    ask_commit: AskCommit,
+    commit_question: CommitQuestion,
     redial: Redial,
     progress: watch::Sender<Progress>,
     machine: Source,
@@ -165,7 +166,7 @@ impl Run {
             evidence,
             link,
             ram,
-            ask_commit,
+            commit_question: CommitQuestion::new(ask_commit),
             redial,
             progress,
             reports,

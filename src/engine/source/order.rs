@@ -123,7 +123,7 @@ impl Default for Manner {
 }
 
 /// Asks policy and identity again, at commit. The error says who denies it, or why the answer cannot be had.
-pub type AskCommit = Arc<dyn Fn(&Session) -> Result<(), EngineError> + Send + Sync>;
+pub type AskCommit<S = Session> = Arc<dyn Fn(&S) -> Result<(), EngineError> + Send + Sync>;
 /// Opens a new session with the same destination, greets it, and sees to it that it may still have the VM.
 pub type Redial = Arc<dyn Fn() -> Pin<Box<dyn Future<Output = Result<Link, EngineError>> + Send>> + Send + Sync>;
 

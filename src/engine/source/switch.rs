@@ -7,7 +7,7 @@ use tokio::sync::mpsc;
 
 use super::{Command, Run, SourceEnd, blocking, lock};
 use crate::engine::EngineError;
-use crate::engine::handoff::{Evidence, joined};
+use crate::engine::handoff::Evidence;
 use crate::engine::link::{hear_why, until_abort_is_heard};
 use crate::engine::witness::Exchange;
 use crate::limits;
@@ -27,8 +27,7 @@ impl Run {
                 Ok(None)
             }
             HandoffAction::AskCommit => {
-                let (ask, session) = (Arc::clone(&self.ask_commit), Arc::clone(&self.link.session));
-                let answer = joined(tokio::task::spawn_blocking(move || ask(&session)).await)?;
+                let answer = self.commit_question.answer(&self.link.session).await?;
                 crate::failpoint::hit!("source.policy-asked");
                 self.lap("policy");
                 Ok(Some(SourceEvent::Handoff(match answer {

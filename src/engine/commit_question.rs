@@ -1,0 +1,108 @@
+//! The question before the switch: whether all that was permitted still is.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use tokio::task::JoinHandle;
+
+use crate::engine::EngineError;
+use crate::engine::handoff::joined;
+use crate::engine::source::AskCommit;
+use crate::transport::Session;
+
+/// Asks for the permit of the switch: ahead, while the guest is paused and the other end is what is waited for, so that the decision
+/// and its entry in the audit log take none of the pause.
+pub(super) struct CommitQuestion<S = Session> {
+    ask: AskCommit<S>,
+    ahead: Option<Ahead<S>>,
+    holds: Duration,
+}
+
+struct Ahead<S> {
+    asked: Instant,
+    of: Arc<S>,
+    answer: JoinHandle<Result<(), EngineError>>,
+}
+
+/// How long an answer holds. WHY: what a policy, a revocation list or a certificate say anew counts within a second, here as in a
+/// session that stands.
+const ANSWER_HOLDS: Duration = Duration::from_secs(1);
+
+impl CommitQuestion {
+    pub(super) fn new(ask: AskCommit) -> Self {
+        Self { ask, ahead: None, holds: ANSWER_HOLDS }
+    }
+}
+
+impl<S: Send + Sync + 'static> CommitQuestion<S> {
+    /// The switch on `session` is near.
+    pub(super) fn ask_ahead(&mut self, session: &Arc<S>) {
+        self.ahead = Some(Ahead { asked: Instant::now(), of: Arc::clone(session), answer: self.put(session) });
+    }
+
+    /// The answer, for `session`, not older than a second.
+    ///
+    /// # Errors
+    /// The outer one: whoever was asked panicked. The inner one: there is no permit.
+    pub(super) async fn answer(&mut self, session: &Arc<S>) -> Result<Result<(), EngineError>, EngineError> {
+        let ahead = self.ahead.take().filter(|ahead| Arc::ptr_eq(&ahead.of, session) && ahead.asked.elapsed() < self.holds);
+        joined(ahead.map_or_else(|| self.put(session), |ahead| ahead.answer).await)
+    }
+
+    fn put(&self, session: &Arc<S>) -> JoinHandle<Result<(), EngineError>> {
+        let (ask, session) = (Arc::clone(&self.ask), Arc::clone(session));
+        tokio::task::spawn_blocking(move || ask(&session))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicU32, Ordering};
+
+    use super::*;
+
+    /// A question whose answers are numbered, in the sessions' own numbers.
+    fn numbered(holds: Duration) -> (CommitQuestion<AtomicU32>, Arc<AtomicU32>, Arc<AtomicU32>) {
+        let ask = |session: &AtomicU32| {
+            session.fetch_add(1, Ordering::SeqCst);
+            Ok(())
+        };
+        let question = CommitQuestion { ask: Arc::new(ask), ahead: None, holds };
+        (question, Arc::default(), Arc::default())
+    }
+
+    fn asked(session: &AtomicU32) -> u32 {
+        session.load(Ordering::SeqCst)
+    }
+
+    #[tokio::test]
+    async fn what_was_asked_ahead_is_not_asked_again() {
+        let (mut question, session, _) = numbered(Duration::from_secs(3600));
+        question.ask_ahead(&session);
+        question.answer(&session).await.unwrap().unwrap();
+        assert_eq!(asked(&session), 1);
+        question.answer(&session).await.unwrap().unwrap();
+        assert_eq!(asked(&session), 2, "an answer is good for one switch");
+    }
+
+    #[tokio::test]
+    async fn an_answer_that_is_too_old_or_of_another_session_does_not_count() {
+        let (mut question, session, other) = numbered(Duration::ZERO);
+        question.ask_ahead(&session);
+        question.answer(&session).await.unwrap().unwrap();
+        assert_eq!(asked(&session), 2);
+        question.holds = Duration::from_secs(3600);
+        question.ask_ahead(&session);
+        question.answer(&other).await.unwrap().unwrap();
+        assert_eq!(asked(&other), 1);
+    }
+
+    #[tokio::test]
+    async fn a_refusal_that_was_asked_for_ahead_is_a_refusal() {
+        let ask = |_: &()| Err(EngineError::Bug("no permit".into()));
+        let mut question = CommitQuestion { ask: Arc::new(ask), ahead: None, holds: Duration::from_secs(3600) };
+        let session = Arc::new(());
+        question.ask_ahead(&session);
+        assert!(question.answer(&session).await.unwrap().is_err());
+    }
+}
