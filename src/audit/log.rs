@@ -17,6 +17,7 @@ use crate::audit::note::{Checkpoint, Signer};
 use crate::audit::open;
 use crate::audit::peers::{Handoffs, Known};
 use crate::limits;
+use crate::types::SpiffeId;
 
 /// One gateway's log, open for writing. Handles are cheap to clone; every call blocks until it is durable, so async code
 /// calls from `spawn_blocking`.
@@ -32,6 +33,8 @@ pub(super) struct Inner {
     changed: Condvar,
     /// What peers and this log know of each other. Held while a head is recorded, so that two cannot pass each other.
     pub(super) known: Mutex<Known>,
+    /// When each peer was shown the head last, by this process. Never held while anything is written: threads that serve others ask it.
+    pub(super) shown_at: Mutex<HashMap<SpiffeId, Instant>>,
     /// The entries of handoffs that a peer may want proof of.
     pub(super) handoffs: Mutex<Handoffs>,
     /// Held as long as the log is open.
@@ -110,6 +113,7 @@ impl AuditLog {
                 shared: Mutex::new(shared),
                 changed: Condvar::new(),
                 known: Mutex::new(opened.known),
+                shown_at: Mutex::default(),
                 handoffs: Mutex::new(opened.handoffs),
                 _lock: opened.lock,
             }),

@@ -1,7 +1,7 @@
 //! Gateways are each other's witnesses: each keeps the heads of its peers' logs in its own, cosigns what only grows, and keeps a proof
 //! of the entry by which a guest changed hands. So neither side can rewrite its log without the other noticing.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 use std::sync::{MutexGuard, PoisonError};
 use std::time::Instant;
@@ -54,8 +54,6 @@ struct Peer {
     cosigned: Option<Noted>,
     /// Heads that it was shown and has not answered.
     shown: Vec<Checkpoint>,
-    /// When it was shown one last, by this process.
-    shown_at: Option<Instant>,
 }
 
 /// A head as it stands in an entry of this log.
@@ -71,11 +69,10 @@ struct Noted {
 const SHOWN_MAX: usize = 8;
 
 impl AuditLog {
-    /// Whether `peer` has been shown no head for [`limits::AUDIT_HEADS_EVERY`].
+    /// Whether `peer` has been shown no head for [`limits::AUDIT_HEADS_EVERY`]. Waits for no disk, whatever is being recorded.
     #[must_use]
     pub fn head_is_due(&self, peer: &SpiffeId) -> bool {
-        let shown_at = self.known().peers.get(peer.as_str()).and_then(|state| state.shown_at);
-        shown_at.is_none_or(|at| at.elapsed() >= limits::AUDIT_HEADS_EVERY)
+        self.shown_at().get(peer).is_none_or(|at| at.elapsed() >= limits::AUDIT_HEADS_EVERY)
     }
 
     /// What to show `peer`: the head, that it extends what the peer knows (`from`, or what it cosigned last), and that the last entry
@@ -86,10 +83,10 @@ impl AuditLog {
     /// The peer knows more of this log than there is, which is recorded; or files of the log cannot be read.
     pub fn announce(&self, peer: &SpiffeId, from: Option<u64>, migration: Option<MigrationId>) -> Result<Announcement, AuditError> {
         let refuse = |why: String| AuditError::PeerHead { peer: peer.clone(), why };
+        self.shown_at().insert(peer.clone(), Instant::now());
         let mut known = self.known();
         let state = known.peers.entry(peer.to_string()).or_default();
         let from = from.unwrap_or_else(|| state.cosigned.as_ref().map_or(0, |last| last.head.size));
-        state.shown_at = Some(Instant::now());
         let head = self.head();
         if from > head.size {
             let why = format!("the peer keeps a head of {from} entries of this log, which has {}: this log went back", head.size);
@@ -202,6 +199,10 @@ impl AuditLog {
 
     pub(super) fn known(&self) -> MutexGuard<'_, Known> {
         self.inner().known.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn shown_at(&self) -> MutexGuard<'_, HashMap<SpiffeId, Instant>> {
+        self.inner().shown_at.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn handoffs(&self) -> MutexGuard<'_, Handoffs> {

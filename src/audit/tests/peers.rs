@@ -294,3 +294,19 @@ fn a_head_of_a_peer_under_another_key_is_not_taken_for_the_peer_s() {
     let verdict = witnesses(dirs.0.path(), &[2]);
     assert!(matches!(&verdict, Verdict::Bad { why, .. } if why.contains("by another key than given")), "{verdict:?}");
 }
+
+/// The engine asks on threads that serve everybody, also while a head is being recorded on a slow disk.
+#[test]
+fn whether_a_head_is_due_is_answered_while_heads_are_recorded() {
+    let dir = tempdir();
+    let log = open(dir.path());
+    assert!(log.head_is_due(&peer()));
+    log.announce(&peer(), None, None).unwrap();
+    let recording = log.known();
+    let (said, hear) = std::sync::mpsc::sync_channel(1);
+    let asked = log.clone();
+    std::thread::spawn(move || said.send((asked.head_is_due(&peer()), asked.head_is_due(&own()))));
+    let answer = hear.recv_timeout(std::time::Duration::from_secs(60)).expect("an answer although heads are being recorded");
+    assert_eq!(answer, (false, true));
+    drop(recording);
+}
