@@ -79,9 +79,11 @@ impl Gateway {
                     Ok(session) => gateway.serve_session(session).await,
                     Err(Refused { peer_address, peer, reason, .. }) => {
                         let who = peer.clone().filter(|peer| gateway.config.peer_of(peer).is_some());
+                        // Taken also where it is not recorded, or it would count as another one.
+                        let refusal = reason.verifiers_words().and_then(|words| gateway.credentials.take_refusal(words));
                         if gateway.crowd.attempt(&who, Instant::now()) {
-                            let (peer, why) = (peer.map(|peer| peer.to_string()), telemetry::chain(&reason));
-                            gateway.note_refused_session(peer, peer_address, reason.class(), why).await;
+                            let peer = peer.map(|peer| peer.to_string());
+                            gateway.note_refused_handshake(peer, peer_address, &reason, refusal).await;
                         }
                     }
                 }

@@ -54,9 +54,10 @@ use crate::audit::{AuditLog, Entry, Event, Outcome};
 use crate::config::Config;
 use crate::control::SandboxView;
 use crate::engine::{Evidence, NoArbiter, TotalBandwidth};
-use crate::identity::Credentials;
+use crate::identity::{Credentials, PeerRole, Refusal};
 use crate::journal::Journal;
-use crate::transport::Endpoint;
+use crate::telemetry;
+use crate::transport::{Endpoint, TransportError};
 use crate::wire::{ErrorClass, Hello};
 use judge::Judge;
 use registry::Registry;
@@ -111,6 +112,22 @@ impl Gateway {
         }
     }
 
+    /// Of whom TLS refused, the verifier knows more than the transport: what both know is one entry.
+    async fn note_refused_handshake(
+        &self,
+        peer: Option<String>,
+        address: std::net::SocketAddr,
+        error: &TransportError,
+        refusal: Option<Refusal>,
+    ) {
+        let mut entry = refusal.map_or_else(|| Entry::new(Event::SessionRefused).outcome(Outcome::Refused), refusal_entry);
+        entry.peer = peer.or(entry.peer);
+        put_class(&mut entry, error.class());
+        entry.detail.insert("address".into(), address.to_string().into());
+        entry.detail.insert("why".into(), telemetry::chain(error).into());
+        self.note(entry).await;
+    }
+
     async fn note_refused_session(&self, peer: Option<String>, address: std::net::SocketAddr, class: ErrorClass, why: String) {
         let mut entry = Entry::new(Event::SessionRefused).outcome(Outcome::Refused);
         entry.peer = peer;
@@ -123,6 +140,19 @@ impl Gateway {
 
 /// The directory of final images, inside the state directory.
 const IMAGES: &str = "images";
+
+/// What the verifier knows of whom it refused.
+fn refusal_entry(refusal: Refusal) -> Entry {
+    let mut entry = Entry::new(Event::SessionRefused).outcome(Outcome::Refused);
+    let role = if refusal.role == PeerRole::Client { "client" } else { "server" };
+    entry.detail.insert("role".into(), role.into());
+    entry.detail.insert("reason".into(), refusal.reason.code().into());
+    entry.detail.insert("why".into(), refusal.reason.to_string().into());
+    entry.detail.insert("leaf_sha256".into(), judge::hex(&refusal.leaf_sha256).into());
+    entry.detail.extend(refusal.claimed.as_ref().map(|claimed| ("claimed".to_owned(), claimed.clone().into())));
+    entry.peer = refusal.claimed;
+    entry
+}
 
 /// Whose fault it was, as everywhere else.
 fn put_class(entry: &mut Entry, class: ErrorClass) {

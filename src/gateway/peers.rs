@@ -50,7 +50,8 @@ impl Gateway {
             Err(error) => {
                 let problem = Problem::new(error.class(), named(&error));
                 if problem.class == ErrorClass::Unauthenticated {
-                    self.note_refused_session(Some(peer.spiffe.to_string()), address, problem.class, problem.message.clone()).await;
+                    let refusal = error.verifiers_words().and_then(|words| self.credentials.take_refusal(words));
+                    self.note_refused_handshake(Some(peer.spiffe.to_string()), address, &error, refusal).await;
                     return Err(problem.with_hint("compare both sides' certificates with `sealane pki show`"));
                 }
                 return Err(problem.with_hint("`sealane peers` shows which peers answer"));

@@ -18,7 +18,7 @@ use crate::gateway::registry::Registry;
 use crate::gateway::sandbox::{self, Account};
 use crate::gateway::serve::SocketKind;
 use crate::gateway::{Gateway, callers, kept, peers, put_class, renewal, serve};
-use crate::identity::{Credentials, IdentityConfig, PeerRole, PostQuantum, Signer, TrustDomainConfig};
+use crate::identity::{Credentials, IdentityConfig, PostQuantum, Signer, TrustDomainConfig};
 use crate::journal::Journal;
 use crate::limits;
 use crate::policy::PolicySet;
@@ -30,6 +30,8 @@ use crate::wire::ErrorClass;
 /// How long a shutdown waits for migrations to end.
 const SHUTDOWN: Duration = Duration::from_secs(30);
 
+/// How long a refusal of the verifier waits for its handshake to say that it failed.
+const UNCLAIMED: Duration = Duration::from_secs(2);
 /// How often it is looked for entries of the audit log that are too old.
 const PRUNE_EVERY: Duration = Duration::from_secs(3600);
 /// How often those who were turned away are summed up in the audit log.
@@ -300,7 +302,7 @@ impl Gateway {
         reloaded.map(drop)
     }
 
-    /// Strangers that TLS turned away have no session; the verifier remembers why.
+    /// Whoever TLS turned away is recorded where the handshake failed, with what the verifier remembers; what nobody took is recorded here.
     async fn record_refusals(self: Arc<Self>) {
         let mut tick = tokio::time::interval(Duration::from_millis(200));
         let mut summed_up = Instant::now();
@@ -312,18 +314,10 @@ impl Gateway {
                 summed_up = Instant::now();
                 self.record_turned_away().await;
             }
-            for refusal in self.credentials.drain_refusals() {
-                if !self.crowd.attempt(&None, Instant::now()) {
-                    continue;
+            for refusal in self.credentials.drain_refusals(UNCLAIMED) {
+                if self.crowd.attempt(&None, Instant::now()) {
+                    self.note(crate::gateway::refusal_entry(refusal)).await;
                 }
-                let mut entry = Entry::new(Event::SessionRefused).outcome(Outcome::Refused);
-                entry.peer = refusal.claimed.map(|spiffe| spiffe.to_string());
-                let role = if refusal.role == PeerRole::Client { "client" } else { "server" };
-                entry.detail.insert("role".into(), role.into());
-                entry.detail.insert("reason".into(), refusal.reason.code().into());
-                entry.detail.insert("why".into(), refusal.reason.to_string().into());
-                entry.detail.insert("leaf_sha256".into(), crate::gateway::judge::hex(&refusal.leaf_sha256).into());
-                self.note(entry).await;
             }
         }
     }

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use arc_swap::ArcSwap;
 use rustls::client::{ResolvesClientCert, Resumption};
@@ -184,10 +184,16 @@ impl Credentials {
         self.current.state().trust.next_crl_expiry()
     }
 
-    /// Takes the refusals recorded since the last call, oldest first.
+    /// Takes the refusals that are kept for at least this long, oldest first.
     #[must_use]
-    pub fn drain_refusals(&self) -> Vec<Refusal> {
-        self.current.refusals.drain()
+    pub fn drain_refusals(&self, older_than: Duration) -> Vec<Refusal> {
+        self.current.refusals.drain(older_than)
+    }
+
+    /// Takes the refusal that a failed handshake says these words of.
+    #[must_use]
+    pub fn take_refusal(&self, words: &str) -> Option<Refusal> {
+        self.current.refusals.take(words)
     }
 
     /// How many refusals were dropped because nobody drained them in time, since the start.

@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::crypto::{WebPkiSupportedAlgorithms, verify_tls13_signature};
@@ -51,8 +51,20 @@ impl Refusals {
         kept.push_back(refusal);
     }
 
-    pub(super) fn drain(&self) -> Vec<Refusal> {
-        self.kept.lock().unwrap_or_else(PoisonError::into_inner).drain(..).collect()
+    pub(super) fn drain(&self, older_than: Duration) -> Vec<Refusal> {
+        let now = SystemTime::now();
+        // After a step of the clock backwards everything is old enough.
+        let old = |refusal: &Refusal| now.duration_since(refusal.at).map_or(true, |age| age >= older_than);
+        let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
+        let young = kept.iter().position(|refusal| !old(refusal)).unwrap_or(kept.len());
+        kept.drain(..young).collect()
+    }
+
+    /// Takes the last one of these words. Of two with the same certificate and reason it does not matter which.
+    pub(super) fn take(&self, words: &str) -> Option<Refusal> {
+        let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
+        let place = kept.iter().rposition(|refusal| Words::of(refusal).to_string() == words)?;
+        kept.remove(place)
     }
 
     pub(super) fn lost(&self) -> u64 {
@@ -65,25 +77,39 @@ impl Refusals {
 pub fn refusal_reason(error: &rustls::Error) -> Option<RefusalReason> {
     match error {
         rustls::Error::InvalidCertificate(CertificateError::Other(OtherError(inner))) => {
-            inner.downcast_ref().map(|Words(reason)| reason.clone())
+            inner.downcast_ref().map(|words: &Words| words.reason.clone())
         }
         rustls::Error::NoCertificatesPresented => Some(RefusalReason::NoCertificate),
         _ => None,
     }
 }
 
-/// A reason on its way through rustls and QUIC, which print what they carry with `Debug`: people read its sentence.
-struct Words(RefusalReason);
+/// A reason on its way through rustls and QUIC, which print what they carry with `Debug`: people read its sentence, at both ends. It says
+/// which certificate it is about, so that whoever reads it finds the [`Refusal`].
+struct Words {
+    reason: RefusalReason,
+    leaf_sha256: [u8; 32],
+}
+
+/// How much of the leaf's SHA-256 they have.
+const FINGERPRINT_BYTES: usize = 8;
+
+impl Words {
+    fn of(refusal: &Refusal) -> Self {
+        Self { reason: refusal.reason.clone(), leaf_sha256: refusal.leaf_sha256 }
+    }
+}
 
 impl fmt::Debug for Words {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        fmt::Display::fmt(&self.0, f)
+        fmt::Display::fmt(self, f)
     }
 }
 
 impl fmt::Display for Words {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        fmt::Display::fmt(&self.0, f)
+        let fingerprint = leaf::hex(self.leaf_sha256.get(..FINGERPRINT_BYTES).unwrap_or_default());
+        write!(f, "{} (certificate {fingerprint})", self.reason)
     }
 }
 
@@ -123,7 +149,7 @@ impl GatewayVerifier {
         let claimed = leaf::claimed_uri(end_entity);
         let leaf_sha256 = leaf::sha256(end_entity);
         self.current.refusals.push(Refusal { at, role, claimed, leaf_sha256, reason: reason.clone() });
-        rustls::Error::InvalidCertificate(CertificateError::Other(OtherError(Arc::new(Words(reason)))))
+        rustls::Error::InvalidCertificate(CertificateError::Other(OtherError(Arc::new(Words { reason, leaf_sha256 }))))
     }
 
     fn verify_tls13(

@@ -246,6 +246,12 @@ impl TransportError {
         }
     }
 
+    /// The words of the verifier that refused the peer in its handshake.
+    #[must_use]
+    pub fn verifiers_words(&self) -> Option<&str> {
+        if let Self::Unauthenticated { reason, .. } = self { Some(reason) } else { None }
+    }
+
     pub(super) fn socket(action: &'static str, address: SocketAddr) -> impl FnOnce(io::Error) -> Self {
         move |source| Self::Socket { action, address, source }
     }
@@ -339,7 +345,7 @@ fn from_tls(code: u64, reason: &str, address: SocketAddr) -> TransportError {
     if code == INTERNAL_ERROR {
         TransportError::Unreachable { address, reason: OVERWHELMED }
     } else if IDENTITY_ALERTS.contains(&alert) {
-        TransportError::Unauthenticated { address, reason: verifiers_words(reason).to_owned() }
+        TransportError::Unauthenticated { address, reason: without_wrapping(reason).to_owned() }
     } else if AGREEMENT_ALERTS.contains(&alert) {
         TransportError::Incompatible { address, reason: reason.to_owned() }
     } else {
@@ -353,7 +359,7 @@ const INTERNAL_ERROR: u64 = 1;
 const OVERWHELMED: &str = "QUIC could not follow what was lost on the path";
 
 /// The verifier's own words, without what rustls wraps around them.
-fn verifiers_words(reason: &str) -> &str {
+fn without_wrapping(reason: &str) -> &str {
     let words = reason.strip_prefix("invalid peer certificate: ").unwrap_or(reason);
     words.strip_prefix("Other(OtherError(").and_then(|words| words.strip_suffix("))")).unwrap_or(words)
 }
@@ -362,7 +368,7 @@ fn verifiers_words(reason: &str) -> &str {
 fn from_peer_close(code: u64, reason: &[u8], address: SocketAddr) -> TransportError {
     const CONNECTION_REFUSED: u64 = 2;
     let alert = code.wrapping_sub(CRYPTO_ERRORS);
-    let said = match verifiers_words(&peer_text(reason)) {
+    let said = match without_wrapping(&peer_text(reason)) {
         // As gateways say it that are older than X25519MLKEM768.
         said if said.contains("NoKxGroupsInCommon") => NO_KEY_EXCHANGE.to_owned(),
         said => said.to_owned(),
@@ -410,9 +416,9 @@ mod tests {
     #[test]
     fn the_verifiers_words_come_out_of_their_wrapping() {
         let wrapped = "invalid peer certificate: Other(OtherError(the peer's certificate is revoked))";
-        assert_eq!(verifiers_words(wrapped), "the peer's certificate is revoked");
-        assert_eq!(verifiers_words("invalid peer certificate: Expired"), "Expired");
-        assert_eq!(verifiers_words("peer sent no certificates"), "peer sent no certificates");
+        assert_eq!(without_wrapping(wrapped), "the peer's certificate is revoked");
+        assert_eq!(without_wrapping("invalid peer certificate: Expired"), "Expired");
+        assert_eq!(without_wrapping("peer sent no certificates"), "peer sent no certificates");
     }
 
     #[test]

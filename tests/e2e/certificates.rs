@@ -93,6 +93,7 @@ fn a_destination_with_any_wrong_certificate_gets_nothing_and_the_log_says_why() 
         assert_eq!(said.json()["wire_bytes"], 0, "{name}");
     }
     let log = refused_for_their_reasons(&lab, &world, "server");
+    refused_once_each(&lab, world.variants.len());
     let ended: Vec<_> = log.iter().filter(|entry| entry["event"] == "migration-finished").collect();
     assert_eq!(ended.len(), world.variants.len());
     for entry in ended {
@@ -115,6 +116,7 @@ fn whoever_dials_with_any_wrong_certificate_is_turned_away_and_the_log_says_why(
         assert!(matches!(end, quinn::ConnectionError::ConnectionClosed(_)), "{name}: {end}");
     }
     let log = refused_for_their_reasons(&lab, &world, "client");
+    refused_once_each(&lab, world.variants.len());
     assert!(log.iter().all(|entry| entry["event"] != "session-opened"), "{log:#?}");
     lab.gateway(A).audit_verifies();
     still_beats(&lab);
@@ -138,6 +140,14 @@ fn refused_for_their_reasons(lab: &Lab, world: &World, role: &str) -> Vec<Value>
         };
         world.variants.iter().all(refused).then_some(log)
     })
+}
+
+/// Whoever is refused uses up one of the attempts that strangers have, and one entry says all of it.
+fn refused_once_each(lab: &Lab, times: usize) {
+    let log = lab.gateway(A).audit();
+    let refused: Vec<_> = log.iter().filter(|entry| entry["event"] == "session-refused").collect();
+    assert_eq!(refused.len(), times, "{refused:#?}");
+    assert!(refused.iter().all(|entry| entry["detail"]["address"].is_string()), "{refused:#?}");
 }
 
 #[test]
@@ -167,6 +177,7 @@ fn strangers_that_dial_are_turned_away_and_recorded() {
     // Authenticated, and nobody that is configured.
     stranger::dial(address, Some(&world.good_c));
     lab.gateway(A).audited("session-refused", "refused", &["spiffe://dc2.test/gateway/c", "not one of the configured peers"]);
+    refused_once_each(&lab, BAD.len() + 2);
     lab.gateway(A).audit_verifies();
     still_beats(&lab);
 }

@@ -25,7 +25,7 @@ fn two_gateways_authenticate_each_other() {
     assert_ne!(seen_by_a.spki_sha256(), seen_by_b.spki_sha256());
     assert_eq!(seen_by_a.days_left(SystemTime::now()), 89);
     assert_eq!(seen_by_a.days_left(seen_by_a.not_after() + Duration::from_secs(1)), -1);
-    assert!(a.drain_refusals().is_empty() && b.drain_refusals().is_empty());
+    assert!(a.drain_refusals(Duration::ZERO).is_empty() && b.drain_refusals(Duration::ZERO).is_empty());
 }
 
 #[test]
@@ -77,7 +77,8 @@ fn a_certificate_without_its_key_is_refused_in_both_directions() {
     assert_eq!(refusal_reason(&error), Some(RefusalReason::KeyNotHeld));
     let error = shake(&a.client_config(), &Arc::new(thief().server())).client.map(drop).unwrap_err();
     assert_eq!(refusal_reason(&error), Some(RefusalReason::KeyNotHeld));
-    let recorded: Vec<_> = a.drain_refusals().into_iter().map(|refusal| (refusal.role, refusal.reason, refusal.claimed.unwrap())).collect();
+    let recorded: Vec<_> =
+        a.drain_refusals(Duration::ZERO).into_iter().map(|refusal| (refusal.role, refusal.reason, refusal.claimed.unwrap())).collect();
     let claimed = "spiffe://dc1.test/gateway/b".to_owned();
     let expected = [(PeerRole::Client, RefusalReason::KeyNotHeld, claimed.clone()), (PeerRole::Server, RefusalReason::KeyNotHeld, claimed)];
     assert_eq!(recorded, expected);

@@ -11,6 +11,7 @@ mod reload;
 use std::fs;
 use std::path::PathBuf;
 use std::sync::{Arc, LazyLock};
+use std::time::Duration;
 
 use fixtures::{Leaf, World, write_gateway};
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};

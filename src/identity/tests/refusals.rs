@@ -22,7 +22,7 @@ fn identify_refuses_every_variant_for_its_own_reason() {
         error.refusal().map(|reason| reason.code().to_owned())
     });
     assert_eq!(gateway.identify(&[]).unwrap_err().refusal(), Some(&RefusalReason::NoCertificate));
-    assert!(gateway.drain_refusals().is_empty(), "identify answers its caller; only handshakes are recorded");
+    assert!(gateway.drain_refusals(Duration::ZERO).is_empty(), "identify answers its caller; only handshakes are recorded");
 }
 
 #[test]
@@ -62,7 +62,7 @@ fn check_all(code_of: impl Fn(&Variant) -> Option<String>) {
 
 fn recorded(gateway: &Credentials, role: PeerRole, variant: &Variant, error: &rustls::Error) -> Option<String> {
     let reason = refusal_reason(error)?;
-    let mut refusals = gateway.drain_refusals();
+    let mut refusals = gateway.drain_refusals(Duration::ZERO);
     let refusal = refusals.pop().unwrap_or_else(|| panic!("{}: nothing recorded", variant.name));
     assert!(refusals.is_empty(), "{}: recorded twice", variant.name);
     assert_eq!((&refusal.reason, refusal.role), (&reason, role), "{}", variant.name);
@@ -98,11 +98,29 @@ fn a_claim_is_recorded_but_bounded_and_escaped() {
     ] {
         let variant = WORLD.variants.iter().find(|variant| variant.name == name).unwrap();
         let _ = shake(&Arc::new(Hostile::new(&variant.leaf).client()), &gateway.server_config());
-        assert_eq!(gateway.drain_refusals().pop().unwrap().claimed.as_deref(), claimed, "{name}");
+        assert_eq!(gateway.drain_refusals(Duration::ZERO).pop().unwrap().claimed.as_deref(), claimed, "{name}");
     }
     let long = WORLD.variants.iter().find(|variant| variant.name == "uri-too-long").unwrap();
     let _ = shake(&Arc::new(Hostile::new(&long.leaf).client()), &gateway.server_config());
-    assert!(gateway.drain_refusals().pop().unwrap().claimed.unwrap().len() <= 256);
+    assert!(gateway.drain_refusals(Duration::ZERO).pop().unwrap().claimed.unwrap().len() <= 256);
+}
+
+/// So that what the transport and what the verifier know of one refusal can be put together.
+#[test]
+fn the_words_of_a_failed_handshake_find_its_refusal_and_no_other() {
+    let gateway = Place::new().gateway("a", &WORLD.good_a);
+    let mut words = Vec::new();
+    for name in ["no-eku", "expired", "revoked"] {
+        let variant = WORLD.variants.iter().find(|variant| variant.name == name).unwrap();
+        let error = shake(&Arc::new(Hostile::new(&variant.leaf).client()), &gateway.server_config()).server.unwrap_err().to_string();
+        words.push(error.strip_prefix("invalid peer certificate: Other(OtherError(").unwrap().strip_suffix("))").unwrap().to_owned());
+    }
+    assert!(gateway.drain_refusals(Duration::from_secs(3600)).is_empty(), "they wait for whoever knows more");
+    assert_eq!(gateway.take_refusal(&words[1]).unwrap().reason.code(), "expired");
+    assert!(gateway.take_refusal(&words[1]).is_none(), "once");
+    assert!(gateway.take_refusal("the peer's certificate is revoked").is_none());
+    let left: Vec<_> = gateway.drain_refusals(Duration::ZERO).into_iter().map(|refusal| refusal.reason.code()).collect();
+    assert_eq!(left, ["no-extended-key-usage", "revoked"]);
 }
 
 #[test]
@@ -113,8 +131,8 @@ fn a_flood_of_refusals_is_bounded_and_counted() {
         let _ = shake(&hostile, &gateway.server_config());
     }
     assert_eq!(gateway.lost_refusals(), 3);
-    assert_eq!(gateway.drain_refusals().len(), crate::limits::REFUSALS_KEPT_MAX);
-    assert!(gateway.drain_refusals().is_empty());
+    assert_eq!(gateway.drain_refusals(Duration::ZERO).len(), crate::limits::REFUSALS_KEPT_MAX);
+    assert!(gateway.drain_refusals(Duration::ZERO).is_empty());
 }
 
 #[test]
