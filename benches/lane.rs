@@ -101,7 +101,8 @@ fn make_pki(dir: &Path) -> Result<()> {
 
 fn credentials(dir: &Path, name: &str) -> Result<Arc<Credentials>> {
     let authority = authority::files_of(dir);
-    let trust = vec![TrustDomainConfig { domain: DOMAIN.to_owned(), roots: authority.certificate, crls: vec![authority.crl] }];
+    let trust =
+        vec![TrustDomainConfig { domain: DOMAIN.to_owned(), roots: authority.certificate, crls: vec![authority.crl], intermediates: None }];
     let file = |ending: &str| dir.join(format!("{name}{ending}"));
     let config = IdentityConfig {
         certificate: file("-cert.pem"),

@@ -102,6 +102,11 @@ impl Ca {
         self.crl_with(number, days(this_update), days(next_update), revoked, None)
     }
 
+    /// A CRL that says of itself that the key of this identifier signed it.
+    pub fn crl_saying(&self, number: u64, key_id: &[u8]) -> Vec<u8> {
+        self.crl_of(number, (days(0), days(30)), &[], None, KeyIdMethod::PreSpecified(key_id.to_vec()))
+    }
+
     pub fn crl_with(
         &self,
         number: u64,
@@ -109,6 +114,17 @@ impl Ca {
         next_update: OffsetDateTime,
         revoked: &[&[u8]],
         partition: Option<&str>,
+    ) -> Vec<u8> {
+        self.crl_of(number, (this_update, next_update), revoked, partition, KeyIdMethod::Sha256)
+    }
+
+    fn crl_of(
+        &self,
+        number: u64,
+        (this_update, next_update): (OffsetDateTime, OffsetDateTime),
+        revoked: &[&[u8]],
+        partition: Option<&str>,
+        key_identifier_method: KeyIdMethod,
     ) -> Vec<u8> {
         let entry = |serial: &&[u8]| RevokedCertParams {
             serial_number: SerialNumber::from_slice(serial),
@@ -126,7 +142,7 @@ impl Ca {
             crl_number: SerialNumber::from_slice(&number.to_be_bytes()),
             issuing_distribution_point: partition,
             revoked_certs: revoked.iter().map(entry).collect(),
-            key_identifier_method: KeyIdMethod::Sha256,
+            key_identifier_method,
         };
         // As with leaves: what rcgen refuses to sign is what has to be tested.
         let mut unchecked = self.params.clone();

@@ -277,7 +277,11 @@ pub fn crls(ca: &Ca, issuer: &str) -> Vec<(&'static str, Vec<u8>, &'static str)>
     made.push(("twice in one", [&whole[..], &whole].concat(), "malformed"));
     made.push(("a certificate", ca.der.to_vec(), "malformed"));
     made.push(("nothing", Vec::new(), "malformed"));
-    made.push(("signed by another key of the same name", good.signed(&ca.impostor(), &name(issuer)), "is not signed by the root it names"));
+    made.push((
+        "signed by another key of the same name",
+        good.signed(&ca.impostor(), &name(issuer)),
+        "is not signed by the issuer it names",
+    ));
     made
 }
 

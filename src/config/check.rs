@@ -182,8 +182,14 @@ fn trust_domain(r: &mut Reader, mut t: Section<'_, '_>, seen: &mut HashMap<Strin
             r.mentions.push(FileMention { key, at: crls.at, path: path.clone(), kind: FileKind::Pem("X509 CRL") });
         }
     }
+    let intermediates = r.optional::<PathBuf>(&mut t, "intermediates");
+    if let Some(file) = &intermediates {
+        let kind = FileKind::Pem("CERTIFICATE");
+        r.mentions.push(FileMention { key: t.key("intermediates"), at: file.at, path: file.value.clone(), kind });
+    }
     r.finish(t);
-    Some(Trust { domain: domain?.value, roots: roots?.value, crls: crls?.value })
+    let intermediates = intermediates.map(|file| file.value);
+    Some(Trust { domain: domain?.value, roots: roots?.value, crls: crls?.value, intermediates })
 }
 
 fn file(r: &mut Reader, s: &mut Section<'_, '_>, key: &'static str, kind: FileKind) -> Option<Located<PathBuf>> {

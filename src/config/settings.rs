@@ -121,6 +121,15 @@ pub struct Trust {
     pub roots: PathBuf,
     /// PEM files of its revocation lists; at least one.
     pub crls: Vec<PathBuf>,
+    /// PEM file of issuers below the roots, by which lists of theirs are checked when they are read.
+    pub intermediates: Option<PathBuf>,
+}
+
+impl Trust {
+    /// Every file of it.
+    pub fn files(&self) -> impl Iterator<Item = &PathBuf> {
+        self.crls.iter().chain([&self.roots]).chain(&self.intermediates)
+    }
 }
 
 /// `[policy]`: where policies come from.

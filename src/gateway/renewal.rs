@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use crate::config::{Config, KeyFile, Policies};
+use crate::config::{self, Config, KeyFile, Policies};
 use crate::engine::Command;
 use crate::gateway::Gateway;
 
@@ -50,7 +50,7 @@ impl Files {
 fn picture(config: &Config) -> Picture {
     let identity = &config.identity;
     let keys = [&identity.key, &identity.signing_key].into_iter().filter_map(KeyFile::path);
-    let trust = identity.trust.iter().flat_map(|trust| trust.crls.iter().chain([&trust.roots]));
+    let trust = identity.trust.iter().flat_map(config::Trust::files);
     let mut files: Vec<PathBuf> = trust.chain([&identity.certificate]).cloned().chain(keys).collect();
     let (directory, all) = match &config.policy {
         Policies::Directory(directory) => (directory, false),

@@ -72,6 +72,7 @@ fn build(config: Arc<Config>, transport: TransportConfig, launcher: Launcher, sa
     if let Err(error) = credentials.own_standing() {
         tracing::warn!(error = %chain(&error), "peers will refuse this gateway's own certificate");
     }
+    warn_of_unverified(&credentials);
     if let Some(peer) = config.peers.iter().find(|peer| peer.spiffe == credentials.own_id()) {
         let message = format!("peer `{}` has this gateway's own identity `{}`", peer.name, peer.spiffe);
         return Err(Problem::new(ErrorClass::Misuse, message).with_code("configuration"));
@@ -111,9 +112,21 @@ fn build(config: Arc<Config>, transport: TransportConfig, launcher: Launcher, sa
     }))
 }
 
+/// A forged CRL is refused when it is read only where its issuer is known.
+fn warn_of_unverified(credentials: &Credentials) {
+    for path in credentials.unverified_crls() {
+        let why = "nobody knows its issuer here, so its signature is checked with each peer's chain";
+        tracing::warn!(crl = %path.display(), why, "`intermediates` of its `[[identity.trust]]` says who the issuer is");
+    }
+}
+
 fn identity_config(config: &Config) -> Result<IdentityConfig, Problem> {
-    let trust =
-        |trust: &config::Trust| TrustDomainConfig { domain: trust.domain.clone(), roots: trust.roots.clone(), crls: trust.crls.clone() };
+    let trust = |trust: &config::Trust| TrustDomainConfig {
+        domain: trust.domain.clone(),
+        roots: trust.roots.clone(),
+        crls: trust.crls.clone(),
+        intermediates: trust.intermediates.clone(),
+    };
     let place = |key: &str, file: &config::KeyFile| {
         let message = format!("identity.{key}: `{file}`: systemd gave this process no credentials: $CREDENTIALS_DIRECTORY is not set");
         let missing = || Problem::new(ErrorClass::Misuse, message).with_code("configuration");
@@ -281,6 +294,7 @@ impl Gateway {
             gateway.files.reading(&gateway.config);
             let policies = load_policies(&gateway.config)?.keep(&gateway.config)?;
             gateway.credentials.reload().map_err(|error| Problem::new(error.class(), chain(&error)).with_code(IDENTITY))?;
+            warn_of_unverified(&gateway.credentials);
             gateway.judge.replace(policies);
             Ok::<_, Problem>(gateway.judge.policies())
         })

@@ -1,7 +1,7 @@
 //! Everything a gateway is and trusts, loaded from files and replaced as a whole on reload.
 
 use std::fmt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
@@ -178,6 +178,13 @@ impl Credentials {
         Arc::clone(&self.current.state().signer)
     }
 
+    /// Files of CRLs that were not checked when they were read, because their issuer is neither a root, nor of our own chain, nor among
+    /// the intermediates of the trust domain. A forged one keeps every peer out that its issuer stands above.
+    #[must_use]
+    pub fn unverified_crls(&self) -> Vec<PathBuf> {
+        self.current.state().trust.unverified_crls().map(Path::to_path_buf).collect()
+    }
+
     /// When the first CRL in use expires; in the past when one has.
     #[must_use]
     pub fn next_crl_expiry(&self) -> Option<SystemTime> {
@@ -212,7 +219,8 @@ fn read_state(config: &IdentityConfig, provider: &CryptoProvider, now: SystemTim
     };
     let certified = read_key(config, provider, chain)?;
     let signer = Signer::read(&config.signing_key)?;
-    let trust = TrustState::load(&config.trust, now)?;
+    let own_issuers = certified.cert.get(1..).unwrap_or_default();
+    let trust = TrustState::load(&config.trust, (own.spiffe.trust_domain(), own_issuers), now)?;
     Ok(State { certified: Arc::new(certified), own, signer: Arc::new(signer), trust })
 }
 

@@ -61,17 +61,19 @@ pub(super) struct Crl {
     pub(super) list: webpki::CertRevocationList<'static>,
     pub(super) issuer_der: Vec<u8>,
     pub(super) next_update: SystemTime,
+    /// Whether its issuer is known, and has signed it.
+    pub(super) verified: bool,
     age: Age,
     sha256: [u8; 32],
-    path: PathBuf,
+    pub(super) path: PathBuf,
 }
 
 /// Reads every CRL of a trust domain and keeps the newest of each issuer. webpki takes the first CRL
 /// that matches a certificate, so a second one of the same issuer would be chosen by its position.
-pub(super) fn load(paths: &[PathBuf], roots: &[X509Certificate<'_>], now: SystemTime) -> Result<Vec<Crl>, IdentityError> {
+pub(super) fn load(paths: &[PathBuf], issuers: &[X509Certificate<'_>], now: SystemTime) -> Result<Vec<Crl>, IdentityError> {
     let mut newest: BTreeMap<Vec<u8>, Crl> = BTreeMap::new();
     for path in paths {
-        for crl in read(path, roots, now)? {
+        for crl in read(path, issuers, now)? {
             match newest.get(&crl.issuer_der) {
                 Some(kept) if kept.age == crl.age && kept.sha256 != crl.sha256 => {
                     return Err(IdentityError::CrlConflict { path: crl.path, number: crl.age.number.text() });
@@ -91,7 +93,7 @@ pub(super) fn load(paths: &[PathBuf], roots: &[X509Certificate<'_>], now: System
     Ok(newest.into_values().collect())
 }
 
-fn read(path: &Path, roots: &[X509Certificate<'_>], now: SystemTime) -> Result<Vec<Crl>, IdentityError> {
+fn read(path: &Path, issuers: &[X509Certificate<'_>], now: SystemTime) -> Result<Vec<Crl>, IdentityError> {
     let bytes = read_bounded(path, "CRL", limits::CRL_FILE_BYTES_MAX)?;
     let malformed = |expected| IdentityError::Malformed { what: "CRL", path: path.to_owned(), expected };
     let pem = bytes.starts_with(b"-----") || bytes.windows(16).any(|window| window == b"-----BEGIN X509 ");
@@ -104,13 +106,13 @@ fn read(path: &Path, roots: &[X509Certificate<'_>], now: SystemTime) -> Result<V
         let (what, limit) = ("CRL file", limits::CRLS_PER_DOMAIN_MAX);
         return Err(IdentityError::Count { what, path: path.to_owned(), count: ders.len(), limit });
     }
-    let parse_all = || ders.iter().map(|der| parse(der, path, roots, now)).collect();
+    let parse_all = || ders.iter().map(|der| parse(der, path, issuers, now)).collect();
     // WHY: parsers of CRLs panicked on hostile input before (RUSTSEC-2026-0104), before any signature
     // was checked; a panic here must leave the last good state in place.
     catch_unwind(AssertUnwindSafe(parse_all)).unwrap_or_else(|_| Err(malformed("a CRL that does not break its parser")))
 }
 
-fn parse(der: &[u8], path: &Path, roots: &[X509Certificate<'_>], now: SystemTime) -> Result<Crl, IdentityError> {
+fn parse(der: &[u8], path: &Path, issuers: &[X509Certificate<'_>], now: SystemTime) -> Result<Crl, IdentityError> {
     let malformed = |expected| IdentityError::Malformed { what: "CRL", path: path.to_owned(), expected };
     let list = webpki::OwnedCertRevocationList::from_der(der).map_err(|error| malformed(expected(&error)))?;
     let (_, fields) = CertificateRevocationList::from_der(der).map_err(|_| malformed("a version 2 CRL with a nextUpdate"))?;
@@ -129,9 +131,10 @@ fn parse(der: &[u8], path: &Path, roots: &[X509Certificate<'_>], now: SystemTime
     if !fields.iter_revoked_certificates().all(|entry| leaf::is_shortest(entry.raw_serial())) {
         return Err(malformed("every serial number in its shortest form"));
     }
-    check_signature(&fields, path, roots)?;
+    let verified = check_signature(&fields, path, issuers)?;
     Ok(Crl {
         list,
+        verified,
         issuer_der: fields.issuer().as_raw().to_vec(),
         next_update: from_seconds(next_update.timestamp()),
         age,
@@ -160,19 +163,20 @@ fn expected(error: &webpki::Error) -> &'static str {
 
 const PARTITION: &str = "a CRL of everything its issuer issued, not a partition";
 
-/// A CRL that names one of our roots must be signed by it, or a forged one with a high number would
-/// displace the real one. CRLs of intermediates are checked against the chain that a peer presents.
-fn check_signature(crl: &CertificateRevocationList<'_>, path: &Path, roots: &[X509Certificate<'_>]) -> Result<(), IdentityError> {
+/// A CRL that names an issuer that is known must be signed by it, or a forged one with a high number would displace the real one. Those of
+/// others are checked against the chain that a peer presents. Whether it was checked here.
+fn check_signature(crl: &CertificateRevocationList<'_>, path: &Path, issuers: &[X509Certificate<'_>]) -> Result<bool, IdentityError> {
     if !strength::is_signed_well(crl) {
         return Err(IdentityError::CrlAlgorithm { path: path.to_owned() });
     }
-    let candidates = roots.iter().filter(|root| root.subject().as_raw() == crl.issuer().as_raw());
-    // The last root of this name has the last word, unless one of them signed it.
-    let verified = candidates.map(|root| strength::check_crl(crl, root.public_key())).reduce(Result::or);
-    match verified.unwrap_or(Ok(())) {
-        Ok(()) => Ok(()),
-        Err(BadSignature::Algorithm) => Err(IdentityError::CrlAlgorithm { path: path.to_owned() }),
-        Err(BadSignature::Wrong) => Err(IdentityError::CrlForged { path: path.to_owned() }),
+    let candidates = issuers.iter().filter(|issuer| issuer.subject().as_raw() == crl.issuer().as_raw());
+    // The last issuer of this name has the last word, unless one of them signed it.
+    let verified = candidates.map(|issuer| strength::check_crl(crl, issuer.public_key())).reduce(Result::or);
+    match verified {
+        None => Ok(false),
+        Some(Ok(())) => Ok(true),
+        Some(Err(BadSignature::Algorithm)) => Err(IdentityError::CrlAlgorithm { path: path.to_owned() }),
+        Some(Err(BadSignature::Wrong)) => Err(IdentityError::CrlForged { path: path.to_owned() }),
     }
 }
 

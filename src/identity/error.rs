@@ -399,8 +399,8 @@ pub enum IdentityError {
         /// Its thisUpdate.
         this_update: SystemTime,
     },
-    /// A CRL that a root of the domain did not sign, though it says so.
-    #[error("CRL `{path}` is not signed by the root it names")]
+    /// A CRL that its issuer, a root or an intermediate that is known, did not sign.
+    #[error("CRL `{path}` is not signed by the issuer it names")]
     CrlForged {
         /// The file.
         path: PathBuf,

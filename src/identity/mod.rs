@@ -72,6 +72,9 @@ pub struct TrustDomainConfig {
     pub roots: PathBuf,
     /// One CRL of each issuer on any path, the roots included; PEM or DER.
     pub crls: Vec<PathBuf>,
+    /// Issuers below the roots, in PEM: whoever of them a CRL names has to have signed it. One that names nobody who is known is judged
+    /// with each peer's chain.
+    pub intermediates: Option<PathBuf>,
 }
 
 /// The cryptography of every connection: TLS 1.3 suites and key exchange groups, in order of preference.

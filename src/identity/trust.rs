@@ -5,6 +5,7 @@
 
 use std::cell::Cell;
 use std::collections::BTreeMap;
+use std::path::Path;
 use std::time::SystemTime;
 
 use rustls::crypto::WebPkiSupportedAlgorithms;
@@ -57,8 +58,12 @@ pub(super) struct TrustState {
 }
 
 impl TrustState {
-    /// Reads everything; one wrong file refuses the whole.
-    pub(super) fn load(configs: &[TrustDomainConfig], now: SystemTime) -> Result<Self, IdentityError> {
+    /// Reads everything; one wrong file refuses the whole. Issuers of our own chain are known in the trust domain that it is of.
+    pub(super) fn load(
+        configs: &[TrustDomainConfig],
+        (own_domain, own_issuers): (&str, &[CertificateDer<'_>]),
+        now: SystemTime,
+    ) -> Result<Self, IdentityError> {
         if configs.is_empty() {
             return Err(IdentityError::NoTrustDomain);
         }
@@ -71,7 +76,8 @@ impl TrustState {
                 let domain = config.domain.chars().take(80).flat_map(char::escape_default).collect();
                 return Err(IdentityError::InvalidTrustDomain { domain });
             }
-            if domains.insert(config.domain.clone(), load_domain(config, now)?).is_some() {
+            let own_issuers = if config.domain == own_domain { own_issuers } else { &[] };
+            if domains.insert(config.domain.clone(), load_domain(config, own_issuers, now)?).is_some() {
                 return Err(IdentityError::DuplicateTrustDomain { domain: config.domain.clone() });
             }
         }
@@ -81,6 +87,11 @@ impl TrustState {
     /// Every CRL with the domain that it belongs to.
     pub(super) fn crls(&self) -> impl Iterator<Item = (&str, &Crl)> {
         self.domains.iter().flat_map(|(name, domain)| domain.crls.iter().map(|crl| (name.as_str(), crl)))
+    }
+
+    /// Files of CRLs whose issuers nobody knows here: a peer's chain will say who they are.
+    pub(super) fn unverified_crls(&self) -> impl Iterator<Item = &Path> {
+        self.crls().filter(|(_, crl)| !crl.verified).map(|(_, crl)| crl.path.as_path())
     }
 
     /// When the first CRL expires.
@@ -263,7 +274,7 @@ impl webpki::ExtendedKeyUsageValidator for Purpose {
     }
 }
 
-fn load_domain(config: &TrustDomainConfig, now: SystemTime) -> Result<TrustDomain, IdentityError> {
+fn load_domain(config: &TrustDomainConfig, own_issuers: &[CertificateDer<'_>], now: SystemTime) -> Result<TrustDomain, IdentityError> {
     if config.crls.is_empty() {
         // An empty list would silently switch revocation off in webpki's world; here it is an error.
         return Err(IdentityError::CrlRequired { domain: config.domain.clone() });
@@ -300,7 +311,20 @@ fn load_domain(config: &TrustDomainConfig, now: SystemTime) -> Result<TrustDomai
             not_after: from_seconds(certificate.validity().not_after.timestamp()),
         });
     }
-    let crls = crl::load(&config.crls, &certificates, now)?;
+    let below = config.intermediates.as_deref();
+    let ders = below.map(|path| read_certificates(path, "intermediates", limits::ROOTS_PER_DOMAIN_MAX)).transpose()?.unwrap_or_default();
+    let malformed = || IdentityError::Malformed {
+        what: "intermediates",
+        path: below.unwrap_or(&config.roots).to_owned(),
+        expected: "X.509 certificates in PEM",
+    };
+    let mut issuers = certificates;
+    for der in &ders {
+        issuers.push(whole(der).ok_or_else(malformed)?);
+    }
+    // Ours are wrong where peers say so.
+    issuers.extend(own_issuers.iter().filter_map(|der| whole(der)));
+    let crls = crl::load(&config.crls, &issuers, now)?;
     Ok(TrustDomain { roots, crls })
 }
 

@@ -377,7 +377,9 @@ static GATEWAY: LazyLock<(Arc<Credentials>, Vec<Vec<u8>>)> = LazyLock::new(|| {
         certificate: own.certificate,
         key: own.key,
         signing_key: own.signing_key,
-        trust: trust.map(|files| TrustDomainConfig { domain: files.domain, roots: files.roots, crls: files.crls }).collect(),
+        trust: trust
+            .map(|files| TrustDomainConfig { domain: files.domain, roots: files.roots, crls: files.crls, intermediates: None })
+            .collect(),
         post_quantum: PostQuantum::Preferred,
     };
     let leaves = world.variants.iter().map(|variant| &variant.leaf).chain([&world.good_a, &world.good_b]);
@@ -412,7 +414,7 @@ static REVOKER: LazyLock<(Arc<Credentials>, std::path::PathBuf, crate::fixtures:
     let files = world.write_trust(directory.path()).remove(0);
     let path = directory.path().join("fuzz.crl");
     std::fs::write(&path, world.root.crl(9, 0, 30, &[&world.good_b.serial])).unwrap();
-    let trust = vec![TrustDomainConfig { domain: files.domain, roots: files.roots, crls: vec![path.clone()] }];
+    let trust = vec![TrustDomainConfig { domain: files.domain, roots: files.roots, crls: vec![path.clone()], intermediates: None }];
     let config = IdentityConfig {
         certificate: own.certificate,
         key: own.key,

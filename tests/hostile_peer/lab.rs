@@ -84,7 +84,12 @@ impl Lab {
     pub fn credentials(&self, name: &str) -> Arc<Credentials> {
         let pki = self.directory.path().join("pki");
         let file = |suffix: &str| pki.join(format!("{name}-{suffix}.pem"));
-        let trust = vec![TrustDomainConfig { domain: DOMAIN.into(), roots: pki.join("ca-cert.pem"), crls: vec![pki.join("crl.pem")] }];
+        let trust = vec![TrustDomainConfig {
+            domain: DOMAIN.into(),
+            roots: pki.join("ca-cert.pem"),
+            crls: vec![pki.join("crl.pem")],
+            intermediates: None,
+        }];
         let config = IdentityConfig {
             certificate: file("cert"),
             key: file("key"),

@@ -97,7 +97,12 @@ pub(super) fn identity_in(directory: &Path, name: &str) -> Result<Arc<Credential
         Problem::new(ErrorClass::Misuse, format!("certificate `{}`: {expected}", certificate.display()))
     })?;
     let authority = authority::files_of(directory);
-    let trust = vec![TrustDomainConfig { domain: own.trust_domain().to_owned(), roots: authority.certificate, crls: vec![authority.crl] }];
+    let trust = vec![TrustDomainConfig {
+        domain: own.trust_domain().to_owned(),
+        roots: authority.certificate,
+        crls: vec![authority.crl],
+        intermediates: None,
+    }];
     let config = IdentityConfig {
         certificate,
         key: file("-key.pem"),

@@ -8,7 +8,7 @@ use landlock::{
     RulesetCreatedAttr, RulesetStatus, Scope, make_bitflags,
 };
 
-use crate::config::{Config, KeyFile, Policies};
+use crate::config::{self, Config, KeyFile, Policies};
 
 /// Rights that are denied wherever no rule gives them. What later kernels can deny besides is not asked for: connecting to the sockets
 /// of VMMs is among it, and would need rules that nobody has tried.
@@ -42,7 +42,7 @@ pub(super) fn allowed(config: &Config) -> Allowed {
     }
     let identity = &config.identity;
     let keys = [&identity.key, &identity.signing_key].into_iter().filter_map(KeyFile::path);
-    let trust = identity.trust.iter().flat_map(|trust| trust.crls.iter().chain([&trust.roots]));
+    let trust = identity.trust.iter().flat_map(config::Trust::files);
     for file in trust.chain([&identity.certificate]).cloned().chain(keys) {
         named(&file, &mut allow);
     }

@@ -11,6 +11,7 @@ fn credentials(authority: &AuthorityFiles, gateway: &GatewayFiles) -> Arc<Creden
         domain: gateway.spiffe.trust_domain().to_owned(),
         roots: authority.certificate.clone(),
         crls: vec![authority.crl.clone()],
+        intermediates: None,
     };
     Credentials::load(IdentityConfig {
         certificate: gateway.certificate.clone(),

@@ -153,6 +153,59 @@ fn unfit_crls_are_refused_when_they_are_loaded() {
     assert!(matches!(error(tampered), IdentityError::CrlForged { .. }));
 }
 
+/// As a forger would make a list to bring revoked gateways back, or to keep all out: the issuer's name, a higher number, another key.
+#[test]
+fn a_forged_crl_of_an_intermediate_is_refused_with_its_file_and_displaces_nothing() {
+    let real = &WORLD.intermediate;
+    let forger = real.impostor();
+    let good = real.crl(7, 0, 30, &[]);
+    let (_, list) = x509_parser::parse_x509_crl(&good).unwrap();
+    let key_id = |extension: &x509_parser::extensions::X509Extension<'_>| match extension.parsed_extension() {
+        x509_parser::extensions::ParsedExtension::AuthorityKeyIdentifier(id) => Some(id.key_identifier.as_ref().unwrap().0.to_vec()),
+        _ => None,
+    };
+    let of_real = list.extensions().iter().find_map(key_id).unwrap();
+    let forged = [
+        ("the forger's own key id", forger.crl(900, 0, 30, &[])),
+        ("the key id of the issuer", forger.crl_saying(900, &of_real)),
+        ("the key id of nobody", forger.crl_saying(900, &[7; 20])),
+        ("a list that revokes everybody", forger.crl(900, 0, 30, &[&WORLD.good_intermediate.serial])),
+    ];
+    for (known_by, own) in [("its own chain", &WORLD.good_intermediate), ("`intermediates`", &WORLD.good_a), ("nobody", &WORLD.good_a)] {
+        for (what, der) in &forged {
+            let case = format!("{what}, the issuer known by {known_by}");
+            let mut place = Place::new();
+            if known_by == "`intermediates`" {
+                let path = place.dir.path().join("intermediates.pem");
+                fs::write(&path, format!("{}{}", WORLD.other_root.pem, real.pem)).unwrap();
+                place.trust[0].intermediates = Some(path);
+            }
+            let gateway = place.gateway("a", own);
+            let revoked = WORLD.variants.iter().find(|variant| variant.name == "revoked-below-intermediate").unwrap();
+            let judged = |leaf: &Leaf| gateway.identify(&leaf.chain).map_err(|error| error.refusal().unwrap().code());
+            assert!(judged(&WORLD.good_intermediate).is_ok(), "{case}");
+            let unverified = |gateway: &Credentials| gateway.unverified_crls().contains(&place.crl("intermediate.crl"));
+            assert_eq!(unverified(&gateway), known_by == "nobody", "{case}");
+            place.write_crl("intermediate.crl", der);
+            let reloaded = gateway.reload().map_err(|error| error.to_string());
+            if known_by == "nobody" {
+                // It is the peer's chain that says who the issuer is.
+                assert_eq!((reloaded, unverified(&gateway)), (Ok(()), true), "{case}");
+                assert_eq!(judged(&WORLD.good_intermediate).unwrap_err(), "crl-bad-signature", "{case}");
+            } else {
+                let expected = format!("CRL `{}` is not signed by the issuer it names", place.crl("intermediate.crl").display());
+                assert_eq!(reloaded, Err(expected), "{case}");
+                assert!(judged(&WORLD.good_intermediate).is_ok(), "{case}: the last good one stays");
+                assert!(matches!(Credentials::load(place.config("a", own)), Err(IdentityError::CrlForged { .. })), "{case}: at a start");
+            }
+            assert!(matches!(judged(&revoked.leaf), Err("revoked" | "crl-bad-signature")), "{case}: {:?}", judged(&revoked.leaf));
+            // The number of a list that was refused is not remembered; that of one that nobody could check is.
+            place.write_crl("intermediate.crl", &real.crl(8, 0, 30, &[]));
+            assert_eq!(gateway.reload().is_ok(), known_by != "nobody", "{case}");
+        }
+    }
+}
+
 #[test]
 fn crls_that_are_wrong_byte_by_byte_are_refused_for_their_own_reason() {
     let place = Place::new();

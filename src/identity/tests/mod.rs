@@ -36,7 +36,9 @@ impl Place {
     fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
         let trust = WORLD.write_trust(dir.path()).into_iter();
-        let trust = trust.map(|files| TrustDomainConfig { domain: files.domain, roots: files.roots, crls: files.crls }).collect();
+        let trust = trust
+            .map(|files| TrustDomainConfig { domain: files.domain, roots: files.roots, crls: files.crls, intermediates: None })
+            .collect();
         Self { dir, trust }
     }
 

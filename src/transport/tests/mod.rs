@@ -44,6 +44,7 @@ impl Fleet {
             domain: DOMAIN.to_owned(),
             roots: self.authority.certificate.clone(),
             crls: vec![self.authority.crl.clone()],
+            intermediates: None,
         }];
         let config = IdentityConfig { certificate: files.certificate, key: files.key, signing_key: files.signing_key, trust, post_quantum };
         Credentials::load(config).unwrap()
