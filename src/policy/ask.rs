@@ -15,6 +15,7 @@ use crate::policy::index::Index;
 use crate::policy::load::PolicySet;
 use crate::policy::obligations::Obligations;
 use crate::policy::permit::{Accept, Action, Commit, Permit, Release, Request, Resolve};
+use crate::policy::reads::Reads;
 use crate::types::{SpiffeId, VmUuid};
 
 /// A question, without the VM that it is about.
@@ -78,14 +79,14 @@ impl Question<'_> {
         }
     }
 
-    /// The circumstances, with these terms of the stream.
-    pub(super) fn context(&self, stream: Option<&Stream>) -> Result<Context, String> {
+    /// The circumstances that are read, with these terms of the stream.
+    pub(super) fn context(&self, stream: Option<&Stream>, reads: Reads) -> Result<Context, String> {
         match self {
-            Self::Request(_, context) => context.context(stream.unwrap_or(&context.stream)),
+            Self::Request(_, context) => context.context(stream.unwrap_or(&context.stream), reads),
             Self::Release(_, context) | Self::Accept(_, context) | Self::Commit(_, context) => {
-                context.context(stream.unwrap_or(&context.stream))
+                context.context(stream.unwrap_or(&context.stream), reads)
             }
-            Self::Resolve(_, context) => context.context(),
+            Self::Resolve(_, context) => context.context(reads),
         }
     }
 
@@ -195,6 +196,7 @@ pub struct Explanation {
 }
 
 /// A decision and the policies that determined it.
+#[derive(Debug)]
 pub(super) struct Answer {
     pub(super) allowed: bool,
     pub(super) ids: Vec<String>,
@@ -333,9 +335,10 @@ impl PolicySet {
         Some(json!({ "context": question.context_value().ok()?, "entities": serde_json::to_value(entities).ok()? }))
     }
 
-    /// The policies that decide by Cedar's own search through all of them: what the index has to come to.
+    /// The answer by Cedar's own search through all policies, with all circumstances and all entities: what index and slices have to
+    /// come to.
     #[cfg(test)]
-    pub(super) fn ask_all(&self, vm: VmUuid, question: &Question<'_>) -> Result<Vec<String>, String> {
+    pub(super) fn ask_all(&self, vm: VmUuid, question: &Question<'_>) -> Result<Answer, String> {
         let (principal, resource) = (question.principal_uid()?, uid("Vm", &vm.to_string())?);
         let mut unlisted = Vec::new();
         if !self.known.has(&principal) {
@@ -345,9 +348,9 @@ impl PolicySet {
             unlisted.push(Known::unlisted_vm(vm)?.entity().clone());
         }
         let entities = cedar_policy::Entities::clone(&self.known.all).add_entities(unlisted, None).map_err(|error| error.to_string())?;
-        let (action, context) = (uid("Action", question.action())?, question.context(None)?);
+        let (action, context) = (uid("Action", question.action())?, question.context(None, Reads::ALL)?);
         let request = cedar_policy::Request::new(principal, action, resource, context, None).map_err(|error| error.to_string())?;
-        Ok(judge(&self.checked.authorizer.is_authorized(&request, &self.checked.policies, &entities)).ids)
+        Ok(judge(&self.checked.authorizer.is_authorized(&request, &self.checked.policies, &entities)))
     }
 
     fn forbids(&self, ids: &[String]) -> Vec<String> {
@@ -421,10 +424,10 @@ impl PolicySet {
             None => unlisted_resource.insert(Known::unlisted_vm(vm)?),
         };
         let (action, candidates) = (uid("Action", question.action())?, policies.candidates(question.action(), principal, resource));
-        let context = question.context(stream)?;
+        let context = question.context(stream, candidates.reads)?;
         // Its shape was compared with the schema when the set was loaded (`shapes.rs`).
         let request = cedar_policy::Request::new(principal_uid, action, resource_uid, context, None).map_err(|error| error.to_string())?;
-        let ask = |entities: &cedar_policy::Entities| self.checked.authorizer.is_authorized(&request, &candidates, entities);
+        let ask = |entities: &cedar_policy::Entities| self.checked.authorizer.is_authorized(&request, &candidates.policies, entities);
         if listed {
             return Ok(ask(&self.known.all));
         }

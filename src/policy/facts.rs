@@ -6,6 +6,7 @@ use cedar_policy::{Context, RestrictedExpression};
 use serde::{Deserialize, Serialize};
 
 use crate::policy::entities::uid;
+use crate::policy::reads::{Fact, Reads};
 
 /// How memory moves.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -196,94 +197,105 @@ fn flag(value: bool) -> RestrictedExpression {
     RestrictedExpression::new_bool(value)
 }
 
-fn pair(name: &str, value: RestrictedExpression) -> Pair {
-    (name.to_owned(), value)
+impl Reads {
+    /// A circumstance, if it is read.
+    fn pair(self, fact: Fact, value: impl FnOnce() -> RestrictedExpression) -> Option<Pair> {
+        self.has(fact).then(|| (fact.name().to_owned(), value()))
+    }
 }
 
-fn record<const N: usize>(pairs: [(&str, RestrictedExpression); N]) -> Result<RestrictedExpression, String> {
-    RestrictedExpression::new_record(pairs.map(|(name, value)| pair(name, value))).map_err(|error| error.to_string())
+/// A record of what is read of it; none when that is nothing.
+fn record<const N: usize>(name: &str, pairs: [Option<Pair>; N]) -> Result<Option<Pair>, String> {
+    if pairs.iter().all(Option::is_none) {
+        return Ok(None);
+    }
+    let record = RestrictedExpression::new_record(pairs.into_iter().flatten()).map_err(|error| error.to_string())?;
+    Ok(Some((name.to_owned(), record)))
 }
 
-fn now(unix_ms: i64) -> Result<Pair, String> {
-    let time = jiff::Timestamp::from_millisecond(unix_ms).map_err(|_| format!("time `{unix_ms}` ms is outside of the calendar"))?;
+/// The first millisecond that Cedar can write.
+const YEAR_ZERO_UNIX_MS: i64 = -62_167_219_200_000;
+
+/// Refuses a time that cannot be written, whether it is read or not.
+fn now(unix_ms: i64, reads: Reads) -> Result<Option<Pair>, String> {
+    let time = jiff::Timestamp::from_millisecond(unix_ms).ok().filter(|_| unix_ms >= YEAR_ZERO_UNIX_MS);
+    let time = time.ok_or_else(|| format!("time `{unix_ms}` ms is outside of the calendar"))?;
     // Cedar reads exactly three digits of a second's fraction.
-    Ok(pair("now", RestrictedExpression::new_datetime(format!("{time:.3}"))))
+    Ok(reads.pair(Fact::Now, || RestrictedExpression::new_datetime(format!("{time:.3}"))))
 }
 
 impl Route {
-    fn expression(&self) -> Result<RestrictedExpression, String> {
-        record([
-            ("srcSite", text(&self.src_site)),
-            ("dstSite", text(&self.dst_site)),
-            // A v4 peer seen through a dual-stack socket must match the v4 ranges that policies are written with.
-            ("peerIp", RestrictedExpression::new_ip(self.peer_ip.to_canonical().to_string())),
-        ])
+    fn pair(&self, reads: Reads) -> Result<Option<Pair>, String> {
+        // A v4 peer seen through a dual-stack socket must match the v4 ranges that policies are written with.
+        let peer_ip = || RestrictedExpression::new_ip(self.peer_ip.to_canonical().to_string());
+        let pairs = [
+            reads.pair(Fact::SrcSite, || text(&self.src_site)),
+            reads.pair(Fact::DstSite, || text(&self.dst_site)),
+            reads.pair(Fact::PeerIp, peer_ip),
+        ];
+        record("route", pairs)
     }
 }
 
 impl Channel {
-    fn expression(&self) -> Result<RestrictedExpression, String> {
-        record([
-            ("tls", text(&self.tls)),
-            ("kx", text(&self.kx)),
-            ("suite", text(&self.suite)),
-            ("crlFresh", flag(self.crl_fresh)),
-            ("peerCertDaysLeft", RestrictedExpression::new_long(self.peer_cert_days_left)),
-        ])
+    fn pair(&self, reads: Reads) -> Result<Option<Pair>, String> {
+        let pairs = [
+            reads.pair(Fact::Tls, || text(&self.tls)),
+            reads.pair(Fact::Kx, || text(&self.kx)),
+            reads.pair(Fact::Suite, || text(&self.suite)),
+            reads.pair(Fact::CrlFresh, || flag(self.crl_fresh)),
+            reads.pair(Fact::PeerCertDaysLeft, || RestrictedExpression::new_long(self.peer_cert_days_left)),
+        ];
+        record("channel", pairs)
     }
 }
 
 impl Stream {
-    fn expression(&self) -> Result<RestrictedExpression, String> {
-        record([
-            ("mode", text(self.mode.as_str())),
-            ("compression", text(self.compression.as_str())),
-            ("compressionScope", text(self.compression_scope.as_str())),
-            ("lengthPadding", flag(self.length_padding)),
-            ("durability", text(self.durability.as_str())),
-            ("lanes", RestrictedExpression::new_long(self.lanes.into())),
+    fn pair(&self, reads: Reads) -> Result<Option<Pair>, String> {
+        let pairs = [
+            reads.pair(Fact::Mode, || text(self.mode.as_str())),
+            reads.pair(Fact::Compression, || text(self.compression.as_str())),
+            reads.pair(Fact::CompressionScope, || text(self.compression_scope.as_str())),
+            reads.pair(Fact::LengthPadding, || flag(self.length_padding)),
+            reads.pair(Fact::Durability, || text(self.durability.as_str())),
+            reads.pair(Fact::Lanes, || RestrictedExpression::new_long(self.lanes.into())),
+        ];
+        record("stream", pairs)
+    }
+}
+
+fn context<const N: usize>(pairs: [Option<Pair>; N]) -> Result<Context, String> {
+    Context::from_pairs(pairs.into_iter().flatten()).map_err(|error| error.to_string())
+}
+
+impl MigrationContext {
+    pub(super) fn context(&self, stream: &Stream, reads: Reads) -> Result<Context, String> {
+        let memory = i64::try_from(self.memory_mib).map_err(|_| format!("guest memory of `{}` MiB does not fit", self.memory_mib))?;
+        context([
+            now(self.now_unix_ms, reads)?,
+            self.route.pair(reads)?,
+            self.channel.pair(reads)?,
+            stream.pair(reads)?,
+            reads.pair(Fact::MemoryMib, || RestrictedExpression::new_long(memory)),
         ])
     }
 }
 
-fn context<const N: usize>(pairs: [Pair; N], optional: Option<Pair>) -> Result<Context, String> {
-    Context::from_pairs(pairs.into_iter().chain(optional)).map_err(|error| error.to_string())
-}
-
-impl MigrationContext {
-    pub(super) fn context(&self, stream: &Stream) -> Result<Context, String> {
-        let memory = i64::try_from(self.memory_mib).map_err(|_| format!("guest memory of `{}` MiB does not fit", self.memory_mib))?;
-        context(
-            [
-                now(self.now_unix_ms)?,
-                pair("route", self.route.expression()?),
-                pair("channel", self.channel.expression()?),
-                pair("stream", stream.expression()?),
-                pair("memoryMiB", RestrictedExpression::new_long(memory)),
-            ],
-            None,
-        )
-    }
-}
-
 impl RequestContext {
-    pub(super) fn context(&self, stream: &Stream) -> Result<Context, String> {
-        let ticket = self.change_ticket.as_deref().map(|ticket| pair("changeTicket", text(ticket)));
-        context([now(self.now_unix_ms)?, pair("route", self.route.expression()?), pair("stream", stream.expression()?)], ticket)
+    pub(super) fn context(&self, stream: &Stream, reads: Reads) -> Result<Context, String> {
+        let ticket = self.change_ticket.as_deref().and_then(|ticket| reads.pair(Fact::ChangeTicket, || text(ticket)));
+        context([now(self.now_unix_ms, reads)?, self.route.pair(reads)?, stream.pair(reads)?, ticket])
     }
 }
 
 impl ResolveContext {
-    pub(super) fn context(&self) -> Result<Context, String> {
+    pub(super) fn context(&self, reads: Reads) -> Result<Context, String> {
         let approvers: Vec<_> =
             self.approvers.iter().map(|id| uid("Operator", id).map(RestrictedExpression::new_entity_uid)).collect::<Result<_, _>>()?;
-        context(
-            [
-                now(self.now_unix_ms)?,
-                pair("approvers", RestrictedExpression::new_set(approvers)),
-                pair("fenceEvidence", flag(self.fence_evidence)),
-            ],
-            None,
-        )
+        context([
+            now(self.now_unix_ms, reads)?,
+            reads.pair(Fact::Approvers, || RestrictedExpression::new_set(approvers)),
+            reads.pair(Fact::FenceEvidence, || flag(self.fence_evidence)),
+        ])
     }
 }

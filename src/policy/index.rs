@@ -14,6 +14,7 @@ use cedar_policy::{ActionConstraint, EntityUid, Policy, PolicySet, PrincipalCons
 use crate::limits;
 use crate::policy::entities::Known;
 use crate::policy::lint::{never_fails, path};
+use crate::policy::reads::Reads;
 
 /// What has to be so for a policy to match.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -33,17 +34,24 @@ type Buckets = HashMap<Need, Vec<u32>>;
 
 #[derive(Debug)]
 pub(super) struct Index {
-    policies: Vec<Policy>,
+    policies: Vec<(Policy, Reads)>,
     by_action: HashMap<String, Buckets>,
     /// Sets that were put together before: questions about VMs of one group take the same.
-    sets: Mutex<HashMap<Vec<u32>, Arc<PolicySet>>>,
+    sets: Mutex<HashMap<Vec<u32>, Arc<Candidates>>>,
+}
+
+/// Policies that are asked, and what they read of the circumstances.
+#[derive(Debug)]
+pub(super) struct Candidates {
+    pub(super) policies: PolicySet,
+    pub(super) reads: Reads,
 }
 
 impl Index {
     pub(super) fn new<'a>(policies: impl Iterator<Item = &'a Policy>, actions: &[&str]) -> Self {
-        let policies: Vec<Policy> = policies.cloned().collect();
+        let policies: Vec<(Policy, Reads)> = policies.map(|policy| (policy.clone(), Reads::of(policy))).collect();
         let mut by_action: HashMap<String, Buckets> = actions.iter().map(|name| ((*name).to_owned(), Buckets::new())).collect();
-        for (number, policy) in (0..).zip(&policies) {
+        for (number, (policy, _)) in (0..).zip(&policies) {
             let need = need(policy);
             let constraint = policy.action_constraint();
             let applies = |action: &str| match &constraint {
@@ -59,7 +67,7 @@ impl Index {
     }
 
     /// Every policy that can match, and some that cannot.
-    pub(super) fn candidates(&self, action: &str, principal: &Known, resource: &Known) -> Arc<PolicySet> {
+    pub(super) fn candidates(&self, action: &str, principal: &Known, resource: &Known) -> Arc<Candidates> {
         let mut numbers = Vec::new();
         if let Some(buckets) = self.by_action.get(action) {
             let mut take = |need: &Need| numbers.extend(buckets.get(need).into_iter().flatten());
@@ -78,17 +86,18 @@ impl Index {
         self.set_of(numbers)
     }
 
-    fn set_of(&self, numbers: Vec<u32>) -> Arc<PolicySet> {
+    fn set_of(&self, numbers: Vec<u32>) -> Arc<Candidates> {
         let mut sets = self.sets.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(set) = sets.get(&numbers) {
             return Arc::clone(set);
         }
-        let mut set = PolicySet::new();
-        for policy in numbers.iter().filter_map(|number| self.policies.get(usize::try_from(*number).ok()?)) {
+        let (mut policies, mut reads) = (PolicySet::new(), Reads::NONE);
+        for (policy, its) in numbers.iter().filter_map(|number| self.policies.get(usize::try_from(*number).ok()?)) {
             // Their ids are different: they come from one set.
-            let _ = set.add(policy.clone());
+            let _ = policies.add(policy.clone());
+            reads = reads.and(*its);
         }
-        let set = Arc::new(set);
+        let set = Arc::new(Candidates { policies, reads });
         if sets.len() >= limits::POLICY_SETS_KEPT_MAX {
             sets.clear();
         }

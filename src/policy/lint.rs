@@ -87,7 +87,7 @@ fn mistakes(policy: &Policy) -> Vec<(String, &'static str)> {
 }
 
 /// The expressions that one is made of; nothing for a kind that is not known.
-fn parts(expr: &Expr) -> Option<Vec<&Arc<Expr>>> {
+pub(super) fn parts(expr: &Expr) -> Option<Vec<&Arc<Expr>>> {
     Some(match expr {
         Expr::Literal(_) | Expr::Var(_) | Expr::Slot(_) => Vec::new(),
         Expr::UnaryOp { expr, .. } | Expr::GetAttr { expr, .. } | Expr::HasAttr { expr, .. } | Expr::Like { expr, .. } => vec![expr],

@@ -22,7 +22,8 @@
 //! INVARIANT(checked-before-use): a set exists only if it has a policy, every policy has a unique `@id`, and
 //! strict validation against the schema gave neither error nor warning.
 //!
-//! *Read first:* `load.rs` (texts to [`PolicySet`]), then `ask.rs` (question to answer), then `permit.rs`; `index.rs` for speed.
+//! *Read first:* `load.rs` (texts to [`PolicySet`]), then `ask.rs` (question to answer), then `permit.rs`; `index.rs` and
+//! `reads.rs` for speed.
 
 mod ask;
 pub mod bundle;
@@ -36,6 +37,7 @@ mod load;
 mod obligations;
 mod permit;
 mod reach;
+mod reads;
 mod shape;
 mod shapes;
 #[cfg(test)]

@@ -11,6 +11,7 @@ use cedar_policy::Schema;
 use crate::policy::ask::Question;
 use crate::policy::entities::uid;
 use crate::policy::facts::{Channel, Codec, CodecScope, Durability, MigrationContext, Mode, RequestContext, ResolveContext, Route, Stream};
+use crate::policy::reads::Reads;
 use crate::types::{SpiffeId, VmUuid};
 
 /// Compares one question of each kind, with everything that may be there and without it.
@@ -45,7 +46,7 @@ pub(super) fn check(schema: &Schema) -> Result<(), String> {
 pub(super) fn fits(question: &Question<'_>, schema: &Schema) -> Result<(), String> {
     let (principal, action) = (question.principal_uid()?, uid("Action", question.action())?);
     let resource = uid("Vm", &VmUuid([0; 16]).to_string())?;
-    let request = cedar_policy::Request::new(principal, action, resource, question.context(None)?, Some(schema));
+    let request = cedar_policy::Request::new(principal, action, resource, question.context(None, Reads::ALL)?, Some(schema));
     request.map(drop).map_err(|error| format!("`{}` does not fit the schema: {error}", question.action()))
 }
 
