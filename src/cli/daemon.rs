@@ -3,13 +3,13 @@
 use std::path::{Path, PathBuf};
 
 use super::flags::{
-    Change, DaemonFlags, DiskWritesFlag, IdFlags, IdPrefix, MigrateFlags, MigrationFlags, ModeFlag, OptionalIdFlags, SetFlags, StorageFlag,
+    Change, DaemonFlags, IdFlags, IdPrefix, MigrateFlags, MigrationFlags, ModeFlag, OptionalIdFlags, SetFlags, StorageFlag,
 };
 use super::follow::{self, Interrupts};
 use super::output::Out;
 use super::{Ending, render};
 use crate::config::{DEFAULT_CONTROL_SOCKET, DEFAULT_FILE};
-use crate::control::{Client, ClientError, DiskWrites, Exit, MigrateRequest, MigrationView, SetRequest, Storage, exit_of, exit_of_report};
+use crate::control::{Client, ClientError, Exit, MigrateRequest, MigrationView, SetRequest, Storage, exit_of, exit_of_report};
 use crate::telemetry::{ErrorClass, Mode, Problem, RunningOn};
 use crate::types::MigrationId;
 
@@ -174,10 +174,6 @@ fn request(flags: &MigrationFlags) -> MigrateRequest {
         StorageFlag::All => Storage::All,
     };
     request.verify_disks = flags.verify_disks;
-    request.disk_writes = match flags.disk_writes {
-        DiskWritesFlag::Auto => DiskWrites::Auto,
-        DiskWritesFlag::Blocking => DiskWrites::Blocking,
-    };
     request.verify = flags.verify;
     request.throttle = flags.throttle;
     request.compress = flags.compress;

@@ -208,12 +208,6 @@ pub struct MigrationFlags {
     /// Both sides read every disk while the guest stands still: a few seconds for each GiB, and less for holes.
     #[arg(long)]
     pub verify_disks: bool,
-    /// How the guest's writes are copied while its disks are; with `--storage all`.
-    ///
-    /// With `auto` they are copied behind its back, and it is slowed down when copying falls behind. With `blocking` they wait for the
-    /// destination from the beginning; a QEMU may hang for ever when its gateway ends meanwhile.
-    #[arg(long, value_enum, default_value_t = DiskWritesFlag::Auto)]
-    pub disk_writes: DiskWritesFlag,
     /// Compare all memory and state on both sides before the switch.
     ///
     /// Memory is read ahead, and again where the guest's dirty log says that it changed. `full` reads all of it in the pause, which
@@ -265,15 +259,6 @@ pub enum StorageFlag {
     None,
     /// All that the guest can write to.
     All,
-}
-
-/// How the guest's writes are copied.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum DiskWritesFlag {
-    /// Behind its back, as long as that leads somewhere.
-    Auto,
-    /// Each is done when it is at both ends.
-    Blocking,
 }
 
 /// A migration, by the beginning of its id.

@@ -96,7 +96,7 @@ fn the_whole_surface_parses() {
         "sealane migrate web --to gw-b --socket s --bandwidth 1Gbit --max-downtime 300ms --timeout 1h --mode precopy --storage none --detach --json",
         "sealane migrate web --to gw-b --config f --dry-run --verify --throttle --compress lz4 --lanes 4",
         "sealane migrate web --to gw-b --verify=no",
-        "sealane migrate web --to gw-b --storage all --verify-disks --disk-writes blocking",
+        "sealane migrate web --to gw-b --storage all --verify-disks",
         "sealane migrate web --to gw-b --storage shared",
         "sealane plan web --to gw-b",
         "sealane vms",

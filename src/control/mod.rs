@@ -42,9 +42,9 @@ pub use doubt::{
 pub use error::ClientError;
 pub use problem::{Exit, Row, exit_of, exit_of_report, row, status_of};
 pub use vocabulary::{
-    Check, CheckVerdict, Compress, DiskWrites, Estimate, Event, EventError, GatewaySchema, GatewayView, History, HistorySchema,
-    MigrateRequest, MigrationList, MigrationSchema, MigrationState, MigrationView, MigrationsSchema, PeerList, PeerView, PeersSchema,
-    PlanSchema, PlanView, SandboxView, SetRequest, Storage, VmList, VmState, VmView, VmsSchema,
+    Check, CheckVerdict, Compress, Estimate, Event, EventError, GatewaySchema, GatewayView, History, HistorySchema, MigrateRequest,
+    MigrationList, MigrationSchema, MigrationState, MigrationView, MigrationsSchema, PeerList, PeerView, PeersSchema, PlanSchema, PlanView,
+    SandboxView, SetRequest, Storage, VmList, VmState, VmView, VmsSchema,
 };
 
 pub use crate::telemetry::Problem;

@@ -64,9 +64,6 @@ pub struct MigrateRequest {
     /// Whether what disks hold is compared in the pause, where they move too.
     #[serde(default)]
     pub verify_disks: bool,
-    /// How the guest's writes are copied, where disks move too.
-    #[serde(default)]
-    pub disk_writes: DiskWrites,
     /// What is compared before the switch.
     #[serde(default)]
     pub verify: Option<Verify>,
@@ -98,7 +95,6 @@ impl MigrateRequest {
             mode: Mode::Precopy,
             storage: Storage::None,
             verify_disks: false,
-            disk_writes: DiskWrites::Auto,
             verify: None,
             throttle: false,
             dry_run: false,
@@ -117,17 +113,6 @@ pub enum Storage {
     None,
     /// All that the guest can write to, of a QEMU's.
     All,
-}
-
-/// How what the guest writes to a disk that moves is copied.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum DiskWrites {
-    /// Behind the guest's back, until that shows to lead nowhere.
-    #[default]
-    Auto,
-    /// A write of the guest is done when it is at both ends, from the beginning.
-    Blocking,
 }
 
 /// What makes pages smaller: `auto`, `none`, `lz4`, `zstd` or `zstd:LEVEL`.

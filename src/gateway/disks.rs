@@ -5,7 +5,7 @@ use std::path::Path;
 use rustix::fs::statfs;
 
 use crate::config::{self, DiskFormat, Existing};
-use crate::control::{DiskWrites, MigrateRequest, Storage};
+use crate::control::{MigrateRequest, Storage};
 use crate::engine::{self, DiskOrder};
 use crate::gateway::Gateway;
 use crate::gateway::kept::twin_file;
@@ -22,8 +22,6 @@ use crate::wire::ErrorClass;
 pub(super) struct DiskWish {
     /// Compare them in the pause.
     pub(super) verify: bool,
-    /// Have the guest's writes wait from the beginning.
-    pub(super) blocking: bool,
 }
 
 /// What the note of laid disks is called, beside their twin.
@@ -90,11 +88,9 @@ pub(super) fn local_files(disks: &[(Disk, String)]) -> Vec<String> {
 /// What a request says of disks, if it says anything.
 pub(super) fn wished(vm: &config::Vm, address: &str, request: &MigrateRequest) -> Result<Option<DiskWish>, Problem> {
     let misuse = |why: String| Problem::new(ErrorClass::Misuse, why).with_running_on(RunningOn::Source);
-    let wish = DiskWish { verify: request.verify_disks, blocking: request.disk_writes == DiskWrites::Blocking };
+    let wish = DiskWish { verify: request.verify_disks };
     match (request.storage, Address::parse(address)) {
-        (Storage::None, _) if wish.verify || wish.blocking => {
-            Err(misuse("`--verify-disks` and `--disk-writes` are about disks that move: expected `--storage all`".into()))
-        }
+        (Storage::None, _) if wish.verify => Err(misuse("`--verify-disks` is about disks that move: expected `--storage all`".into())),
         (Storage::None, _) => Ok(None),
         (Storage::All, Address::Qemu(_)) => Ok(Some(wish)),
         (Storage::All, Address::Attach(_)) => {
@@ -129,8 +125,8 @@ pub(super) fn listed(disks: &[Disk]) -> serde_json::Value {
 
 impl Gateway {
     /// How disks move with a guest that leaves.
-    pub(super) fn disk_order(&self, migration: MigrationId, DiskWish { verify, blocking }: DiskWish) -> DiskOrder {
-        DiskOrder { socket: twin_file(&self.config.gateway.runtime_directory, migration, SOCKET), verify, blocking }
+    pub(super) fn disk_order(&self, migration: MigrationId, DiskWish { verify }: DiskWish) -> DiskOrder {
+        DiskOrder { socket: twin_file(&self.config.gateway.runtime_directory, migration, SOCKET), verify }
     }
 
     /// Takes away the disks of a VM that did not come, and keeps them for another attempt where that may be.

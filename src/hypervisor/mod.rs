@@ -321,13 +321,12 @@ pub trait Exports {
 
 /// The source end of a hypervisor that sends its guest itself.
 pub trait StreamSource: Guest + Exports {
-    /// Begins to copy disks to the NBD exports of their names behind a socket, and whatever the guest writes to them from now on;
-    /// with `blocking` a write of the guest waits until it is there. With `in_place` nothing is zeroed before it is copied: much of it
-    /// may be there already.
+    /// Begins to copy disks to the NBD exports of their names behind a socket, and whatever the guest writes to them from now on.
+    /// With `in_place` nothing is zeroed before it is copied: much of it may be there already.
     ///
     /// # Errors
     /// The hypervisor is gone or refuses.
-    fn mirror(&mut self, at: &Path, disks: &[Disk], blocking: bool, in_place: bool) -> Result<(), HypervisorError>;
+    fn mirror(&mut self, at: &Path, disks: &[Disk], in_place: bool) -> Result<(), HypervisorError>;
     /// How far that has come.
     ///
     /// # Errors

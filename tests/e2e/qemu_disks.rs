@@ -380,7 +380,7 @@ fn a_guest_moves_with_its_disk_into_another_format_and_back() {
     assert!(report["wire_bytes"].as_u64().unwrap() < 8 * MIB, "{report}");
     disks.is_only_at(B);
     // And back, to where an old one lies.
-    let report = disks.lab.migrate(B, &["--storage", "all", "--disk-writes", "blocking"]).expect_moved();
+    let report = disks.lab.migrate(B, &["--storage", "all"]).expect_moved();
     moved(&report, 64 * MIB);
     assert_eq!(report["disks"]["verified"], false, "{report}");
     disks.is_only_at(A);

@@ -39,6 +39,4 @@ pub struct DiskOrder {
     pub socket: PathBuf,
     /// Whether both ends read all disks in the pause, and compare.
     pub verify: bool,
-    /// Whether writes of the guest wait for the destination from the beginning.
-    pub blocking: bool,
 }

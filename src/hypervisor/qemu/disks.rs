@@ -125,7 +125,7 @@ fn node_of(qmp: &Qmp, blocks: &[Block], disk: &Disk, request: &'static str) -> R
 
 /// Begins to mirror each disk to the export of its name behind the socket at `at`. A QEMU that may discard there zeroes all of it
 /// first; without that it goes from range to range, zeroes among them.
-pub(super) fn mirror(monitor: &Monitor, at: &Path, disks: &[Disk], blocking: bool, in_place: bool) -> Result<(), HypervisorError> {
+pub(super) fn mirror(monitor: &Monitor, at: &Path, disks: &[Disk], in_place: bool) -> Result<(), HypervisorError> {
     let qmp = &monitor.qmp;
     let blocks = blocks(qmp)?;
     for (index, disk) in disks.iter().enumerate() {
@@ -134,10 +134,10 @@ pub(super) fn mirror(monitor: &Monitor, at: &Path, disks: &[Disk], blocking: boo
         let discard = if in_place { "ignore" } else { "unmap" };
         let target = json!({ "driver": "nbd", "node-name": ours(index), "server": server, "export": disk.device, "discard": discard });
         qmp.execute("blockdev-add", target)?;
-        let mode = if blocking { "write-blocking" } else { "background" };
-        // One that fails stays to be asked why.
+        // One that fails stays to be asked why. WHY background: with the guest's writes waiting for the mirror (`write-blocking`) a QEMU
+        // (10.0.2) may hang for ever, and its guest with it, when its connection breaks; and it breaks when a gateway is killed.
         let job = json!({
-            "job-id": ours(index), "device": node, "target": ours(index), "sync": "full", "copy-mode": mode,
+            "job-id": ours(index), "device": node, "target": ours(index), "sync": "full", "copy-mode": "background",
             "on-source-error": "report", "on-target-error": "report", "auto-dismiss": false,
         });
         qmp.execute("blockdev-mirror", job)?;

@@ -166,9 +166,9 @@ impl Exports for QemuSource {
 }
 
 impl StreamSource for QemuSource {
-    fn mirror(&mut self, at: &Path, disks: &[Disk], blocking: bool, in_place: bool) -> Result<(), HypervisorError> {
+    fn mirror(&mut self, at: &Path, disks: &[Disk], in_place: bool) -> Result<(), HypervisorError> {
         self.mirrors = disks.len();
-        disks::mirror(&self.monitor, at, disks, blocking, in_place)
+        disks::mirror(&self.monitor, at, disks, in_place)
     }
 
     fn mirror_progress(&mut self) -> Result<MirrorProgress, HypervisorError> {

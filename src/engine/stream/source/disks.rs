@@ -24,7 +24,6 @@ pub(super) struct Disks {
     server: Option<DiskServer>,
     pub(super) said: MirrorProgress,
     pace: MirrorPace,
-    blocking: bool,
     /// Since when they are copied.
     began: Option<Instant>,
     /// How often the guest had to be slowed down.
@@ -43,7 +42,6 @@ struct Settled {
 
 impl Disks {
     pub(super) fn new(order: DiskOrder, all: Vec<Disk>) -> Self {
-        let blocking = order.blocking;
         Self {
             order,
             all,
@@ -52,7 +50,6 @@ impl Disks {
             server: None,
             said: MirrorProgress::default(),
             pace: MirrorPace::default(),
-            blocking,
             began: None,
             slowed: 0,
             settling: None,
@@ -127,10 +124,10 @@ impl Run {
         let local = |source| HypervisorError::Local { vm, what: "cannot listen for disks", source };
         disks.server =
             Some(DiskServer::start(&disks.order.socket, &disks.all, Arc::clone(&disks.out), Arc::clone(&disks.held)).map_err(local)?);
-        let (at, all, blocking) = (disks.order.socket.clone(), disks.all.clone(), disks.blocking);
+        let (at, all) = (disks.order.socket.clone(), disks.all.clone());
         let in_place = !disks.held.is_empty();
         disks.began = Some(Instant::now());
-        self.beside(move |guest| guest.mirror(&at, &all, blocking, in_place)).await?;
+        self.beside(move |guest| guest.mirror(&at, &all, in_place)).await?;
         Ok(())
     }
 
@@ -275,7 +272,7 @@ mod tests {
 
     #[tokio::test]
     async fn settling_is_waited_for_again_when_the_wait_was_dropped() {
-        let order = DiskOrder { socket: "x".into(), verify: false, blocking: false };
+        let order = DiskOrder { socket: "x".into(), verify: false };
         let mut disks = Some(Disks::new(order, Vec::new()));
         let (go, gone) = tokio::sync::oneshot::channel::<()>();
         if let Some(disks) = &mut disks {
