@@ -3,7 +3,8 @@
 use std::path::{Path, PathBuf};
 
 use super::flags::{
-    Change, DaemonFlags, IdFlags, IdPrefix, MigrateFlags, MigrationFlags, ModeFlag, OptionalIdFlags, SetFlags, StorageFlag,
+    Change, DaemonFlags, IdFlags, IdPrefix, MigrateFlags, MigrationFlags, ModeFlag, OptionalIdFlags, SetFlags, StorageCommand, StorageFlag,
+    StorageMigrateFlags,
 };
 use super::follow::{self, Interrupts};
 use super::output::Out;
@@ -107,9 +108,12 @@ pub(super) fn watch(flags: &IdFlags, out: Out) -> Ending {
 }
 
 pub(super) fn plan(flags: &MigrationFlags, out: Out) -> Ending {
-    let mut request = request(flags);
+    plan_for(request(flags), &flags.daemon, out)
+}
+
+fn plan_for(mut request: MigrateRequest, daemon: &DaemonFlags, out: Out) -> Ending {
     request.dry_run = true;
-    let plan = untouched(ask(&flags.daemon, async |client| client.plan(&request).await))?;
+    let plan = untouched(ask(daemon, async |client| client.plan(&request).await))?;
     if out.json {
         out.object(&plan);
     } else {
@@ -126,20 +130,27 @@ pub(super) fn plan(flags: &MigrationFlags, out: Out) -> Ending {
 }
 
 pub(super) fn migrate(flags: &MigrateFlags, out: Out) -> Ending {
-    if flags.dry_run {
-        return plan(&flags.migration, out);
-    }
-    let request = request(&flags.migration);
-    with_client(&flags.migration.daemon, async |client| {
+    let (request, daemon) = (request(&flags.migration), &flags.migration.daemon);
+    if flags.dry_run { plan_for(request, daemon, out) } else { start(&request, daemon, flags.detach, out) }
+}
+
+pub(super) fn storage(command: &StorageCommand, out: Out) -> Ending {
+    let StorageCommand::Migrate(flags) = command;
+    let request = storage_request(flags);
+    if flags.dry_run { plan_for(request, &flags.daemon, out) } else { start(&request, &flags.daemon, flags.detach, out) }
+}
+
+fn start(request: &MigrateRequest, daemon: &DaemonFlags, detach: bool, out: Out) -> Ending {
+    with_client(daemon, async |client| {
         // From here on Ctrl-C must not leave a migration behind that nobody knows of.
         let mut interrupts = Interrupts::cancel_then_detach()?;
-        let Some(started) = interrupts.through(client.start(&request), out).await else {
+        let Some(started) = interrupts.through(client.start(request), out).await else {
             return Err(Problem::new(ErrorClass::InDoubt, format!("left before the gateway said whether it migrates `{}`", request.vm))
                 .with_code("answer-lost")
                 .with_hint("`sealane status` and `sealane vms` tell"));
         };
         let started = untouched(started.map_err(|error| error.problem()))?;
-        if flags.detach {
+        if detach {
             if out.json {
                 out.object(&started);
             } else {
@@ -150,6 +161,16 @@ pub(super) fn migrate(flags: &MigrateFlags, out: Out) -> Ending {
         out.talk(&format!("migration {} of {} to {}", started.id, started.vm, started.peer));
         follow::follow(&client, started.id, out, false, interrupts).await
     })
+}
+
+fn storage_request(flags: &StorageMigrateFlags) -> MigrateRequest {
+    let mut request = MigrateRequest::new(flags.vm.clone(), flags.to.clone());
+    request.bandwidth_bytes_per_second = flags.bandwidth.map(|bandwidth| bandwidth.bytes_per_second);
+    request.timeout_seconds = flags.timeout.map(|span| span.duration.as_secs_f64());
+    request.max_outage_seconds = flags.max_outage.map(|span| span.duration.as_secs_f64());
+    request.compress = flags.compress;
+    request.storage = Storage::Only;
+    request
 }
 
 /// A request that never reached the gateway has moved nothing.

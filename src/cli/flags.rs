@@ -59,6 +59,9 @@ pub enum Command {
     ///
     /// Makes every check that can be made beforehand, on both sides, and estimates how long it takes.
     Plan(MigrationFlags),
+    /// Copy disks ahead of a migration.
+    #[command(subcommand)]
+    Storage(StorageCommand),
     /// List this gateway's VMs and where they run.
     Vms(DaemonFlags),
     /// List peers, and whether they can be reached.
@@ -225,6 +228,51 @@ pub struct MigrationFlags {
     /// Without it: one for every 256 MiB of the VM's memory, at most the number in the gateway's configuration.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=i64::from(crate::limits::LANES_MAX)))]
     pub lanes: Option<u16>,
+    /// The gateway to ask.
+    #[command(flatten)]
+    pub daemon: DaemonFlags,
+}
+
+/// Commands of `storage`.
+#[derive(Debug, Subcommand)]
+pub enum StorageCommand {
+    /// Copy the disks of a running VM to a peer, and leave the VM where it is.
+    ///
+    /// Of a QEMU's guest, every disk that it can write to is copied as with `migrate --storage all`, until both ends were equal for a
+    /// moment. The guest runs on here and is never paused. The destination keeps the copy beside the disk's place for its
+    /// `[migration] keep_disks`; `sealane migrate --storage all` within that time compares it block by block, and sends only what differs.
+    ///
+    /// Both gateways ask their policies, as for a migration. With exit code 0 the disks are there, and the VM runs here.
+    Migrate(StorageMigrateFlags),
+}
+
+/// Flags of `storage migrate`.
+#[derive(Debug, Args)]
+pub struct StorageMigrateFlags {
+    /// The VM whose disks are copied.
+    #[arg(value_name = "VM")]
+    pub vm: VmName,
+    /// The peer to copy them to, as the configuration names it.
+    #[arg(long, value_name = "PEER")]
+    pub to: PeerName,
+    /// Most that goes over the wire, e.g. 1Gbit or 10MiB/s.
+    #[arg(long, value_parser = quantity::<Bandwidth>)]
+    pub bandwidth: Option<Bandwidth>,
+    /// Longest that it may take, e.g. 1h; what has come until then is kept.
+    #[arg(long, value_name = "DURATION", value_parser = quantity::<TimeSpan>)]
+    pub timeout: Option<TimeSpan>,
+    /// Longest outage of the link that is waited out, e.g. 10m.
+    #[arg(long, value_name = "DURATION", value_parser = quantity::<TimeSpan>)]
+    pub max_outage: Option<TimeSpan>,
+    /// What makes what is written smaller.
+    #[arg(long, value_name = "auto|none|lz4|zstd[:N]")]
+    pub compress: Option<Compress>,
+    /// Only say what would happen, like `plan`.
+    #[arg(long, conflicts_with = "detach")]
+    pub dry_run: bool,
+    /// Start it, print its id and return.
+    #[arg(long)]
+    pub detach: bool,
     /// The gateway to ask.
     #[command(flatten)]
     pub daemon: DaemonFlags,

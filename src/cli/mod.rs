@@ -37,7 +37,7 @@ pub use tools::{
 
 use crate::control::{Exit, exit_of};
 use crate::telemetry::Problem;
-use flags::ConfigCommand;
+use flags::{ConfigCommand, StorageCommand};
 use output::Out;
 
 /// How a command ends: an exit code, or a problem that is still to be told.
@@ -69,6 +69,7 @@ fn dispatch(command: Command, out: Out) -> Ending {
         Command::Launcher => daemon::launcher(),
         Command::Migrate(flags) => daemon::migrate(&flags, out),
         Command::Plan(flags) => daemon::plan(&flags, out),
+        Command::Storage(command) => daemon::storage(&command, out),
         Command::Vms(flags) => daemon::vms(&flags, out),
         Command::Peers(flags) => daemon::peers(&flags, out),
         Command::Status(flags) => daemon::status(&flags, out),
@@ -99,6 +100,7 @@ fn wants_json(command: &Command) -> bool {
         Command::Bench(flags) => flags.json || matches!(&flags.command, Some(BenchCommand::Listen(listen)) if listen.json),
         Command::Migrate(flags) => flags.migration.daemon.json,
         Command::Plan(flags) => flags.daemon.json,
+        Command::Storage(StorageCommand::Migrate(flags)) => flags.daemon.json,
         Command::Vms(flags) | Command::Peers(flags) | Command::History(flags) | Command::Reload(flags) => flags.json,
         Command::Status(flags) => flags.daemon.json,
         Command::Watch(flags) | Command::Cancel(flags) => flags.daemon.json,

@@ -276,7 +276,9 @@ pub(super) fn report(out: Out, report: &Report) -> String {
     if let Some(disks) = &report.disks {
         let compared = disks.verify_seconds.map_or("not compared".to_owned(), |took| format!("compared in {}", seconds(took)));
         let held = if disks.held_bytes > 0 { format!(", {} were there", bytes(disks.held_bytes)) } else { String::new() };
-        row("disks", format!("{}, {}, {} written there{held}, {compared}", disks.count, bytes(disks.bytes), bytes(disks.changed_bytes)));
+        let alone = if disks.only { "; only they were copied, and are kept there" } else { "" };
+        let (count, length, written) = (disks.count, bytes(disks.bytes), bytes(disks.changed_bytes));
+        row("disks", format!("{count}, {length}, {written} written there{held}, {compared}{alone}"));
     }
     let verified = if report.verified { "yes: all memory and state were compared" } else { "no" };
     row("verified", verified.to_owned());

@@ -113,6 +113,8 @@ pub enum Storage {
     None,
     /// All that the guest can write to, of a QEMU's.
     All,
+    /// The same, and the guest stays: they are copied ahead of its migration.
+    Only,
 }
 
 /// What makes pages smaller: `auto`, `none`, `lz4`, `zstd` or `zstd:LEVEL`.

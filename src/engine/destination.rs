@@ -21,7 +21,7 @@ use crate::engine::lanes::{Applied, Decoders, LaneReport, ReceiveShared, Seal, d
 use crate::engine::link::send_within;
 use crate::engine::source::Command;
 use crate::engine::witness::Exchange;
-use crate::engine::{EngineError, Link};
+use crate::engine::{DiskFigures, EngineError, Link};
 use crate::hypervisor::PagedDestination;
 use crate::limits;
 use crate::memory::GuestRam;
@@ -177,7 +177,13 @@ impl Run {
         self.evidence.finish_heads(&self.link, self.order.migration, &mut self.heads, true, LINGER).await;
         // Lanes that close before the last word was read look like an outage.
         drop(self.gate.take());
-        DestinationEnd { outcome: self.ended.flatten(), error: self.error, address: self.binding.address, decode: self.busy.iter().sum() }
+        DestinationEnd {
+            outcome: self.ended.flatten(),
+            error: self.error,
+            address: self.binding.address,
+            decode: self.busy.iter().sum(),
+            disks: DiskFigures::default(),
+        }
     }
 
     /// Takes the offer, or says what an earlier gateway has received of it.

@@ -68,6 +68,8 @@ pub struct Figures {
 /// What moved of disks.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct DiskFigures {
+    /// Whether they were all that was to be copied, and are there.
+    pub only: bool,
     /// How many.
     pub count: usize,
     /// How long they are, all together.

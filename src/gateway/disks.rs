@@ -22,6 +22,8 @@ use crate::wire::ErrorClass;
 pub(super) struct DiskWish {
     /// Compare them in the pause.
     pub(super) verify: bool,
+    /// The guest stays.
+    pub(super) only: bool,
 }
 
 /// What the note of laid disks is called, beside their twin.
@@ -67,7 +69,8 @@ pub(super) fn check_offered(vm: &config::Vm, machine: &Machine) -> Result<(), (b
             || !(1..=limits::DISK_BYTES_MAX).contains(&disk.bytes)
             || twice(disk)
     };
-    if disks.len() > limits::DISKS_MAX || disks.iter().any(|disk| wrong(&disk)) {
+    let of_nothing = machine.disks_only && disks.is_empty();
+    if of_nothing || disks.len() > limits::DISKS_MAX || disks.iter().any(|disk| wrong(&disk)) {
         return Err((true, "the list of disks is malformed".to_owned()));
     }
     if disks.is_empty() { Ok(()) } else { authorised(vm, disks).map_err(|why| (false, why)) }
@@ -88,12 +91,16 @@ pub(super) fn local_files(disks: &[(Disk, String)]) -> Vec<String> {
 /// What a request says of disks, if it says anything.
 pub(super) fn wished(vm: &config::Vm, address: &str, request: &MigrateRequest) -> Result<Option<DiskWish>, Problem> {
     let misuse = |why: String| Problem::new(ErrorClass::Misuse, why).with_running_on(RunningOn::Source);
-    let wish = DiskWish { verify: request.verify_disks };
+    let wish = DiskWish { verify: request.verify_disks, only: request.storage == Storage::Only };
     match (request.storage, Address::parse(address)) {
         (Storage::None, _) if wish.verify => Err(misuse("`--verify-disks` is about disks that move: expected `--storage all`".into())),
+        (Storage::Only, _) if wish.verify => {
+            let why = "disks of a guest that goes on writing cannot be compared: the migration that follows does, with `--verify-disks`";
+            Err(misuse(why.into()))
+        }
         (Storage::None, _) => Ok(None),
-        (Storage::All, Address::Qemu(_)) => Ok(Some(wish)),
-        (Storage::All, Address::Attach(_)) => {
+        (Storage::All | Storage::Only, Address::Qemu(_)) => Ok(Some(wish)),
+        (Storage::All | Storage::Only, Address::Attach(_)) => {
             let why = format!("VM `{}` is no QEMU's: moving its disks (`--storage all`) is not built", vm.name);
             Err(misuse(why).with_code("not-built"))
         }
@@ -101,20 +108,24 @@ pub(super) fn wished(vm: &config::Vm, address: &str, request: &MigrateRequest) -
 }
 
 /// Which disks move with a guest that leaves; with none it is said which files the destination will not have.
-pub(super) fn take_along(vm: &config::Vm, guest: &mut QemuSource, all: bool) -> Result<(), Problem> {
+pub(super) fn take_along(vm: &config::Vm, guest: &mut QemuSource, wish: Option<DiskWish>) -> Result<(), Problem> {
     let unreachable = |error: HypervisorError| Problem::new(ErrorClass::Local, telemetry::chain(&error)).with_code("vmm-unreachable");
     let found = guest.disks().map_err(unreachable)?;
-    if !all {
+    let Some(DiskWish { only, .. }) = wish else {
         let files = local_files(&found);
         if !files.is_empty() {
             let files = files.join("`, `");
             tracing::warn!(vm = %vm.name, files, "its disks stay, on a file system of this host: `--storage all` moves them too");
         }
         return Ok(());
-    }
+    };
     let disks: Vec<_> = found.into_iter().map(|(disk, _)| disk).collect();
     authorised(vm, &disks).map_err(|why| Problem::new(ErrorClass::Denied, why).with_code("disks-differ"))?;
-    guest.move_disks(disks);
+    if only && disks.is_empty() {
+        let why = format!("VM `{}` has no disk that it can write to: there is nothing to copy", vm.name);
+        return Err(Problem::new(ErrorClass::Misuse, why).with_code("no-disks"));
+    }
+    guest.move_disks(disks, only);
     Ok(())
 }
 
@@ -125,8 +136,20 @@ pub(super) fn listed(disks: &[Disk]) -> serde_json::Value {
 
 impl Gateway {
     /// How disks move with a guest that leaves.
-    pub(super) fn disk_order(&self, migration: MigrationId, DiskWish { verify }: DiskWish) -> DiskOrder {
+    pub(super) fn disk_order(&self, migration: MigrationId, DiskWish { verify, .. }: DiskWish) -> DiskOrder {
         DiskOrder { socket: twin_file(&self.config.gateway.runtime_directory, migration, SOCKET), verify }
+    }
+
+    /// Whether disks can be copied here ahead of their guest.
+    ///
+    /// # Errors
+    /// Why not, in words.
+    pub(super) fn takes_disks_only(&self, machine: &Machine) -> Result<(), String> {
+        if machine.disks_only && self.config.migration.keep_disks.duration.is_zero() {
+            let why = "gateway keeps no disks of VMs that did not come (`[migration] keep_disks` is 0): they would be copied for nothing";
+            return Err(format!("the {why}"));
+        }
+        Ok(())
     }
 
     /// Takes away the disks of a VM that did not come, and keeps them for another attempt where that may be.
@@ -205,7 +228,7 @@ mod tests {
 
     fn machine(disks: Vec<Disk>) -> Machine {
         let (kind, uuid) = ("qemu".to_owned(), crate::types::VmUuid([1; 16]));
-        Machine { kind, uuid, regions: Vec::new(), vcpus: 1, profile: serde_json::Value::Null, disks }
+        Machine { kind, uuid, regions: Vec::new(), vcpus: 1, profile: serde_json::Value::Null, disks, disks_only: false }
     }
 
     #[test]
@@ -239,6 +262,9 @@ mod tests {
         ] {
             assert!(matches!(check_offered(&free, &machine(hostile)), Err((true, _))));
         }
+        let alone = |disks| Machine { disks_only: true, ..machine(disks) };
+        assert_eq!(check_offered(&free, &alone(vec![disk("a", 1)])), Ok(()));
+        assert!(matches!(check_offered(&free, &alone(Vec::new())), Err((true, _))));
         let listed = vm("[[vm.disk]]\ndevice = \"a\"\n");
         assert!(matches!(check_offered(&listed, &machine(vec![disk("b", 1)])), Err((false, _))));
         // Disks that stay where they are are none of this.

@@ -241,6 +241,7 @@ impl Gateway {
     /// Judges an offer and puts everything for it in place; says why not, one reason at a time.
     async fn admit(self: &Arc<Self>, link: &Link, offer: Offer) -> Result<Arrival, Refusal> {
         let (machine, memory_bytes) = self.read_offer(&offer)?;
+        self.takes_disks_only(&machine).map_err(|why| Refusal::new(ErrorClass::PeerIncompatible, why))?;
         let mut case = Case {
             migration: offer.migration,
             vm: offer.vm.clone(),
@@ -469,6 +470,7 @@ impl Gateway {
         report.policy.decision = Some(report::decision(end.error.as_ref()));
         report.policy.policy_ids = policy_ids;
         report.verified = end.outcome == Some(Place::Moved) && case.terms.verify;
+        report::put_disks_there(&mut report, end.disks);
         report.audit.destination_head = Some(self.audit.head().text);
         report
     }

@@ -60,6 +60,7 @@ mod tests {
             vcpus: 2,
             profile: json!({ "cpuid": [[1, 0, 0, 1, 2, 3, 4]], "devices": ["serial", "disk@/dev/vg/web"] }),
             disks: Vec::new(),
+            disks_only: false,
         };
         assert_eq!(check_machine(&plain, &machine), Ok(()));
         let pinned = |change: fn(&mut Vm)| {

@@ -294,6 +294,9 @@ impl Gateway {
         entry.detail.insert("state".into(), serde_json::to_value(report.state).unwrap_or_default());
         entry.detail.insert("running_on".into(), serde_json::to_value(report.running_on).unwrap_or_default());
         entry.detail.insert("wire_bytes".into(), report.wire_bytes.into());
+        if let Some(disks) = report.disks.filter(|disks| disks.only) {
+            entry.detail.insert("disks_copied".into(), serde_json::to_value(disks).unwrap_or_default());
+        }
         if let Some(error) = &report.error {
             entry.detail.insert("why".into(), error.message.clone().into());
             put_class(&mut entry, error.class);
@@ -432,6 +435,7 @@ impl Gateway {
     pub(super) fn conclude(self: &Arc<Self>, departure: Departure, note: Note, hypervisor: String, end: &SourceEnd) -> Report {
         let mut report = report::report(departure.migration, &departure.vm.name, end.outcome, end.error.as_ref(), note.started);
         report::put_figures(&mut report, &end.figures);
+        report::put_disks_there(&mut report, end.figures.disks);
         if !end.woken {
             report::not_woken(&mut report);
         }
@@ -468,7 +472,7 @@ impl Gateway {
         check_machine(vm, guest.machine()).map_err(|why| Problem::new(ErrorClass::Denied, why).with_code("machine-differs"))?;
         departure.has_memory(guest.machine().regions.iter().map(|region| region.bytes).sum());
         if let Leaving::Stream(guest) = &mut guest {
-            disks::take_along(&departure.vm, guest, departure.disks.is_some())?;
+            disks::take_along(&departure.vm, guest, departure.disks)?;
         }
         Ok(guest)
     }
@@ -485,7 +489,8 @@ impl Gateway {
             .peer(departure.peer.spiffe.to_string())
             .outcome(Outcome::Done)
             .detail("machine", machine_digest(machine))
-            .detail("disks", disks::listed(&machine.disks));
+            .detail("disks", disks::listed(&machine.disks))
+            .detail("disks_only", machine.disks_only);
         let audit = self.audit.clone();
         let recorded = tokio::task::spawn_blocking(move || audit.record(&offered)).await.map_err(bug)?;
         recorded.map_err(|error| Problem::new(ErrorClass::Local, telemetry::chain(&error)))?;

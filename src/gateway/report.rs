@@ -2,7 +2,7 @@
 
 use std::time::{Duration, SystemTime};
 
-use crate::engine::{EngineError, Figures};
+use crate::engine::{DiskFigures, EngineError, Figures};
 use crate::migration;
 use crate::telemetry::{DiskReport, DowntimeBreakdown, Outcome, Problem, Report, RunningOn, chain};
 use crate::types::{MigrationId, VmName};
@@ -35,6 +35,26 @@ pub(crate) fn report(
         });
     }
     report
+}
+
+fn disk_report(disks: &DiskFigures, verified: bool) -> DiskReport {
+    DiskReport {
+        only: disks.only,
+        count: disks.count,
+        bytes: disks.bytes,
+        changed_bytes: disks.changed_bytes,
+        held_bytes: disks.held_bytes,
+        verified: verified && disks.verify.is_some(),
+        verify_seconds: disks.verify.map(|took| took.as_secs_f64()),
+    }
+}
+
+/// What was to be done is done where only disks were to be copied, though the VM has not moved.
+pub(super) fn put_disks_there(report: &mut Report, disks: DiskFigures) {
+    if disks.only && report.running_on == RunningOn::Source {
+        (report.state, report.error) = (Outcome::Completed, None);
+        report.disks = Some(disk_report(&disks, false));
+    }
 }
 
 /// The VM belongs to the source, and its guest does not run there: most likely its hypervisor has ended.
@@ -111,14 +131,7 @@ pub(crate) fn put_figures(report: &mut Report, figures: &Figures) {
     report.table_bytes = figures.table_bytes;
     report.stream_opaque = figures.opaque.map(str::to_owned);
     report.verified = figures.verified;
-    report.disks = (figures.disks.count > 0).then(|| DiskReport {
-        count: figures.disks.count,
-        bytes: figures.disks.bytes,
-        changed_bytes: figures.disks.changed_bytes,
-        held_bytes: figures.disks.held_bytes,
-        verified: figures.verified && figures.disks.verify.is_some(),
-        verify_seconds: figures.disks.verify.map(|took| took.as_secs_f64()),
-    });
+    report.disks = (figures.disks.count > 0).then(|| disk_report(&figures.disks, figures.verified));
     report.downtime_seconds = figures.downtime.map(|downtime| downtime.as_secs_f64());
     report.audit.destination_head.clone_from(&figures.peer_audit_head);
     if figures.downtime.is_some() {

@@ -47,6 +47,9 @@ pub struct Machine {
     /// Disks that move with it; no others are anybody's affair.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub disks: Vec<Disk>,
+    /// Whether they are copied and nothing else: the guest stays where it is.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub disks_only: bool,
 }
 
 /// A disk of a guest.
@@ -337,7 +340,7 @@ pub trait StreamSource: Guest + Exports {
     /// # Errors
     /// The hypervisor is gone or refuses.
     fn slow_writes(&mut self, disks: &[Disk], bytes_per_second: u64) -> Result<(), HypervisorError>;
-    /// Ends the copying of the disks of a guest that is [`Stopped`](StreamStage::Stopped), with both ends equal.
+    /// Ends the copying of disks with both ends equal: for good when the guest is [`Stopped`](StreamStage::Stopped), else for a moment.
     ///
     /// # Errors
     /// It has failed or takes longer than `within`, or the hypervisor is gone.

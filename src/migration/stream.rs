@@ -2,7 +2,7 @@
 //!
 //! Nothing of a stream can be taken back: a hypervisor that has sent a byte goes on behind it, so an outage only delays, and a
 //! guest that its hypervisor has stopped goes on where it is by ending the attempt. Disks that move too are mirrored before the stream
-//! begins, and settled when the guest stands still.
+//! begins, and settled when the guest stands still. Where only they are to be copied, that is all, and the guest stays: an ABORT ends it.
 
 use crate::migration::handoff::{DestinationHandoff, DestinationRecord, DestinationStep, HandoffAction, OfferRecord, SourceHandoff};
 use crate::migration::handoff::{SourceRecord, SourceStep};
@@ -18,6 +18,8 @@ pub struct StreamSource {
     connected: bool,
     /// Whether disks move too.
     disks: bool,
+    /// Whether nothing else does.
+    disks_only: bool,
 }
 
 #[derive(Debug)]
@@ -28,7 +30,7 @@ enum SourceState {
     Mirroring(SourceHandoff),
     /// The hypervisor sends, the guest runs.
     Flowing(SourceHandoff),
-    /// The guest stands still; what its disks owe is on its way.
+    /// The guest stands still, unless it stays; what its disks owe is on its way.
     Settling(SourceHandoff),
     /// The guest stands still; the rest of it is on its way.
     Switching(SourceHandoff),
@@ -95,7 +97,7 @@ type SourceTurn = (SourceState, Result<Vec<StreamSourceAction>, Refusal>);
 
 impl Default for StreamSource {
     fn default() -> Self {
-        Self { state: SourceState::AwaitAccept, lanes: 0, connected: true, disks: false }
+        Self { state: SourceState::AwaitAccept, lanes: 0, connected: true, disks: false, disks_only: false }
     }
 }
 
@@ -104,6 +106,12 @@ impl StreamSource {
     #[must_use]
     pub fn with_disks() -> Self {
         Self { disks: true, ..Self::default() }
+    }
+
+    /// The source of disks, whose guest stays.
+    #[must_use]
+    pub fn disks_only() -> Self {
+        Self { disks_only: true, ..Self::with_disks() }
     }
 
     /// The state by name, for logs and people.
@@ -141,6 +149,9 @@ impl StreamSource {
                 }
                 (S::Flowing(handoff), Ok(vec![journal, StreamSourceAction::Begin { lanes }]))
             }
+            (S::Mirroring(handoff), E::Mirrored) if self.disks_only => (S::Settling(handoff), Ok(vec![StreamSourceAction::Settle])),
+            // As somebody who asks to stop would have it: what came is kept there.
+            (S::Settling(handoff), E::Settled) if self.disks_only => Self::handoff(handoff, &SourceStep::GiveUp(ErrorClass::Cancelled)),
             (S::Mirroring(handoff), E::Mirrored) => (S::Flowing(handoff), Ok(vec![StreamSourceAction::Begin { lanes: self.lanes }])),
             (S::AwaitAccept, E::GiveUp(_)) => (S::Declined, Ok(vec![])),
             (S::Flowing(handoff), E::Stopped) if self.disks => (S::Settling(handoff), Ok(vec![StreamSourceAction::Settle])),
@@ -246,6 +257,8 @@ pub struct StreamDestination {
 enum DestinationState {
     /// The stream comes.
     Receiving,
+    /// Disks come, and nothing else will.
+    Copying,
     /// All of it came, and FINAL; the hypervisor loads it.
     Loading,
     /// The handoff decides.
@@ -289,10 +302,16 @@ impl StreamDestination {
         self.state.name()
     }
 
-    /// Whether more of the stream is taken.
+    /// The destination of disks, whose guest stays at the source. `INVARIANT(disks-alone)`
+    #[must_use]
+    pub fn disks_only() -> Self {
+        Self { state: DestinationState::Copying }
+    }
+
+    /// Whether more of the stream, or of disks, is taken.
     #[must_use]
     pub fn is_receiving(&self) -> bool {
-        matches!(self.state, DestinationState::Receiving)
+        matches!(self.state, DestinationState::Receiving | DestinationState::Copying)
     }
 
     /// Whether only the source's word can end it: after PREPARED.
@@ -323,11 +342,13 @@ impl StreamDestination {
         match (state, event) {
             (S::Receiving, E::Final(digest)) => (S::Loading, Ok(vec![StreamDestinationAction::Load(digest)])),
             (S::Loading, E::Handoff(step @ DestinationStep::TwinComplete(_))) => Self::handoff(DestinationHandoff::default(), &step),
-            (S::Receiving | S::Loading, E::GiveUp(class)) => Self::handoff(DestinationHandoff::default(), &DestinationStep::GiveUp(class)),
-            (S::Receiving | S::Loading, E::Handoff(step @ DestinationStep::Received(Handoff::Abort { .. }))) => {
+            (S::Receiving | S::Copying | S::Loading, E::GiveUp(class)) => {
+                Self::handoff(DestinationHandoff::default(), &DestinationStep::GiveUp(class))
+            }
+            (S::Receiving | S::Copying | S::Loading, E::Handoff(step @ DestinationStep::Received(Handoff::Abort { .. }))) => {
                 Self::handoff(DestinationHandoff::default(), &step)
             }
-            (state @ (S::Receiving | S::Loading), E::Resumed) => (state, Ok(vec![])),
+            (state @ (S::Receiving | S::Copying | S::Loading), E::Resumed) => (state, Ok(vec![])),
             (S::HandingOff(handoff), E::Resumed) => Self::handoff(handoff, &DestinationStep::Reconnected),
             (S::HandingOff(handoff), E::GiveUp(class)) => Self::handoff(handoff, &DestinationStep::GiveUp(class)),
             (S::HandingOff(handoff), E::Handoff(step)) => Self::handoff(handoff, &step),
@@ -348,6 +369,7 @@ impl DestinationState {
     fn name(&self) -> &'static str {
         match self {
             Self::Receiving => "receiving",
+            Self::Copying => "copying",
             Self::Loading => "loading",
             Self::HandingOff(handoff) => handoff.name(),
         }
@@ -356,6 +378,7 @@ impl DestinationState {
     fn expects(&self) -> &'static str {
         match self {
             Self::Receiving => "the end of the stream, or ABORT",
+            Self::Copying => "disks, and then ABORT",
             Self::Loading => "the end of loading, or ABORT",
             Self::HandingOff(_) => "a step of the handoff",
         }
@@ -462,6 +485,26 @@ mod tests {
     }
 
     #[test]
+    fn disks_alone_are_mirrored_and_settled_and_then_the_guest_stays() {
+        let alone = || {
+            let mut source = StreamSource::disks_only();
+            source.step(StreamSourceEvent::Accepted { offer: offer(), lanes: 2 }).unwrap();
+            source
+        };
+        let mut source = alone();
+        assert!(source.step(StreamSourceEvent::Stopped).is_err() && source.step(StreamSourceEvent::Settled).is_err());
+        assert_eq!(source.step(StreamSourceEvent::Mirrored).unwrap(), [StreamSourceAction::Settle]);
+        for early in [StreamSourceEvent::Stopped, StreamSourceEvent::Finalised(DIGEST), received(Handoff::Prepared { digest: DIGEST }, 7)] {
+            assert!(source.step(early).is_err());
+        }
+        let actions = names(&source.step(StreamSourceEvent::Settled).unwrap());
+        assert!(actions.contains("Journal(Abort") && actions.contains("Resume") && !actions.contains("Begin"), "{actions}");
+        assert_eq!(source.name(), "aborted");
+        let actions = names(&alone().step(StreamSourceEvent::GiveUp(ErrorClass::Local)).unwrap());
+        assert!(actions.contains("Journal(Abort"), "{actions}");
+    }
+
+    #[test]
     fn before_commit_whatever_goes_wrong_wakes_the_guest() {
         let ways: [fn() -> StreamSource; 4] = [flowing, said_final, mirroring, settling];
         for way in ways {
@@ -517,6 +560,26 @@ mod tests {
         let actions = format!("{:?}", destination.step(StreamDestinationEvent::Handoff(commit)).unwrap());
         assert!(actions.contains("Journal(Run), Handoff") || actions.contains("Journal(Run)"), "{actions}");
         assert!(destination.is_running());
+    }
+
+    // SPEC: PROTOCOL.md#must-disks-alone
+    #[test]
+    fn a_destination_of_disks_alone_takes_no_guest() {
+        let digest = DIGEST;
+        for guest in [
+            StreamDestinationEvent::Final(digest),
+            StreamDestinationEvent::Handoff(DestinationStep::Received(Handoff::Final { digest, lanes: 1 })),
+            StreamDestinationEvent::Handoff(DestinationStep::TwinComplete(prepared())),
+            StreamDestinationEvent::Handoff(DestinationStep::CommitPermitted),
+            StreamDestinationEvent::Handoff(DestinationStep::Received(Handoff::Commit { digest })),
+        ] {
+            let mut destination = StreamDestination::disks_only();
+            assert!(destination.step(guest).is_err() && destination.is_receiving());
+            assert_eq!(destination.step(StreamDestinationEvent::Resumed).unwrap(), []);
+            let abort = DestinationStep::Received(Handoff::Abort { class: ErrorClass::Cancelled });
+            let actions = format!("{:?}", destination.step(StreamDestinationEvent::Handoff(abort)).unwrap());
+            assert!(actions.contains("Journal(Refused)") && actions.contains("Destroy"), "{actions}");
+        }
     }
 
     #[test]

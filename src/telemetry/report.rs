@@ -107,6 +107,9 @@ impl Report {
 /// What moved of disks.
 #[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
 pub struct DiskReport {
+    /// Whether they were copied and nothing else, ahead of a migration.
+    #[serde(default)]
+    pub only: bool,
     /// How many.
     pub count: usize,
     /// How long they are, all together.
@@ -126,7 +129,7 @@ pub struct DiskReport {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Outcome {
-    /// The VM runs at the destination.
+    /// The VM runs at the destination; or only its disks were to be copied, and they are there.
     Completed,
     /// It failed; the VM stays on the source.
     Failed,

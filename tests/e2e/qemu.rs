@@ -6,7 +6,7 @@
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use sealane::hypervisor::qemu;
+use sealane::hypervisor::{RunState, qemu};
 use serde_json::Value;
 
 use crate::command::wait_for;
@@ -14,7 +14,7 @@ use crate::crash::Records;
 use crate::gateway::{A, B};
 use crate::guest::UUID;
 use crate::lab::Setup;
-use crate::qemus::{LOOK, OneCopy, QEMU, Qemus, arguments, processes_with, rom};
+use crate::qemus::{LOOK, OneCopy, QEMU, Qemus, arguments, ask, processes_with, rom};
 use crate::random::{Random, number};
 use crate::relay::Conditions;
 
@@ -78,6 +78,12 @@ fn cancelled_at_any_record_one_copy_runs() {
 #[test]
 fn a_guest_that_cannot_be_sent_in_time_stays() {
     let Some(mut qemus) = Qemus::start(Setup::new()) else { return };
+    // One that somebody has paused stays paused.
+    let look = qemus.lab.gateway(A).directory().join("run/first.qmp.look");
+    ask(&look, "stop", &Value::Null);
+    qemus.lab.migrate(A, &[]).expect(1, &["its guest is `paused`"]);
+    assert_eq!(qemus.states(A), [RunState::Paused]);
+    ask(&look, "cont", &Value::Null);
     let (running, _) = qemus.slow(&["--timeout", "3s"]);
     running.finish().expect_stayed(7, &[]);
     qemus.is_only_at(A);

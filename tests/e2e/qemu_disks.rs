@@ -19,27 +19,27 @@ use crate::lab::{Lab, Setup};
 use crate::qemus::{LOOK, QEMU, ask};
 use crate::relay::Conditions;
 
-const MIB: u64 = 1 << 20;
+pub const MIB: u64 = 1 << 20;
 
 /// What the disk is at each end.
 #[derive(Clone)]
-struct Plan {
-    bytes: u64,
+pub struct Plan {
+    pub bytes: u64,
     /// Format and what more is said of the disk in the configuration, of A and B.
-    ends: [(&'static str, String); 2],
+    pub ends: [(&'static str, String); 2],
     /// Bytes that are no zeroes, behind the guest's records.
-    filled: u64,
+    pub filled: u64,
 }
 
 impl Plan {
-    fn small(a: &'static str, b: &'static str) -> Self {
+    pub fn small(a: &'static str, b: &'static str) -> Self {
         Self { bytes: 64 * MIB, ends: [(a, String::new()), (b, String::new())], filled: 16 * MIB }
     }
 }
 
 /// A lab whose guest is a QEMU's with a disk.
-struct Disks {
-    lab: Lab,
+pub struct Disks {
+    pub lab: Lab,
     first: Child,
     plan: Plan,
     at: Name,
@@ -71,7 +71,7 @@ fn make_rom() -> Option<PathBuf> {
 }
 
 /// Whether the long ones are run.
-fn long() -> bool {
+pub fn long() -> bool {
     let asked = std::env::var_os("SEALANE_QEMU_DISKS").is_some();
     if !asked {
         println!("SKIPPED: takes long; SEALANE_QEMU_DISKS=1 runs it");
@@ -96,7 +96,7 @@ fn tool(program: &str, arguments: &[&str]) -> bool {
 }
 
 impl Disks {
-    fn start(setup: Setup, plan: Plan) -> Option<Self> {
+    pub fn start(setup: Setup, plan: Plan) -> Option<Self> {
         rom()?;
         let mut setup = setup;
         for name in [A, B] {
@@ -143,7 +143,7 @@ impl Disks {
         entries.map(|entry| entry.unwrap().path()).filter(|path| path.extension().is_some_and(|ending| ending == "look")).collect()
     }
 
-    fn states(&self, name: Name) -> Vec<RunState> {
+    pub fn states(&self, name: Name) -> Vec<RunState> {
         self.monitors(name).iter().filter_map(|path| qemu::observe(path, "vm", LOOK).ok()).map(|status| status.state).collect()
     }
 
@@ -166,7 +166,7 @@ impl Disks {
 
     /// The guest goes on where it is. More than 64 records are twice over its disk.
     #[track_caller]
-    fn beats_on(&mut self, more: usize) {
+    pub fn beats_on(&mut self, more: usize) {
         let before = self.beats;
         wait_for("records", || {
             self.hear(self.at);
@@ -176,7 +176,7 @@ impl Disks {
 
     /// The guest runs there and nowhere else, and nothing of ours is left at its QEMU.
     #[track_caller]
-    fn is_only_at(&mut self, name: Name) {
+    pub fn is_only_at(&mut self, name: Name) {
         wait_for(&format!("a guest on {name:?} only: {:?} {:?}", self.states(A), self.states(B)), || {
             (self.states(name) == [RunState::Running] && self.states(name.other()).is_empty()).then_some(())
         });
@@ -201,14 +201,14 @@ impl Disks {
 
     /// What the QEMU where the guest is says to the test.
     #[track_caller]
-    fn ask(&self, command: &str, arguments: &Value) -> Value {
+    pub fn ask(&self, command: &str, arguments: &Value) -> Value {
         let running = self.monitors(self.at).into_iter().find(|path| qemu::observe(path, "vm", LOOK).is_ok()).unwrap();
         ask(&running, command, arguments)
     }
 
     /// What never changes is on the disk where the guest is; its QEMU ends.
     #[track_caller]
-    fn disk_is_whole(mut self) {
+    pub fn disk_is_whole(mut self) {
         let (format, filled) = (self.plan.ends[self.at as usize].0, self.plan.filled);
         self.ask("quit", &Value::Null);
         wait_for("a QEMU that has ended", || {
@@ -254,7 +254,7 @@ impl Disks {
 
     /// Nothing is left of a disk that did not come.
     #[track_caller]
-    fn nothing_laid_at(&self, name: Name) {
+    pub fn nothing_laid_at(&self, name: Name) {
         wait_for("no file of a disk", || {
             let entries = std::fs::read_dir(self.lab.gateway(name).directory().join("run")).unwrap();
             let names: Vec<_> = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
@@ -290,7 +290,7 @@ fn moved(report: &Value, bytes: u64) {
 
 /// A second attempt, of which nearly nothing of the disk goes over the wire.
 #[track_caller]
-fn moved_again(report: &Value, bytes: u64) {
+pub fn moved_again(report: &Value, bytes: u64) {
     moved(report, bytes);
     // The guest's records lie in what is left, 64 blocks of 64 KiB, which change all the time.
     let (held, changed) = (report["disks"]["held_bytes"].as_u64().unwrap(), &report["disks"]["changed_bytes"]);
@@ -299,7 +299,7 @@ fn moved_again(report: &Value, bytes: u64) {
 }
 
 /// Files of disks that are kept for another attempt.
-fn kept_at(lab: &Lab, name: Name) -> Vec<String> {
+pub fn kept_at(lab: &Lab, name: Name) -> Vec<String> {
     let entries = std::fs::read_dir(lab.gateway(name).directory().join("run")).unwrap();
     let names = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap());
     names.filter(|name| name.ends_with(".sealane-kept")).collect()

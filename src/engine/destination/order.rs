@@ -8,7 +8,7 @@ use tokio::sync::mpsc;
 
 use crate::engine::handoff::Evidence;
 use crate::engine::source::{AskCommit, Command};
-use crate::engine::{EngineError, Link};
+use crate::engine::{DiskFigures, EngineError, Link};
 use crate::hypervisor::PagedDestination;
 use crate::migration::Outcome;
 use crate::types::Round;
@@ -69,6 +69,8 @@ pub struct DestinationEnd {
     pub address: String,
     /// Time that lanes spent to make pages of frames, all of them together.
     pub decode: Duration,
+    /// Disks that came alone, with their guest left where it is: all of them, unless an error says otherwise.
+    pub disks: DiskFigures,
 }
 
 impl<T: ?Sized> std::fmt::Debug for DestinationOrder<T> {

@@ -51,6 +51,8 @@ struct Run {
     gate: Option<LaneGate>,
     flow: Arc<Inflow>,
     disks: Option<Disks>,
+    /// Whether nothing but disks comes.
+    disks_only: bool,
     given: watch::Receiver<u64>,
     writing: Option<JoinHandle<Result<Whole, Broken>>>,
     /// All of the stream, once the hypervisor was given it.
@@ -103,6 +105,7 @@ pub async fn run_stream_destination(order: DestinationOrder<dyn StreamDestinatio
         given: flow.given(),
         flow,
         disks: None,
+        disks_only: false,
         writing: None,
         whole: None,
         loading: None,
@@ -159,7 +162,8 @@ impl Run {
         self.evidence.finish_heads(&self.link, self.order.migration, &mut self.heads, true, LINGER).await;
         // Lanes that close before the last word was read look like an outage.
         drop(self.gate.take());
-        DestinationEnd { outcome: self.ended.flatten(), error: self.error, address: self.binding.address, decode: Duration::ZERO }
+        let disks = self.disks_there();
+        DestinationEnd { outcome: self.ended.flatten(), error: self.error, address: self.binding.address, decode: Duration::ZERO, disks }
     }
 
     /// Lets the hypervisor wait for its stream, and takes the offer.
@@ -169,6 +173,14 @@ impl Run {
             serde_json::from_slice(&self.order.machine).map_err(|error| EngineError::Bug(error.to_string()))?;
         if !machine.disks.is_empty() {
             self.disks = Some(Disks::open(&self.twin, &self.order.vm, disk_socket, machine.disks, held).await?);
+        }
+        self.disks_only = machine.disks_only;
+        if self.disks_only {
+            // INVARIANT(disks-alone): no byte of a stream is taken, and the hypervisor never waits for one.
+            self.machine = Machine::disks_only();
+            self.flow.ends_at(0)?;
+            self.expect_lanes()?;
+            return self.accept().await;
         }
         let twin = Arc::clone(&self.twin);
         let stream = blocking(move || Ok(lock(&twin).begin()?)).await?;

@@ -101,13 +101,18 @@ pub async fn run_stream_source(order: SourceOrder, ports: SourcePorts<dyn Stream
     let goal = StreamGoal { downtime_max: order.goal.downtime_max, throttle: order.goal.throttle };
     let guest_bytes = guest.machine().regions.iter().map(|region| region.bytes).sum();
     let all = guest.machine().disks.clone();
-    let disks = order.disks.clone().filter(|_| !all.is_empty()).map(|order| Disks::new(order, all));
+    let disks_only = guest.machine().disks_only;
+    let disks = order.disks.clone().filter(|_| !all.is_empty()).map(|order| Disks::new(order, all, disks_only));
     let mut run = Run {
         limiter: Arc::new(Limiter::new(order.limited(order.bandwidth), share)),
         stages: guest.stages(),
         condenser: Arc::new(Mutex::new(path::condenser(&order, guest.grammar(), guest_bytes))),
         guest: Arc::new(Mutex::new(guest)),
-        machine: if disks.is_some() { Machine::with_disks() } else { Machine::default() },
+        machine: match disks {
+            _ if disks_only => Machine::disks_only(),
+            Some(_) => Machine::with_disks(),
+            None => Machine::default(),
+        },
         binding: None,
         flow: Arc::new(Outflow::new(order.limited(order.bandwidth))),
         disks,

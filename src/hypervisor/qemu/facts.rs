@@ -91,7 +91,7 @@ pub(super) fn machine(qmp: &Qmp) -> Result<Machine, HypervisorError> {
     let profile = serde_json::to_value(profile).map_err(|error| qmp.protocol(&error.to_string()))?;
     // Where in guest-physical memory RAM lies is QEMU's affair: it sends blocks by name.
     let regions = vec![RamRegion { guest_base: 0, bytes }];
-    Ok(Machine { kind: QEMU_KIND.to_owned(), uuid, regions, vcpus, profile, disks: Vec::new() })
+    Ok(Machine { kind: QEMU_KIND.to_owned(), uuid, regions, vcpus, profile, disks: Vec::new(), disks_only: false })
 }
 
 /// Blocks of memory that QEMU sends by name. Its monitor has them as text only, and one that is another text says nothing.
@@ -216,7 +216,7 @@ mod tests {
         };
         let regions = vec![RamRegion { guest_base: 0, bytes: 64 << 20 }];
         let (kind, uuid) = (QEMU_KIND.to_owned(), VmUuid([1; 16]));
-        let mut machine = Machine { kind, uuid, regions, vcpus: 2, profile: Value::Null, disks: Vec::new() };
+        let mut machine = Machine { kind, uuid, regions, vcpus: 2, profile: Value::Null, disks: Vec::new(), disks_only: false };
         change(&mut machine, &mut profile);
         machine.profile = serde_json::to_value(profile).unwrap();
         machine

@@ -53,6 +53,8 @@ pub struct QemuSource {
     /// What the path takes, bytes a second; 0 as long as nobody knows.
     path_rate: u64,
     begun: bool,
+    /// Whether nothing was done here that could stop the guest: whether it runs is somebody else's affair then.
+    untouched: bool,
     /// Disks that are mirrored.
     mirrors: usize,
 }
@@ -65,7 +67,16 @@ impl QemuSource {
     pub fn attach(path: &Path, vm: &str, within: Duration) -> Result<Self, HypervisorError> {
         let monitor = Monitor::connect(path, vm, within)?;
         let machine = facts::machine(&monitor.qmp)?;
-        Ok(Self { monitor, machine, capabilities: Vec::new(), parameters: Vec::new(), path_rate: 0, begun: false, mirrors: 0 })
+        Ok(Self {
+            monitor,
+            machine,
+            capabilities: Vec::new(),
+            parameters: Vec::new(),
+            path_rate: 0,
+            begun: false,
+            untouched: false,
+            mirrors: 0,
+        })
     }
 
     /// What keeps the guest from leaving now, in QEMU's words; nothing when it can.
@@ -88,9 +99,15 @@ impl QemuSource {
         disks::writable(&self.monitor.qmp)
     }
 
-    /// These disks move with it.
-    pub fn move_disks(&mut self, disks: Vec<Disk>) {
-        self.machine.disks = disks;
+    /// These disks move with it, or alone.
+    pub fn move_disks(&mut self, disks: Vec<Disk>, only: bool) {
+        (self.machine.disks, self.machine.disks_only) = (disks, only);
+    }
+
+    /// What keeps the guest from leaving is looked at before anything is done with it.
+    fn ensure_free(&mut self, request: &'static str) -> Result<(), HypervisorError> {
+        self.untouched = true;
+        self.blocked()?.map_or(Ok(()), |why| Err(self.monitor.qmp.refused(request, &why)))
     }
 
     /// Sets one parameter, and keeps what it was before anything was set.
@@ -125,10 +142,17 @@ fn downtime(goal: StreamGoal) -> u64 {
 
 impl Guest for QemuSource {
     fn wake(&mut self) -> Result<(), HypervisorError> {
-        self.monitor.run()?;
-        // What moved of its disks is of no use any more; the guest has its own.
+        if !self.untouched {
+            self.monitor.run()?;
+        } else if self.monitor.status()?.state == RunState::Ended {
+            return Err(self.monitor.qmp.refused("cont", "the guest has ended"));
+        }
+        // What moved of its disks is of no use here; the guest has its own.
         if let Err(error) = disks::abandon(&self.monitor, ANSWER_WITHIN) {
             tracing::warn!(%error, "mirrors or exports of disks are left at QEMU");
+        }
+        if self.untouched {
+            return Ok(());
         }
         self.restore();
         // Behind a move neighbours have to learn where the guest is; elsewhere it does no harm.
@@ -167,6 +191,8 @@ impl Exports for QemuSource {
 
 impl StreamSource for QemuSource {
     fn mirror(&mut self, at: &Path, disks: &[Disk], in_place: bool) -> Result<(), HypervisorError> {
+        // Before anything is copied that it could not follow.
+        self.ensure_free("blockdev-mirror")?;
         self.mirrors = disks.len();
         disks::mirror(&self.monitor, at, disks, in_place)
     }
@@ -192,9 +218,8 @@ impl StreamSource for QemuSource {
     }
 
     fn begin(&mut self, goal: StreamGoal) -> Result<UnixStream, HypervisorError> {
-        if let Some(why) = self.blocked()? {
-            return Err(self.monitor.qmp.refused("migrate", &why));
-        }
+        self.ensure_free("migrate")?;
+        self.untouched = false;
         let wanted: Vec<(&str, bool)> = CAPABILITIES.into_iter().chain([("auto-converge", goal.throttle)]).collect();
         self.capabilities = self.monitor.set_capabilities(&wanted)?;
         let wanted = [("max-bandwidth", BANDWIDTH), ("downtime-limit", downtime(goal)), ("avail-switchover-bandwidth", self.path_rate)];

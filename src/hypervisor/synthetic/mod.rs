@@ -109,6 +109,7 @@ impl SyntheticGuest {
             vcpus: config.writers,
             profile: serde_json::json!(profile),
             disks: Vec::new(),
+            disks_only: false,
         };
         let mut guest = Self::incoming(name, &machine)?;
         writers::fill(&guest.ram, config.seed).map_err(|source| HypervisorError::Ram { vm: name.to_owned(), source })?;

@@ -423,7 +423,7 @@ fn describe(config: &VmConfig, host: &Host, vcpus: &[Vcpu]) -> Result<Machine, V
     let profile = serde_json::to_value(host.profile(msrs))
         .map_err(|error| VmmError::Local { what: "describe the machine", source: io::Error::other(error) })?;
     let (kind, regions) = (cpuid::KIND.to_owned(), config.layout.regions().to_vec());
-    Ok(Machine { kind, uuid: config.uuid, regions, vcpus: config.vcpus, profile, disks: Vec::new() })
+    Ok(Machine { kind, uuid: config.uuid, regions, vcpus: config.vcpus, profile, disks: Vec::new(), disks_only: false })
 }
 
 /// Reads the clocks and stops the timer, so that a long pause leaves no ticks behind.

@@ -9,9 +9,9 @@ use tokio::sync::mpsc;
 use tokio::task::{JoinHandle, JoinSet};
 
 use super::{Run, Twin, lock, wait};
-use crate::engine::EngineError;
 use crate::engine::disks::{DiskIn, digest_disks, tell_held};
 use crate::engine::handoff::{blocking, joined};
+use crate::engine::{DiskFigures, EngineError};
 use crate::hypervisor::Disk;
 use crate::limits;
 use crate::migration::StreamDestinationEvent;
@@ -164,6 +164,25 @@ async fn close(
 }
 
 impl Run {
+    /// Whether only disks were to come, and the source has said that they did.
+    pub(super) fn have_disks_alone(&self) -> bool {
+        self.disks_only && self.disks.as_ref().is_some_and(|disks| disks.end.is_some())
+    }
+
+    /// What came of disks alone, once all did.
+    pub(super) fn disks_there(&self) -> DiskFigures {
+        let Some(disks) = self.disks.as_ref().filter(|_| self.have_disks_alone() && self.error.is_none()) else {
+            return DiskFigures::default();
+        };
+        DiskFigures {
+            only: true,
+            count: disks.all.len(),
+            bytes: disks.all.iter().map(|disk| disk.bytes).fold(0, u64::saturating_add),
+            changed_bytes: disks.end.map_or(0, |end| end.bytes),
+            ..DiskFigures::default()
+        }
+    }
+
     pub(super) async fn disks_happened(&mut self, happened: Happened) -> Option<StreamDestinationEvent> {
         match happened {
             Happened::Told => self.tell_changes().await,

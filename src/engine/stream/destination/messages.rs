@@ -29,14 +29,19 @@ impl Run {
                 }
                 // Until it is loaded it may be said again, by a source that lost its link.
                 Ok(Heard { step: Handoff::Final { digest, lanes }, .. })
-                    if lanes == self.lanes && self.final_said.is_none_or(|said| said == digest) && !self.machine.is_prepared() =>
+                    if !self.disks_only
+                        && lanes == self.lanes
+                        && self.final_said.is_none_or(|said| said == digest)
+                        && !self.machine.is_prepared() =>
                 {
                     self.final_said = Some(digest);
                     self.final_when_ready()
                 }
                 Ok(Heard { step: step @ Handoff::Commit { .. }, .. }) if self.machine.is_prepared() => Some(self.committed(step).await),
                 Ok(Heard { step, .. }) => {
-                    if let (Handoff::Abort { class }, None) = (&step, &self.error) {
+                    if let (Handoff::Abort { class }, None) = (&step, &self.error)
+                        && !self.have_disks_alone()
+                    {
                         self.error = Some(EngineError::peer(self.order.migration, *class, "the source keeps the VM"));
                     }
                     Some(StreamDestinationEvent::Handoff(DestinationStep::Received(step)))

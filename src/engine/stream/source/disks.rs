@@ -19,6 +19,8 @@ use crate::wire::{DiskApplied, DiskDigests, DiskEnd, DiskHeld, Message};
 pub(super) struct Disks {
     order: DiskOrder,
     all: Vec<Disk>,
+    /// The guest stays.
+    only: bool,
     pub(super) out: Arc<DiskOut>,
     held: Arc<Held>,
     server: Option<DiskServer>,
@@ -41,10 +43,11 @@ struct Settled {
 }
 
 impl Disks {
-    pub(super) fn new(order: DiskOrder, all: Vec<Disk>) -> Self {
+    pub(super) fn new(order: DiskOrder, all: Vec<Disk>, only: bool) -> Self {
         Self {
             order,
             all,
+            only,
             out: Arc::default(),
             held: Arc::default(),
             server: None,
@@ -55,6 +58,11 @@ impl Disks {
             settling: None,
             settled: None,
         }
+    }
+
+    /// Whether nothing but disks was to be copied, and they are there.
+    pub(super) fn are_there_alone(&self) -> bool {
+        self.only && self.settled.is_some()
     }
 
     fn bytes(&self) -> u64 {
@@ -139,7 +147,8 @@ impl Run {
 
     /// How the mirrors are, while they are what is waited for.
     pub(super) async fn look_at_disks(&mut self) -> Option<StreamSourceEvent> {
-        if self.phase != Phase::Storage || self.disks.as_ref().is_none_or(|disks| disks.server.is_none()) {
+        let copies = |disks: &Disks| disks.server.is_some() && disks.settling.is_none();
+        if self.phase != Phase::Storage || !self.disks.as_ref().is_some_and(copies) {
             return None;
         }
         if self.outage.is_some() {
@@ -173,8 +182,9 @@ impl Run {
 
     /// Ends the mirrors beside everything else: what they still copy has to be heard of.
     pub(super) fn settle(&mut self) -> Result<(), EngineError> {
-        let (guest, within, migration) = (Arc::clone(&self.guest), self.pause_max(), self.order.migration);
+        let (guest, paused, migration) = (Arc::clone(&self.guest), self.pause_max(), self.order.migration);
         let disks = self.disks.as_mut().ok_or_else(|| EngineError::Bug("disks to settle that are not there".into()))?;
+        let within = if disks.only { STILL_WITHIN } else { paused };
         let (out, order, all) = (Arc::clone(&disks.out), disks.order.clone(), disks.all.clone());
         disks.settling = Some(tokio::spawn(settle(guest, (migration, self.order.vm.clone()), out, order, all, within)));
         Ok(())
@@ -258,6 +268,8 @@ async fn settle(
     Ok(Settled { end: DiskEnd { migration, changes, bytes, verify }, digests, took: began.elapsed() })
 }
 
+/// WHY: a guest that runs is caught between two of its writes; one that leaves no gap for so long leaves none.
+const STILL_WITHIN: Duration = Duration::from_secs(60);
 /// WHY: a slow disk; the pause is bounded by it, and what it takes is in the report.
 const VERIFY_BYTES_PER_SECOND: f64 = 100e6;
 
@@ -273,7 +285,7 @@ mod tests {
     #[tokio::test]
     async fn settling_is_waited_for_again_when_the_wait_was_dropped() {
         let order = DiskOrder { socket: "x".into(), verify: false };
-        let mut disks = Some(Disks::new(order, Vec::new()));
+        let mut disks = Some(Disks::new(order, Vec::new(), false));
         let (go, gone) = tokio::sync::oneshot::channel::<()>();
         if let Some(disks) = &mut disks {
             disks.settling = Some(tokio::spawn(async move {

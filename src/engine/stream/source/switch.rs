@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use tokio::sync::mpsc;
 
+use super::disks::Disks;
 use super::{Run, lock};
 use crate::engine::EngineError;
 use crate::engine::handoff::{Binding, Heard, blocking, joined};
@@ -199,6 +200,8 @@ impl Run {
         crate::failpoint::hit!("source.finish");
         let outcome = self.ended.flatten();
         let mut told = true;
+        let there_alone = self.error.is_none() && self.disks.as_ref().is_some_and(Disks::are_there_alone);
+        self.figures.disks.only = there_alone && outcome == Some(Outcome::Stayed);
         self.stop_disks();
         if let Some(reading) = self.reading.take() {
             reading.abort();

@@ -28,6 +28,7 @@ fn machine() -> Machine {
         vcpus: 2,
         profile: serde_json::json!({"cpu": "x"}),
         disks: Vec::new(),
+        disks_only: false,
     }
 }
 

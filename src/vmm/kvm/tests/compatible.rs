@@ -8,7 +8,10 @@ fn host_and_machine() -> Option<(Host, Machine)> {
     let host = Host::open().ok()?;
     let profile = serde_json::to_value(host.profile(host.msrs.clone())).unwrap();
     let regions = vec![RamRegion { guest_base: 0, bytes: 64 << 20 }];
-    Some((host, Machine { kind: "kvm".to_owned(), uuid: VmUuid([1; 16]), regions, vcpus: 2, profile, disks: Vec::new() }))
+    Some((
+        host,
+        Machine { kind: "kvm".to_owned(), uuid: VmUuid([1; 16]), regions, vcpus: 2, profile, disks: Vec::new(), disks_only: false },
+    ))
 }
 
 #[test]

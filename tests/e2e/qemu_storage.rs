@@ -1,0 +1,151 @@
+//! Disks of a QEMU's guest are copied ahead of its migration, and the guest stays.
+
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use sealane::hypervisor::RunState;
+use serde_json::{Value, json};
+
+use crate::command::{Running, Said, wait_for};
+use crate::gateway::{A, B};
+use crate::lab::{Setup, VM, replaced};
+use crate::qemu_disks::{Disks, MIB, Plan, kept_at, long, moved_again};
+
+/// What a QEMU says of its guest between `new` and `end`. Nobody else can look meanwhile.
+struct Listener(BufReader<UnixStream>);
+
+impl Listener {
+    fn new(monitor: &Path) -> Self {
+        let mut stream = UnixStream::connect(monitor).unwrap();
+        let mut reader = BufReader::new(stream.try_clone().unwrap());
+        let mut line = String::new();
+        reader.read_line(&mut line).unwrap();
+        stream.write_all(b"{\"execute\":\"qmp_capabilities\"}\n").unwrap();
+        reader.read_line(&mut line).unwrap();
+        Self(reader)
+    }
+
+    fn end(self) -> Vec<String> {
+        let mut names = Vec::new();
+        self.0.get_ref().set_read_timeout(Some(Duration::from_millis(200))).unwrap();
+        for line in self.0.lines().map_while(Result::ok) {
+            let said: Value = serde_json::from_str(&line).unwrap();
+            names.extend(said["event"].as_str().map(str::to_owned));
+        }
+        names
+    }
+}
+
+fn start_ahead(disks: &Disks, flags: &[&str]) -> Running {
+    disks.lab.gateway(A).start_command(&[&["storage", "migrate", VM, "--to", "gw-b", "--compress", "none"], flags].concat())
+}
+
+fn ahead(disks: &Disks, flags: &[&str]) -> Said {
+    start_ahead(disks, flags).finish()
+}
+
+#[track_caller]
+fn expect_there(said: &Said) -> Value {
+    said.expect(0, &[]);
+    let report = said.json();
+    assert_eq!((&report["state"], &report["running_on"], &report["error"]), (&"completed".into(), &"source".into(), &Value::Null));
+    let disks = &report["disks"];
+    assert_eq!((&disks["only"], &disks["count"], &disks["bytes"]), (&true.into(), &1.into(), &(64 * MIB).into()), "{report}");
+    assert_eq!((&report["downtime_seconds"], &report["rounds"]), (&Value::Null, &0.into()), "{report}");
+    report
+}
+
+fn look(disks: &Disks) -> PathBuf {
+    disks.lab.gateway(A).directory().join("run/first.qmp.look")
+}
+
+#[test]
+fn disks_that_were_copied_ahead_are_not_sent_again() {
+    let Some(mut disks) = Disks::start(Setup::new(), Plan::small("qcow2", "raw")) else { return };
+    // One that is cancelled in the middle keeps what came, and says that it is not all.
+    let running = start_ahead(&disks, &["--bandwidth", "2MiB/s"]);
+    let id = wait_for("disks under way", || {
+        let active = disks.lab.active_migration(A)?;
+        let sent = active["progress"]["wire_bytes"].as_u64().unwrap_or(0);
+        (active["progress"]["phase"] == "storage" && sent > MIB).then(|| active["id"].as_str().unwrap().to_owned())
+    });
+    disks.lab.gateway(A).command(&["cancel", &id]).expect(0, &[]);
+    running.finish().expect_stayed(5, &[]);
+    disks.is_only_at(A);
+
+    let listener = Listener::new(&look(&disks));
+    let report = expect_there(&ahead(&disks, &[]));
+    let events = listener.end();
+    assert!(!events.iter().any(|event| event == "STOP" || event == "RESUME"), "{events:?}");
+    assert!(events.iter().any(|event| event == "JOB_STATUS_CHANGE"), "{events:?}");
+    let first = report["wire_bytes"].as_u64().unwrap();
+    assert!(first > 8 * MIB, "{report}");
+    disks.is_only_at(A);
+    disks.nothing_laid_at(B);
+    assert_eq!(kept_at(&disks.lab, B).len(), 1);
+    for name in [A, B] {
+        disks.lab.gateway(name).audited("migration-finished", "cancelled", &[&id, "\"running_on\":\"source\""]);
+        let done = ["\"disks_copied\":{", "\"only\":true", "\"running_on\":\"source\"", "completed"];
+        disks.lab.gateway(name).audited("migration-finished", "done", &done);
+    }
+
+    // The same again costs nearly nothing, and so do the disks of the migration that follows.
+    let report = expect_there(&ahead(&disks, &[]));
+    assert!(report["disks"]["held_bytes"].as_u64().unwrap() > 54 * MIB, "{report}");
+    disks.is_only_at(A);
+    let report = disks.lab.migrate(A, &["--storage", "all", "--verify-disks", "--compress", "none"]).expect_moved();
+    moved_again(&report, 64 * MIB);
+    disks.is_only_at(B);
+    assert_eq!(kept_at(&disks.lab, B), [""; 0]);
+    disks.disk_is_whole();
+}
+
+#[test]
+fn disks_are_not_copied_ahead_where_that_leads_nowhere() {
+    let Some(mut disks) = Disks::start(Setup::new(), Plan { filled: MIB, ..Plan::small("raw", "raw") }) else { return };
+    // A guest that somebody else has paused stays paused.
+    disks.ask("stop", &Value::Null);
+    for refused in [ahead(&disks, &[]), disks.lab.migrate(A, &["--storage", "all"])] {
+        refused.expect(1, &["its guest is `paused`"]);
+        assert_eq!(disks.states(A), [RunState::Paused]);
+        assert_eq!(disks.ask("query-jobs", &Value::Null), json!([]));
+    }
+    disks.ask("cont", &Value::Null);
+    disks.is_only_at(A);
+    let gateway = disks.lab.gateway_mut(B);
+    gateway.stop();
+    let text = std::fs::read_to_string(gateway.config()).unwrap();
+    std::fs::write(gateway.config(), replaced(&text, "timeout = \"10m\"", "timeout = \"10m\"\nkeep_disks = \"0s\"")).unwrap();
+    disks.lab.gateway_mut(B).start();
+    ahead(&disks, &[]).expect_stayed(4, &["`[migration] keep_disks` is 0"]);
+    disks.is_only_at(A);
+    disks.nothing_laid_at(B);
+}
+
+#[test]
+fn a_gateway_killed_while_disks_are_copied_ahead_leaves_the_guest_alone() {
+    if !long() {
+        return;
+    }
+    let Some(mut disks) = Disks::start(Setup::new(), Plan::small("qcow2", "raw")) else { return };
+    for victim in [A, B] {
+        let running = start_ahead(&disks, &["--bandwidth", "2MiB/s"]);
+        wait_for("disks under way", || {
+            let active = disks.lab.active_migration(A)?;
+            (active["progress"]["wire_bytes"].as_u64().unwrap_or(0) > MIB).then_some(())
+        });
+        disks.lab.gateway_mut(victim).kill();
+        std::thread::sleep(Duration::from_millis(500));
+        disks.lab.gateway_mut(victim).start();
+        drop(running);
+        disks.is_only_at(A);
+        disks.nothing_laid_at(B);
+    }
+    expect_there(&ahead(&disks, &[]));
+    let report = disks.lab.migrate(A, &["--storage", "all", "--verify-disks", "--compress", "none"]).expect_moved();
+    moved_again(&report, 64 * MIB);
+    disks.is_only_at(B);
+    disks.disk_is_whole();
+}
