@@ -88,12 +88,14 @@ pub(super) struct Stopwatch {
     start: Instant,
     last: Instant,
     laps: Vec<(&'static str, Duration)>,
+    /// The guest runs; what comes behind is not of the span.
+    over: bool,
 }
 
 impl Stopwatch {
     pub(super) fn start() -> Self {
         let now = Instant::now();
-        Self { start: now, last: now, laps: Vec::new() }
+        Self { start: now, last: now, laps: Vec::new(), over: false }
     }
 
     /// Everything since the last lap was spent on `what`.
@@ -107,12 +109,18 @@ impl Stopwatch {
         let now = Instant::now();
         match step {
             Handoff::Prepared { .. } => self.lap_until("destination", now),
-            Handoff::Running => self.lap_until("network", now.checked_sub(rtt / 2).unwrap_or(now).max(self.last)),
+            Handoff::Running => {
+                self.lap_until("network", now.checked_sub(rtt / 2).unwrap_or(now).max(self.last));
+                self.over = true;
+            }
             _ => self.lap_until("network", now),
         }
     }
 
     fn lap_until(&mut self, what: &'static str, now: Instant) {
+        if self.over {
+            return;
+        }
         let spent = now - self.last;
         self.last = now;
         match self.laps.iter_mut().find(|(name, _)| *name == what) {
@@ -147,11 +155,16 @@ mod tests {
     #[test]
     fn the_way_of_running_does_not_count_as_pause() {
         let at = Instant::now().checked_sub(Duration::from_secs(5)).unwrap();
-        let watch = || Stopwatch { start: at, last: at, laps: Vec::new() };
+        let watch = || Stopwatch { start: at, last: at, laps: Vec::new(), over: false };
         let mut long = watch();
         long.heard(&Handoff::Running, Duration::from_secs(4));
         assert!((3..5).contains(&long.total().as_secs()), "{:?}", long.total());
         assert_eq!(long.laps(), [("network", long.total())]);
+        // Neither does what the source writes down afterwards, which would take the way along.
+        let running = long.total();
+        long.lap("journal");
+        long.heard(&Handoff::Running, Duration::from_secs(4));
+        assert_eq!((long.total(), long.laps().len()), (running, 1));
 
         // A round trip that was measured wrong does not make what is over undone.
         let mut wrong = watch();
