@@ -10,7 +10,8 @@ use std::error::Error;
 use std::time::Instant;
 
 use sealane::policy::{
-    Channel, Codec, CodecScope, Durability, Entities, GatewayEntity, MigrationContext, Mode, PolicyFile, PolicySet, Route, Stream, VmEntity,
+    Channel, Codec, CodecScope, Durability, Entities, GatewayEntity, MigrationContext, Mode, PolicyFile, PolicySet, Route, Storage, Stream,
+    VmEntity,
 };
 use sealane::types::{SpiffeId, VmUuid};
 
@@ -126,8 +127,11 @@ fn context(now_unix_ms: i64) -> Result<MigrationContext, Box<dyn Error>> {
             length_padding: false,
             durability: Durability::None,
             lanes: 2,
+            storage: Storage::None,
         },
         memory_mib: 4096,
+        disk_count: 0,
+        disk_mib: 0,
     })
 }
 

@@ -344,6 +344,15 @@ pub struct PolicyExplainFlags {
     /// The VM's memory, as policies that bound it see it.
     #[arg(long, value_name = "SIZE", default_value = "1GiB", value_parser = quantity::<ByteSize>)]
     pub memory: ByteSize,
+    /// Which disks would move.
+    #[arg(long, value_enum, default_value_t = StorageAsked::None)]
+    pub storage: StorageAsked,
+    /// How many disks.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub disks: u32,
+    /// How long they are together.
+    #[arg(long, value_name = "SIZE", default_value = "0MiB", value_parser = quantity::<ByteSize>)]
+    pub disk_size: ByteSize,
     /// The peer's IP address, where the configuration has a name.
     #[arg(long, value_name = "IP")]
     pub peer_ip: Option<std::net::IpAddr>,
@@ -353,6 +362,17 @@ pub struct PolicyExplainFlags {
     /// Print JSON on stdout.
     #[arg(long)]
     pub json: bool,
+}
+
+/// Disks that policy is asked about.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum StorageAsked {
+    /// None.
+    None,
+    /// All that the VM can write to.
+    All,
+    /// The same, and the VM stays.
+    Only,
 }
 
 /// A question to policy.

@@ -8,10 +8,12 @@ use crate::config::{self, DiskFormat, Existing};
 use crate::control::{MigrateRequest, Storage};
 use crate::engine::{self, DiskOrder};
 use crate::gateway::Gateway;
+use crate::gateway::judge::DisksAsked;
 use crate::gateway::kept::twin_file;
 use crate::hypervisor::qemu::QemuSource;
 use crate::hypervisor::{Address, Disk, HypervisorError, Machine};
 use crate::limits;
+use crate::policy;
 use crate::storage::{self, DiskPlace, LaidDisks};
 use crate::telemetry::{self, Problem, RunningOn};
 use crate::types::MigrationId;
@@ -24,6 +26,16 @@ pub(super) struct DiskWish {
     pub(super) verify: bool,
     /// The guest stays.
     pub(super) only: bool,
+}
+
+impl DiskWish {
+    /// What of disks is asked about a guest that has these.
+    pub(super) fn asked(wish: Option<Self>, found: &[Disk]) -> DisksAsked {
+        match wish {
+            None => DisksAsked::default(),
+            Some(Self { only, .. }) => DisksAsked::of(if only { policy::Storage::Only } else { policy::Storage::All }, found),
+        }
+    }
 }
 
 /// What the note of laid disks is called, beside their twin.

@@ -10,7 +10,7 @@ use crate::audit::{Entry, Event, Outcome};
 use crate::config;
 use crate::engine::{self, Command, DestinationEnd, DestinationOrder, Link, Placement, Return};
 use crate::gateway::disks::{self, SOCKET};
-use crate::gateway::judge::Case;
+use crate::gateway::judge::{Case, DisksAsked};
 use crate::gateway::kept::{PROGRESS, twin_file};
 use crate::gateway::machine::check_machine;
 use crate::gateway::registry::{Busy, Claim, Migration};
@@ -248,6 +248,7 @@ impl Gateway {
             uuid: offer.uuid,
             terms: offer.stream.clone(),
             memory_bytes,
+            disks: DisksAsked::from(&machine),
             bandwidth_max: None,
             side: Side::Destination,
         };

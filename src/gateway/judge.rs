@@ -6,9 +6,10 @@ use std::time::SystemTime;
 use arc_swap::ArcSwap;
 
 use crate::audit::{AuditError, AuditLog, Entry, Event, Outcome};
-use crate::config::Config;
+use crate::config::{Config, Vm};
 use crate::engine::EngineError;
 use crate::gateway::policies::{obliged, stream};
+use crate::hypervisor::{Disk, Machine};
 use crate::limits;
 use crate::policy::{
     self, Accept, Action, Channel, Denial, MigrationContext, Permit, PolicySet, Question, Release, Request, RequestContext, Resolve,
@@ -35,13 +36,46 @@ pub(super) struct Case {
     pub(super) uuid: VmUuid,
     pub(super) terms: StreamTerms,
     pub(super) memory_bytes: u64,
+    pub(super) disks: DisksAsked,
     /// Most that policy lets the source send, in bytes a second.
     pub(super) bandwidth_max: Option<u64>,
     /// Which end this gateway is.
     pub(super) side: Side,
 }
 
+/// What is to move of disks. How many and how long they are is known once the guest was seen, at the destination from the offer.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct DisksAsked {
+    pub(super) storage: policy::Storage,
+    count: u32,
+    bytes: u64,
+}
+
+impl DisksAsked {
+    pub(super) fn of(storage: policy::Storage, disks: &[Disk]) -> Self {
+        let bytes = disks.iter().map(|disk| disk.bytes).fold(0, u64::saturating_add);
+        Self { storage, count: u32::try_from(disks.len()).unwrap_or(u32::MAX), bytes }
+    }
+}
+
+impl From<&Machine> for DisksAsked {
+    fn from(machine: &Machine) -> Self {
+        let storage = match machine {
+            Machine { disks_only: true, .. } => policy::Storage::Only,
+            Machine { disks, .. } if disks.is_empty() => policy::Storage::None,
+            Machine { .. } => policy::Storage::All,
+        };
+        Self::of(storage, &machine.disks)
+    }
+}
+
 impl Case {
+    /// A VM that leaves, before its guest was seen.
+    pub(super) fn leaving(migration: MigrationId, vm: &Vm, terms: StreamTerms, disks: DisksAsked) -> Self {
+        let (name, side) = (vm.name.clone(), Side::Source);
+        Self { migration, vm: name, uuid: vm.uuid, terms, memory_bytes: 0, disks, bandwidth_max: None, side }
+    }
+
     /// Takes over what a permit obliges to, before anything is offered.
     pub(super) fn oblige<A: Action>(&mut self, permit: &Permit<A>) {
         if let Some(stream) = permit.stream() {
@@ -114,7 +148,7 @@ impl Judge {
 
     /// May this operator ask for this move?
     pub(super) fn request(&self, operator: &str, case: &Case, route: Route) -> Result<Permit<Request>, NoPermit> {
-        let context = RequestContext { now_unix_ms: now_ms(), route, stream: stream(&case.terms), change_ticket: None };
+        let context = RequestContext { now_unix_ms: now_ms(), route, stream: stream(&case.terms, case.disks.storage), change_ticket: None };
         let policies = self.policies.load_full();
         let answer = policies.ask_request(operator, case.uuid, &context);
         self.recorded(case, &policies, &Question::Request(operator, &context), answer)
@@ -230,8 +264,10 @@ impl Judge {
                 crl_fresh: session.verify_again().is_ok(),
                 peer_cert_days_left: peer.days_left(SystemTime::now()),
             },
-            stream: stream(&case.terms),
+            stream: stream(&case.terms, case.disks.storage),
             memory_mib: case.memory_bytes >> 20,
+            disk_count: case.disks.count,
+            disk_mib: case.disks.bytes.div_ceil(1 << 20),
         }
     }
 

@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use crate::engine::{Link, PeerFacts};
 use crate::gateway::Gateway;
 use crate::gateway::incoming::{Arrival, Refusal};
-use crate::gateway::judge::Case;
+use crate::gateway::judge::{Case, DisksAsked};
 use crate::gateway::registry::Claim;
 use crate::gateway::twins::{Leavings, Twin};
 use crate::hypervisor::RunState;
@@ -213,6 +213,7 @@ impl Gateway {
             uuid: offer.uuid,
             terms,
             memory_bytes,
+            disks: DisksAsked::default(),
             bandwidth_max: None,
             side: Side::Destination,
         };

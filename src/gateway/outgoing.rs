@@ -159,7 +159,7 @@ impl Gateway {
         let timeout = request.timeout_seconds.map_or(Ok(defaults.timeout.duration), |s| positive(s, "`timeout_seconds`"))?;
         let outage_max = request.max_outage_seconds.map_or(Ok(defaults.max_outage.duration), |s| positive(s, "`max_outage_seconds`"))?;
         let bandwidth = request.bandwidth_bytes_per_second.or(defaults.bandwidth.map(|limit| limit.bytes_per_second));
-        let case = Case { migration, vm: vm.name.clone(), uuid: vm.uuid, terms, memory_bytes: 0, bandwidth_max: None, side: Side::Source };
+        let case = Case::leaving(migration, &vm, terms, DiskWish::asked(disks, &[]));
         let goal = Goal { downtime_max, throttle: request.throttle, fixed_cost: PAUSE_FIXED };
         let table_bytes = usize::try_from(defaults.tables.bytes).unwrap_or(usize::MAX);
         let manner = Manner { verify_in_pause: verify == Verify::Full, zstd_level: request.compress.and_then(zstd_level), table_bytes };
@@ -473,6 +473,7 @@ impl Gateway {
         departure.has_memory(guest.machine().regions.iter().map(|region| region.bytes).sum());
         if let Leaving::Stream(guest) = &mut guest {
             disks::take_along(&departure.vm, guest, departure.disks)?;
+            departure.case.disks = DiskWish::asked(departure.disks, &guest.machine().disks);
         }
         Ok(guest)
     }

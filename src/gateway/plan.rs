@@ -4,11 +4,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::control::{Check, CheckVerdict, Estimate, MigrateRequest, PlanView};
+use crate::gateway::disks::DiskWish;
 use crate::gateway::outgoing::bug;
 use crate::gateway::{Gateway, outgoing::Departure};
 use crate::hypervisor::attach::{AttachedSource, Timeouts};
 use crate::hypervisor::qemu::{self, QemuSource};
-use crate::hypervisor::{Address, Guest, PagedSource, RunState, StreamSource};
+use crate::hypervisor::{Address, Disk, Guest, PagedSource, RunState, StreamSource};
 use crate::telemetry::{Problem, RunningOn, chain};
 use crate::wire::ErrorClass;
 
@@ -21,6 +22,8 @@ struct Seen {
     /// Unknown of a hypervisor whose pages are not seen.
     dirty_bytes_per_second: Option<f64>,
     running: bool,
+    /// Disks that could move with it.
+    disks: Vec<Disk>,
 }
 
 impl Gateway {
@@ -37,6 +40,7 @@ impl Gateway {
                 let how = if seen.running { "running" } else { "not running" };
                 plan.pass("guest", format!("{how}, {} MiB of memory{}", seen.memory_bytes >> 20, rate.unwrap_or_default()));
                 departure.has_memory(seen.memory_bytes);
+                departure.case.disks = DiskWish::asked(departure.disks, &seen.disks);
                 Some(seen)
             }
             Err(problem) => {
@@ -92,7 +96,8 @@ impl Gateway {
                         return Err(Problem::new(ErrorClass::Local, format!("QEMU of VM `{vm}` cannot send its guest: {why}")));
                     }
                     let memory_bytes = guest.machine().regions.iter().map(|region| region.bytes).sum();
-                    return Ok(Seen { memory_bytes, dirty_bytes_per_second: None, running: true });
+                    let disks = guest.disks().map_err(local)?.into_iter().map(|(disk, _)| disk).collect();
+                    return Ok(Seen { memory_bytes, dirty_bytes_per_second: None, running: true, disks });
                 }
             };
             let mut guest = AttachedSource::attach(&path, vm.as_str(), Timeouts::default()).map_err(local)?;
@@ -106,6 +111,7 @@ impl Gateway {
                 memory_bytes: guest.ram().layout().bytes(),
                 dirty_bytes_per_second: Some(dirty_bytes as f64 / WATCH.as_secs_f64()),
                 running,
+                disks: Vec::new(),
             })
         })
         .await

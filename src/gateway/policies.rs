@@ -121,7 +121,7 @@ pub(crate) fn zstd_level(wish: Compress) -> Option<u8> {
 }
 
 /// The terms of a stream as policies see them.
-pub(super) fn stream(terms: &StreamTerms) -> Stream {
+pub(super) fn stream(terms: &StreamTerms, storage: policy::Storage) -> Stream {
     Stream {
         mode: policy::Mode::Precopy,
         compression: match terms.compression {
@@ -142,6 +142,7 @@ pub(super) fn stream(terms: &StreamTerms) -> Stream {
             Durability::Both => policy::Durability::Both,
         },
         lanes: terms.lanes,
+        storage,
     }
 }
 
@@ -172,7 +173,7 @@ pub(super) fn obliged(terms: &StreamTerms, stream: &Stream) -> StreamTerms {
 
 /// The terms that a migration without wishes of its own is judged by.
 pub(crate) fn default_stream(config: &Config, vm: &config::Vm) -> Stream {
-    stream(&default_terms(&config.migration, vm.classification))
+    stream(&default_terms(&config.migration, vm.classification), policy::Storage::None)
 }
 
 /// The address that a request is judged by before the peer was reached.

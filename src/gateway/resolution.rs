@@ -15,7 +15,7 @@ use crate::config::{Classification, Role};
 use crate::control::{Choice, ChoiceView, DoubtList, DoubtView, ProposalView, RecordView, ResolutionState, ResolutionView, ResolveRequest};
 use crate::engine::{self, Decision, RecordNote, Resolved, Standing};
 use crate::gateway::Gateway;
-use crate::gateway::judge::{Case, NoPermit, hex};
+use crate::gateway::judge::{Case, DisksAsked, NoPermit, hex};
 use crate::gateway::outgoing::bug;
 use crate::gateway::policies::{default_terms, operator_id};
 use crate::limits;
@@ -295,6 +295,7 @@ impl Gateway {
             // A VM that the configuration no longer has is judged by the terms that give the least away.
             terms: default_terms(&self.config.migration, classification.unwrap_or(Classification::Restricted)),
             memory_bytes: 0,
+            disks: DisksAsked::default(),
             bandwidth_max: None,
             side: about.side,
         };

@@ -8,7 +8,7 @@ use tokio::sync::mpsc;
 use crate::engine::{self, Command, EngineError, Link, Resolved};
 use crate::gateway::Gateway;
 use crate::gateway::departures::Note;
-use crate::gateway::judge::Case;
+use crate::gateway::judge::{Case, DisksAsked};
 use crate::gateway::outgoing::{Departure, Strings};
 use crate::gateway::recovery::{FIRST_PAUSE, LONGEST_PAUSE};
 use crate::gateway::registry::Ticket;
@@ -82,6 +82,7 @@ impl Gateway {
             uuid: vm.uuid,
             terms: order.stream.clone(),
             memory_bytes,
+            disks: DisksAsked::default(),
             bandwidth_max: order.bandwidth_max,
             side: Side::Source,
         };

@@ -58,6 +58,19 @@ pub enum Durability {
     Both,
 }
 
+/// Which disks move with a VM.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Storage {
+    /// None.
+    #[default]
+    None,
+    /// All that it can write to.
+    All,
+    /// The same, and the VM stays.
+    Only,
+}
+
 macro_rules! words {
     ($($type:ident { $($variant:ident = $word:literal),* })*) => {$(
         impl $type {
@@ -76,6 +89,7 @@ words! {
     Codec { None = "none", Lz4 = "lz4", Zstd = "zstd", Auto = "auto" }
     CodecScope { Page = "page", Batch = "batch", Stream = "stream" }
     Durability { None = "none", Dest = "dest", Both = "both" }
+    Storage { None = "none", All = "all", Only = "only" }
 }
 
 /// From where to where.
@@ -122,6 +136,9 @@ pub struct Stream {
     pub durability: Durability,
     /// Lanes.
     pub lanes: u16,
+    /// Which disks move. Facts that were written down before there was such a word have none.
+    #[serde(default)]
+    pub storage: Storage,
 }
 
 /// The circumstances of `release`, `accept` and `commit`.
@@ -140,6 +157,12 @@ pub struct MigrationContext {
     /// Guest RAM, in MiB.
     #[serde(rename = "memoryMiB")]
     pub memory_mib: u64,
+    /// Disks that move.
+    #[serde(default)]
+    pub disk_count: u32,
+    /// How long they are together, in MiB, begun ones counted.
+    #[serde(rename = "diskMiB", default)]
+    pub disk_mib: u64,
 }
 
 /// The circumstances of `request`.
@@ -259,6 +282,7 @@ impl Stream {
             reads.pair(Fact::LengthPadding, || flag(self.length_padding)),
             reads.pair(Fact::Durability, || text(self.durability.as_str())),
             reads.pair(Fact::Lanes, || RestrictedExpression::new_long(self.lanes.into())),
+            reads.pair(Fact::Storage, || text(self.storage.as_str())),
         ];
         record("stream", pairs)
     }
@@ -270,13 +294,16 @@ fn context<const N: usize>(pairs: [Option<Pair>; N]) -> Result<Context, String> 
 
 impl MigrationContext {
     pub(super) fn context(&self, stream: &Stream, reads: Reads) -> Result<Context, String> {
-        let memory = i64::try_from(self.memory_mib).map_err(|_| format!("guest memory of `{}` MiB does not fit", self.memory_mib))?;
+        let long = |what: &str, mib: u64| i64::try_from(mib).map_err(|_| format!("{what} of `{mib}` MiB does not fit"));
+        let (memory, disks) = (long("guest memory", self.memory_mib)?, long("disks", self.disk_mib)?);
         context([
             now(self.now_unix_ms, reads)?,
             self.route.pair(reads)?,
             self.channel.pair(reads)?,
             stream.pair(reads)?,
             reads.pair(Fact::MemoryMib, || RestrictedExpression::new_long(memory)),
+            reads.pair(Fact::DiskCount, || RestrictedExpression::new_long(self.disk_count.into())),
+            reads.pair(Fact::DiskMib, || RestrictedExpression::new_long(disks)),
         ])
     }
 }

@@ -15,7 +15,7 @@
 //! `entities` (of the file, or of one test) replaces the entities that the set was loaded with. `context` of the file
 //! holds defaults; what a test says is laid over it, object by object, and fields of the defaults that the action does
 //! not have are left out. `principal` is a SPIFFE ID, or an operator for `request` and `resolveInDoubt`; `resource` is the VM's
-//! UUID. `policy` is optional: the `@id` that must be among the policies that decided (or that failed to evaluate). `stream` is optional
+//! UUID. What is not said of disks is that none move. `policy` is optional: the `@id` that must be among the policies that decided (or that failed to evaluate). `stream` is optional
 //! too: fields of the stream as permits' obligations leave it, e.g. `{ "durability": "both" }`.
 //!
 //! A question alone, without `name` and what is expected, is a file for `policy explain --request`.
@@ -188,7 +188,7 @@ fn with_question<T>(
     ask: impl FnOnce(&Question<'_>) -> T,
 ) -> Result<T, String> {
     let peer = || principal.parse::<SpiffeId>().map_err(|error| error.to_string());
-    let migration = || context(defaults, own, &["now", "route", "channel", "stream", "memoryMiB"]);
+    let migration = || context(defaults, own, &["now", "route", "channel", "stream", "memoryMiB", "diskCount", "diskMiB"]);
     match action {
         "request" => {
             let context = context(defaults, own, &["now", "route", "stream", "changeTicket"])?;

@@ -46,7 +46,7 @@ mod tests;
 pub use ask::{Denial, EvaluationFailure, Explanation, MatchedPolicy, Question};
 pub use entities::{Entities, GatewayEntity, OperatorEntity, VmEntity};
 pub use errors::{PolicyErrors, PolicyProblem};
-pub use facts::{Channel, Codec, CodecScope, Durability, MigrationContext, Mode, RequestContext, ResolveContext, Route, Stream};
+pub use facts::{Channel, Codec, CodecScope, Durability, MigrationContext, Mode, RequestContext, ResolveContext, Route, Storage, Stream};
 pub use fixtures::{TestOutcome, Verdict, WrittenQuestion, run_tests};
 pub use load::{PolicyFile, PolicySet};
 pub use obligations::Obligations;

@@ -28,14 +28,17 @@ pub(super) enum Fact {
     LengthPadding,
     Durability,
     Lanes,
+    Storage,
     MemoryMib,
+    DiskCount,
+    DiskMib,
     ChangeTicket,
     Approvers,
     FenceEvidence,
 }
 
 /// Where policies find each, in order of [`Fact`].
-const PATHS: [&str; 19] = [
+const PATHS: [&str; 22] = [
     "context.now",
     "context.route.srcSite",
     "context.route.dstSite",
@@ -51,7 +54,10 @@ const PATHS: [&str; 19] = [
     "context.stream.lengthPadding",
     "context.stream.durability",
     "context.stream.lanes",
+    "context.stream.storage",
     "context.memoryMiB",
+    "context.diskCount",
+    "context.diskMiB",
     "context.changeTicket",
     "context.approvers",
     "context.fenceEvidence",
@@ -120,7 +126,7 @@ mod tests {
 
     use super::*;
 
-    const EACH: [Fact; 19] = [
+    const EACH: [Fact; 22] = [
         Fact::Now,
         Fact::SrcSite,
         Fact::DstSite,
@@ -136,7 +142,10 @@ mod tests {
         Fact::LengthPadding,
         Fact::Durability,
         Fact::Lanes,
+        Fact::Storage,
         Fact::MemoryMib,
+        Fact::DiskCount,
+        Fact::DiskMib,
         Fact::ChangeTicket,
         Fact::Approvers,
         Fact::FenceEvidence,
@@ -151,7 +160,7 @@ mod tests {
     #[test]
     fn what_is_said_is_read_and_nothing_else() {
         assert_eq!(EACH.map(|fact| fact as usize).to_vec(), (0..PATHS.len()).collect::<Vec<_>>());
-        let stream = ["mode", "compression", "compressionScope", "lengthPadding", "durability", "lanes"];
+        let stream = ["mode", "compression", "compressionScope", "lengthPadding", "durability", "lanes", "storage"];
         let channel = ["tls", "kx", "suite", "crlFresh", "peerCertDaysLeft"];
         for (condition, expected) in [
             ("true", &[][..]),

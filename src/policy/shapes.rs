@@ -10,7 +10,9 @@ use cedar_policy::Schema;
 
 use crate::policy::ask::Question;
 use crate::policy::entities::uid;
-use crate::policy::facts::{Channel, Codec, CodecScope, Durability, MigrationContext, Mode, RequestContext, ResolveContext, Route, Stream};
+use crate::policy::facts::{
+    Channel, Codec, CodecScope, Durability, MigrationContext, Mode, RequestContext, ResolveContext, Route, Storage, Stream,
+};
 use crate::policy::reads::Reads;
 use crate::types::{SpiffeId, VmUuid};
 
@@ -23,10 +25,13 @@ pub(super) fn check(schema: &Schema) -> Result<(), String> {
         length_padding: false,
         durability: Durability::None,
         lanes: 1,
+        storage: Storage::None,
     };
     let route = Route { src_site: String::new(), dst_site: String::new(), peer_ip: IpAddr::from([127, 0, 0, 1]) };
     let channel = Channel { tls: String::new(), kx: String::new(), suite: String::new(), crl_fresh: false, peer_cert_days_left: 0 };
-    let migration = MigrationContext { now_unix_ms: 0, route: route.clone(), channel, stream: stream.clone(), memory_mib: 0 };
+    let (memory_mib, disk_count, disk_mib) = (0, 0, 0);
+    let migration =
+        MigrationContext { now_unix_ms: 0, route: route.clone(), channel, stream: stream.clone(), memory_mib, disk_count, disk_mib };
     let plain = RequestContext { now_unix_ms: 0, route, stream, change_ticket: None };
     let with_ticket = RequestContext { change_ticket: Some(String::new()), ..plain.clone() };
     let resolve = ResolveContext { now_unix_ms: 0, approvers: vec!["uid:0".to_owned()], fence_evidence: false };

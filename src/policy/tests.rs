@@ -79,6 +79,8 @@ fn context() -> MigrationContext {
         },
         stream: stream(),
         memory_mib: 4096,
+        disk_count: 2,
+        disk_mib: 10_240,
     }
 }
 
@@ -90,7 +92,37 @@ fn stream() -> Stream {
         length_padding: false,
         durability: Durability::Dest,
         lanes: 4,
+        storage: Storage::All,
     }
+}
+
+#[test]
+fn policies_see_which_disks_move() {
+    let permit = "@id(\"all\") permit (principal, action, resource);
+";
+    let forbid = |when: &str| {
+        let forbid = "@id(\"f\") forbid (principal, action == Sealane::Action::\"accept\", resource)";
+        set(&format!("{permit}{forbid} when {{ {when} }};"))
+    };
+    let asked = |set: &PolicySet, context: &MigrationContext| set.ask_accept(&peer(DC2), vm(1), context).is_ok();
+    let none = MigrationContext { stream: Stream { storage: Storage::None, ..stream() }, disk_count: 0, disk_mib: 0, ..context() };
+    let only = MigrationContext { stream: Stream { storage: Storage::Only, ..stream() }, ..context() };
+    for (word, denied) in [("none", &none), ("all", &context()), ("only", &only)] {
+        let set = forbid(&format!("context.stream.storage == \"{word}\""));
+        for other in [&none, &context(), &only] {
+            assert_eq!(asked(&set, other), other.stream.storage != denied.stream.storage, "{word}");
+        }
+    }
+    assert!(!asked(&forbid("context.diskCount > 1"), &context()) && asked(&forbid("context.diskCount > 2"), &context()));
+    assert!(!asked(&forbid("context.diskMiB >= 10240"), &context()) && asked(&forbid("context.diskMiB > 10240"), &context()));
+    let huge = MigrationContext { disk_mib: u64::MAX, ..context() };
+    assert!(!asked(&set(permit), &huge));
+    // Facts that were written down before there were such words are about no disks.
+    let mut old = serde_json::to_value(context()).unwrap();
+    let members = old.as_object_mut().unwrap();
+    assert!(members.remove("diskCount").is_some() && members.remove("diskMiB").is_some());
+    members["stream"].as_object_mut().unwrap().remove("storage").unwrap();
+    assert_eq!(serde_json::from_value::<MigrationContext>(old).unwrap(), none);
 }
 
 fn peer(text: &str) -> SpiffeId {

@@ -124,6 +124,26 @@ fn disks_are_not_copied_ahead_where_that_leads_nowhere() {
     disks.nothing_laid_at(B);
 }
 
+/// What both ends are asked about disks is the same: what the guest has, and what the offer says of it.
+#[test]
+fn policies_at_both_ends_see_which_disks_are_to_move() {
+    let forbid = |id: &str, action: &str, when: &str| {
+        format!("@id(\"{id}\") forbid (principal, action == Sealane::Action::\"{action}\", resource) when {{ {when} }};")
+    };
+    let at_a = forbid("nothing-ahead", "request", "context.stream.storage == \"only\"")
+        + &forbid("three-disks", "release", "context.diskCount > 2 || context.diskMiB > 64");
+    let large = "context.stream.storage == \"all\" && context.diskCount == 1 && context.diskMiB > 63";
+    let setup = Setup::new().with_policy(A, &at_a).with_policy(B, &forbid("small-disks", "accept", large));
+    let Some(mut disks) = Disks::start(setup, Plan { filled: MIB, ..Plan::small("raw", "raw") }) else { return };
+    ahead(&disks, &[]).expect_stayed(3, &["nothing-ahead"]);
+    disks.lab.migrate(A, &["--storage", "all"]).expect_stayed(3, &["small-disks"]);
+    disks.nothing_laid_at(B);
+    let facts = ["\"storage\":\"all\"", "\"diskCount\":1", "\"diskMiB\":64"];
+    disks.lab.gateway(A).audited("decision", "allow", &[&["\"action\":\"release\""], facts.as_slice()].concat());
+    disks.lab.gateway(B).audited("decision", "deny", &[&["\"action\":\"accept\""], facts.as_slice()].concat());
+    disks.is_only_at(A);
+}
+
 #[test]
 fn a_gateway_killed_while_disks_are_copied_ahead_leaves_the_guest_alone() {
     if !long() {

@@ -6,13 +6,13 @@ use std::path::Path;
 use serde::Serialize;
 
 use super::super::output::{Out, Tone, printable};
-use super::super::tools::{PolicyAction, PolicyExplainFlags};
+use super::super::tools::{PolicyAction, PolicyExplainFlags, StorageAsked};
 use super::super::{Ending, config, render};
 use super::load_or_refuse;
 use crate::config::{Config, Peer, Vm};
 use crate::control::Exit;
 use crate::gateway::{address_of, channel_in_order, default_stream, entities, operator_id, read_policy_text};
-use crate::policy::{Explanation, MigrationContext, PolicySet, Question, RequestContext, Route, WrittenQuestion};
+use crate::policy::{Explanation, MigrationContext, PolicySet, Question, RequestContext, Route, Storage, Stream, WrittenQuestion};
 use crate::telemetry::{ErrorClass, Problem, schema_tag};
 
 schema_tag!(
@@ -156,12 +156,19 @@ impl Facts<'_> {
             Direction::Arriving => (theirs, own),
         };
         let peer_ip = self.flags.peer_ip.unwrap_or_else(|| address_of(self.peer));
+        let storage = match self.flags.storage {
+            StorageAsked::None => Storage::None,
+            StorageAsked::All => Storage::All,
+            StorageAsked::Only => Storage::Only,
+        };
         MigrationContext {
             now_unix_ms: self.time().as_millisecond(),
             route: Route { src_site, dst_site, peer_ip },
             channel: channel_in_order(CERTIFICATE_DAYS_ASSUMED),
-            stream: default_stream(self.config, self.vm),
+            stream: Stream { storage, ..default_stream(self.config, self.vm) },
             memory_mib: self.flags.memory.bytes >> 20,
+            disk_count: self.flags.disks,
+            disk_mib: self.flags.disk_size.bytes.div_ceil(1 << 20),
         }
     }
 
@@ -190,10 +197,13 @@ impl Facts<'_> {
         let (channel, stream) = (&context.channel, &context.stream);
         let _ = writeln!(
             text,
-            "\nasked for {}, peer at {}, {} of memory, {} lanes, {} per {}, durability {};",
+            "\nasked for {}, peer at {}, {} of memory, disks: {} ({}, {}), {} lanes, {} per {}, durability {};",
             self.time(),
             context.route.peer_ip,
             render::bytes(self.flags.memory.bytes),
+            stream.storage.as_str(),
+            context.disk_count,
+            render::bytes(self.flags.disk_size.bytes),
             stream.lanes,
             stream.compression.as_str(),
             stream.compression_scope.as_str(),
@@ -218,6 +228,9 @@ impl Facts<'_> {
                 now: self.time().to_string(),
                 peer_ip: context.route.peer_ip.to_string(),
                 memory_bytes: self.flags.memory.bytes,
+                storage: context.stream.storage.as_str(),
+                disk_count: context.disk_count,
+                disk_bytes: self.flags.disk_size.bytes,
                 lanes: context.stream.lanes,
                 compression: context.stream.compression.as_str(),
                 compression_scope: context.stream.compression_scope.as_str(),
@@ -271,6 +284,9 @@ struct FactsObject {
     now: String,
     peer_ip: String,
     memory_bytes: u64,
+    storage: &'static str,
+    disk_count: u32,
+    disk_bytes: u64,
     lanes: u16,
     compression: &'static str,
     compression_scope: &'static str,

@@ -39,7 +39,7 @@ const WITH_STREAM: &[&str] = &[
     "context.stream.durability == \"dest\"",
     "context.stream.lanes <= 4",
     "context.stream.lanes * 4611686018427387904 > 0",
-    "context.stream == {mode: \"precopy\", compression: \"zstd\", compressionScope: \"stream\", lengthPadding: false, durability: \"dest\", lanes: 4}",
+    "context.stream == {mode: \"precopy\", compression: \"zstd\", compressionScope: \"stream\", lengthPadding: false, durability: \"dest\", lanes: 4, storage: \"none\"}",
     "(if context.stream.lengthPadding then context.route.srcSite else context.route.dstSite) == \"dc2\"",
     "[{at: context.route}].contains({at: context.route})",
     "context.route has peerIp",
