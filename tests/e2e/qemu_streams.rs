@@ -1,6 +1,6 @@
 //! Streams that lie: between a QEMU and its gateway somebody changes them. Its guest stays where it is.
 //!
-//! `SEALANE_QEMU_STREAMS=100` changes bits at random as well, `SEALANE_SEED` others.
+//! `SEALANE_QEMU_STREAMS=100` tells every lie to both ends, and changes bits at random as well, `SEALANE_SEED` others.
 
 use std::io::{IoSlice, IoSliceMut, Read, Write};
 use std::mem::MaybeUninit;
@@ -15,81 +15,47 @@ use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
 };
 
+use sealane::hypervisor::qemu;
+use sealane::wire::ErrorClass;
+
+use crate::forger::Forger;
 use crate::gateway::{A, B};
-use crate::guest::UUID;
 use crate::lab::Setup;
-use crate::qemus::Qemus;
+use crate::lies::{Change, Changer, Lie, lies};
+use crate::qemus::{LOOK, Qemus, rom};
 use crate::random::{Random, number};
 
-/// What happens to a stream.
-#[derive(Debug, Clone)]
-enum Change {
-    /// The first of these byte strings that comes is replaced.
-    Replace(Vec<(Vec<u8>, Vec<u8>)>),
-    /// The bit at this place is another.
-    Flip(usize, u8),
-    /// It ends behind these bytes.
-    CutBehind(Vec<u8>),
-    /// It has more bytes.
-    Append(Vec<u8>),
-    Nothing,
-}
-
-fn replace(find: &[u8], by: &[u8]) -> Change {
-    Change::Replace(vec![(find.to_vec(), by.to_vec())])
-}
-
-/// Passes a stream on, changed.
-fn pass(mut from: UnixStream, mut to: UnixStream, change: &Change) {
-    let (mut buffer, mut held, mut passed) = (vec![0; 1 << 16], Vec::new(), 0);
-    let mut done = false;
+/// Passes a stream on, changed, and keeps what it was.
+fn pass(mut from: UnixStream, mut to: UnixStream, change: Change, was: &Mutex<Vec<u8>>) {
+    let (mut buffer, mut changer) = (vec![0; 1 << 16], Changer::new(change));
+    was.lock().unwrap().clear();
     loop {
         let Ok(count) = from.read(&mut buffer) else { return };
-        held.extend_from_slice(&buffer[..count]);
-        let find = |held: &[u8], what: &[u8]| held.windows(what.len()).position(|window| window == what);
-        let mut cut = false;
-        match change {
-            Change::Replace(pairs) if !done => {
-                if let Some((at, (what, by))) = pairs.iter().find_map(|pair| Some((find(&held, &pair.0)?, pair))) {
-                    held.splice(at..at + what.len(), by.iter().copied());
-                    done = true;
-                }
-            }
-            Change::Flip(at, bit) if (passed..passed + held.len()).contains(at) && !done => {
-                held[at - passed] ^= 1 << bit;
-                done = true;
-            }
-            Change::CutBehind(what) => {
-                if let Some(at) = find(&held, what) {
-                    held.truncate(at + what.len());
-                    cut = true;
-                }
-            }
-            Change::Append(more) if count == 0 => held.extend_from_slice(more),
-            _ => {}
-        }
-        // What is looked for may be cut in two.
-        let keep = if count == 0 || cut || done { 0 } else { held.len().min(64) };
-        let ready: Vec<u8> = held.drain(..held.len() - keep).collect();
-        passed += ready.len();
-        if to.write_all(&ready).is_err() || cut || count == 0 {
+        was.lock().unwrap().extend_from_slice(&buffer[..count]);
+        let ready = changer.feed(&buffer[..count]);
+        if to.write_all(&ready).is_err() || changer.has_cut() || count == 0 {
             return;
         }
     }
 }
 
 /// Stands between a gateway and a monitor, and puts itself into every stream.
-struct Between(Arc<Mutex<Change>>);
+struct Between {
+    change: Arc<Mutex<Change>>,
+    /// The last stream as its QEMU wrote it.
+    was: Arc<Mutex<Vec<u8>>>,
+}
 
 impl Between {
     fn stand(path: &Path, monitor: &Path) -> Self {
         let listener = UnixListener::bind(path).unwrap();
         let change = Arc::new(Mutex::new(Change::Nothing));
-        let (shared, monitor) = (Arc::clone(&change), monitor.to_owned());
+        let was: Arc<Mutex<Vec<u8>>> = Arc::default();
+        let (shared, kept, monitor) = (Arc::clone(&change), Arc::clone(&was), monitor.to_owned());
         thread::spawn(move || {
             for client in listener.incoming() {
                 let Ok(server) = UnixStream::connect(&monitor) else { return };
-                let (client, shared) = (client.unwrap(), Arc::clone(&shared));
+                let (client, shared, kept) = (client.unwrap(), Arc::clone(&shared), Arc::clone(&kept));
                 let (mut answers, mut back) = (server.try_clone().unwrap(), client.try_clone().unwrap());
                 thread::spawn(move || {
                     let _ = std::io::copy(&mut answers, &mut back);
@@ -99,8 +65,8 @@ impl Between {
                     while let Some((bytes, descriptor)) = receive(&client) {
                         let theirs = descriptor.map(|to| {
                             let (ours, theirs) = UnixStream::pair().unwrap();
-                            let change = shared.lock().unwrap().clone();
-                            thread::spawn(move || pass(ours, UnixStream::from(to), &change));
+                            let (change, kept) = (shared.lock().unwrap().clone(), Arc::clone(&kept));
+                            thread::spawn(move || pass(ours, UnixStream::from(to), change, &kept));
                             theirs
                         });
                         if !send(&server, &bytes, theirs.as_ref()) {
@@ -111,11 +77,11 @@ impl Between {
                 });
             }
         });
-        Self(change)
+        Self { change, was }
     }
 
     fn set(&self, change: Change) {
-        *self.0.lock().unwrap() = change;
+        *self.change.lock().unwrap() = change;
     }
 }
 
@@ -143,25 +109,13 @@ fn send(to: &UnixStream, bytes: &[u8], descriptor: Option<&UnixStream>) -> bool 
     sent.is_ok_and(|sent| (&*to).write_all(&bytes[sent..]).is_ok())
 }
 
-fn lies() -> Vec<(Change, &'static str)> {
-    let uuid: Vec<u8> = (0..32).step_by(2).map(|at| u8::from_str_radix(&UUID.replace('-', "")[at..at + 2], 16).unwrap()).collect();
-    let another: Vec<u8> = uuid.iter().map(|byte| byte ^ 1).collect();
-    let first_page = |flag: u8, high: u8| [&[0, 0, 0, high, 0, 0, 0, flag], b"\x06pc.ram".as_slice()].concat();
-    let elsewhere = Change::Replace([2, 8].map(|flag| (first_page(flag, 0), first_page(flag, 1))).to_vec());
-    let start = |id: u8| [b"\x01\0\0\0".as_slice(), &[id], b"\x03ram"].concat();
-    let commanded = Change::Replace([1, 2].map(|id| (start(id), [b"\x08\0\x05\0\0".to_vec(), start(id)].concat())).to_vec());
-    vec![
-        (replace(b"pc-i440fx-7.2", b"pc-i440fx-7.1"), "machine type"),
-        (replace(&uuid, &another), "UUID of the VM"),
-        (replace(b"\x06pc.ram\0\0\0\0\x04\0\0\0", b"\x06pc.ram\0\0\0\0\x03\0\0\0"), "block as large as the VM's"),
-        (elsewhere, "a page of its block"),
-        (commanded, "no command"),
-        (replace(b"\x05timer", b"\x05tamer"), "the device that is listed"),
-        (Change::CutBehind(b"\x05timer".to_vec()), ""),
-        (Change::Append(b"\x02\0\0\0\x02".to_vec()), "the end of the stream"),
-    ]
+/// Every other one for each end, or all.
+fn chosen(end: usize) -> Vec<Lie> {
+    let all = lies(std::fs::metadata(rom().unwrap()).unwrap().len()).into_iter().enumerate();
+    all.filter(|(index, _)| number("SEALANE_QEMU_STREAMS").is_some() || index % 2 == end).map(|(_, lie)| lie).collect()
 }
 
+/// One QEMU serves all of them, one after the other, and its guest goes on.
 #[test]
 fn a_stream_that_lies_leaves_the_guest_where_it_is() {
     let Some(mut qemus) = Qemus::start(Setup::new()) else { return };
@@ -172,13 +126,20 @@ fn a_stream_that_lies_leaves_the_guest_where_it_is() {
     std::fs::write(gateway.config(), crate::lab::replaced(&text, "run/first.qmp", "run/between.qmp")).unwrap();
     let between = Between::stand(&run.join("between.qmp"), &run.join("first.qmp"));
     qemus.lab.gateway_mut(A).start();
-    let mut tried = 0;
-    for (change, expected) in lies() {
-        between.set(change);
-        qemus.lab.migrate(A, &[]).expect_stayed(1, &[expected]);
-        qemus.is_only_at(A);
-        tried += 1;
+    let mut wrong = Vec::new();
+    let lies = chosen(0);
+    for Lie { name, change, expected } in &lies {
+        between.set(change.clone());
+        let said = qemus.lab.migrate(A, &[]);
+        assert_eq!(said.code, 1, "{name}: {said:?}");
+        said.expect_stayed(1, &[]);
+        if !said.stderr.contains(expected) {
+            wrong.push(format!("{name}: expected `{expected}`, got {}", said.stderr));
+        }
+        qemus.stays(name);
     }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+    let mut tried = lies.len();
     let seed = number("SEALANE_SEED").unwrap_or(1);
     let mut random = Random(seed);
     for _ in 0..number("SEALANE_QEMU_STREAMS").unwrap_or(0) {
@@ -187,11 +148,57 @@ fn a_stream_that_lies_leaves_the_guest_where_it_is() {
         between.set(Change::Flip(at, bit));
         let said = qemus.lab.migrate(A, &[]);
         assert_ne!(said.code, 0, "bit {bit} of byte {at}: {said:?}");
-        qemus.is_only_at(A);
+        qemus.stays(&format!("bit {bit} of byte {at}"));
         tried += 1;
     }
     println!("QEMU and streams that lie: {tried} refused");
+    qemus.is_only_at(A);
     between.set(Change::Nothing);
+    qemus.lab.migrate(A, &[]).expect_moved();
+    qemus.is_only_at(B);
+}
+
+/// The same streams from a gateway that looks at nothing: the destination refuses each before it promises anything.
+#[test]
+fn a_source_that_sends_streams_that_lie_is_refused() {
+    let Some(mut qemus) = Qemus::start(Setup::new()) else { return };
+    let run = qemus.lab.gateway(A).directory().join("run");
+    let gateway = qemus.lab.gateway_mut(A);
+    gateway.stop();
+    let text = std::fs::read_to_string(gateway.config()).unwrap();
+    std::fs::write(gateway.config(), crate::lab::replaced(&text, "run/first.qmp", "run/between.qmp")).unwrap();
+    let between = Between::stand(&run.join("between.qmp"), &run.join("first.qmp"));
+    qemus.lab.gateway_mut(A).start();
+    // A whole stream, which its guest survives.
+    between.set(Change::Append(b"\x02".to_vec()));
+    qemus.lab.migrate(A, &[]).expect_stayed(1, &["the end of the stream"]);
+    qemus.stays("a whole stream");
+    let stream = between.was.lock().unwrap().clone();
+    between.set(Change::Nothing);
+    let (machine, _) = qemu::inspect(&run.join("first.qmp.look"), "first", LOOK).unwrap();
+    qemus.lab.gateway_mut(A).stop();
+
+    let (forger, mut wrong) = (Forger::new(&qemus.lab, machine), Vec::new());
+    let lies = chosen(1);
+    for Lie { name, change, expected } in &lies {
+        let mut changer = Changer::new(change.clone());
+        let mut changed = changer.feed(&stream);
+        if !changer.has_cut() {
+            changed.extend(changer.feed(&[]));
+        }
+        assert_ne!(changed, stream, "{name}");
+        let (class, reason) = forger.send(name, &changed);
+        if !reason.contains(expected) || (!expected.is_empty() && class != ErrorClass::PeerMisbehaved) {
+            wrong.push(format!("{name}: expected `{expected}`, got {class:?}: {reason}"));
+        }
+        qemus.stays(name);
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+    println!("streams that lie from a gateway that lies: {} refused", lies.len());
+    let records = qemus.lab.gateway(B).audit();
+    let promised = |entry: &serde_json::Value| entry["event"] == "handoff" && entry["detail"]["record"] != "refused";
+    assert_eq!(records.iter().find(|entry| promised(entry)), None);
+    qemus.lab.gateway_mut(A).start();
     qemus.lab.migrate(A, &[]).expect_moved();
     qemus.is_only_at(B);
 }

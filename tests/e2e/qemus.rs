@@ -160,6 +160,18 @@ impl Qemus {
         }
     }
 
+    /// The guest goes on where it is, and no other QEMU is there.
+    #[track_caller]
+    pub fn stays(&mut self, case: &str) {
+        let alone = |here: &Self| here.states(here.at) == [RunState::Running] && here.states(here.at.other()).is_empty();
+        wait_for(&format!("{case}: a guest on {:?} only", self.at), || alone(self).then_some(()));
+        let before = self.beats;
+        wait_for(&format!("{case}: a beat"), || {
+            self.hear(&[self.at]);
+            (self.beats > before).then_some(())
+        });
+    }
+
     /// Where it runs once nothing is open.
     #[track_caller]
     pub fn settle(&mut self) -> Name {

@@ -355,6 +355,15 @@ impl Run {
         if stage != StreamStage::Failed || self.loading.is_some() {
             return None;
         }
+        // Before what the hypervisor says of it: a stream that is refused here fails there too.
+        if let Some(writing) = &mut self.writing
+            && let Ok(written) = tokio::time::timeout(REFUSED_WITHIN, writing).await
+        {
+            self.writing = None;
+            if !matches!(written, Ok(Ok(_))) {
+                return self.was_written(written).await;
+            }
+        }
         if self.machine.is_prepared() || self.machine.is_running() {
             tracing::error!(migration = %self.order.migration, vm = %self.order.vm, "the hypervisor of the twin has ended");
             return None;
@@ -551,6 +560,8 @@ fn lock(twin: &Twin) -> MutexGuard<'_, Box<dyn StreamDestination>> {
 }
 
 const WATCH_INTERVAL: Duration = Duration::from_secs(1);
+/// WHY: whoever refuses a stream closes its socket a moment before it says so, and the hypervisor notices.
+const REFUSED_WITHIN: Duration = Duration::from_millis(100);
 const LINGER: Duration = Duration::from_secs(2);
 /// WHY: a source with a full window waits for this; several fit into the smallest.
 const TELL_EVERY_BYTES: u64 = 256 * 1024;
