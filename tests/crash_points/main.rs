@@ -19,6 +19,8 @@ mod fixtures;
 
 #[path = "../e2e/command.rs"]
 mod command;
+#[path = "../e2e/disks.rs"]
+mod disks;
 #[path = "../e2e/gateway.rs"]
 mod gateway;
 #[path = "../e2e/guest.rs"]
@@ -55,6 +57,7 @@ fn unreached(point: &str, durabilities: &[String]) -> Option<&'static str> {
     [
         ("fenced", true, "written on an operator's word: `sealane resolve`"),
         ("reclaim", !not_kept, "a twin that is lost is built from its image"),
+        ("disks-", true, "of a guest that moves with its disks: `a_qemu_or` goes there"),
         ("rebuilt-launched", !kept, "without an image nothing is built again"),
     ]
     .into_iter()

@@ -1,4 +1,4 @@
-//! SIGKILL of either QEMU and of either gateway, and a cancel, at each phase of a QEMU's move.
+//! SIGKILL of either QEMU and of either gateway, and a cancel, at each phase of a QEMU's move with its disk.
 //!
 //! A gateway stops itself at a failpoint, something is killed, and it goes on. `SEALANE_POINTS` and `SEALANE_BLOWS` (parts of names)
 //! choose.
@@ -11,17 +11,21 @@ use sealane::hypervisor::RunState;
 use serde_json::{Value, json};
 
 use crate::command::{Running, Said, wait_for};
+use crate::disks::{Disks, MIB, Plan};
 use crate::gateway::{A, B, Name};
 use crate::lab::Setup;
 use crate::place::Role::{self, Destination, Source};
-use crate::qemus::{OneCopy, Qemus, ask, processes_with};
+use crate::qemus::{OneCopy, ask, processes_with};
 use crate::run::is_stopped;
 
 /// In the order in which a move comes by.
-const PHASES: [(&str, Role); 16] = [
+const PHASES: [(&str, Role); 19] = [
     ("destination.accept.after", Destination),
     ("source.lanes-open", Source),
+    ("source.disks-mirrored", Source),
     ("source.paused", Source),
+    ("source.disks-settled", Source),
+    ("destination.disks-closed", Destination),
     ("send.FINAL.after", Source),
     ("destination.compare", Destination),
     ("destination.state-restored", Destination),
@@ -55,8 +59,8 @@ enum Wanted {
     There(Role),
     /// The only QEMU that had it is the one that was killed.
     Nowhere,
-    /// The source, unless the destination was quicker to run it.
-    SourceOrNowhere,
+    /// There, unless the one that was killed was quicker to have the only copy.
+    ThereOrNowhere(Role),
 }
 
 fn position(point: &str) -> usize {
@@ -69,20 +73,23 @@ fn wanted(point: &str, blow: Blow) -> Wanted {
         Blow::SourceGateway | Blow::DestinationGateway | Blow::Cancel => Wanted::Somewhere,
         // Behind FINAL the destination has all of it, and what the source has is only a copy.
         Blow::SourceQemu if at >= position("send.FINAL.after") => Wanted::There(Destination),
+        // Whoever stands still there, the source goes on to its end meanwhile.
+        Blow::SourceQemu if at == position("destination.disks-closed") => Wanted::ThereOrNowhere(Destination),
         Blow::SourceQemu => Wanted::Nowhere,
         Blow::DestinationQemu if at < position("send.COMMIT.after") => Wanted::There(Source),
-        Blow::DestinationQemu if at == position("send.COMMIT.after") => Wanted::SourceOrNowhere,
+        Blow::DestinationQemu if at == position("send.COMMIT.after") => Wanted::ThereOrNowhere(Source),
         Blow::DestinationQemu => Wanted::Nowhere,
     }
 }
 
-struct Scene(Qemus);
+struct Scene(Disks);
 
 impl Scene {
     fn start() -> Option<Self> {
         // What a gateway that was killed leaves of an attempt is given up soon.
         let soon = |setup: Setup, name| setup.replace(name, "timeout = \"10m\"", "timeout = \"10m\"\nmax_outage = \"30s\"");
-        Qemus::start(soon(soon(Setup::new(), A), B)).map(Self)
+        let plan = Plan { filled: MIB, ..Plan::small("qcow2", "raw") };
+        Disks::start(soon(soon(Setup::new(), A), B), plan).map(Self)
     }
 
     fn name(&self, role: Role) -> Name {
@@ -93,10 +100,10 @@ impl Scene {
     #[track_caller]
     fn play(&mut self, point: &str, reacher: Role, blow: Blow) -> bool {
         let (from, reacher) = (self.0.at, self.name(reacher));
-        let copies = OneCopy::watch(&self.0);
+        let copies = OneCopy::watch(&self.0.lab);
         let armed = self.0.lab.gateway(reacher).directory().join("failpoint");
         fs::write(&armed, format!("{point}=stop")).unwrap();
-        let mut running = self.0.lab.start_migrate(from, &[]);
+        let mut running = self.0.lab.start_migrate(from, &["--storage", "all"]);
         let process = self.0.lab.gateway(reacher).process_id();
         wait_for(&format!("`{point}` to be reached"), || {
             let stopped = is_stopped(process);
@@ -153,11 +160,11 @@ impl Scene {
     fn look(&mut self, wanted: Wanted, from: Name, said: &Said) -> bool {
         let to = from.other();
         match wanted {
-            Wanted::Somewhere => drop(self.0.settle()),
+            Wanted::Somewhere => self.settle(),
             Wanted::There(Source) => self.0.is_only_at(from),
             Wanted::There(Destination) => self.0.is_only_at(to),
             Wanted::Nowhere => return self.is_nowhere(said),
-            Wanted::SourceOrNowhere => {
+            Wanted::ThereOrNowhere(role) => {
                 let running = wait_for("the guest, or the end of it", || {
                     let _ = self.0.first.try_wait();
                     let states = [A, B].map(|name| self.0.states(name));
@@ -167,11 +174,28 @@ impl Scene {
                 if running == 0 {
                     return false;
                 }
-                self.0.is_only_at(from);
+                self.0.is_only_at(if role == Source { from } else { to });
             }
         }
         self.is_as_it_was();
         true
+    }
+
+    /// Where it runs once nothing is open.
+    #[track_caller]
+    fn settle(&mut self) {
+        let name = wait_for("one running copy", || {
+            let running = [A, B].map(|name| self.0.states(name).contains(&RunState::Running));
+            let name = match running {
+                [true, false] => A,
+                [false, true] => B,
+                [false, false] => return None,
+                [true, true] => panic!("it runs twice"),
+            };
+            let (here, there) = (self.0.lab.vm(name), self.0.lab.vm(name.other()));
+            (here["state"] == "running" && there["state"] == "gone").then_some(name)
+        });
+        self.0.is_only_at(name);
     }
 
     /// No QEMU is left, and nobody says that one is.
@@ -237,6 +261,9 @@ fn a_qemu_or_a_gateway_killed_at_any_phase_leaves_one_copy_or_says_that_none_is_
                 }
             }
         }
+    }
+    if let Some(Scene(disks)) = scene {
+        disks.disk_is_whole();
     }
     println!("QEMU killed at each phase: {runs} runs, its only copy killed {lost}, violations {}", violations.len());
     assert!(violations.is_empty(), "{}", violations.join("\n"));

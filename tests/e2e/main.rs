@@ -28,6 +28,7 @@ mod command;
 mod configuration;
 mod crash;
 mod disk;
+mod disks;
 mod durability;
 mod flood;
 mod forger;

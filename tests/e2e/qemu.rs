@@ -59,7 +59,7 @@ fn cancelled_at_any_record_one_copy_runs() {
     let Some(mut qemus) = Qemus::start(Setup::new()) else { return };
     for record in ["offer", "prepared", "commit", "run"] {
         let from = qemus.at;
-        let watch = OneCopy::watch(&qemus);
+        let watch = OneCopy::watch(&qemus.lab);
         let records = Records::begin(&qemus.lab, from);
         let mut running = qemus.lab.start_migrate(from, &[]);
         while !records.have(record) && !running.has_ended() {
@@ -255,7 +255,7 @@ fn gateways_killed_at_random_never_run_a_qemu_twice() {
     let runs = number("SEALANE_QEMU_CRASHES").unwrap_or(6);
     for run in 0..runs {
         let from = qemus.at;
-        let watch = OneCopy::watch(&qemus);
+        let watch = OneCopy::watch(&qemus.lab);
         let records = Records::begin(&qemus.lab, from);
         let mut running = qemus.lab.start_migrate(from, &[]);
         let record = *random.pick(&RECORDS);

@@ -9,9 +9,10 @@ use sealane::hypervisor::RunState;
 use serde_json::{Value, json};
 
 use crate::command::{Running, Said, wait_for};
+use crate::disks::{Disks, MIB, Plan};
 use crate::gateway::{A, B};
 use crate::lab::{Setup, VM, replaced};
-use crate::qemu_disks::{Disks, MIB, Plan, kept_at, long, moved_again};
+use crate::qemu_disks::{kept_at, long, moved_again};
 
 /// What a QEMU says of its guest between `new` and `end`. Nobody else can look meanwhile.
 struct Listener(BufReader<UnixStream>);

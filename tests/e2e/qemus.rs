@@ -228,8 +228,8 @@ pub struct OneCopy {
 }
 
 impl OneCopy {
-    pub fn watch(qemus: &Qemus) -> Self {
-        let directories = [A, B].map(|name| qemus.lab.gateway(name).directory().to_owned());
+    pub fn watch(lab: &Lab) -> Self {
+        let directories = [A, B].map(|name| lab.gateway(name).directory().to_owned());
         let ended = Arc::new(AtomicBool::new(false));
         let seen = Arc::clone(&ended);
         let thread = std::thread::spawn(move || {

@@ -192,6 +192,7 @@ impl Run {
             Happened::Failed(error) => self.machine.is_receiving().then(|| self.give_up(error)),
             Happened::Closed(Err(error)) => Some(self.give_up(error)),
             Happened::Closed(Ok(digests)) => {
+                crate::failpoint::hit!("destination.disks-closed");
                 let disks = self.disks.as_mut()?;
                 disks.closed = Some(digests);
                 self.disks_settled()

@@ -163,6 +163,7 @@ impl Run {
         disks.said = said;
         if said.ready {
             tracing::info!(migration = %self.order.migration, "disks are equal at both ends");
+            crate::failpoint::hit!("source.disks-mirrored");
             return Some(StreamSourceEvent::Mirrored);
         }
         if disks.pace.is_hopeless(Instant::now(), &said) {
@@ -198,6 +199,7 @@ impl Run {
         let disks = self.disks.as_mut()?;
         // Nobody writes to it any more.
         disks.server = None;
+        crate::failpoint::hit!("source.disks-settled");
         if let Some(Settled { end, took, .. }) = &disks.settled {
             (self.figures.disks.count, self.figures.disks.bytes) = (disks.all.len(), disks.bytes());
             self.figures.disks.changed_bytes = end.bytes;
