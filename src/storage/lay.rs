@@ -61,6 +61,8 @@ pub struct LaidDisks {
     note: PathBuf,
     laid: Vec<Laid>,
     held: Vec<u16>,
+    /// Whether some of it was kept before.
+    kept: bool,
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -85,7 +87,7 @@ impl LaidDisks {
         places: &[DiskPlace],
         make: impl Fn(&DiskPlace) -> io::Result<bool>,
     ) -> Result<Self, LayError> {
-        let mut disks = Self { note: note.to_owned(), laid: Vec::new(), held: Vec::new() };
+        let mut disks = Self { note: note.to_owned(), laid: Vec::new(), held: Vec::new(), kept: false };
         for place in places {
             if let Err(error) = disks.lay_one(migration, place, &make) {
                 disks.undo();
@@ -113,7 +115,12 @@ impl LaidDisks {
         };
         // A volume is there before, and behind a link of LVM's.
         if fs::metadata(&place.file).is_ok_and(|there| there.file_type().is_block_device()) {
-            return if place.format == DiskFormat::Raw { Ok(()) } else { Err(refused("a block device holds `raw` only".to_owned())) };
+            if place.format != DiskFormat::Raw {
+                return Err(refused("a block device holds `raw` only".to_owned()));
+            }
+            // Nobody takes it away, so an earlier attempt may have left something there.
+            self.held.push(place.disk);
+            return Ok(());
         }
         if there.as_ref().is_some_and(|there| !there.is_file()) {
             return Err(refused("something is there that is no file".to_owned()));
@@ -123,6 +130,7 @@ impl LaidDisks {
         }
         if make(place).map_err(failed("it cannot be made"))? {
             self.held.push(place.disk);
+            self.kept = true;
         }
         let made_at = made_at(migration, place);
         let metadata = fs::symlink_metadata(&made_at).map_err(failed("it cannot be looked at"))?;
@@ -153,7 +161,7 @@ impl LaidDisks {
         let _ = fs::remove_file(&self.note);
     }
 
-    /// Disks that an earlier attempt has left something of.
+    /// Disks that an earlier attempt may have left something of.
     #[must_use]
     pub fn held(&self) -> &[u16] {
         &self.held
@@ -161,7 +169,7 @@ impl LaidDisks {
 
     /// Removes what was laid, and puts back what was there before. Without anything new it is kept as it was kept before.
     pub fn undo(self) {
-        let keep = !self.held.is_empty();
+        let keep = self.kept;
         self.take_away(keep);
     }
 
@@ -200,7 +208,7 @@ impl LaidDisks {
     #[must_use]
     pub fn noted(note: &Path) -> Option<Self> {
         let laid = serde_json::from_slice(&fs::read(note).ok()?).ok()?;
-        Some(Self { note: note.to_owned(), laid, held: Vec::new() })
+        Some(Self { note: note.to_owned(), laid, held: Vec::new(), kept: false })
     }
 }
 

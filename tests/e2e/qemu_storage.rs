@@ -9,7 +9,7 @@ use sealane::hypervisor::RunState;
 use serde_json::{Value, json};
 
 use crate::command::{Running, Said, wait_for};
-use crate::disks::{Disks, MIB, Plan};
+use crate::disks::{Disks, MIB, Plan, disk_of, tool};
 use crate::gateway::{A, B};
 use crate::lab::{Setup, VM, replaced};
 use crate::qemu_disks::{kept_at, long, moved_again};
@@ -143,6 +143,55 @@ fn policies_at_both_ends_see_which_disks_are_to_move() {
     disks.lab.gateway(A).audited("decision", "allow", &[&["\"action\":\"release\""], facts.as_slice()].concat());
     disks.lab.gateway(B).audited("decision", "deny", &[&["\"action\":\"accept\""], facts.as_slice()].concat());
     disks.is_only_at(A);
+}
+
+/// PREPARED has come when the source's policy is asked for the last time.
+#[test]
+fn disks_of_a_vm_that_was_promised_and_then_denied_do_not_stay() {
+    let setup = Setup::new().without_policy(A, "commit");
+    let Some(mut disks) = Disks::start(setup, Plan { filled: MIB, ..Plan::small("raw", "qcow2") }) else { return };
+    disks.lab.migrate(A, &["--storage", "all", "--verify-disks"]).expect_stayed(3, &["commit"]);
+    disks.is_only_at(A);
+    disks.nothing_laid_at(B);
+    assert_eq!(kept_at(&disks.lab, B), [""; 0]);
+    let records = disks.lab.gateway(B).audit();
+    let of =
+        |entry: &Value| entry["event"] == "handoff" && ["prepared", "refused"].iter().any(|record| entry["detail"]["record"] == *record);
+    assert_eq!(records.iter().filter(|entry| of(entry)).count(), 2, "{records:?}");
+}
+
+/// A file as a block device, as long as this lives.
+struct Volume(String);
+
+impl Volume {
+    fn of(file: &Path) -> Option<Self> {
+        let output = std::process::Command::new("losetup").args(["--find", "--show"]).arg(file).output().ok()?;
+        output.status.success().then(|| Self(String::from_utf8(output.stdout).unwrap().trim().to_owned()))
+    }
+}
+
+impl Drop for Volume {
+    fn drop(&mut self) {
+        tool("losetup", &["--detach", &self.0]);
+    }
+}
+
+/// With something else on it, as on a volume that was another's.
+#[test]
+fn a_disk_moves_into_a_volume_and_an_attempt_that_failed_there_is_gone_on_with() {
+    let plan = Plan { drivers: ["file", "host_device"], ..Plan::small("qcow2", "raw") };
+    let Some(mut disks) = Disks::start(Setup::new(), plan) else { return };
+    let file = disks.lab.directory().join("volume");
+    assert!(tool("qemu-img", &["create", "-q", "-f", "raw", file.to_str().unwrap(), "80M"]));
+    assert!(tool("qemu-io", &["-f", "raw", "-c", &format!("write -P 165 0 {}", 80 * MIB), file.to_str().unwrap()]));
+    let Some(volume) = Volume::of(&file) else { return println!("SKIPPED: no loop device can be had") };
+    std::os::unix::fs::symlink(&volume.0, disk_of(&disks.lab, B)).unwrap();
+    expect_there(&ahead(&disks, &[]));
+    disks.is_only_at(A);
+    let report = disks.lab.migrate(A, &["--storage", "all", "--verify-disks", "--compress", "none"]).expect_moved();
+    moved_again(&report, 64 * MIB);
+    disks.is_only_at(B);
+    disks.disk_is_whole();
 }
 
 #[test]
