@@ -100,7 +100,7 @@ macro_rules! text_conversions {
         }
     )*};
 }
-text_conversions!(VmName, PeerName, VmUuid, GenerationId, MigrationId, Incarnation, SpiffeId);
+text_conversions!(VmName, PeerName, VmUuid, GenerationId, MigrationId, Incarnation, SpiffeId, TokenUri);
 
 impl fmt::Display for VmName {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -350,6 +350,86 @@ impl fmt::Display for SpiffeId {
     }
 }
 
+/// Which private key of which token, by RFC 7512: `pkcs11:token=sealane;object=gateway`. A token is named by label, serial number,
+/// manufacturer or model, a key by its label or identifier.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct TokenUri {
+    text: String,
+    attributes: Vec<(&'static str, Vec<u8>)>,
+}
+
+impl TokenUri {
+    /// How one begins.
+    pub const SCHEME: &'static str = "pkcs11:";
+    /// What may be written, for messages.
+    pub const EXPECTED: &'static str =
+        "`pkcs11:` with `token` or `serial`, and `object` or `id`; also `manufacturer`, `model` and `type=private`, divided by `;`";
+    const TOKEN: [&'static str; 4] = ["token", "serial", "manufacturer", "model"];
+    const OBJECT: [&'static str; 2] = ["object", "id"];
+
+    /// The value of an attribute, if it is there.
+    #[must_use]
+    pub fn attribute(&self, name: &str) -> Option<&[u8]> {
+        self.attributes.iter().find(|(known, _)| *known == name).map(|(_, value)| value.as_slice())
+    }
+
+    /// Whether a token that says this of itself is meant.
+    pub fn names_token<'a>(&self, says: impl Fn(&str) -> &'a str) -> bool {
+        Self::TOKEN.iter().all(|name| self.attribute(name).is_none_or(|wanted| wanted == says(name).as_bytes()))
+    }
+
+    fn read(text: &str) -> Option<Vec<(&'static str, Vec<u8>)>> {
+        let path = text.strip_prefix(Self::SCHEME).filter(|_| text.len() <= limits::TOKEN_URI_BYTES_MAX)?;
+        let mut attributes: Vec<(&'static str, Vec<u8>)> = Vec::new();
+        for attribute in path.split(';') {
+            let (name, value) = attribute.split_once('=')?;
+            let value = decoded(value).filter(|value| !value.is_empty())?;
+            if name == "type" && value == b"private" {
+                continue;
+            }
+            let name = Self::TOKEN.into_iter().chain(Self::OBJECT).find(|known| *known == name)?;
+            // Everything but an identifier is text.
+            if attributes.iter().any(|(known, _)| *known == name) || (name != "id" && std::str::from_utf8(&value).is_err()) {
+                return None;
+            }
+            attributes.push((name, value));
+        }
+        let has = |names: &[&str]| attributes.iter().any(|(name, _)| names.contains(name));
+        (has(&["token", "serial"]) && has(&Self::OBJECT)).then_some(attributes)
+    }
+}
+
+/// Text of a URI without its percent signs. What RFC 3986 wants to have written with them has them.
+fn decoded(text: &str) -> Option<Vec<u8>> {
+    let mut bytes = Vec::with_capacity(text.len());
+    let mut rest = text.bytes();
+    while let Some(byte) = rest.next() {
+        let hex = |digit: Option<u8>| char::from(digit?).to_digit(16).and_then(|digit| u8::try_from(digit).ok());
+        match byte {
+            b'%' => bytes.push(hex(rest.next())? << 4 | hex(rest.next())?),
+            b'?' | b'#' | b'/' | b'"' | b'<' | b'>' | b'\\' | b'^' | b'`' | b'{' | b'|' | b'}' => return None,
+            byte if byte.is_ascii_graphic() => bytes.push(byte),
+            _ => return None,
+        }
+    }
+    Some(bytes)
+}
+
+impl FromStr for TokenUri {
+    type Err = InvalidValue;
+    fn from_str(text: &str) -> Result<Self, InvalidValue> {
+        let attributes = Self::read(text).ok_or_else(|| InvalidValue::new("PKCS#11 URI", text, Self::EXPECTED))?;
+        Ok(Self { text: text.to_owned(), attributes })
+    }
+}
+
+impl fmt::Display for TokenUri {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.text)
+    }
+}
+
 /// What is compared at both ends before the switch. Device state always is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -411,6 +491,38 @@ mod tests {
             "spiffe://dc1/x?y",
         ] {
             assert!(bad.parse::<SpiffeId>().is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn uris_of_keys_in_tokens_name_a_token_and_a_key_and_nothing_that_is_not_heeded() {
+        let uri: TokenUri = "pkcs11:token=The%20Software%20PKCS%2311;id=%01%ffA;type=private;serial=1".parse().unwrap();
+        assert_eq!(uri.attribute("token"), Some(&b"The Software PKCS#11"[..]));
+        assert_eq!(uri.attribute("id"), Some(&[1, 0xff, b'A'][..]));
+        assert_eq!(uri.attribute("object"), None);
+        let says = |serial: &'static str| move |name: &str| if name == "serial" { serial } else { "The Software PKCS#11" };
+        assert!(uri.names_token(says("1")) && !uri.names_token(says("2")));
+        let long = format!("pkcs11:token={};object=b", "x".repeat(limits::TOKEN_URI_BYTES_MAX));
+        for bad in [
+            "pkcs11:",
+            "pkcs11:token=a",
+            "pkcs11:object=b",
+            "pkcs11:manufacturer=a;object=b",
+            "pkcs11:token=a;object=b;",
+            "pkcs11:token=a;object=b?pin-value=1234",
+            "pkcs11:token=a;object=b;type=cert",
+            "pkcs11:token=a;token=b;object=c",
+            "pkcs11:token=a;object=b;slot-id=1",
+            "pkcs11:token=;object=b",
+            "pkcs11:token=a;object=%zz",
+            "pkcs11:token=a;object=%f",
+            "pkcs11:token=%ff;object=b",
+            "pkcs11:token=a b;object=c",
+            "pkcs11:token=a/b;object=c",
+            "PKCS11:token=a;object=b",
+            long.as_str(),
+        ] {
+            assert!(bad.parse::<TokenUri>().is_err(), "{bad}");
         }
     }
 

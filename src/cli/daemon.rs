@@ -282,6 +282,12 @@ pub(super) fn gateway(flags: &super::flags::GatewayFlags) -> Ending {
     Ok(Exit::Done)
 }
 
+/// Speaks to a token for the gateway at the other end of standard output.
+pub(super) fn token() -> Ending {
+    crate::gateway::run_token()?;
+    Ok(Exit::Done)
+}
+
 /// Starts VMMs for the gateway at the other end of standard input.
 pub(super) fn launcher() -> Ending {
     crate::gateway::run_launcher()?;

@@ -46,6 +46,9 @@ pub enum Command {
     /// Start VMMs for a gateway; it starts this itself.
     #[command(hide = true)]
     Launcher,
+    /// Speak to a PKCS#11 token for a gateway; it starts this itself.
+    #[command(hide = true)]
+    Token,
     /// Move a VM to a peer.
     ///
     /// Shows progress until the VM runs there, and prints a report. Ctrl-C cancels with the VM running on the source; a

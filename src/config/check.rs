@@ -8,11 +8,8 @@ use std::time::Duration;
 use super::disks::disks;
 use super::problem::ConfigError;
 use super::raw::{FileKind, FileMention, Located, Reader, Section};
-use super::settings::{
-    Config, Gateway, Identity, Incoming, Limits, Migration, Operator, PLACEHOLDERS, Peer, Policies, PolicyBundle, Template, Trust, Vm,
-};
-use super::typed::TrustDomain;
-use super::{ByteSize, Classification, Compression, Durability, KeyFile, Label, Role, Sandboxing, TimeSpan};
+use super::settings::{Config, Gateway, Incoming, Limits, Migration, Operator, PLACEHOLDERS, Peer, Policies, PolicyBundle, Template, Vm};
+use super::{ByteSize, Classification, Compression, Durability, Label, Role, Sandboxing, TimeSpan};
 use crate::limits::{HISTORY_COUNT_MAX, LANES_MAX, MIGRATIONS_MAX, RAM_BYTES_MAX, SOCKET_PATH_BYTES_MAX, TABLE_BYTES, TABLE_BYTES_MAX};
 use crate::policy::bundle::BundleTrust;
 use crate::types::{PeerName, SpiffeId, Verify, VmName, VmUuid};
@@ -46,7 +43,7 @@ pub(super) fn draft(text: &str, file: &Path) -> Draft {
     let r = &mut reader;
 
     let gateway = gateway(r, &mut top);
-    let identity = identity(r, &mut top);
+    let identity = super::identity::identity(r, &mut top);
     let policy = policy(r, &mut top);
     let migration = migration(r, &mut top);
     let trusted = identity.as_ref().map(|identity| identity.trust.iter().map(|trust| trust.domain.clone()).collect::<BTreeSet<_>>());
@@ -129,70 +126,7 @@ fn socket_length(r: &mut Reader, key: &str, path: &Located<PathBuf>, room: usize
     }
 }
 
-fn identity(r: &mut Reader, top: &mut Section<'_, '_>) -> Option<Identity> {
-    let mut s = r.section(top, "identity");
-    let certificate = file(r, &mut s, "certificate", FileKind::Certificate);
-    let [key, signing_key] = ["key", "signing_key"].map(|name| {
-        let key = r.required::<KeyFile>(&mut s, name);
-        // A credential is there for the service alone.
-        if let Some(Located { value: KeyFile::File(path), at }) = &key {
-            r.mentions.push(FileMention { key: s.key(name), at: *at, path: path.clone(), kind: FileKind::PrivateKey });
-        }
-        key
-    });
-    if let (Some(key), Some(signing_key)) = (&key, &signing_key)
-        && key.value == signing_key.value
-    {
-        let hint = "the TLS key and the key that signs handoffs are two keys; `sealane pki issue` makes both".to_owned();
-        r.problem(signing_key.at, &s.key("signing_key"), "the same file as `identity.key`".to_owned(), Some(hint));
-    }
-    let require_post_quantum = r.or(&mut s, "require_post_quantum", false).value;
-    let mut domains = HashMap::new();
-    let mut trust = Vec::new();
-    let mut whole = true;
-    let tables = r.sections(&mut s, "trust");
-    if tables.is_empty() && s.is_present() {
-        let hint = Some("add `[[identity.trust]]` with domain, roots and crls".to_owned());
-        r.problem(s.at(), &s.key("trust"), "missing: expected at least one trust domain".to_owned(), hint);
-    }
-    for t in tables {
-        match trust_domain(r, t, &mut domains) {
-            Some(domain) => trust.push(domain),
-            None => whole = false,
-        }
-    }
-    r.finish(s);
-    let (certificate, key, signing_key) = (certificate?.value, key?.value, signing_key?.value);
-    let identity = Identity { certificate, key, signing_key, require_post_quantum, trust };
-    (whole && !identity.trust.is_empty()).then_some(identity)
-}
-
-fn trust_domain(r: &mut Reader, mut t: Section<'_, '_>, seen: &mut HashMap<String, usize>) -> Option<Trust> {
-    let domain = r.required::<TrustDomain>(&mut t, "domain").map(|domain| Located { value: domain.value.0, at: domain.at });
-    unique(r, &t, "domain", domain.as_ref(), seen, "trust domain");
-    let roots = file(r, &mut t, "roots", FileKind::Pem("CERTIFICATE"));
-    let crls = r.required::<Vec<PathBuf>>(&mut t, "crls");
-    if let Some(crls) = &crls {
-        if crls.value.is_empty() {
-            let hint = "a peer whose revocation cannot be checked is refused; `sealane pki init` makes an empty CRL".to_owned();
-            r.problem(crls.at, &t.key("crls"), "expected at least one revocation list, got none".to_owned(), Some(hint));
-        }
-        for (index, path) in crls.value.iter().enumerate() {
-            let key = format!("{}[{index}]", t.key("crls"));
-            r.mentions.push(FileMention { key, at: crls.at, path: path.clone(), kind: FileKind::Pem("X509 CRL") });
-        }
-    }
-    let intermediates = r.optional::<PathBuf>(&mut t, "intermediates");
-    if let Some(file) = &intermediates {
-        let kind = FileKind::Pem("CERTIFICATE");
-        r.mentions.push(FileMention { key: t.key("intermediates"), at: file.at, path: file.value.clone(), kind });
-    }
-    r.finish(t);
-    let intermediates = intermediates.map(|file| file.value);
-    Some(Trust { domain: domain?.value, roots: roots?.value, crls: crls?.value, intermediates })
-}
-
-fn file(r: &mut Reader, s: &mut Section<'_, '_>, key: &'static str, kind: FileKind) -> Option<Located<PathBuf>> {
+pub(super) fn file(r: &mut Reader, s: &mut Section<'_, '_>, key: &'static str, kind: FileKind) -> Option<Located<PathBuf>> {
     let path = r.required::<PathBuf>(s, key)?;
     r.mentions.push(FileMention { key: s.key(key), at: path.at, path: path.value.clone(), kind });
     Some(path)
@@ -289,7 +223,7 @@ fn between<N: PartialOrd + std::fmt::Display + Copy>(
     }
 }
 
-fn unique<T: std::fmt::Display>(
+pub(super) fn unique<T: std::fmt::Display>(
     r: &mut Reader,
     s: &Section<'_, '_>,
     key: &str,

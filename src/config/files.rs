@@ -37,6 +37,17 @@ fn look(reader: &mut Reader, mention: &FileMention) -> Result<(), Wrong> {
             }
             pem(&mention.path, "PRIVATE KEY").map(drop)
         }
+        FileKind::Pin => {
+            let mode = metadata.permissions().mode() & 0o777;
+            let hint = || Some(format!("chmod 600 {shown}"));
+            if mode & 0o077 == 0 {
+                Ok(())
+            } else {
+                Err((format!("PIN `{shown}` can be read by others (mode {mode:03o}): expected mode 600"), hint()))
+            }
+        }
+        FileKind::Library if metadata.is_file() => Ok(()),
+        FileKind::Library => Err((format!("`{shown}` is not a library"), None)),
         FileKind::Pem(label) => pem(&mention.path, label).map(drop),
         FileKind::Certificate => own_certificate(reader, &mention.path),
     }

@@ -9,6 +9,7 @@
 mod check;
 mod disks;
 mod files;
+mod identity;
 mod problem;
 mod raw;
 mod settings;

@@ -65,6 +65,8 @@ pub(super) enum FileKind {
     Pem(&'static str),
     PolicyDirectory,
     PolicyBundle,
+    Pin,
+    Library,
 }
 
 /// Collects problems, settings and mentioned files while the tables are read.

@@ -101,8 +101,12 @@ pub struct Gateway {
 pub struct Identity {
     /// PEM file: the leaf and its intermediates.
     pub certificate: PathBuf,
-    /// PEM: the leaf's private key.
+    /// PEM: the leaf's private key; or which key of which token.
     pub key: KeyFile,
+    /// The library that speaks to the token, where the key is in one.
+    pub pkcs11_module: Option<PathBuf>,
+    /// The file with the token's PIN; none where the token asks for it by itself, or wants none.
+    pub pkcs11_pin: Option<KeyFile>,
     /// PEM: the Ed25519 key that signs handoff messages and checkpoints.
     pub signing_key: KeyFile,
     /// Whether a peer that cannot do X25519MLKEM768 is refused.

@@ -96,10 +96,14 @@ fn every_kind_of_mistake_is_named_with_line_column_key_and_expectation() {
             "key = \"key.pem\"",
             "key = \"credential:../tls-key\"",
             &[
-                "6:7: identity.key: expected a path, or `credential:` and a name, got `credential:../tls-key` // the name of a `LoadCredential=` of the service: letters, digits, `.`, `-`, `_`",
+                "6:7: identity.key: expected a path, `credential:` and a name, or `pkcs11:` and which key of which token, got `credential:../tls-key` // the name of a `LoadCredential=` of the service: letters, digits, `.`, `-`, `_`",
             ],
         ),
-        ("key = \"key.pem\"\n", "", &["4:1: identity.key: missing: expected a path, or `credential:` and a name"]),
+        (
+            "key = \"key.pem\"\n",
+            "",
+            &["4:1: identity.key: missing: expected a path, `credential:` and a name, or `pkcs11:` and which key of which token"],
+        ),
         (
             "crls = [\"crl.pem\"]",
             "crls = []",
@@ -424,6 +428,39 @@ fn a_credential_is_a_name_and_its_file_is_the_service_s_to_read() {
     let config = load(&file).unwrap();
     assert_eq!(config.identity.key, KeyFile::Credential("tls-key".to_owned()));
     assert_eq!(config.identity.key.to_string(), "credential:tls-key");
+}
+
+#[test]
+fn a_key_in_a_token_is_named_with_the_library_that_speaks_to_it() {
+    let (directory, file) = files();
+    let good = std::fs::read_to_string(&file).unwrap();
+    let pin = directory.path().join("pin");
+    std::fs::write(&pin, "1234").unwrap();
+    std::fs::set_permissions(&pin, std::fs::Permissions::from_mode(0o600)).unwrap();
+    let problems = |from: &str, to: &str| {
+        assert!(good.contains(from), "{from}");
+        std::fs::write(&file, good.replacen(from, to, 1)).unwrap();
+        load_problems(&file)
+    };
+    let in_token = |more: &str| problems("key = \"key.pem\"", &format!("key = \"pkcs11:token=a;object=b\"\n{more}"));
+    assert_eq!(in_token("pkcs11_module = \"pin\"\npkcs11_pin = \"pin\"\n"), Vec::<String>::new());
+    let KeyFile::Token(uri) = load(&file).unwrap().identity.key else { panic!("not in a token") };
+    assert_eq!(uri.to_string(), "pkcs11:token=a;object=b");
+    for (found, words) in [
+        (in_token(""), "identity.pkcs11_module: missing"),
+        (in_token("pkcs11_module = \"nowhere.so\"\n"), "cannot read"),
+        (in_token("pkcs11_module = \".\"\n"), "is not a library"),
+        (in_token("pkcs11_module = \"pin\"\npkcs11_pin = \"pkcs11:token=a;object=b\"\n"), "expected a file, or a credential"),
+        (problems("key = \"key.pem\"", "key = \"key.pem\"\npkcs11_module = \"pin\"\n"), "`key` is in no token"),
+        (problems("key = \"key.pem\"", "key = \"key.pem\"\npkcs11_pin = \"pin\"\n"), "`key` is in no token"),
+        (problems("key = \"key.pem\"", "key = \"pkcs11:token=a\"\n"), "identity.key"),
+        (problems("key = \"signing.pem\"", "key = \"pkcs11:token=a;object=b\""), "cannot be in a token"),
+    ] {
+        assert!(found.iter().any(|line| line.contains(words)), "`{words}`: {found:#?}");
+    }
+    std::fs::set_permissions(&pin, std::fs::Permissions::from_mode(0o640)).unwrap();
+    let open = in_token("pkcs11_module = \"pin\"\npkcs11_pin = \"pin\"\n");
+    assert!(open.iter().any(|line| line.contains("mode 640")), "{open:#?}");
 }
 
 #[test]

@@ -11,7 +11,7 @@ use super::{
     Address, Bandwidth, ByteSize, Classification, Compression, DiskFormat, Durability, Existing, InvalidQuantity, KeyFile, Label, Role,
     Sandboxing, TimeSpan,
 };
-use crate::types::{PeerName, SpiffeId, Verify, VmName, VmUuid, is_trust_domain};
+use crate::types::{PeerName, SpiffeId, TokenUri, Verify, VmName, VmUuid, is_trust_domain};
 
 const NAME_RULE: &str = "a name of 1–63 letters, digits, `.`, `_` or `-`, starting with a letter, digit or `_`";
 
@@ -160,10 +160,14 @@ impl Typed for PathBuf {
 }
 
 impl Typed for KeyFile {
-    const EXPECTED: &'static str = "a path, or `credential:` and a name";
+    const EXPECTED: &'static str = "a path, `credential:` and a name, or `pkcs11:` and which key of which token";
 
     fn read(reader: &mut Reader, key: &str, value: &Spanned<DeValue<'_>>) -> Result<Self, Option<String>> {
-        match value.get_ref().as_str().and_then(|text| text.strip_prefix(Self::CREDENTIAL)) {
+        let text = value.get_ref().as_str();
+        if let Some(uri) = text.filter(|text| text.starts_with(TokenUri::SCHEME)) {
+            return uri.parse().map(Self::Token).map_err(|_| Some(TokenUri::EXPECTED.to_owned()));
+        }
+        match text.and_then(|text| text.strip_prefix(Self::CREDENTIAL)) {
             Some(name) => {
                 let hint = || "the name of a `LoadCredential=` of the service: letters, digits, `.`, `-`, `_`".to_owned();
                 Self::credential(name).ok_or_else(|| Some(hint()))

@@ -4,7 +4,7 @@ use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
 
-use crate::types::{InvalidValue, VmName};
+use crate::types::{InvalidValue, TokenUri, VmName};
 
 /// A name of a site, tenant, group or team; the same rule as a VM's name.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -87,6 +87,8 @@ pub enum KeyFile {
     File(PathBuf),
     /// What systemd gives the service under this name: `LoadCredential=NAME:…`.
     Credential(String),
+    /// A PKCS#11 token, which does not give it away.
+    Token(TokenUri),
 }
 
 impl KeyFile {
@@ -106,6 +108,7 @@ impl KeyFile {
     pub fn path(&self) -> Option<PathBuf> {
         match self {
             Self::File(path) => Some(path.clone()),
+            Self::Token(_) => None,
             Self::Credential(name) => {
                 let directory = std::env::var_os("CREDENTIALS_DIRECTORY").map(PathBuf::from).filter(|path| path.is_absolute());
                 directory.map(|directory| directory.join(name))
@@ -119,6 +122,7 @@ impl fmt::Display for KeyFile {
         match self {
             Self::File(path) => path.display().fmt(f),
             Self::Credential(name) => write!(f, "{}{name}", Self::CREDENTIAL),
+            Self::Token(uri) => uri.fmt(f),
         }
     }
 }

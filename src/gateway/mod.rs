@@ -32,12 +32,14 @@ mod resumption;
 mod sandbox;
 mod serve;
 mod start;
+mod token;
 mod turns;
 mod twins;
 mod why;
 
 pub use launcher::run as run_launcher;
 pub use start::run;
+pub use token::run as run_token;
 
 // For `sealane policy` and `sealane bench`, which ask and report as the daemon does.
 pub(crate) use bundles::{read_bundle, verify_bundle};
@@ -47,6 +49,7 @@ pub(crate) use policies::{
 pub(crate) use report::{put_figures, report};
 pub(crate) use sandbox::kernel as sandbox_of_kernel;
 pub(crate) use start::audit_signer;
+pub(crate) use token::check as check_token;
 
 use std::sync::Arc;
 

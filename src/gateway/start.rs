@@ -1,12 +1,13 @@
 //! Start and end of the daemon.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::audit::{self, AuditLog, Entry, Event, Outcome};
-use crate::config::{self, Config, Policies};
+use crate::config::{self, Config, KeyFile, Policies};
 use crate::control::SandboxView;
 use crate::engine::{Command, TotalBandwidth};
 use crate::gateway::bundles::{Candidate, Vault};
@@ -17,8 +18,8 @@ use crate::gateway::policies::{entities, read_policies};
 use crate::gateway::registry::Registry;
 use crate::gateway::sandbox::{self, Account};
 use crate::gateway::serve::SocketKind;
-use crate::gateway::{Gateway, callers, kept, peers, put_class, renewal, serve};
-use crate::identity::{Credentials, IdentityConfig, PostQuantum, Signer, TrustDomainConfig};
+use crate::gateway::{Gateway, callers, kept, peers, put_class, renewal, serve, token};
+use crate::identity::{Credentials, IdentityConfig, PostQuantum, Signer, Token, TrustDomainConfig};
 use crate::journal::Journal;
 use crate::limits;
 use crate::policy::PolicySet;
@@ -45,6 +46,7 @@ pub fn run(config: Config) -> Result<(), Problem> {
     let account = config.gateway.user.as_deref().map(Account::find).transpose()?;
     // Another process, before this one gives up that it can start any.
     let launcher = Launcher::begin(&config)?;
+    let token = token::begin(&config)?;
     // How many cores a container may use is not to be seen from inside.
     let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
     let transport = TransportConfig::new(config.gateway.listen);
@@ -56,19 +58,26 @@ pub fn run(config: Config) -> Result<(), Problem> {
         .build()
         .map_err(|error| Problem::new(ErrorClass::Local, format!("the runtime cannot be started: {error}")))?;
     runtime.block_on(async {
-        let gateway = build(Arc::new(config), transport, launcher, sandbox)?;
+        let gateway = build(Arc::new(config), transport, Companions { launcher, token }, sandbox)?;
         live(gateway).await
     })
 }
 
-fn build(config: Arc<Config>, transport: TransportConfig, launcher: Launcher, sandbox: SandboxView) -> Result<Arc<Gateway>, Problem> {
+/// Processes that were started while the gateway still could.
+struct Companions {
+    launcher: Launcher,
+    token: Option<Arc<Token>>,
+}
+
+fn build(config: Arc<Config>, transport: TransportConfig, companions: Companions, sandbox: SandboxView) -> Result<Arc<Gateway>, Problem> {
+    let Companions { launcher, token } = companions;
     let files = renewal::Files::default();
     files.reading(&config);
     let local = |what: &str, error: &dyn std::error::Error| Problem::new(ErrorClass::Local, format!("{what}: {}", chain(error)));
     let identity = |error: crate::identity::IdentityError| Problem::new(error.class(), chain(&error)).with_code("identity");
     // A CRL number never goes back, not even across a restart.
     let remembered = config.gateway.state_directory.join("crl-numbers");
-    let credentials = Credentials::load_remembering(identity_config(&config)?, remembered).map_err(identity)?;
+    let credentials = Credentials::load_remembering(identity_config(&config)?, remembered, token).map_err(identity)?;
     if let Err(error) = credentials.own_standing() {
         tracing::warn!(error = %chain(&error), "peers will refuse this gateway's own certificate");
     }
@@ -127,7 +136,10 @@ fn identity_config(config: &Config) -> Result<IdentityConfig, Problem> {
         crls: trust.crls.clone(),
         intermediates: trust.intermediates.clone(),
     };
-    let place = |key: &str, file: &config::KeyFile| {
+    let place = |key: &str, file: &KeyFile| {
+        if let KeyFile::Token(uri) = file {
+            return Ok(PathBuf::from(uri.to_string()));
+        }
         let message = format!("identity.{key}: `{file}`: systemd gave this process no credentials: $CREDENTIALS_DIRECTORY is not set");
         let missing = || Problem::new(ErrorClass::Misuse, message).with_code("configuration");
         file.path().ok_or_else(|| missing().with_hint("the unit needs `LoadCredential=NAME:FILE` or `LoadCredentialEncrypted=NAME:FILE`"))

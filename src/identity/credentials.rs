@@ -19,6 +19,7 @@ use super::error::IdentityError;
 use super::keys::{Signer, read_private};
 use super::leaf::{self, Leaf};
 use super::peer::PeerIdentity;
+use super::token::Token;
 use super::trust::{PeerRole, TrustState, read_certificates};
 use super::verifier::{GatewayVerifier, Refusal, Refusals};
 use super::{ALPN, IdentityConfig, provider};
@@ -49,6 +50,8 @@ impl Current {
 pub struct Credentials {
     config: IdentityConfig,
     provider: Arc<CryptoProvider>,
+    /// Has the private key, where that is in no file.
+    token: Option<Arc<Token>>,
     current: Arc<Current>,
     client: Arc<ClientConfig>,
     server: Arc<ServerConfig>,
@@ -72,26 +75,26 @@ impl Credentials {
     /// # Errors
     /// A file is missing, malformed, exposed, or contradicts another one.
     pub fn load(config: IdentityConfig) -> Result<Arc<Self>, IdentityError> {
-        Self::load_with(config, Ratchet::default())
+        Self::load_with(config, Ratchet::default(), None)
     }
 
     /// As [`load`](Self::load), but CRL numbers do not go back across restarts either: the newest of
-    /// each issuer are remembered in the file `ratchet`.
+    /// each issuer are remembered in the file `ratchet`. With a `token` the private key is there, and `config.key` is only its name.
     ///
     /// # Errors
     /// As [`load`](Self::load); also when the file is malformed, cannot be written, or knows a newer CRL.
-    pub fn load_remembering(config: IdentityConfig, ratchet: PathBuf) -> Result<Arc<Self>, IdentityError> {
-        Self::load_with(config, Ratchet::open(ratchet)?)
+    pub fn load_remembering(config: IdentityConfig, ratchet: PathBuf, token: Option<Arc<Token>>) -> Result<Arc<Self>, IdentityError> {
+        Self::load_with(config, Ratchet::open(ratchet)?, token)
     }
 
-    fn load_with(config: IdentityConfig, mut ratchet: Ratchet) -> Result<Arc<Self>, IdentityError> {
+    fn load_with(config: IdentityConfig, mut ratchet: Ratchet, token: Option<Arc<Token>>) -> Result<Arc<Self>, IdentityError> {
         let provider = provider(config.post_quantum);
-        let state = read_state(&config, &provider, SystemTime::now())?;
+        let state = read_state(&config, &provider, token.as_ref(), SystemTime::now())?;
         ratchet.advance(state.trust.crls())?;
         let current = Arc::new(Current { state: ArcSwap::from_pointee(state), refusals: Refusals::default() });
         let client = Arc::new(client_config(&provider, &current)?);
         let server = Arc::new(server_config(&provider, &current)?);
-        Ok(Arc::new(Self { config, provider, current, client, server, ratchet: Mutex::new(ratchet) }))
+        Ok(Arc::new(Self { config, provider, token, current, client, server, ratchet: Mutex::new(ratchet) }))
     }
 
     /// Reads every file again and, only if all of them are good, puts them in use at once.
@@ -104,7 +107,7 @@ impl Credentials {
     /// used. What was in use stays in use.
     pub fn reload(&self) -> Result<(), IdentityError> {
         let mut ratchet = self.ratchet.lock().unwrap_or_else(PoisonError::into_inner);
-        let state = read_state(&self.config, &self.provider, SystemTime::now())?;
+        let state = read_state(&self.config, &self.provider, self.token.as_ref(), SystemTime::now())?;
         let expected = self.own_id();
         if state.own.spiffe != expected {
             let path = self.config.certificate.clone();
@@ -210,14 +213,22 @@ impl Credentials {
     }
 }
 
-fn read_state(config: &IdentityConfig, provider: &CryptoProvider, now: SystemTime) -> Result<State, IdentityError> {
+fn read_state(
+    config: &IdentityConfig,
+    provider: &CryptoProvider,
+    token: Option<&Arc<Token>>,
+    now: SystemTime,
+) -> Result<State, IdentityError> {
     let chain = read_certificates(&config.certificate, "certificate", limits::CHAIN_CERTIFICATES_MAX)?;
     let own_certificate = |reason| IdentityError::OwnCertificate { path: config.certificate.clone(), reason };
     let own = match chain.first() {
         Some(end_entity) => leaf::read(end_entity).map_err(own_certificate)?,
         None => return Err(own_certificate(super::RefusalReason::NoCertificate)),
     };
-    let certified = read_key(config, provider, chain)?;
+    let certified = match token {
+        Some(token) => key_in_token(config, provider, token, chain)?,
+        None => read_key(config, provider, chain)?,
+    };
     let signer = Signer::read(&config.signing_key)?;
     let own_issuers = certified.cert.get(1..).unwrap_or_default();
     let trust = TrustState::load(&config.trust, (own.spiffe.trust_domain(), own_issuers), now)?;
@@ -239,6 +250,18 @@ fn read_key(
         // "Unknown" too: a key that cannot be compared is not known to belong.
         Err(_) => Err(IdentityError::KeyMismatch { certificate: config.certificate.clone(), key: config.key.clone() }),
     }
+}
+
+fn key_in_token(
+    config: &IdentityConfig,
+    provider: &CryptoProvider,
+    token: &Arc<Token>,
+    chain: Vec<CertificateDer<'static>>,
+) -> Result<CertifiedKey, IdentityError> {
+    let end_entity = chain.first().ok_or(super::RefusalReason::NoCertificate)?;
+    let key = token.key_of(end_entity, &provider.signature_verification_algorithms)?;
+    let mismatch = || IdentityError::KeyMismatch { certificate: config.certificate.clone(), key: config.key.clone() };
+    Ok(CertifiedKey::new(chain, Arc::new(key.ok_or_else(mismatch)?)))
 }
 
 /// Presents the certificate that is current at each handshake.

@@ -5,7 +5,8 @@ use std::path::PathBuf;
 use std::time::SystemTime;
 
 use super::time::Stamp;
-use crate::types::SpiffeId;
+use crate::identity::token::TokenError;
+use crate::types::{SpiffeId, TokenUri};
 use crate::wire::ErrorClass;
 
 /// Why a peer's certificate chain was refused. Closed and comparable: audit records and tests name these.
@@ -404,6 +405,14 @@ pub enum IdentityError {
     CrlForged {
         /// The file.
         path: PathBuf,
+    },
+    /// The token that has our key.
+    #[error("key `{uri}`")]
+    Token {
+        /// Which key of which token.
+        uri: TokenUri,
+        /// Why.
+        source: TokenError,
     },
     /// A CRL older than one already used by this process.
     #[error("CRL `{path}` has number {found}: expected {expected} or later, as already used")]

@@ -13,7 +13,7 @@
 //! - `hybrid-first`: X25519MLKEM768 is offered before anything else, and alone where it is required.
 //! - `full-handshake`: no tickets, no resumption, no early data: every connection proves its identity anew.
 //!
-//! *Read first:* `credentials.rs`, then `trust.rs`, `leaf.rs`, `verifier.rs`; `key_exchange.rs` stands alone.
+//! *Read first:* `credentials.rs`, then `trust.rs`, `leaf.rs`, `verifier.rs`; `key_exchange.rs` and `token/` stand alone.
 
 pub mod authority;
 mod credentials;
@@ -29,6 +29,7 @@ mod strength;
 #[cfg(test)]
 mod tests;
 mod time;
+mod token;
 mod trust;
 mod verifier;
 
@@ -42,6 +43,9 @@ pub use error::{IdentityError, RefusalReason};
 pub use key_exchange::PostQuantum;
 pub use keys::{Signer, verify_signature};
 pub use peer::PeerIdentity;
+pub use token::{NOT_SIGNED, Token, TokenError, TokenPlan};
+#[cfg(feature = "pkcs11")]
+pub use token::{Opened, read_pin};
 pub use trust::PeerRole;
 pub use verifier::{Refusal, refusal_reason};
 

@@ -79,7 +79,7 @@ pub(super) fn check_crl(crl: &CertificateRevocationList<'_>, key: &SubjectPublic
 }
 
 /// The contents of an AlgorithmIdentifier as the list has them; nothing for parameters that no algorithm there has.
-fn contents(algorithm: &AlgorithmIdentifier<'_>) -> Option<Vec<u8>> {
+pub(super) fn contents(algorithm: &AlgorithmIdentifier<'_>) -> Option<Vec<u8>> {
     let mut out = Vec::new();
     let mut put = |tag: u8, value: &[u8]| {
         out.extend([tag, u8::try_from(value.len()).ok().filter(|length| *length < 128)?]);

@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use quinn::{ConnectError, ConnectionError, ReadError, VarInt, WriteError};
 
-use super::handshake::NO_KEY_EXCHANGE;
-use crate::identity::IdentityError;
+use super::handshake::{INTERNAL_ALERT, NO_KEY_EXCHANGE};
+use crate::identity::{IdentityError, NOT_SIGNED};
 use crate::limits;
 use crate::types::{LaneIndex, MigrationId, SpiffeId};
 use crate::wire::{ErrorClass, WireError};
@@ -96,6 +96,12 @@ pub enum TransportError {
         address: SocketAddr,
         /// What the peer said.
         reason: String,
+    },
+    /// Our own key is in a token, and that did not sign; the log says why.
+    #[error("the handshake with `{address}` failed here: the token that has this gateway's key did not sign")]
+    NotSigned {
+        /// Where the peer is.
+        address: SocketAddr,
     },
     /// The two sides have no protocol, cipher or version in common.
     #[error("peer at `{address}` speaks no common protocol: {reason}")]
@@ -213,7 +219,9 @@ impl TransportError {
     pub fn class(&self) -> ErrorClass {
         match self {
             Self::Config { .. } | Self::Misuse { .. } => ErrorClass::Misuse,
-            Self::Socket { .. } | Self::Thread { .. } | Self::UnfitTls { .. } | Self::NoRoom { .. } => ErrorClass::Local,
+            Self::Socket { .. } | Self::Thread { .. } | Self::UnfitTls { .. } | Self::NotSigned { .. } | Self::NoRoom { .. } => {
+                ErrorClass::Local
+            }
             Self::Unauthenticated { .. }
             | Self::Identity { .. }
             | Self::WrongPeer { .. }
@@ -240,7 +248,8 @@ impl TransportError {
     #[must_use]
     pub fn is_outage(&self) -> bool {
         match self {
-            Self::Unreachable { .. } | Self::TimedOut { .. } | Self::Socket { .. } => true,
+            // A token may come back, as a network does.
+            Self::Unreachable { .. } | Self::TimedOut { .. } | Self::Socket { .. } | Self::NotSigned { .. } => true,
             Self::Closed { class, .. } => matches!(class, None | Some(ErrorClass::PeerUnreachable | ErrorClass::TimedOut)),
             _ => false,
         }
@@ -344,6 +353,8 @@ fn from_tls(code: u64, reason: &str, address: SocketAddr) -> TransportError {
     let alert = code.wrapping_sub(CRYPTO_ERRORS);
     if code == INTERNAL_ERROR {
         TransportError::Unreachable { address, reason: OVERWHELMED }
+    } else if alert == u64::from(INTERNAL_ALERT) && reason == NOT_SIGNED {
+        TransportError::NotSigned { address }
     } else if IDENTITY_ALERTS.contains(&alert) {
         TransportError::Unauthenticated { address, reason: without_wrapping(reason).to_owned() }
     } else if AGREEMENT_ALERTS.contains(&alert) {
@@ -377,6 +388,8 @@ fn from_peer_close(code: u64, reason: &[u8], address: SocketAddr) -> TransportEr
         TransportError::Unreachable { address, reason: "it takes no more connections now" }
     } else if code == INTERNAL_ERROR {
         TransportError::Unreachable { address, reason: OVERWHELMED }
+    } else if alert == u64::from(INTERNAL_ALERT) && said == NOT_SIGNED {
+        TransportError::Unreachable { address, reason: "the token that has its key did not sign" }
     } else if IDENTITY_ALERTS.contains(&alert) {
         TransportError::RefusedByPeer { address, reason: said }
     } else if AGREEMENT_ALERTS.contains(&alert) {

@@ -15,6 +15,8 @@ use rustls::quic::{self, ClientConnection, Connection, KeyChange, Secrets, Serve
 use rustls::{CipherSuite, ClientConfig, NamedGroup, PeerIncompatible, ServerConfig};
 use rustls_pki_types::{CertificateDer, ServerName};
 
+use crate::identity::NOT_SIGNED;
+
 /// The one version of QUIC that is spoken.
 pub(super) const QUIC_VERSION: u32 = 1;
 
@@ -205,8 +207,16 @@ impl Session for Handshake {
 pub(super) const NO_KEY_EXCHANGE: &str = "no key exchange in common: one side has `require_post_quantum = true` in its `[identity]`, \
      and the other cannot do X25519MLKEM768; bring the older gateway up to date, or require it on neither side";
 
+/// TLS calls it an internal error.
+pub(super) const INTERNAL_ALERT: u8 = 80;
+
 fn failed(code: TransportErrorCode, error: &rustls::Error) -> TransportError {
+    let code = match error {
+        rustls::Error::General(words) if words == NOT_SIGNED => TransportErrorCode::crypto(INTERNAL_ALERT),
+        _ => code,
+    };
     let reason = match error {
+        rustls::Error::General(words) => words.clone(),
         rustls::Error::PeerIncompatible(PeerIncompatible::NoKxGroupsInCommon) => NO_KEY_EXCHANGE.to_owned(),
         other => other.to_string(),
     };

@@ -122,7 +122,9 @@ impl Gateway {
     /// Starts it where it has to refuse.
     #[track_caller]
     pub fn start_in_vain(&self) -> Said {
-        run(&self.directory, &["gateway".as_ref(), "--config".as_ref(), self.config().as_os_str()])
+        let mut command = sealane();
+        command.envs(self.environment.iter().cloned()).args(["gateway", "--config"]).arg(self.config());
+        Running::start(command, &self.directory).finish()
     }
 
     pub fn log(&self) -> String {

@@ -57,3 +57,4 @@ mod resolve;
 mod sandbox;
 mod soak;
 mod stranger;
+mod tokens;

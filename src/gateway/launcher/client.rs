@@ -72,16 +72,7 @@ impl Launcher {
     }
 
     fn spawn(registration: Registration) -> io::Result<Self> {
-        let (own, its) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
-        let mut registered = File::from(memfd_create("registration", MemfdFlags::CLOEXEC)?);
-        registered.write_all(&serde_json::to_vec(&registration)?)?;
-        registered.rewind()?;
-        // This program, whatever has become of its file. Ctrl-C in a terminal is for the gateway, which may still need VMMs ended.
-        let mut command = Command::new("/proc/self/exe");
-        command.arg0("sealane").arg("launcher").stdin(Stdio::from(registered)).stdout(Stdio::from(its)).process_group(0);
-        // It ends with its socket, and whoever outlives it takes its exit status.
-        drop(command.spawn()?);
-        Ok(Self::over(own, registration.runtime_directory))
+        Ok(Self::over(companion("launcher", &registration)?, registration.runtime_directory))
     }
 
     /// The one at the other end of a socket.
@@ -112,6 +103,20 @@ impl Launcher {
     pub(in crate::gateway) fn variables(&self, what: &Start) -> LaunchVariables {
         what.variables(&self.0.runtime)
     }
+}
+
+/// Starts this program as something else, which reads on standard input what it is to know; a socket to it.
+pub(in crate::gateway) fn companion(what: &str, registration: &impl serde::Serialize) -> io::Result<OwnedFd> {
+    let (own, its) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
+    let mut registered = File::from(memfd_create("registration", MemfdFlags::CLOEXEC)?);
+    registered.write_all(&serde_json::to_vec(registration)?)?;
+    registered.rewind()?;
+    // This program, whatever has become of its file. Ctrl-C in a terminal is for the gateway, which may still need VMMs ended.
+    let mut command = Command::new("/proc/self/exe");
+    command.arg0("sealane").arg(what).stdin(Stdio::from(registered)).stdout(Stdio::from(its)).process_group(0);
+    // It ends with its socket, and whoever outlives it takes its exit status.
+    drop(command.spawn()?);
+    Ok(own)
 }
 
 impl Shared {

@@ -47,6 +47,20 @@ pub(super) fn enter(config: &Config, account: Option<&Account>) -> Result<Sandbo
     Ok(view)
 }
 
+/// Has no capabilities and gets none, leaves no memory behind when it dies, and is not looked into: what a companion of the gateway's
+/// gives up that cannot be confined by a list.
+///
+/// # Errors
+/// Something cannot be given up.
+#[cfg(feature = "pkcs11")]
+pub(super) fn without_privileges() -> std::io::Result<()> {
+    rustix::thread::set_no_new_privs(true)?;
+    user::clear_capabilities(rustix::thread::CapabilitySet::empty())?;
+    rustix::process::set_dumpable_behavior(rustix::process::DumpableBehavior::NotDumpable)?;
+    let none = rustix::process::Rlimit { current: Some(0), maximum: Some(0) };
+    Ok(rustix::process::setrlimit(rustix::process::Resource::Core, none)?)
+}
+
 fn missing(config: &Config, what: &str, why: &str) -> Result<(), Problem> {
     if config.gateway.sandbox == Sandboxing::Require {
         let problem = Problem::new(ErrorClass::Local, format!("no sandbox: {what}: {why}")).with_code("sandbox");

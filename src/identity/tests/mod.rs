@@ -2,7 +2,7 @@
 
 mod files;
 #[path = "../../../certs/fixtures.rs"]
-mod fixtures;
+pub(super) mod fixtures;
 mod handshake;
 mod key_exchange;
 mod refusals;

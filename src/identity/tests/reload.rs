@@ -178,7 +178,7 @@ fn reloads_and_handshakes_at_the_same_time_all_succeed() {
 fn a_restart_does_not_forget_crl_numbers_when_told_where_to_remember_them() {
     let place = Place::new();
     let ratchet = place.dir.path().join("ratchet.json");
-    let load = || Credentials::load_remembering(place.config("a", &WORLD.good_a), ratchet.clone());
+    let load = || Credentials::load_remembering(place.config("a", &WORLD.good_a), ratchet.clone(), None);
     place.write_crl("root.crl", &WORLD.root.crl(300, 0, 30, &[&WORLD.good_b.serial]));
     let a = load().unwrap();
     place.write_crl("root.crl", &WORLD.root.crl(301, 0, 30, &[&WORLD.good_b.serial]));

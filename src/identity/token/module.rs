@@ -1,0 +1,292 @@
+//! The process that speaks to a token, by the library of whoever made it.
+
+use std::io;
+use std::os::fd::OwnedFd;
+
+use cryptoki::context::{CInitializeArgs, CInitializeFlags, Pkcs11};
+use cryptoki::error::{Error, RvError};
+use cryptoki::mechanism::eddsa::{EddsaParams, EddsaSignatureScheme};
+use cryptoki::mechanism::rsa::{PkcsMgfType, PkcsPssParams};
+use cryptoki::mechanism::{Mechanism, MechanismType};
+use cryptoki::object::{Attribute, ObjectClass, ObjectHandle};
+use cryptoki::session::{Session, UserType};
+use cryptoki::slot::{Slot, TokenInfo};
+use cryptoki::types::AuthPin;
+use ring::digest;
+use rustix::net::{RecvFlags, SendFlags, recv, send};
+use rustls::SignatureScheme;
+
+use super::{Answer, Request, TokenPlan};
+use crate::identity::IdentityError;
+use crate::identity::keys::read_private;
+use crate::limits;
+use crate::types::TokenUri;
+
+/// Why a token cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum ModuleError {
+    /// The PIN's file.
+    #[error("the PIN of the token")]
+    Pin(#[from] IdentityError),
+    /// The library, or the token, said so.
+    #[error("PKCS#11: {0}")]
+    Library(#[from] Error),
+    /// What is there is not what the URI names.
+    #[error("`{uri}` names {found}: expected {expected}")]
+    Count {
+        /// The URI.
+        uri: TokenUri,
+        /// How many.
+        found: String,
+        /// How many are wanted.
+        expected: &'static str,
+    },
+    /// A PIN was wrong once; a second try could lock the token.
+    #[error("the token refused its PIN, which is not tried again until the gateway is started anew")]
+    PinRefused,
+    /// There is a login and nothing to log in with.
+    #[error("the token wants a PIN: `identity.pkcs11_pin` names none")]
+    NoPin,
+    /// A key of the gateway's that is not there, or a scheme that nobody speaks.
+    #[error("cannot sign: {0}")]
+    Cannot(&'static str),
+    /// The socket to the gateway.
+    #[error("the gateway's socket")]
+    Socket(#[from] io::Error),
+}
+
+/// A token that was found, and its keys.
+pub struct Opened {
+    library: Pkcs11,
+    uri: TokenUri,
+    pin: Option<AuthPin>,
+    pin_refused: bool,
+    open: Option<(Session, Vec<ObjectHandle>)>,
+}
+
+impl std::fmt::Debug for Opened {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Opened").field("uri", &self.uri).finish_non_exhaustive()
+    }
+}
+
+/// The PIN, read while this process may still read it.
+///
+/// # Errors
+/// The file cannot be read, or others than its owner may.
+pub fn read_pin(plan: &TokenPlan) -> Result<Option<AuthPin>, ModuleError> {
+    let Some(path) = &plan.pin else { return Ok(None) };
+    let bytes = read_private(path, "PIN of a token")?;
+    let wrong = || IdentityError::Malformed { what: "PIN of a token", path: path.clone(), expected: "one line of text" };
+    let text = String::from_utf8(bytes).map_err(|_| wrong())?;
+    let pin = text.strip_suffix('\n').unwrap_or(&text);
+    if pin.is_empty() || pin.contains(['\n', '\0']) {
+        return Err(wrong().into());
+    }
+    Ok(Some(AuthPin::new(pin.into())))
+}
+
+impl Opened {
+    /// Loads the library and finds the key.
+    ///
+    /// # Errors
+    /// It cannot be loaded, or there is not one such token with such a key.
+    pub fn begin(plan: &TokenPlan, pin: Option<AuthPin>) -> Result<Self, ModuleError> {
+        let library = Pkcs11::new(&plan.module)?;
+        library.initialize(CInitializeArgs::new(CInitializeFlags::OS_LOCKING_OK))?;
+        let mut opened = Self { library, uri: plan.uri.clone(), pin, pin_refused: false, open: None };
+        opened.keys()?;
+        Ok(opened)
+    }
+
+    /// Serves the gateway at the other end of a socket until that ends.
+    ///
+    /// # Errors
+    /// The socket fails, or the gateway says what it cannot mean.
+    pub fn serve(mut self, socket: &OwnedFd) -> Result<(), ModuleError> {
+        say(socket, &Answer::Ready)?;
+        let mut bytes = vec![0; limits::TOKEN_MESSAGE_BYTES_MAX];
+        loop {
+            let (_, length) =
+                rustix::io::retry_on_intr(|| recv(socket, bytes.as_mut_slice(), RecvFlags::TRUNC)).map_err(io::Error::from)?;
+            let request = match bytes.get(..length) {
+                Some([]) => return Ok(()),
+                Some(message) => serde_json::from_slice(message).map_err(io::Error::from)?,
+                None => return Err(io::Error::from(io::ErrorKind::InvalidData).into()),
+            };
+            let (number, answer) = match request {
+                Request::Find { number } => (number, self.found(number)),
+                Request::Sign { number, key, scheme, message } => {
+                    let signed = self.sign(key, SignatureScheme::from(scheme), &message);
+                    (number, signed.map(|signature| Answer::Signed { number, signature }))
+                }
+            };
+            let refused = |error: ModuleError| {
+                let why = error.to_string().chars().take(limits::REASON_BYTES_MAX).collect();
+                Answer::Refused { number, why }
+            };
+            say(socket, &answer.unwrap_or_else(refused))?;
+        }
+    }
+
+    fn found(&mut self, number: u64) -> Result<Answer, ModuleError> {
+        // Keys may have been added since.
+        self.open = None;
+        let keys = self.keys()?.1.len();
+        Ok(Answer::Found { number, keys: u16::try_from(keys).unwrap_or(u16::MAX) })
+    }
+
+    /// The session and the keys that the URI names, found anew where something went wrong before.
+    fn keys(&mut self) -> Result<&(Session, Vec<ObjectHandle>), ModuleError> {
+        let open = match self.open.take() {
+            Some(open) => open,
+            None => self.open()?,
+        };
+        Ok(self.open.insert(open))
+    }
+
+    fn open(&mut self) -> Result<(Session, Vec<ObjectHandle>), ModuleError> {
+        let (slot, token) = self.token()?;
+        let session = self.library.open_ro_session(slot)?;
+        if token.login_required() {
+            self.log_in(&session, &token)?;
+        }
+        let mut wanted = vec![Attribute::Class(ObjectClass::PRIVATE_KEY)];
+        wanted.extend(self.uri.attribute("object").map(|label| Attribute::Label(label.to_vec())));
+        wanted.extend(self.uri.attribute("id").map(|id| Attribute::Id(id.to_vec())));
+        let keys = session.find_objects(&wanted)?;
+        if keys.is_empty() || keys.len() > usize::from(limits::TOKEN_KEYS_MAX) {
+            let found = format!("{} private keys", keys.len());
+            return Err(ModuleError::Count { uri: self.uri.clone(), found, expected: "at least one, and few" });
+        }
+        Ok((session, keys))
+    }
+
+    fn token(&self) -> Result<(Slot, TokenInfo), ModuleError> {
+        let mut found = Vec::new();
+        for slot in self.library.get_slots_with_token()? {
+            // A slot whose token goes away at this moment is none.
+            let Ok(token) = self.library.get_token_info(slot) else { continue };
+            let says = |name: &str| match name {
+                "token" => token.label(),
+                "serial" => token.serial_number(),
+                "manufacturer" => token.manufacturer_id(),
+                _ => token.model(),
+            };
+            if token.token_initialized() && self.uri.names_token(says) {
+                found.push((slot, token));
+            }
+        }
+        let count = found.len();
+        match found.pop() {
+            Some(one) if count == 1 => Ok(one),
+            _ => Err(ModuleError::Count { uri: self.uri.clone(), found: format!("{count} tokens that are there"), expected: "one" }),
+        }
+    }
+
+    fn log_in(&mut self, session: &Session, token: &TokenInfo) -> Result<(), ModuleError> {
+        if self.pin_refused {
+            return Err(ModuleError::PinRefused);
+        }
+        if self.pin.is_none() && !token.protected_authentication_path() {
+            return Err(ModuleError::NoPin);
+        }
+        match session.login(UserType::User, self.pin.as_ref()) {
+            Ok(()) | Err(Error::Pkcs11(RvError::UserAlreadyLoggedIn, _)) => Ok(()),
+            Err(Error::Pkcs11(RvError::PinIncorrect | RvError::PinLocked | RvError::PinExpired | RvError::PinInvalid, _)) => {
+                self.pin_refused = true;
+                Err(ModuleError::PinRefused)
+            }
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Signs; a session that has gone with its token is opened anew once.
+    fn sign(&mut self, key: u16, scheme: SignatureScheme, message: &[u8]) -> Result<Vec<u8>, ModuleError> {
+        let first = self.try_sign(key, scheme, message);
+        match first {
+            Err(ModuleError::Library(_)) => {
+                self.open = None;
+                self.try_sign(key, scheme, message)
+            }
+            other => other,
+        }
+    }
+
+    fn try_sign(&mut self, key: u16, scheme: SignatureScheme, message: &[u8]) -> Result<Vec<u8>, ModuleError> {
+        let (session, keys) = self.keys()?;
+        let key = *keys.get(usize::from(key)).ok_or(ModuleError::Cannot("there is no such key"))?;
+        let pss = |hash_alg, mgf, bytes: u64| PkcsPssParams { hash_alg, mgf, s_len: bytes.into() };
+        let of_digest = |algorithm| {
+            let digest = digest::digest(algorithm, message);
+            der_of(&session.sign(&Mechanism::Ecdsa, key, digest.as_ref())?)
+        };
+        match scheme {
+            SignatureScheme::ECDSA_NISTP256_SHA256 => of_digest(&digest::SHA256),
+            SignatureScheme::ECDSA_NISTP384_SHA384 => of_digest(&digest::SHA384),
+            SignatureScheme::ED25519 => {
+                Ok(session.sign(&Mechanism::Eddsa(EddsaParams::new(EddsaSignatureScheme::Ed25519)), key, message)?)
+            }
+            SignatureScheme::RSA_PSS_SHA256 => {
+                let pss = pss(MechanismType::SHA256, PkcsMgfType::MGF1_SHA256, 32);
+                Ok(session.sign(&Mechanism::Sha256RsaPkcsPss(pss), key, message)?)
+            }
+            SignatureScheme::RSA_PSS_SHA384 => {
+                let pss = pss(MechanismType::SHA384, PkcsMgfType::MGF1_SHA384, 48);
+                Ok(session.sign(&Mechanism::Sha384RsaPkcsPss(pss), key, message)?)
+            }
+            SignatureScheme::RSA_PSS_SHA512 => {
+                let pss = pss(MechanismType::SHA512, PkcsMgfType::MGF1_SHA512, 64);
+                Ok(session.sign(&Mechanism::Sha512RsaPkcsPss(pss), key, message)?)
+            }
+            _ => Err(ModuleError::Cannot("an unknown signature scheme")),
+        }
+    }
+}
+
+fn say(socket: &OwnedFd, answer: &Answer) -> Result<(), ModuleError> {
+    let bytes = serde_json::to_vec(answer).map_err(io::Error::from)?;
+    // A gateway that has died is no reason to die of a signal.
+    rustix::io::retry_on_intr(|| send(socket, &bytes, SendFlags::NOSIGNAL)).map_err(io::Error::from)?;
+    Ok(())
+}
+
+/// An ECDSA signature as TLS has it, from two numbers of one length as PKCS#11 has them.
+fn der_of(raw: &[u8]) -> Result<Vec<u8>, ModuleError> {
+    if !matches!(raw.len(), 64 | 96) {
+        return Err(ModuleError::Cannot("a signature of another length than the curve's"));
+    }
+    let (r, s) = raw.split_at(raw.len() / 2);
+    let body = [integer(r), integer(s)].concat();
+    // At most 2 × 51 bytes: the short form of a length.
+    let length = u8::try_from(body.len()).map_err(|_| ModuleError::Cannot("a signature that is too long"))?;
+    Ok([&[0x30, length], body.as_slice()].concat())
+}
+
+fn integer(number: &[u8]) -> Vec<u8> {
+    let zeros = number.iter().take_while(|byte| **byte == 0).count().min(number.len().saturating_sub(1));
+    let digits = number.get(zeros..).unwrap_or(number);
+    // Positive, so its first bit is none of the number's.
+    let sign: &[u8] = if digits.first().is_some_and(|first| *first >= 0x80) { &[0] } else { &[] };
+    let length = u8::try_from(sign.len().saturating_add(digits.len())).unwrap_or(u8::MAX);
+    [&[0x02, length], sign, digits].concat()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ecdsa_signatures_are_written_as_tls_has_them() {
+        let mut raw = [0; 64];
+        raw[0] = 0x80;
+        raw[63] = 7;
+        let der = der_of(&raw).unwrap();
+        assert_eq!(der[..5], [0x30, 38, 0x02, 33, 0]);
+        assert_eq!(der[5..7], [0x80, 0]);
+        assert_eq!(der[der.len() - 3..], [0x02, 1, 7]);
+        assert_eq!(der_of(&[0; 64]).unwrap(), [0x30, 6, 2, 1, 0, 2, 1, 0]);
+        assert!(der_of(&[0; 63]).is_err() && der_of(&[]).is_err() && der_of(&[0xff; 128]).is_err());
+        assert_eq!(der_of(&[0xff; 96]).unwrap().len(), 2 + 2 * 51);
+    }
+}
