@@ -365,8 +365,22 @@ fn policies() -> Vec<Vec<u8>> {
         include_str!("../../config/policy.d/20-tenant-acme.cedar"),
         include_str!("../../config/policy.d/30-operators.cedar"),
     ];
-    files.map(|text| text.as_bytes().to_vec()).to_vec()
+    files.into_iter().chain(GRAMMAR.iter().copied()).map(|text| text.as_bytes().to_vec()).collect()
 }
+
+/// Every construct that policies are made of, which the examples do not all use; and what is refused late.
+const GRAMMAR: &[&str] = &[
+    "@id(\"a\") permit (principal == Sealane::Gateway::\"g\", action, resource in Sealane::VmGroup::\"v\")\nwhen { if resource.migratable then \
+     [1, 2, 3].containsAll([context.stream.lanes]) else !(context.memoryMiB * 2 >= -3) };",
+    "@id(\"b\") forbid (principal is Sealane::Gateway in Sealane::GatewayGroup::\"g\", action in [Sealane::Action::\"release\"], resource)\n\
+     unless { resource has tenant && resource.tenant like \"a*\\*\" || {x: context.route}.x.peerIp == ip(\"::1/128\") };",
+    "@id(\"c\") @max_lanes(\"2\") @require_post_quantum(\"true\") @max_bandwidth(\"1Mbit/s\")\npermit (principal, action == Sealane::Action::\"accept\", \
+     resource) when { context.now.offset(duration(\"-1h30m\")) < datetime(\"2026-12-01T22:00:00.000+0100\").toDate() };",
+    "@id(\"d\") permit (principal, action == Sealane::Action::\"resolveInDoubt\", resource)\nwhen { context.approvers.containsAny([principal, \
+     Sealane::Operator::\"\\u{e9}\\x41\\0\"]) && context.fenceEvidence && \"\" != \"\\\\\\\"\\n\" };",
+    "@id(\"e\") permit (principal == ?principal, action, resource);\n@id(\"f\") permit (principal, action, resource) when { context[\"now\"] == \
+     decimal(\"1.0001\") } unless { principal.site == \"x\" } when { true };\n// the end",
+];
 
 /// A gateway that trusts the fixtures.
 static GATEWAY: LazyLock<(Arc<Credentials>, Vec<Vec<u8>>)> = LazyLock::new(|| {
@@ -397,23 +411,39 @@ fn certificate(bytes: &[u8]) {
 
 /// Any bytes as the CRL of a trust domain: nobody who was revoked comes back by it.
 fn crl(bytes: &[u8]) {
-    let (gateway, path, revoked) = &*REVOKER;
+    let Revoker { gateway, path, revoked, .. } = &*REVOKER;
     std::fs::write(path, bytes).unwrap();
     let _ = gateway.reload();
     assert!(gateway.identify(&revoked.chain).is_err(), "a CRL that nobody signed is believed");
 }
 
+/// Good ones with few and with many entries, as DER and as PEM, and every one that is wrong in one place.
 fn crls() -> Vec<Vec<u8>> {
-    vec![std::fs::read(&REVOKER.1).unwrap()]
+    REVOKER.seeds.clone()
 }
 
 /// A gateway, the file of its CRL, and who is on it.
-static REVOKER: LazyLock<(Arc<Credentials>, std::path::PathBuf, crate::fixtures::Leaf)> = LazyLock::new(|| {
+struct Revoker {
+    gateway: Arc<Credentials>,
+    path: std::path::PathBuf,
+    revoked: crate::fixtures::Leaf,
+    seeds: Vec<Vec<u8>>,
+}
+
+static REVOKER: LazyLock<Revoker> = LazyLock::new(|| {
     let (world, directory) = (World::new(), tempfile::tempdir().unwrap());
     let own = crate::fixtures::write_gateway(directory.path(), "a", &world.good_a);
     let files = world.write_trust(directory.path()).remove(0);
     let path = directory.path().join("fuzz.crl");
-    std::fs::write(&path, world.root.crl(9, 0, 30, &[&world.good_b.serial])).unwrap();
+    let first = world.root.crl(9, 0, 30, &[&world.good_b.serial]);
+    std::fs::write(&path, &first).unwrap();
+    let many: Vec<Vec<u8>> = (1..20_u8).map(|serial| vec![serial; usize::from(serial)]).chain([world.good_b.serial.clone()]).collect();
+    let many = world.root.crl(10, -1, 30, &many.iter().map(Vec::as_slice).collect::<Vec<_>>());
+    let partition = world.root.crl_with(11, crate::fixtures::days(0), crate::fixtures::days(30), &[], Some("http://dc1.test/crl"));
+    let below = crate::fixtures::pem("X509 CRL", &world.intermediate.crl(7, 0, 30, &[&world.good_b.serial]));
+    let both = crate::fixtures::pem("X509 CRL", &first) + &below;
+    let mut seeds = vec![first, many, partition, both.into_bytes()];
+    seeds.extend(crate::fixtures::raw::crls(&world.root, "root 1").into_iter().map(|(_, crl, _)| crl).filter(|crl| !crl.is_empty()));
     let trust = vec![TrustDomainConfig { domain: files.domain, roots: files.roots, crls: vec![path.clone()], intermediates: None }];
     let config = IdentityConfig {
         certificate: own.certificate,
@@ -424,7 +454,7 @@ static REVOKER: LazyLock<(Arc<Credentials>, std::path::PathBuf, crate::fixtures:
     };
     // Kept as long as the process lives.
     let _ = directory.keep();
-    (Credentials::load(config).unwrap(), path, world.good_b)
+    Revoker { gateway: Credentials::load(config).unwrap(), path, revoked: world.good_b, seeds }
 });
 
 fn certificates() -> Vec<Vec<u8>> {
