@@ -43,7 +43,8 @@ impl Forger {
     pub fn new(lab: &Lab, machine: Machine) -> Self {
         let pki = lab.directory().join("pki");
         let file = |suffix: &str| pki.join(format!("{}-{suffix}.pem", A.gateway()));
-        let trust = TrustDomainConfig { domain: TRUST_DOMAIN.into(), roots: pki.join("ca-cert.pem"), crls: vec![pki.join("crl.pem")] };
+        let (roots, crls) = (pki.join("ca-cert.pem"), vec![pki.join("crl.pem")]);
+        let trust = TrustDomainConfig { domain: TRUST_DOMAIN.into(), roots, crls, intermediates: None };
         let credentials = Credentials::load(IdentityConfig {
             certificate: file("cert"),
             key: file("key"),
