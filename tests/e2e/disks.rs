@@ -27,11 +27,13 @@ pub struct Plan {
     pub filled: u64,
     /// How QEMU opens the file of each.
     pub drivers: [&'static str; 2],
+    /// Whether there is another disk, which the guest leaves alone: 8 MiB, raw, 3 of them filled.
+    pub second: bool,
 }
 
 impl Plan {
     pub fn small(a: &'static str, b: &'static str) -> Self {
-        Self { bytes: 64 * MIB, ends: [(a, String::new()), (b, String::new())], filled: 16 * MIB, drivers: ["file"; 2] }
+        Self { bytes: 64 * MIB, ends: [(a, String::new()), (b, String::new())], filled: 16 * MIB, drivers: ["file"; 2], second: false }
     }
 }
 
@@ -69,7 +71,8 @@ fn make_rom() -> Option<PathBuf> {
     Some(image)
 }
 
-fn arguments(plan: &Plan, name: Name) -> Vec<String> {
+/// The command line of a guest's QEMU, with its variables.
+pub fn arguments(plan: &Plan, name: Name) -> Vec<String> {
     let (format, file) = (plan.ends[name as usize].0, plan.drivers[name as usize]);
     let rom = rom().unwrap();
     let fixed = "-nodefaults -machine pc-i440fx-7.2 -accel tcg -m 64 -display none -device isa-debugcon,iobase=0xe9,chardev=console";
@@ -78,6 +81,10 @@ fn arguments(plan: &Plan, name: Name) -> Vec<String> {
     arguments.extend(["-bios", rom.to_str().unwrap(), "-uuid", "{uuid}"].map(str::to_owned));
     arguments.extend(["-chardev", "file,id=console,path={serial},append=on", "-blockdev", &disk].map(str::to_owned));
     arguments.extend(["-device", "ide-hd,id=disk0,bus=ide.0,drive=root"].map(str::to_owned));
+    if plan.second {
+        let second = "driver=raw,node-name=second,file.driver=file,file.filename={serial}.second";
+        arguments.extend(["-blockdev", second, "-device", "ide-hd,id=disk1,bus=ide.1,drive=second"].map(str::to_owned));
+    }
     arguments.extend(["-qmp", "unix:{socket},server=on,wait=off", "-qmp", "unix:{socket}.look,server=on,wait=off"].map(str::to_owned));
     arguments
 }
@@ -98,6 +105,8 @@ impl Disks {
                 "[[vm.disk]]\ndevice = \"disk0\"\nfile = \"run/{}.serial.disk\"\nformat = \"{format}\"\nexisting = \"set-aside\"\n{more}\n",
                 crate::lab::VM
             );
+            let second = format!("[[vm.disk]]\ndevice = \"disk1\"\nfile = \"run/{}.serial.second\"\nformat = \"raw\"\n", crate::lab::VM);
+            let disk = if plan.second { disk + &second } else { disk };
             let template = format!("\n[[template]]\nname = \"disk\"\ncommand = {command:?}\nmax_memory = \"1GiB\"\n");
             let socket = if name == A { "socket = \"run/guest.sock\"\ntenant" } else { "tenant" };
             let here = if name == A { "qmp = \"run/first.qmp\"\ntemplate = \"disk\"\ntenant" } else { "template = \"disk\"\ntenant" };
@@ -118,6 +127,11 @@ impl Disks {
         assert!(tool("qemu-img", &["create", "-q", "-f", format, disk, &plan.bytes.to_string()]));
         if plan.filled > 0 {
             assert!(tool("qemu-io", &["-f", format, "-c", &format!("write -P 90 {} {}", BEHIND, plan.filled), disk]));
+        }
+        if plan.second {
+            let second = disk.replace(".disk", ".second");
+            assert!(tool("qemu-img", &["create", "-q", "-f", "raw", &second, "8M"]));
+            assert!(tool("qemu-io", &["-f", "raw", "-c", "write -P 91 0 3M", &second]));
         }
         let first = Command::new(QEMU).args(arguments(&plan, A).into_iter().map(fill)).stdin(Stdio::null()).spawn().unwrap();
         wait_for("a QEMU that answers", || qemu::observe(&run.join("first.qmp.look"), "first", LOOK).ok());

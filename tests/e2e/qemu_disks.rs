@@ -3,14 +3,18 @@
 //! `SEALANE_QEMU_DISKS=1` runs those that take long.
 
 use std::path::PathBuf;
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use serde_json::Value;
+use sealane::hypervisor::qemu;
+use serde_json::{Value, json};
 
 use crate::command::wait_for;
-use crate::disks::{Disks, MIB, Plan, disk_of, tool};
+use crate::disks::{Disks, MIB, Plan, arguments, disk_of, tool};
 use crate::gateway::{A, B, Name};
-use crate::lab::{Lab, Setup};
+use crate::guest::UUID;
+use crate::lab::{Lab, Setup, VM, replaced};
+use crate::qemus::{LOOK, QEMU, ask};
 use crate::relay::Conditions;
 
 /// Whether the long ones are run.
@@ -127,6 +131,48 @@ fn a_guest_moves_with_its_disk_into_another_format_and_back() {
     assert_eq!(report["disks"]["verified"], false, "{report}");
     disks.is_only_at(A);
     disks.disk_is_whole();
+}
+
+#[test]
+fn two_disks_move_each_into_its_own_place() {
+    let Some(mut disks) = Disks::start(Setup::new(), Plan { second: true, ..Plan::small("raw", "qcow2") }) else { return };
+    let report = disks.lab.migrate(A, &["--storage", "all", "--verify-disks"]).expect_moved();
+    let moved = &report["disks"];
+    assert_eq!((&moved["count"], &moved["bytes"], &moved["verified"]), (&2.into(), &(72 * MIB).into(), &true.into()), "{report}");
+    disks.is_only_at(B);
+    let second = disk_of(&disks.lab, B).with_extension("second");
+    let second = second.to_str().unwrap();
+    // Its QEMU has it, and nothing of what was written is only there.
+    assert!(tool("qemu-io", &["-r", "-U", "-f", "raw", "-c", "read -P 91 0 3M", "-c", "read -P 0 3M 5M", second]));
+    disks.disk_is_whole();
+}
+
+/// It waits already, and somebody else uses its NBD server.
+#[test]
+fn a_destination_that_cannot_take_disks_says_why() {
+    let plan = Plan { filled: MIB, ..Plan::small("raw", "raw") };
+    let Some(mut disks) = Disks::start(Setup::new(), plan.clone()) else { return };
+    let gateway = disks.lab.gateway_mut(B);
+    gateway.stop();
+    let text = std::fs::read_to_string(gateway.config()).unwrap();
+    let text = replaced(&text, "template = \"disk\"\ntenant", "incoming_qmp = \"run/waits.qmp\"\ntenant");
+    let place = format!("file = \"run/{VM}.serial.disk\"\nformat = \"raw\"\nexisting = \"set-aside\"\n");
+    std::fs::write(gateway.config(), replaced(&text, &place, "")).unwrap();
+    gateway.start();
+    let (run, disk) = (gateway.directory().join("run"), disk_of(&disks.lab, B));
+    assert!(tool("qemu-img", &["create", "-q", "-f", "raw", disk.to_str().unwrap(), &(64 * MIB).to_string()]));
+    let fill = |argument: String| {
+        let argument = argument.replace("{uuid}", UUID).replace("{socket}", run.join("waits.qmp").to_str().unwrap());
+        argument.replace("{serial}", disks.lab.console(B).to_str().unwrap())
+    };
+    let arguments = arguments(&plan, B).into_iter().map(fill).chain(["-incoming", "defer", "-S"].map(str::to_owned));
+    let mut waits = Command::new(QEMU).args(arguments).stdin(Stdio::null()).spawn().unwrap();
+    let look = run.join("waits.qmp.look");
+    wait_for("a QEMU that waits", || qemu::observe(&look, "waits", LOOK).ok());
+    ask(&look, "nbd-server-start", &json!({ "addr": { "type": "unix", "data": { "path": run.join("theirs") } } }));
+    disks.lab.migrate(A, &["--storage", "all"]).expect_stayed(1, &["server already running"]);
+    waits.wait().unwrap();
+    disks.is_only_at(A);
 }
 
 #[test]

@@ -561,7 +561,7 @@ fn lock(twin: &Twin) -> MutexGuard<'_, Box<dyn StreamDestination>> {
 
 const WATCH_INTERVAL: Duration = Duration::from_secs(1);
 /// WHY: whoever refuses a stream closes its socket a moment before it says so, and the hypervisor notices.
-const REFUSED_WITHIN: Duration = Duration::from_millis(100);
+const REFUSED_WITHIN: Duration = Duration::from_secs(1);
 const LINGER: Duration = Duration::from_secs(2);
 /// WHY: a source with a full window waits for this; several fit into the smallest.
 const TELL_EVERY_BYTES: u64 = 256 * 1024;

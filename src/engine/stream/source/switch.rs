@@ -59,7 +59,12 @@ impl Run {
 
     fn handoff_received(&mut self, signed: &SignedHandoff) -> Option<StreamSourceEvent> {
         let Some(binding) = &self.binding else {
-            return Some(self.give_up(EngineError::OutOfPlace { expected: "ACCEPT", got: "a handoff message".into() }));
+            let Handoff::Refuse { class } = signed.message.step else {
+                return Some(self.give_up(EngineError::OutOfPlace { expected: "ACCEPT", got: "a handoff message".into() }));
+            };
+            // It has given up before it could accept, and why comes behind. Nothing hangs on who signed it.
+            self.refused = true;
+            return Some(self.give_up(EngineError::peer(self.order.migration, class, "the destination refused the VM")));
         };
         let heard = match self.evidence.check(binding, signed) {
             Ok(heard) => heard,
