@@ -8,7 +8,9 @@ use tokio::task::JoinHandle;
 use crate::engine::EngineError;
 use crate::engine::handoff::joined;
 use crate::engine::source::AskCommit;
+use crate::migration::{DestinationStep, SourceStep};
 use crate::transport::Session;
+use crate::wire::ErrorClass;
 
 /// Asks for the permit of the switch: ahead, while the guest is paused and the other end is what is waited for, so that the decision
 /// and its entry in the audit log take none of the pause.
@@ -40,18 +42,55 @@ impl<S: Send + Sync + 'static> CommitQuestion<S> {
         self.ahead = Some(Ahead { asked: Instant::now(), of: Arc::clone(session), answer: self.put(session) });
     }
 
-    /// The answer, for `session`, not older than a second.
+    /// The answer, for `session`, not older than a second. Why there is no permit is `error`, unless there is one before it.
     ///
     /// # Errors
-    /// The outer one: whoever was asked panicked. The inner one: there is no permit.
-    pub(super) async fn answer(&mut self, session: &Arc<S>) -> Result<Result<(), EngineError>, EngineError> {
+    /// Whoever was asked panicked.
+    pub(super) async fn answer(&mut self, session: &Arc<S>, error: &mut Option<EngineError>) -> Result<CommitAnswer, EngineError> {
         let ahead = self.ahead.take().filter(|ahead| Arc::ptr_eq(&ahead.of, session) && ahead.asked.elapsed() < self.holds);
-        joined(ahead.map_or_else(|| self.put(session), |ahead| ahead.answer).await)
+        let answer = joined(ahead.map_or_else(|| self.put(session), |ahead| ahead.answer).await)?;
+        Ok(match answer {
+            Ok(()) => CommitAnswer::Permitted,
+            Err(why) => {
+                let class = why.class();
+                error.get_or_insert(why);
+                if class == ErrorClass::Denied { CommitAnswer::Denied } else { CommitAnswer::Unanswered(class) }
+            }
+        })
     }
 
     fn put(&self, session: &Arc<S>) -> JoinHandle<Result<(), EngineError>> {
         let (ask, session) = (Arc::clone(&self.ask), Arc::clone(session));
         tokio::task::spawn_blocking(move || ask(&session))
+    }
+}
+
+/// What a handoff does with the answer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum CommitAnswer {
+    Permitted,
+    Denied,
+    /// Nobody could say.
+    Unanswered(ErrorClass),
+}
+
+impl From<CommitAnswer> for SourceStep {
+    fn from(answer: CommitAnswer) -> Self {
+        match answer {
+            CommitAnswer::Permitted => Self::CommitPermitted,
+            CommitAnswer::Denied => Self::CommitDenied,
+            CommitAnswer::Unanswered(class) => Self::GiveUp(class),
+        }
+    }
+}
+
+impl From<CommitAnswer> for DestinationStep {
+    fn from(answer: CommitAnswer) -> Self {
+        match answer {
+            CommitAnswer::Permitted => Self::CommitPermitted,
+            CommitAnswer::Denied => Self::CommitDenied,
+            CommitAnswer::Unanswered(class) => Self::GiveUp(class),
+        }
     }
 }
 
@@ -71,6 +110,10 @@ mod tests {
         (question, Arc::default(), Arc::default())
     }
 
+    async fn permitted(question: &mut CommitQuestion<AtomicU32>, session: &Arc<AtomicU32>) -> bool {
+        question.answer(session, &mut None).await.unwrap() == CommitAnswer::Permitted
+    }
+
     fn asked(session: &AtomicU32) -> u32 {
         session.load(Ordering::SeqCst)
     }
@@ -79,9 +122,9 @@ mod tests {
     async fn what_was_asked_ahead_is_not_asked_again() {
         let (mut question, session, _) = numbered(Duration::from_secs(3600));
         question.ask_ahead(&session);
-        question.answer(&session).await.unwrap().unwrap();
+        assert!(permitted(&mut question, &session).await);
         assert_eq!(asked(&session), 1);
-        question.answer(&session).await.unwrap().unwrap();
+        assert!(permitted(&mut question, &session).await);
         assert_eq!(asked(&session), 2, "an answer is good for one switch");
     }
 
@@ -89,20 +132,22 @@ mod tests {
     async fn an_answer_that_is_too_old_or_of_another_session_does_not_count() {
         let (mut question, session, other) = numbered(Duration::ZERO);
         question.ask_ahead(&session);
-        question.answer(&session).await.unwrap().unwrap();
+        assert!(permitted(&mut question, &session).await);
         assert_eq!(asked(&session), 2);
         question.holds = Duration::from_secs(3600);
         question.ask_ahead(&session);
-        question.answer(&other).await.unwrap().unwrap();
+        assert!(permitted(&mut question, &other).await);
         assert_eq!(asked(&other), 1);
     }
 
     #[tokio::test]
     async fn a_refusal_that_was_asked_for_ahead_is_a_refusal() {
-        let ask = |_: &()| Err(EngineError::Bug("no permit".into()));
+        let ask = |_: &()| Err(EngineError::Bug("nobody answers".into()));
         let mut question = CommitQuestion { ask: Arc::new(ask), ahead: None, holds: Duration::from_secs(3600) };
         let session = Arc::new(());
         question.ask_ahead(&session);
-        assert!(question.answer(&session).await.unwrap().is_err());
+        let mut error = None;
+        assert_eq!(question.answer(&session, &mut error).await.unwrap(), CommitAnswer::Unanswered(ErrorClass::Bug));
+        assert!(matches!(error, Some(EngineError::Bug(_))));
     }
 }

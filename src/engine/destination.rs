@@ -469,16 +469,9 @@ impl Run {
                 Ok(None)
             }
             HandoffAction::AskCommit => {
-                let answer = self.commit_question.answer(&self.link.session).await?;
+                let answer = self.commit_question.answer(&self.link.session, &mut self.error).await?;
                 crate::failpoint::hit!("destination.policy-asked");
-                Ok(Some(DestinationEvent::Handoff(match answer {
-                    Ok(()) => DestinationStep::CommitPermitted,
-                    Err(why) => {
-                        let class = why.class();
-                        self.error.get_or_insert(why);
-                        if class == ErrorClass::Denied { DestinationStep::CommitDenied } else { DestinationStep::GiveUp(class) }
-                    }
-                })))
+                Ok(Some(DestinationEvent::Handoff(answer.into())))
             }
             HandoffAction::Resume => {
                 let twin = Arc::clone(&self.twin);

@@ -175,7 +175,8 @@ fn what_a_permit_asks_of_the_stream_is_done_by_both_ends() {
     lab.migrate(A, &["--lanes", "2", "--compress", "zstd"]).expect_moved();
     lab.settled_on(B);
     let stream = json!({
-        "mode": "precopy", "compression": "none", "compressionScope": "page", "lengthPadding": true, "durability": "both", "lanes": 1
+        "mode": "precopy", "compression": "none", "compressionScope": "page", "lengthPadding": true, "durability": "both", "lanes": 1,
+        "storage": "none"
     });
     let accepted = lab.gateway(B).audited("decision", "allow", &["\"action\":\"accept\""]);
     assert_eq!(accepted["detail"]["facts"]["context"]["stream"], stream, "what was offered");

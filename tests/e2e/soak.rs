@@ -113,10 +113,16 @@ fn a_thousand_certificates_and_crls_change_under_one_migration() {
     let rotations = number("SEALANE_ROTATIONS").unwrap_or(25);
     let by_hand = |setup: Setup, name| setup.replace(name, "[gateway]", "[gateway]\nwatch_files = false");
     let lab = by_hand(by_hand(Setup::new().busy(), A), B).start();
-    let (running, _) = lab.start_slow_migration(A, &[]);
+    let (mut running, id) = lab.start_slow_migration(A, &[]);
     let pki = lab.pki();
     let clients = [A, B].map(|name| sealane::control::Client::new(lab.gateway(name).directory().join("run/api.sock")));
     let runtime = crate::stranger::runtime();
+    let set_bandwidth = |bytes_per_second: u64| {
+        let wish = serde_json::from_value(serde_json::json!({ "bandwidth_bytes_per_second": bytes_per_second })).unwrap();
+        runtime.block_on(clients[0].set(id.parse().unwrap(), &wish)).unwrap();
+    };
+    // So slow that it is under way after a thousand, too.
+    set_bandwidth(100_000);
     let mut held = Held(Vec::new());
     let every = (rotations / 5).max(1);
     for done in 1..=rotations {
@@ -135,13 +141,9 @@ fn a_thousand_certificates_and_crls_change_under_one_migration() {
             held.0.push((done, samples));
         }
     }
-    let active = lab.active_migration(A).expect("the migration goes on");
+    running.must_go_on();
     held.is_flat();
-    runtime.block_on(async {
-        let id = active["id"].as_str().unwrap().parse().unwrap();
-        let faster = serde_json::from_value(serde_json::json!({ "bandwidth_bytes_per_second": 1_000_000_000u64 })).unwrap();
-        clients[0].set(id, &faster).await.unwrap();
-    });
+    set_bandwidth(1_000_000_000);
     let report = running.finish().expect_moved();
     assert_eq!(report["reconnects"], 0, "{report}");
     lab.settled_on(B);

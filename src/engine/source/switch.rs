@@ -11,7 +11,7 @@ use crate::engine::handoff::Evidence;
 use crate::engine::link::{hear_why, until_abort_is_heard};
 use crate::engine::witness::Exchange;
 use crate::limits;
-use crate::migration::{HandoffAction, Outcome, SourceEvent, SourceRecord, SourceStep};
+use crate::migration::{HandoffAction, Outcome, SourceEvent, SourceRecord};
 use crate::storage::write_image;
 use crate::telemetry::Phase;
 use crate::types::MigrationId;
@@ -27,17 +27,10 @@ impl Run {
                 Ok(None)
             }
             HandoffAction::AskCommit => {
-                let answer = self.commit_question.answer(&self.link.session).await?;
+                let answer = self.commit_question.answer(&self.link.session, &mut self.error).await?;
                 crate::failpoint::hit!("source.policy-asked");
                 self.lap("policy");
-                Ok(Some(SourceEvent::Handoff(match answer {
-                    Ok(()) => SourceStep::CommitPermitted,
-                    Err(why) => {
-                        let class = why.class();
-                        self.error.get_or_insert(why);
-                        if class == ErrorClass::Denied { SourceStep::CommitDenied } else { SourceStep::GiveUp(class) }
-                    }
-                })))
+                Ok(Some(SourceEvent::Handoff(answer.into())))
             }
             HandoffAction::Resume => {
                 let guest = Arc::clone(&self.guest);

@@ -17,10 +17,11 @@ use super::inflow::Inflow;
 use super::lanes::{ReceiveShared, receive_lane};
 use super::{Broken, Whole};
 use crate::condense::Expander;
+use crate::engine::commit_question::CommitQuestion;
 use crate::engine::destination::{DestinationEnd, DestinationOrder, Return, Watch};
 use crate::engine::handoff::{Binding, Evidence, blocking, joined};
 use crate::engine::link::send_within;
-use crate::engine::source::{AskCommit, Command};
+use crate::engine::source::Command;
 use crate::engine::witness::Exchange;
 use crate::engine::{EngineError, Link};
 use crate::hypervisor::{HypervisorError, StreamDestination, StreamStage};
@@ -45,7 +46,7 @@ struct Run {
     link: Link,
     twin: Twin,
     stages: watch::Receiver<StreamStage>,
-    ask_commit: AskCommit,
+    commit_question: CommitQuestion,
     binding: Binding,
     machine: Machine,
     gate: Option<LaneGate>,
@@ -98,7 +99,7 @@ pub async fn run_stream_destination(order: DestinationOrder<dyn StreamDestinatio
         link,
         stages: twin.stages(),
         twin: Arc::new(Mutex::new(twin)),
-        ask_commit,
+        commit_question: CommitQuestion::new(ask_commit),
         binding,
         machine: Machine::default(),
         gate: None,
@@ -437,6 +438,7 @@ impl Run {
                 if held != said {
                     return Err(differs("stream"));
                 }
+                self.commit_question.ask_ahead(&self.link.session);
                 // What is promised has to be kept, also on a disk that fills up.
                 let journal = Arc::clone(&self.evidence.journal);
                 joined(tokio::task::spawn_blocking(move || journal.reserve()).await)??;
@@ -473,17 +475,9 @@ impl Run {
                 Ok(None)
             }
             HandoffAction::AskCommit => {
-                let (ask, session) = (Arc::clone(&self.ask_commit), Arc::clone(&self.link.session));
-                let answer = joined(tokio::task::spawn_blocking(move || ask(&session)).await)?;
+                let answer = self.commit_question.answer(&self.link.session, &mut self.error).await?;
                 crate::failpoint::hit!("destination.policy-asked");
-                Ok(Some(StreamDestinationEvent::Handoff(match answer {
-                    Ok(()) => DestinationStep::CommitPermitted,
-                    Err(why) => {
-                        let class = why.class();
-                        self.error.get_or_insert(why);
-                        if class == ErrorClass::Denied { DestinationStep::CommitDenied } else { DestinationStep::GiveUp(class) }
-                    }
-                })))
+                Ok(Some(StreamDestinationEvent::Handoff(answer.into())))
             }
             HandoffAction::Resume => {
                 let twin = Arc::clone(&self.twin);

@@ -16,6 +16,7 @@ use super::lanes::{SendShared, send_lane};
 use super::outflow::Outflow;
 use super::{Broken, Whole};
 use crate::condense::Condenser;
+use crate::engine::commit_question::CommitQuestion;
 use crate::engine::error::may_be_forgotten;
 use crate::engine::frames::Frames;
 use crate::engine::handoff::{Binding, Evidence, blocking, joined};
@@ -23,7 +24,7 @@ use crate::engine::limiter::Limiter;
 use crate::engine::link::send_within;
 use crate::engine::meter::{Figures, Meter, Stopwatch};
 use crate::engine::search::{self, Outage};
-use crate::engine::source::{AskCommit, Command, Redial, SourceEnd, SourceOrder, SourcePorts};
+use crate::engine::source::{Command, Redial, SourceEnd, SourceOrder, SourcePorts};
 use crate::engine::witness::Exchange;
 use crate::engine::{EngineError, Link};
 use crate::hypervisor::{HypervisorError, StreamGoal, StreamProgress, StreamSource, StreamStage};
@@ -42,7 +43,7 @@ struct Run {
     evidence: Evidence,
     link: Link,
     guest: Guest,
-    ask_commit: AskCommit,
+    commit_question: CommitQuestion,
     redial: Redial,
     progress: watch::Sender<Progress>,
     machine: Machine,
@@ -147,7 +148,7 @@ pub async fn run_stream_source(order: SourceOrder, ports: SourcePorts<dyn Stream
         order,
         evidence,
         link,
-        ask_commit,
+        commit_question: CommitQuestion::new(ask_commit),
         redial,
         progress,
         failures,
@@ -391,6 +392,7 @@ impl Run {
             self.link_lost().await;
         }
         self.phase = Phase::Verify;
+        self.commit_question.ask_ahead(&self.link.session);
         Some(StreamSourceEvent::Finalised(whole.final_digest()))
     }
 

@@ -8,7 +8,7 @@ use tokio::sync::mpsc;
 use super::disks::Disks;
 use super::{Run, lock};
 use crate::engine::EngineError;
-use crate::engine::handoff::{Binding, Heard, blocking, joined};
+use crate::engine::handoff::{Binding, Heard, blocking};
 use crate::engine::link::{hear_why, until_abort_is_heard};
 use crate::engine::source::{Command, SourceEnd};
 use crate::engine::witness::Exchange;
@@ -111,18 +111,10 @@ impl Run {
                 Ok(None)
             }
             HandoffAction::AskCommit => {
-                let (ask, session) = (Arc::clone(&self.ask_commit), Arc::clone(&self.link.session));
-                let answer = joined(tokio::task::spawn_blocking(move || ask(&session)).await)?;
+                let answer = self.commit_question.answer(&self.link.session, &mut self.error).await?;
                 crate::failpoint::hit!("source.policy-asked");
                 self.lap("policy");
-                Ok(Some(StreamSourceEvent::Handoff(match answer {
-                    Ok(()) => SourceStep::CommitPermitted,
-                    Err(why) => {
-                        let class = why.class();
-                        self.error.get_or_insert(why);
-                        if class == ErrorClass::Denied { SourceStep::CommitDenied } else { SourceStep::GiveUp(class) }
-                    }
-                })))
+                Ok(Some(StreamSourceEvent::Handoff(answer.into())))
             }
             HandoffAction::Resume => {
                 self.wake(&binding).await;
