@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::sync::OnceLock;
 
@@ -13,7 +13,7 @@ use crate::command::{Running, wait_for};
 use crate::gateway::{A, B, Name};
 use crate::guest::UUID;
 use crate::lab::{Lab, Setup};
-use crate::qemus::{LOOK, QEMU, ask};
+use crate::qemus::{LOOK, QEMU, ask, assembled};
 
 pub const MIB: u64 = 1 << 20;
 
@@ -52,23 +52,7 @@ pub struct Disks {
 /// The guest's image, made once; nothing, and a word on it, where it cannot be made or run.
 pub fn rom() -> Option<PathBuf> {
     static MADE: OnceLock<Option<PathBuf>> = OnceLock::new();
-    MADE.get_or_init(make_rom).clone()
-}
-
-fn make_rom() -> Option<PathBuf> {
-    let directory = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("qemu-disks-{}", std::process::id() % 16));
-    std::fs::create_dir_all(&directory).unwrap();
-    let (object, image) = (directory.join("guest.o"), directory.join("guest.rom"));
-    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/e2e/qemu_disk_guest.S");
-    let done = |command: &mut Command| command.status().is_ok_and(|status| status.success());
-    let made = done(Command::new("as").args(["--32", "-o"]).args([&object, &source]))
-        && done(Command::new("ld").args(["-m", "elf_i386", "-Ttext", "0", "--oformat", "binary", "-o"]).args([&image, &object]));
-    let found = |program| Command::new(program).arg("--version").output().is_ok();
-    if !made || !found(QEMU) || !found("qemu-img") || !found("qemu-io") {
-        println!("SKIPPED: no {QEMU}, `qemu-img`, `qemu-io`, `as` or `ld`");
-        return None;
-    }
-    Some(image)
+    MADE.get_or_init(|| assembled("qemu_disk_guest.S", &["qemu-img", "qemu-io"])).clone()
 }
 
 /// The command line of a guest's QEMU, with its variables.

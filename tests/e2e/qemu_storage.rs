@@ -12,7 +12,7 @@ use crate::command::{Running, Said, wait_for};
 use crate::disks::{Disks, MIB, Plan, disk_of, tool};
 use crate::gateway::{A, B};
 use crate::lab::{Setup, VM, replaced};
-use crate::qemu_disks::{kept_at, long, moved_again};
+use crate::qemu_disks::{kept_at, long, moves_again};
 
 /// What a QEMU says of its guest between `new` and `end`. Nobody else can look meanwhile.
 struct Listener(BufReader<UnixStream>);
@@ -96,9 +96,7 @@ fn disks_that_were_copied_ahead_are_not_sent_again() {
     let report = expect_there(&ahead(&disks, &[]));
     assert!(report["disks"]["held_bytes"].as_u64().unwrap() > 54 * MIB, "{report}");
     disks.is_only_at(A);
-    let report = disks.lab.migrate(A, &["--storage", "all", "--verify-disks", "--compress", "none"]).expect_moved();
-    moved_again(&report, 64 * MIB);
-    disks.is_only_at(B);
+    moves_again(&mut disks);
     assert_eq!(kept_at(&disks.lab, B), [""; 0]);
     disks.disk_is_whole();
 }
@@ -188,9 +186,7 @@ fn a_disk_moves_into_a_volume_and_an_attempt_that_failed_there_is_gone_on_with()
     std::os::unix::fs::symlink(&volume.0, disk_of(&disks.lab, B)).unwrap();
     expect_there(&ahead(&disks, &[]));
     disks.is_only_at(A);
-    let report = disks.lab.migrate(A, &["--storage", "all", "--verify-disks", "--compress", "none"]).expect_moved();
-    moved_again(&report, 64 * MIB);
-    disks.is_only_at(B);
+    moves_again(&mut disks);
     disks.disk_is_whole();
 }
 
@@ -214,8 +210,6 @@ fn a_gateway_killed_while_disks_are_copied_ahead_leaves_the_guest_alone() {
         disks.nothing_laid_at(B);
     }
     expect_there(&ahead(&disks, &[]));
-    let report = disks.lab.migrate(A, &["--storage", "all", "--verify-disks", "--compress", "none"]).expect_moved();
-    moved_again(&report, 64 * MIB);
-    disks.is_only_at(B);
+    moves_again(&mut disks);
     disks.disk_is_whole();
 }

@@ -47,19 +47,22 @@ pub fn arguments(rom: &Path) -> Vec<String> {
 /// The guest's image, made once; nothing, and a word on it, where it cannot be made or run.
 pub fn rom() -> Option<PathBuf> {
     static MADE: OnceLock<Option<PathBuf>> = OnceLock::new();
-    MADE.get_or_init(make_rom).clone()
+    MADE.get_or_init(|| assembled("qemu_guest.S", &[])).clone()
 }
 
-fn make_rom() -> Option<PathBuf> {
-    let directory = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("qemu-{}", std::process::id() % 16));
+/// The image that a file of these tests assembles to, where QEMU and `also` are there to run it.
+pub fn assembled(source: &str, also: &[&str]) -> Option<PathBuf> {
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/e2e").join(source);
+    let stem = source.file_stem().unwrap().to_str().unwrap();
+    let directory = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("{stem}-{}", std::process::id() % 16));
     std::fs::create_dir_all(&directory).unwrap();
     let (object, image) = (directory.join("guest.o"), directory.join("guest.rom"));
-    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/e2e/qemu_guest.S");
     let done = |command: &mut Command| command.status().is_ok_and(|status| status.success());
     let made = done(Command::new("as").args(["--32", "-o"]).args([&object, &source]))
         && done(Command::new("ld").args(["-m", "elf_i386", "-Ttext", "0", "--oformat", "binary", "-o"]).args([&image, &object]));
-    if !made || Command::new(QEMU).arg("--version").output().is_err() {
-        println!("SKIPPED: no {QEMU}, `as` or `ld`");
+    let found = |program: &&str| Command::new(program).arg("--version").output().is_ok();
+    if !made || ![QEMU].iter().chain(also).all(found) {
+        println!("SKIPPED: no {QEMU}, `as` or `ld`, or one of {also:?}");
         return None;
     }
     Some(image)
