@@ -398,6 +398,15 @@ impl Evidence {
     }
 }
 
+/// What a handoff message says that comes before ACCEPT, and whether it is a REFUSE, behind which the reason comes. A destination may
+/// give up before it could accept; nothing hangs on who signed that.
+pub(super) fn before_accept(migration: MigrationId, signed: &SignedHandoff) -> (EngineError, bool) {
+    match signed.message.step {
+        Handoff::Refuse { class } => (EngineError::peer(migration, class, "the destination refused the VM"), true),
+        _ => (EngineError::OutOfPlace { expected: "ACCEPT", got: "a handoff message".into() }, false),
+    }
+}
+
 pub(super) fn joined<T>(result: Result<T, tokio::task::JoinError>) -> Result<T, EngineError> {
     result.map_err(|error| EngineError::Bug(error.to_string()))
 }

@@ -130,6 +130,7 @@ async fn before_commit_the_guest_runs_on_whatever_the_destination_does() {
         t.running().await;
     })
     .await;
+    case(g, s, "refuse before accept", &[ErrorClass::Local], 30.0, async |t| t.refuse().await).await;
     case(g, s, "refuse", &[ErrorClass::Local], 30.0, async |t| {
         t.finalised().await;
         t.refuse().await;

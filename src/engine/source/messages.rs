@@ -2,7 +2,7 @@
 
 use super::Run;
 use crate::engine::EngineError;
-use crate::engine::handoff::Heard;
+use crate::engine::handoff::{Heard, before_accept};
 use crate::migration::{SourceEvent, SourceStep};
 use crate::transport::TransportError;
 use crate::wire::{Handoff, Message, SignedHandoff};
@@ -37,7 +37,9 @@ impl Run {
 
     fn handoff_received(&mut self, signed: &SignedHandoff) -> Option<SourceEvent> {
         let Some(binding) = &self.binding else {
-            return Some(self.give_up(EngineError::OutOfPlace { expected: "ACCEPT", got: "a handoff message".into() }));
+            let (error, refused) = before_accept(self.order.migration, signed);
+            self.refused = refused;
+            return Some(self.give_up(error));
         };
         let heard = match self.evidence.check(binding, signed) {
             Ok(heard) => heard,

@@ -56,6 +56,8 @@ struct Run {
     /// All of the stream, once it was read.
     whole: Option<Whole>,
     goal: StreamGoal,
+    /// What of it the hypervisor was told until now.
+    told: StreamGoal,
     guest_bytes: u64,
     lanes: u16,
     /// Keeps the lanes' threads alive.
@@ -120,6 +122,7 @@ pub async fn run_stream_source(order: SourceOrder, ports: SourcePorts<dyn Stream
         reading: None,
         whole: None,
         goal,
+        told: path::goal_in_round(goal, 0),
         guest_bytes,
         lanes: 0,
         threads: Vec::new(),
@@ -412,7 +415,8 @@ impl Run {
             }
             Some(Command::DowntimeMax(downtime_max)) => {
                 self.goal.downtime_max = downtime_max;
-                let goal = self.goal;
+                let goal = path::goal_in_round(self.goal, self.said.rounds);
+                self.told = goal;
                 if self.phase == Phase::Memory
                     && let Err(error) = self.beside(move |guest| guest.set_goal(goal)).await
                 {
@@ -500,7 +504,7 @@ impl Run {
         self.lanes = lanes;
         let journal = Arc::clone(&self.evidence.journal);
         joined(tokio::task::spawn_blocking(move || journal.reserve()).await)??;
-        let (goal, rate_max) = (self.goal, self.order.limited(self.order.bandwidth));
+        let (goal, rate_max) = (self.told, self.order.limited(self.order.bandwidth));
         // What was said before this migration is none of its affair.
         self.stages.borrow_and_update();
         let begun = self.beside(move |guest| {

@@ -10,7 +10,7 @@ use crate::condense::{Condenser, Grammar, PAST_KEY_BYTES};
 use crate::engine::EngineError;
 use crate::engine::handoff::blocking;
 use crate::engine::source::SourceOrder;
-use crate::hypervisor::{HypervisorError, StreamSource};
+use crate::hypervisor::{HypervisorError, StreamGoal, StreamSource};
 use crate::telemetry::{Phase, chain};
 use crate::wire::{Compression, CompressionScope, Message};
 
@@ -71,18 +71,24 @@ impl Run {
             let rate = (self.path_rate * written.max(1.0)) as u64;
             rate.max(1)
         });
-        let wait = if path.is_some() { TELL_EVERY } else { ASK_EVERY };
+        let wait = if path.is_some() || self.told != self.goal { TELL_EVERY } else { ASK_EVERY };
         // WHY: QEMU answers nothing while it writes the rest of a guest that it has stopped.
         if !running || self.phase != Phase::Memory || self.asked.elapsed() < wait {
             return;
         }
         self.asked = Instant::now();
-        let told = self.beside(move |guest| {
+        let (goal, told_before) = (self.goal, self.told);
+        let asked = self.beside(move |guest| {
             path.map_or(Ok(()), |rate| guest.set_path_rate(rate))?;
-            guest.progress()
+            let said = guest.progress()?;
+            let told = goal_in_round(goal, said.rounds);
+            if told != told_before {
+                guest.set_goal(told)?;
+            }
+            Ok((said, told))
         });
-        match told.await {
-            Ok(said) => self.said = said,
+        match asked.await {
+            Ok((said, told)) => (self.said, self.told) = (said, told),
             Err(error) => tracing::debug!(migration = %self.order.migration, error = %chain(&error), "the hypervisor says nothing"),
         }
     }
@@ -111,6 +117,17 @@ impl Run {
     }
 }
 
+/// What the hypervisor is asked for in a round, the first of which sends everything. It pauses its guest as soon as what is left fits
+/// into the pause that it is allowed, so a guest that hardly writes would pause for all of it, with most of its memory long sent.
+pub(super) fn goal_in_round(goal: StreamGoal, round: u32) -> StreamGoal {
+    let part = match round {
+        0 | 1 => 16,
+        2 => 4,
+        _ => 1,
+    };
+    StreamGoal { downtime_max: goal.downtime_max / part, ..goal }
+}
+
 /// WHY: people look at it once a second at most.
 const ASK_EVERY: Duration = Duration::from_secs(1);
 /// WHY: an estimate that changes faster is of no use to a hypervisor that decides ten times a second.
@@ -119,3 +136,16 @@ const TELL_EVERY: Duration = Duration::from_millis(200);
 const RATE_KEPT: f64 = 0.8;
 /// WHY: acknowledgements are not sent for every piece, and hypervisors take some milliseconds for theirs.
 const WINDOW_SLACK: Duration = Duration::from_millis(30);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_pause_that_is_allowed_is_used_when_rounds_do_not_get_by_with_less() {
+        let goal = StreamGoal { downtime_max: Duration::from_millis(320), throttle: true };
+        let allowed = [0, 1, 2, 3, 60].map(|round| goal_in_round(goal, round).downtime_max.as_millis());
+        assert_eq!(allowed, [20, 20, 80, 320, 320]);
+        assert!(goal_in_round(goal, 1).throttle);
+    }
+}

@@ -8,7 +8,7 @@ use tokio::sync::mpsc;
 use super::disks::Disks;
 use super::{Run, lock};
 use crate::engine::EngineError;
-use crate::engine::handoff::{Binding, Heard, blocking};
+use crate::engine::handoff::{Binding, Heard, before_accept, blocking};
 use crate::engine::link::{hear_why, until_abort_is_heard};
 use crate::engine::source::{Command, SourceEnd};
 use crate::engine::witness::Exchange;
@@ -59,12 +59,9 @@ impl Run {
 
     fn handoff_received(&mut self, signed: &SignedHandoff) -> Option<StreamSourceEvent> {
         let Some(binding) = &self.binding else {
-            let Handoff::Refuse { class } = signed.message.step else {
-                return Some(self.give_up(EngineError::OutOfPlace { expected: "ACCEPT", got: "a handoff message".into() }));
-            };
-            // It has given up before it could accept, and why comes behind. Nothing hangs on who signed it.
-            self.refused = true;
-            return Some(self.give_up(EngineError::peer(self.order.migration, class, "the destination refused the VM")));
+            let (error, refused) = before_accept(self.order.migration, signed);
+            self.refused = refused;
+            return Some(self.give_up(error));
         };
         let heard = match self.evidence.check(binding, signed) {
             Ok(heard) => heard,
