@@ -14,11 +14,11 @@ use crate::engine::frames::Frames;
 use crate::engine::handoff::joined;
 use crate::engine::limiter::Limiter;
 use crate::engine::meter::Meter;
-use crate::engine::run_delay::RunDelay;
+use crate::engine::processors::RunDelay;
 use crate::engine::source::{LaneLedger, Manner, Reached};
 use crate::limits;
 use crate::memory::{Adaptation, DUPLICATES_KEY_BYTES, Decoder, Duplicates, Effort, Encoder, FrameSent, GuestRam, PageCounts, PageSet};
-use crate::transport::LaneIo;
+use crate::transport::{LaneIo, LinkStats};
 use crate::types::{LaneIndex, MigrationId, PAGE_BYTES, PageNumber, Round};
 use crate::wire::{After, Compression, FRAME_HEADER_BYTES, FrameHeader, LaneStanding, LaneTotals, StreamTerms, afters};
 
@@ -204,16 +204,18 @@ impl SourceLane {
         Ok(Made { frame, next, pages, content: packed * PAGE_BYTES as u64, took })
     }
 
-    /// Learns from a frame that took so long, with the one before it to be sent beside; `path` is what the path takes in a second.
-    /// So long the lane's thread was `delayed`.
-    fn adapt(&mut self, made: &Made, took: Duration, delayed: Duration, path: u64, ram: &GuestRam) {
+    /// Learns from a frame that took so long, with the one before it to be sent beside. So long the lane's thread was `delayed`.
+    fn adapt(&mut self, made: &Made, took: Duration, delayed: Duration, stats: &LinkStats, shared: &SendShared) {
         let Some(adaptation) = self.adaptation.as_mut().filter(|_| !made.frame.is_empty()) else { return };
         self.frames += 1;
         let (waiting, wire) = (took.saturating_sub(made.took), made.frame.len() as u64);
-        adaptation.sent(&FrameSent { packing: made.took, waiting, delayed, content: made.content, wire, path });
+        let frame = FrameSent { packing: made.took, waiting, delayed, content: made.content, wire, ..shared.meter.path().now(stats) };
+        if adaptation.sent(&frame) {
+            shared.meter.path().learn(adaptation);
+        }
         if self.encoder.effort() == Effort::None && self.frames % PROBE_EVERY == 1 {
             let started = Instant::now();
-            let (content, packed) = self.encoder.probe(ram);
+            let (content, packed) = self.encoder.probe(&shared.ram);
             adaptation.probed(content, packed, started.elapsed());
         }
         self.encoder.set_effort(adaptation.effort());
@@ -296,8 +298,7 @@ async fn send_round(
     lane.begin(order.round);
     if lane.adapts {
         // What was learned of a link is good for the next round on it.
-        let lanes = lane.lanes;
-        let effort = lane.adaptation.get_or_insert_with(|| Adaptation::new(io.sender.stats().rtt, lanes)).effort();
+        let effort = lane.adaptation.get_or_insert_with(|| shared.meter.path().adaptation(&io.sender.stats())).effort();
         lane.encoder.set_effort(effort);
     }
     let mut from = Some(PageNumber(0));
@@ -322,7 +323,7 @@ async fn send_round(
         if let Some(made) = making? {
             from = made.next;
             let delayed = if lane.adapts { run_delay.since_asked() } else { Duration::ZERO };
-            lane.adapt(&made, since.elapsed(), delayed, io.sender.path_rate(), &shared.ram);
+            lane.adapt(&made, since.elapsed(), delayed, &io.sender.stats(), shared);
             ready = Some(made);
         }
     }

@@ -1,8 +1,10 @@
 //! What a migration measures while it runs.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use crate::engine::CommonPath;
 use crate::memory::PageCounts;
 use crate::wire::Handoff;
 
@@ -11,12 +13,22 @@ use crate::wire::Handoff;
 pub struct Meter {
     pages: AtomicU64,
     frame_bytes: AtomicU64,
+    path: Arc<CommonPath>,
 }
 
 impl Meter {
+    pub(super) fn on(path: Arc<CommonPath>) -> Self {
+        Self { path, ..Self::default() }
+    }
+
+    pub(super) fn path(&self) -> &CommonPath {
+        &self.path
+    }
+
     pub(super) fn frame(&self, pages: u64, bytes: u64) {
         self.pages.fetch_add(pages, Ordering::Relaxed);
         self.frame_bytes.fetch_add(bytes, Ordering::Relaxed);
+        self.path.sent(bytes);
     }
 
     /// Pages sent.

@@ -11,6 +11,7 @@
 
 mod arbiter;
 mod commit_question;
+mod common_path;
 mod destination;
 mod digest;
 mod disks;
@@ -21,8 +22,8 @@ mod lanes;
 mod limiter;
 mod link;
 mod meter;
+mod processors;
 mod recovery;
-mod run_delay;
 mod search;
 mod sharing;
 mod source;
@@ -31,6 +32,7 @@ mod stream;
 mod witness;
 
 pub use arbiter::{Arbiter, NoArbiter, Owner, Ruling, Transfer};
+pub use common_path::{CommonPath, CommonPaths};
 pub use destination::{DestinationEnd, DestinationOrder, Return, run_destination};
 pub use disks::DiskOrder;
 pub use error::EngineError;

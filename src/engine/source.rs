@@ -121,7 +121,7 @@ pub async fn run_source(order: SourceOrder, ports: SourcePorts, began: Instant) 
 
 impl Run {
     fn new(order: SourceOrder, ports: SourcePorts) -> (Self, mpsc::Receiver<Command>) {
-        let SourcePorts { evidence, link, guest, ask_commit, redial, progress, commands, share } = ports;
+        let SourcePorts { evidence, link, guest, ask_commit, redial, progress, commands, share, path } = ports;
         let (reports_in, reports) = mpsc::channel(usize::from(limits::LANES_MAX) * 2);
         let ram = Arc::clone(guest.ram());
         let run = Self {
@@ -141,7 +141,7 @@ impl Run {
             busy: Vec::new(),
             carried_before: 0,
             left: Vec::new(),
-            meter: Arc::default(),
+            meter: Arc::new(Meter::on(path)),
             kept_up: None,
             finals: None,
             paused: None,

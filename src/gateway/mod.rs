@@ -56,7 +56,7 @@ use std::sync::Arc;
 use crate::audit::{AuditLog, Entry, Event, Outcome};
 use crate::config::Config;
 use crate::control::SandboxView;
-use crate::engine::{Evidence, NoArbiter, TotalBandwidth};
+use crate::engine::{CommonPaths, Evidence, NoArbiter, TotalBandwidth};
 use crate::identity::{Credentials, PeerRole, Refusal};
 use crate::journal::Journal;
 use crate::telemetry;
@@ -84,6 +84,8 @@ struct Gateway {
     proposals: tokio::sync::Mutex<()>,
     /// What all departures together may send, where that is limited.
     bandwidth: Option<Arc<TotalBandwidth>>,
+    /// Ways to peers.
+    paths: CommonPaths,
     crowd: Arc<crowd::Crowd>,
     kept: kept::KeptTwins,
     files: renewal::Files,

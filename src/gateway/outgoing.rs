@@ -515,7 +515,8 @@ impl Gateway {
             Box::pin(async move { gateway.dial_again(&peer, &case).await.map_err(not_back) })
         });
         let share = self.bandwidth.as_ref().map(TotalBandwidth::share);
-        SourcePorts { evidence: self.evidence(), link, guest, ask_commit, redial, progress, commands, share }
+        let path = self.paths.to(&departure.peer.spiffe);
+        SourcePorts { evidence: self.evidence(), link, guest, ask_commit, redial, progress, commands, share, path }
     }
 
     /// A new session for a migration under way, with a peer that may still have the VM.

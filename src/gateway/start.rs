@@ -9,7 +9,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use crate::audit::{self, AuditLog, Entry, Event, Outcome};
 use crate::config::{self, Config, KeyFile, Policies};
 use crate::control::SandboxView;
-use crate::engine::{Command, TotalBandwidth};
+use crate::engine::{Command, CommonPaths, TotalBandwidth};
 use crate::gateway::bundles::{Candidate, Vault};
 use crate::gateway::callers::{Callers, Patience};
 use crate::gateway::judge::Judge;
@@ -114,6 +114,7 @@ fn build(config: Arc<Config>, transport: TransportConfig, companions: Companions
         taken_up: tokio::sync::Notify::new(),
         proposals: tokio::sync::Mutex::default(),
         bandwidth,
+        paths: CommonPaths::default(),
         crowd: Arc::default(),
         kept: kept::KeptTwins::default(),
         files,

@@ -187,15 +187,6 @@ impl LaneSender {
         self.sent_bytes
     }
 
-    /// Bytes that the path takes in a second, by the congestion window and the round trip: too little while it is being found, and
-    /// a little too much afterwards.
-    #[must_use]
-    pub fn path_rate(&self) -> u64 {
-        let LinkStats { rtt, congestion_window_bytes, .. } = self.stats();
-        let micros = u64::try_from(rtt.as_micros()).unwrap_or(u64::MAX).max(1);
-        congestion_window_bytes.saturating_mul(1_000_000) / micros
-    }
-
     /// What the network did so far.
     #[must_use]
     pub fn stats(&self) -> LinkStats {

@@ -215,6 +215,14 @@ pub struct LinkStats {
 }
 
 impl LinkStats {
+    /// Bytes that the path takes in a second, by the congestion window and the round trip: too little while it is being found, and
+    /// a little too much afterwards.
+    #[must_use]
+    pub fn path_rate(&self) -> u64 {
+        let micros = u64::try_from(self.rtt.as_micros()).unwrap_or(u64::MAX).max(1);
+        self.congestion_window_bytes.saturating_mul(1_000_000) / micros
+    }
+
     pub(super) fn of(connection: &Connection) -> Self {
         let stats = connection.stats();
         Self {

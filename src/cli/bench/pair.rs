@@ -276,6 +276,7 @@ impl Side {
             progress,
             commands,
             share: None,
+            path: Arc::default(),
         };
         let mut run = std::pin::pin!(run_source(order, ports, Instant::now()));
         loop {

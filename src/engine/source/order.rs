@@ -13,7 +13,7 @@ use crate::engine::disks::DiskOrder;
 use crate::engine::handoff::Evidence;
 use crate::engine::limiter::{Limiter, Share};
 use crate::engine::meter::Figures;
-use crate::engine::{EngineError, Link, PeerFacts};
+use crate::engine::{CommonPath, EngineError, Link, PeerFacts};
 use crate::hypervisor::{Machine, PagedSource};
 use crate::limits;
 use crate::migration::{Goal, OfferRecord, Outcome};
@@ -145,6 +145,8 @@ pub struct SourcePorts<G: ?Sized = dyn PagedSource> {
     pub commands: mpsc::Receiver<Command>,
     /// Its part of a bandwidth limit that is for several migrations.
     pub share: Option<Share>,
+    /// What is known of the way to the destination.
+    pub path: Arc<CommonPath>,
 }
 
 /// What an operator may say to a running migration.

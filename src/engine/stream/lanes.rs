@@ -8,17 +8,17 @@ use tokio::sync::mpsc;
 
 use super::inflow::Inflow;
 use super::outflow::{Outflow, Piece};
-use crate::engine::EngineError;
 use crate::engine::disks::{Change, DiskIn, DiskOut};
 use crate::engine::frames::Frames;
 use crate::engine::handoff::joined;
 use crate::engine::lanes::PROBE_EVERY;
 use crate::engine::limiter::Limiter;
 use crate::engine::meter::Meter;
-use crate::engine::run_delay::RunDelay;
+use crate::engine::processors::RunDelay;
+use crate::engine::{CommonPath, EngineError};
 use crate::limits;
 use crate::memory::{Adaptation, ChunkPacker, ChunkUnpacker, Effort, FrameSent};
-use crate::transport::LaneIo;
+use crate::transport::{LaneIo, LinkStats};
 use crate::types::{LaneIndex, MigrationId};
 use crate::wire::{Codec, Compression, CompressionScope, DiskChunk, FRAME_HEADER_BYTES, FrameHeader, FrameKind, StreamChunk, StreamTerms};
 
@@ -137,12 +137,13 @@ impl Sending {
         Made { frame, rest, packed, content: piece.bytes.len() as u64, took, probe }
     }
 
-    /// Learns from a frame, beside which the one before it was sent in `sent`; the lane's thread was `delayed`, and `path` is what the path takes in a
-    /// second.
-    fn adapt(&mut self, made: &Made, sent: Duration, delayed: Duration, path: u64) {
+    /// Learns from a frame, beside which the one before it was sent in `sent`; the lane's thread was `delayed`.
+    fn adapt(&mut self, made: &Made, sent: Duration, delayed: Duration, stats: &LinkStats, path: &CommonPath) {
         let Some(adaptation) = self.adaptation.as_mut().filter(|_| made.content > 0) else { return };
         let (waiting, wire) = (sent.saturating_sub(made.took), made.wire_bytes() as u64);
-        adaptation.sent(&FrameSent { packing: made.took, waiting, delayed, content: made.content, wire, path });
+        if adaptation.sent(&FrameSent { packing: made.took, waiting, delayed, content: made.content, wire, ..path.now(stats) }) {
+            path.learn(adaptation);
+        }
         if let Some((packed, took)) = made.probe {
             adaptation.probed(usize::try_from(made.content).unwrap_or(0), packed, took);
         }
@@ -155,7 +156,7 @@ async fn send_pieces(io: &mut LaneIo, shared: &SendShared) -> Result<std::conver
     let mut lane = Box::new(Sending {
         packer: ChunkPacker::new(&shared.terms, shared.level, shared.lane_bytes),
         changes: shared.disks.is_some().then(|| ChunkPacker::new(&by_itself(&shared.terms), shared.level, shared.lane_bytes)),
-        adaptation: adapts.then(|| Adaptation::new(io.sender.stats().rtt, shared.terms.lanes)),
+        adaptation: adapts.then(|| shared.meter.path().adaptation(&io.sender.stats())),
         sequence: 0,
     });
     if let Some(adaptation) = &lane.adaptation {
@@ -182,7 +183,7 @@ async fn send_pieces(io: &mut LaneIo, shared: &SendShared) -> Result<std::conver
         };
         let (made, held) = made;
         lane = held;
-        lane.adapt(&made, sent, run_delay.since_asked(), io.sender.path_rate());
+        lane.adapt(&made, sent, run_delay.since_asked(), &io.sender.stats(), shared.meter.path());
         ready = Some(made);
     }
 }

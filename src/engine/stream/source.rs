@@ -99,7 +99,7 @@ struct Run {
 /// Runs the source end of a hypervisor's own stream until the VM's place is decided or in doubt. The attempt has begun at `began`,
 /// from which its timeout counts.
 pub async fn run_stream_source(order: SourceOrder, ports: SourcePorts<dyn StreamSource>, began: Instant) -> SourceEnd {
-    let SourcePorts { evidence, link, guest, ask_commit, redial, progress, commands, share } = ports;
+    let SourcePorts { evidence, link, guest, ask_commit, redial, progress, commands, share, path } = ports;
     let (failures_in, failures) = mpsc::channel(usize::from(limits::LANES_MAX));
     let goal = StreamGoal { downtime_max: order.goal.downtime_max, throttle: order.goal.throttle };
     let guest_bytes = guest.machine().regions.iter().map(|region| region.bytes).sum();
@@ -126,7 +126,7 @@ pub async fn run_stream_source(order: SourceOrder, ports: SourcePorts<dyn Stream
         guest_bytes,
         lanes: 0,
         threads: Vec::new(),
-        meter: Arc::default(),
+        meter: Arc::new(Meter::on(path)),
         carried_before: 0,
         said: StreamProgress::default(),
         looked: path::Looked { at: began, applied: 0, read: 0, taken: 0 },
