@@ -281,10 +281,15 @@ fn is_handover(entry: &StoredEntry) -> bool {
 /// Where proofs of peers' entries are kept.
 pub(super) const PROOFS: &str = "proofs";
 
+/// The name of the file with the proof of an entry.
+pub(super) fn proof_name(entry: &StoredEntry) -> String {
+    let migration = entry.migration.map(|migration| migration.to_string()).unwrap_or_default();
+    let record = entry.detail.get("record").and_then(Value::as_str).unwrap_or_default();
+    format!("{migration}-{record}.tlog-proof")
+}
+
 fn keep_proof(writer: &Writer, proof: &Proof, cosignature: &str) -> Result<String, String> {
-    let migration = proof.entry.migration.map(|migration| migration.to_string()).unwrap_or_default();
-    let record = proof.entry.detail.get("record").and_then(Value::as_str).unwrap_or_default();
-    let name = format!("{migration}-{record}.tlog-proof");
+    let name = proof_name(&proof.entry);
     let dir = writer.dir.join(PROOFS);
     let failed = |what: &str, path: &Path, error: std::io::Error| format!("cannot {what} `{}`: {error}", path.display());
     writer.disk.create_dir(&dir).map_err(|error| failed("create", &dir, error))?;

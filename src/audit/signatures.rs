@@ -20,6 +20,8 @@ pub(super) struct Signatures {
     pub(super) keys: Keys,
     /// The first checkpoint that is not signed as it must be: its first entry, and why.
     pub(super) wrong: Option<(u64, String)>,
+    /// The log that the first checkpoint is of.
+    origin: Option<String>,
     waiting: Vec<Waiting>,
 }
 
@@ -43,6 +45,7 @@ impl Signatures {
         let Some(key) = self.keys.current().filter(|_| self.wrong.is_none()) else { return };
         let checkpoint = &commit.checkpoint;
         self.waiting.push(Waiting { first, size: checkpoint.size, text: checkpoint.text.clone(), key });
+        self.origin.get_or_insert_with(|| checkpoint.origin.clone());
         self.keys.pass(&commit.lines);
         if self.waiting.len() >= BATCH {
             self.check();
@@ -56,12 +59,13 @@ impl Signatures {
         let share = waiting.len().div_ceil(processors).max(SHARE_MIN);
         let mut shares = waiting.chunks(share);
         let own = shares.next().unwrap_or_default();
+        let origin = self.origin.as_deref().unwrap_or_default();
         let wrong = thread::scope(|scope| {
-            let others: Vec<_> = shares.map(|share| (share, scope.spawn(move || first_wrong(share)))).collect();
-            let mut wrong = first_wrong(own);
+            let others: Vec<_> = shares.map(|share| (share, scope.spawn(move || first_wrong(origin, share)))).collect();
+            let mut wrong = first_wrong(origin, own);
             for (share, other) in others {
                 // A thread that could not do its share leaves it to this one.
-                let theirs = other.join().unwrap_or_else(|_| first_wrong(share));
+                let theirs = other.join().unwrap_or_else(|_| first_wrong(origin, share));
                 wrong = wrong.or(theirs);
             }
             wrong
@@ -70,9 +74,13 @@ impl Signatures {
     }
 }
 
-fn first_wrong(share: &[Waiting]) -> Option<(u64, String)> {
+fn first_wrong(origin: &str, share: &[Waiting]) -> Option<(u64, String)> {
     share.iter().find_map(|waiting| {
-        let why = note::open_bare(&waiting.text, &waiting.key).err()?;
+        let why = match note::open_bare(&waiting.text, &waiting.key) {
+            Ok(checkpoint) if checkpoint.origin == origin => return None,
+            Ok(checkpoint) => format!("is of log `{}`, those before are of `{origin}`", checkpoint.origin),
+            Err(why) => why,
+        };
         Some((waiting.first, format!("the checkpoint of {} entries in the log {why}", waiting.size)))
     })
 }

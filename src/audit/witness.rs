@@ -1,6 +1,6 @@
 //! What a log and its peers say about each other, offline: did peers see this log as it is, and does what it keeps of theirs hold?
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::Path;
 
@@ -9,7 +9,7 @@ use serde_json::Value;
 use crate::audit::entry::{Event, Outcome, StoredEntry, hex, unhex32};
 use crate::audit::keys::Keys;
 use crate::audit::note::{self, Checkpoint};
-use crate::audit::peers::PROOFS;
+use crate::audit::peers::{PROOFS, proof_name};
 use crate::audit::proof::Proof;
 use crate::audit::segment;
 use crate::audit::tile::TilesOnDisk;
@@ -56,7 +56,7 @@ impl Witnesses {
             Err((entry, why)) => Verdict::bad(entry, why),
             Ok(said) if keys.is_empty() && self.cosigned.is_empty() => Verdict::Open(format!("no peer has cosigned this log{said}")),
             Ok(said) if keys.is_empty() => {
-                let by: std::collections::BTreeSet<&str> = self.cosigned.iter().map(|noted| noted.peer.as_str()).collect();
+                let by: BTreeSet<&str> = self.cosigned.iter().map(|noted| noted.peer.as_str()).collect();
                 let by: Vec<String> = by.into_iter().map(|peer| format!("`{peer}`")).collect();
                 Verdict::Open(format!("cosigned by keys that the log itself names for {}; give their keys{said}", by.join(", ")))
             }
@@ -96,7 +96,7 @@ impl Witnesses {
             }
             self.one_owner(key, keys)?;
         }
-        let proofs = check_proofs(dir, keys, &self.kept)?;
+        let proofs = check_proofs(dir, own, keys, &self.kept)?;
         Ok(format!("; {heads} heads of peers are signed and never go back, {proofs} proofs hold"))
     }
 
@@ -135,8 +135,8 @@ impl Witnesses {
     }
 }
 
-/// Proofs of peers' entries hold, and those under a given key are signed by it.
-fn check_proofs(dir: &Path, keys: &[[u8; 32]], kept: &[Noted]) -> Result<usize, (Option<u64>, String)> {
+/// Proofs of peers' entries are those that their files are called after, signed by the peer and cosigned by the owner of this log.
+fn check_proofs(dir: &Path, own: &Keys, keys: &[[u8; 32]], kept: &[Noted]) -> Result<usize, (Option<u64>, String)> {
     let folder = dir.join(PROOFS);
     let bad = |what: &Path, why: &dyn std::fmt::Display| (None, format!("the proof `{}`: {why}", what.display()));
     let items = match fs::read_dir(&folder) {
@@ -144,6 +144,12 @@ fn check_proofs(dir: &Path, keys: &[[u8; 32]], kept: &[Noted]) -> Result<usize, 
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(0),
         Err(error) => return Err(bad(&folder, &error)),
     };
+    // A peer has many heads and few keys, and a signature takes longer than all else.
+    let mut signers: BTreeMap<String, BTreeSet<[u8; 32]>> = BTreeMap::new();
+    for noted in kept {
+        let Ok(head) = note::read(&noted.text) else { continue };
+        signers.entry(head.origin).or_default().extend(unhex32(&noted.key));
+    }
     let mut count = 0;
     for item in items {
         let path = item.map_err(|error| bad(&folder, &error))?.path();
@@ -152,9 +158,23 @@ fn check_proofs(dir: &Path, keys: &[[u8; 32]], kept: &[Noted]) -> Result<usize, 
         }
         let text = segment::read_text(&path, limits::AUDIT_PROOF_BYTES_MAX).map_err(|error| bad(&path, &error))?;
         let proof = Proof::read(&text).map_err(|why| bad(&path, &why))?;
-        let signers = kept.iter().filter_map(|noted| unhex32(&noted.key)).chain(keys.iter().copied());
-        let signed = signers.map(|key| proof.check_signer(&key)).reduce(|one, other| one.or(other));
-        signed.unwrap_or_else(|| Err("no key of a peer is known to check it with".to_owned())).map_err(|why| bad(&path, &why))?;
+        let of = proof_name(&proof.entry);
+        if path.file_name().is_none_or(|name| name != of.as_str()) {
+            return Err(bad(&path, &format!("it is the one that belongs into `{of}`")));
+        }
+        let known = signers.get(&proof.checkpoint.origin).into_iter().flatten();
+        let mut signed = Err("no key of a peer is known to check it with".to_owned());
+        for key in known.chain(keys) {
+            signed = proof.check_signer(key);
+            if signed.is_ok() {
+                break;
+            }
+        }
+        signed.map_err(|why| bad(&path, &why))?;
+        if own.count() > 0 {
+            let cosigned = own.open(&text, |_, key| proof.check_witness(key).map(|_| proof.checkpoint.clone()));
+            cosigned.map_err(|why| bad(&path, &format!("of the owner of this log: {why}")))?;
+        }
         count += 1;
     }
     Ok(count)

@@ -328,13 +328,19 @@ const CASES: &[Case] = &[
         let quoted = |text: &str| serde_json::to_string(text).unwrap();
         v.behind(33, &quoted(&old), &quoted(&other.text));
     }),
-    ("a commit signed anew for another log", BadSigner, Some(0), "names `sealane/dc1", |v| {
+    ("a commit signed anew for another log", BadSigner, Some(LAST), "is of log `sealane/other`, those before are of", |v| {
         // With the log's own key, and as the last one.
         let (old, head) = (v.checkpoint(LAST), v.head().head());
         let other = note::sign(TestSigner::new(1).as_ref(), "sealane/other", head).unwrap();
         let quoted = |text: &str| serde_json::to_string(text).unwrap();
         v.behind(LAST, &quoted(&old), &quoted(&other.text));
         v.publish(1, "sealane/other", head);
+    }),
+    ("a commit in the middle signed anew for another log", BadSigner, Some(33), "is of log `sealane/other`, those before are of", |v| {
+        let (old, head) = (v.checkpoint(33), note::read(&v.checkpoint(33)).unwrap().head());
+        let other = note::sign(TestSigner::new(1).as_ref(), "sealane/other", head).unwrap();
+        let quoted = |text: &str| serde_json::to_string(text).unwrap();
+        v.behind(33, &quoted(&old), &quoted(&other.text));
     }),
     // The file `checkpoint`.
     ("the checkpoint removed", BadSigner, None, "there is no checkpoint", |v| fs::remove_file(v.published()).unwrap()),
@@ -461,6 +467,21 @@ const CASES: &[Case] = &[
                 format!("{}\n\n{}", t.split_once("\n\n").unwrap().0, other.text)
             }),
         );
+    }),
+    ("a proof whose cosignature was changed", Witnesses, None, "bad cosignature", |v| {
+        v.file(&v.proof(), |bytes| {
+            let at = bytes.len() - 12;
+            bytes[at] = if bytes[at] == b'A' { b'B' } else { b'A' };
+        })
+    }),
+    ("a proof whose cosignature was taken away", Witnesses, None, "no cosignature of the given key", |v| {
+        v.file(&v.proof(), text(|t| t.lines().take(t.lines().count() - 1).map(|line| format!("{line}\n")).collect()));
+    }),
+    ("a proof in the place of another", Witnesses, None, "is the one that belongs into `0202", |v| {
+        fs::copy(v.proof(), v.proof().with_file_name(format!("{}-run.tlog-proof", MigrationId([3; 16])))).unwrap();
+    }),
+    ("a proof called after another record", Witnesses, None, "belongs into `0202", |v| {
+        fs::rename(v.proof(), v.proof().with_file_name(format!("{MIGRATION}-commit.tlog-proof"))).unwrap();
     }),
     ("a proof of another version", Witnesses, None, "first line", |v| v.file(&v.proof(), text(|t| t.replace("@v1", "@v2")))),
     ("a proof cut", Witnesses, None, "no empty line", |v| v.file(&v.proof(), |bytes| bytes.truncate(100))),
