@@ -396,6 +396,10 @@ impl World {
         self.refuse("empty-certificate", empty, "malformed-certificate");
         self.refuse("not-der", garbage, "malformed-certificate");
         self.refuse("tampered-signature", tampered, "bad-signature");
+        for (name, behind) in [("garbage-behind-the-leaf", &b"\x30\x03\x02\x01\x01"[..]), ("nothing-behind-the-leaf", &[])] {
+            let chain = [self.good_a.chain.clone(), vec![behind.to_vec().into()]].concat();
+            self.refuse(name, Leaf { chain, ..self.good_a.clone() }, "malformed-certificate");
+        }
     }
 
     fn issuers_and_dates(&mut self) {
@@ -425,6 +429,13 @@ impl World {
         self.refuse("issuer-without-cert-sign", no_sign.leaf(&gateway_id("a"), |_| {}).with(&[&no_sign]), "issuer-not-authority");
         let purpose = self.root.intermediate("code signing only", |p| p.extended_key_usages = vec![Eku::CodeSigning]);
         self.refuse("intermediate-purpose", purpose.leaf(&gateway_id("a"), |_| {}).with(&[&purpose]), "issuer-purpose");
+        // Each would do for one end of a connection.
+        let [clients, servers]: [Adjust; 2] =
+            [|p| p.extended_key_usages = vec![Eku::ClientAuth], |p| p.extended_key_usages = vec![Eku::ServerAuth]];
+        for (name, only) in [("issuer-for-clients-only", clients), ("issuer-for-servers-only", servers)] {
+            let one = self.root.intermediate(name, only);
+            self.refuse(name, one.leaf(&gateway_id("a"), |_| {}).with(&[&one]), "issuer-purpose");
+        }
         let short = self.root.intermediate("path length 0", |p| p.is_ca = IsCa::Ca(BasicConstraints::Constrained(0)));
         let below = short.intermediate("below path length 0", |_| {});
         self.refuse("path-length", below.leaf(&gateway_id("a"), |_| {}).with(&[&below, &short]), "path-length-exceeded");

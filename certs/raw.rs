@@ -170,6 +170,10 @@ pub fn leaves(ca: &Ca, issuer: &str) -> Vec<(&'static str, Leaf, &'static str)> 
         c.extensions[3] = extension(b"\x55\x1d\x11", false, b"\x30\x80\x86\x02ab\x00\x00");
     });
     let good = gateway_id("raw");
+    add("name-with-a-longer-length", "malformed-certificate", &|c| {
+        let long = [&[0x86, 0x81, u8::try_from(good.len()).unwrap()], good.as_bytes()].concat();
+        c.extensions[3] = extension(b"\x55\x1d\x11", false, &tlv(0x30, &[&long]));
+    });
     add("name-in-the-subject-only", "no-subject-alt-name", &|c| {
         c.extensions.truncate(3);
         c.subject = name(&good);

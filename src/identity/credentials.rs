@@ -20,7 +20,7 @@ use super::keys::{Signer, read_private};
 use super::leaf::{self, Leaf};
 use super::peer::PeerIdentity;
 use super::token::Token;
-use super::trust::{PeerRole, TrustState, read_certificates};
+use super::trust::{TrustState, read_certificates};
 use super::verifier::{GatewayVerifier, Refusal, Refusals};
 use super::{ALPN, IdentityConfig, provider};
 use crate::limits;
@@ -163,7 +163,7 @@ impl Credentials {
     pub fn identify_at(&self, chain: &[CertificateDer<'_>], now: SystemTime) -> Result<PeerIdentity, IdentityError> {
         let algorithms = &self.provider.signature_verification_algorithms;
         // Leaf rules demand both purposes, so either role gives the same answer.
-        Ok(self.current.state().trust.verify(chain, PeerRole::Client, algorithms, now)?)
+        Ok(self.current.state().trust.verify(chain, algorithms, now)?)
     }
 
     /// Verifies our own chain as a peer with the same trust would: for start-up warnings and `doctor`.

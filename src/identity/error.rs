@@ -415,7 +415,7 @@ pub enum IdentityError {
         source: TokenError,
     },
     /// A CRL older than one already used by this process.
-    #[error("CRL `{path}` has number {found}: expected {expected} or later, as already used")]
+    #[error("CRL `{path}` has number {found}: {}", newer_than(.found, .expected))]
     CrlRollback {
         /// The file.
         path: PathBuf,
@@ -491,4 +491,10 @@ impl IdentityError {
             _ => None,
         }
     }
+}
+
+/// Numbers come first, and of two lists with one number the later is the newer.
+fn newer_than(found: &str, used: &str) -> String {
+    let later = if found == used { ", and a later thisUpdate" } else { "" };
+    format!("expected {used} or later{later}, as already used")
 }

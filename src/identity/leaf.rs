@@ -8,6 +8,7 @@ use rustls::pki_types::CertificateDer;
 use std::time::SystemTime;
 use x509_parser::certificate::X509Certificate;
 use x509_parser::extensions::GeneralName;
+use x509_parser::oid_registry::OID_X509_EXT_SUBJECT_ALT_NAME;
 use x509_parser::prelude::FromDer;
 
 use super::error::RefusalReason;
@@ -74,6 +75,14 @@ fn parse<'a>(der: &'a CertificateDer<'_>) -> Result<X509Certificate<'a>, Refusal
     }
 }
 
+/// Whether a certificate that is presented behind the leaf is one at all.
+pub(super) fn check_issuer(der: &CertificateDer<'_>) -> Result<(), RefusalReason> {
+    match X509Certificate::from_der(der) {
+        Ok(([], _)) => Ok(()),
+        _ => Err(malformed("what is presented behind it is no X.509 certificate")),
+    }
+}
+
 /// What RFC 5280 wants of the form of every certificate, and neither library looks at.
 pub(super) fn check_form(certificate: &X509Certificate<'_>) -> Result<(), &'static str> {
     // Section 4.2: "A certificate MUST NOT include more than one instance of a particular extension."
@@ -103,9 +112,36 @@ fn malformed(detail: &'static str) -> RefusalReason {
     RefusalReason::MalformedCertificate { detail }
 }
 
+/// Whether the list of names, and each of them, says its length in as few bytes as DER does.
+fn has_short_lengths(names: &[u8]) -> bool {
+    let Some((mut names, [])) = split_shortest(names) else { return false };
+    while let Some((_, rest)) = split_shortest(names) {
+        names = rest;
+    }
+    names.is_empty()
+}
+
+/// The contents of the first element, and what stands behind it; nothing where its length is written otherwise than DER wants it.
+fn split_shortest(element: &[u8]) -> Option<(&[u8], &[u8])> {
+    let (first, rest) = element.get(1..)?.split_first()?;
+    let (length, rest) = match first {
+        0..=0x7f => (usize::from(*first), rest),
+        0x81 => rest.split_first().filter(|(length, _)| **length > 0x7f).map(|(length, rest)| (usize::from(*length), rest))?,
+        0x82 => {
+            rest.split_first_chunk().filter(|([high, _], _)| *high > 0).map(|(length, rest)| (u16::from_be_bytes(*length).into(), rest))?
+        }
+        _ => return None,
+    };
+    rest.split_at_checked(length)
+}
+
 fn spiffe_id(certificate: &X509Certificate<'_>) -> Result<SpiffeId, RefusalReason> {
     let names = certificate.subject_alternative_name().map_err(|_| malformed("subjectAltName"))?;
     let names = &names.ok_or(RefusalReason::NoSubjectAltName)?.value.general_names;
+    let encoded = certificate.extensions().iter().find(|extension| extension.oid == OID_X509_EXT_SUBJECT_ALT_NAME);
+    if !encoded.is_some_and(|extension| has_short_lengths(extension.value)) {
+        return Err(malformed("subjectAltName"));
+    }
     if names.iter().any(|name| matches!(name, GeneralName::Invalid(tag, _) if tag.0 != URI_TAG)) {
         return Err(malformed("subjectAltName"));
     }

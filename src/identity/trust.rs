@@ -3,7 +3,6 @@
 //! `INVARIANT(own-roots)`: the roots are chosen by the trust domain in the presented name *before* path
 //! validation, so no trust domain can issue an identity of another.
 
-use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::SystemTime;
@@ -104,7 +103,6 @@ impl TrustState {
     pub(super) fn verify(
         &self,
         chain: &[CertificateDer<'_>],
-        role: PeerRole,
         algorithms: &WebPkiSupportedAlgorithms,
         now: SystemTime,
     ) -> Result<PeerIdentity, RefusalReason> {
@@ -113,11 +111,13 @@ impl TrustState {
             return Err(RefusalReason::ChainTooLong { count: chain.len(), limit: limits::CHAIN_CERTIFICATES_MAX });
         }
         let leaf = leaf::read(end_entity)?;
+        // Also those that path validation has no need of.
+        intermediates.iter().try_for_each(leaf::check_issuer)?;
         let name = leaf.spiffe.trust_domain().to_owned();
         let Some(domain) = self.domains.get(&name) else {
             return Err(RefusalReason::UnknownTrustDomain { domain: name });
         };
-        domain.verify_path(&name, &leaf, end_entity, intermediates, role, algorithms, now)?;
+        domain.verify_path(&name, &leaf, end_entity, intermediates, algorithms, now)?;
         Ok(PeerIdentity {
             spiffe: leaf.spiffe,
             site: leaf.site,
@@ -131,14 +131,12 @@ impl TrustState {
 }
 
 impl TrustDomain {
-    #[expect(clippy::too_many_arguments, reason = "one call, all of it the input of path validation")]
     fn verify_path(
         &self,
         name: &str,
         leaf: &Leaf,
         end_entity: &CertificateDer<'_>,
         intermediates: &[CertificateDer<'_>],
-        role: PeerRole,
         algorithms: &WebPkiSupportedAlgorithms,
         now: SystemTime,
     ) -> Result<(), RefusalReason> {
@@ -157,9 +155,9 @@ impl TrustDomain {
             .build();
         webpki::EndEntityCert::try_from(end_entity)
             .and_then(|certificate| {
-                let (purpose, time) = (Purpose::of(role), to_unix(now));
+                let time = to_unix(now);
                 certificate
-                    .verify_for_usage(algorithms.all, &anchors, intermediates, time, purpose, Some(revocation), Some(&issuers_may_issue))
+                    .verify_for_usage(algorithms.all, &anchors, intermediates, time, BothEnds, Some(revocation), Some(&issuers_may_issue))
                     .map(drop)
             })
             .map_err(|error| self.reason(name, leaf, now, error))
@@ -244,33 +242,16 @@ fn issuers_may_issue(path: &webpki::VerifiedPath<'_>) -> Result<(), webpki::Erro
     Ok(())
 }
 
-/// Requires an ExtendedKeyUsage of the leaf, and honours one of an issuer.
-///
-/// WHY: webpki puts the same question to every certificate of the path. Issuers rarely have the
-/// extension (SPIRE's have none), leaves must; the leaf is asked first, before any issuer is tried.
-struct Purpose {
-    leaf_asked: Cell<bool>,
-    oid: &'static [u8],
-}
+/// What the ExtendedKeyUsage of an issuer must allow, where it has one: what gateways need of their certificates, which is both ends of
+/// connections, whichever end is verified now. Issuers rarely have the extension (SPIRE's have none); the leaf's was read before.
+struct BothEnds;
 
-impl Purpose {
-    fn of(role: PeerRole) -> Self {
-        let oid = match role {
-            PeerRole::Client => EKU_CLIENT_AUTH,
-            PeerRole::Server => EKU_SERVER_AUTH,
-        };
-        Self { leaf_asked: Cell::new(false), oid }
-    }
-}
-
-impl webpki::ExtendedKeyUsageValidator for Purpose {
+impl webpki::ExtendedKeyUsageValidator for BothEnds {
     fn validate(&self, purposes: webpki::KeyPurposeIdIter<'_, '_>) -> Result<(), webpki::Error> {
-        let usage = if self.leaf_asked.replace(true) {
-            webpki::KeyUsage::required_if_present(self.oid)
-        } else {
-            webpki::KeyUsage::required(self.oid)
-        };
-        usage.validate(purposes)
+        let purposes = purposes.collect::<Result<Vec<_>, _>>()?;
+        let allows = |oid| purposes.contains(&webpki::KeyPurposeId::new(oid));
+        let all = purposes.is_empty() || (allows(EKU_SERVER_AUTH) && allows(EKU_CLIENT_AUTH));
+        if all { Ok(()) } else { Err(webpki::Error::EmptyEkuExtension) }
     }
 }
 

@@ -141,7 +141,7 @@ impl GatewayVerifier {
     ) -> Result<(), rustls::Error> {
         let now = from_unix(now);
         let chain: Vec<_> = std::iter::once(end_entity).chain(intermediates).map(|der| CertificateDer::from(der.as_ref())).collect();
-        let verified = self.current.state().trust.verify(&chain, role, &self.algorithms, now);
+        let verified = self.current.state().trust.verify(&chain, &self.algorithms, now);
         verified.map(drop).map_err(|reason| self.refuse(end_entity, role, now, reason))
     }
 

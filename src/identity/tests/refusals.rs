@@ -160,6 +160,6 @@ fn the_order_of_intermediates_and_useless_ones_do_not_matter() {
     let gateway = Place::new().gateway("a", &WORLD.good_a);
     let mut chain = WORLD.good_intermediate.chain.clone();
     chain.insert(1, WORLD.other_root.der.clone());
-    chain.push(b"junk".to_vec().into());
+    chain.push(WORLD.good_b.chain[0].clone());
     assert!(gateway.identify(&chain).is_ok());
 }
