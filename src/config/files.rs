@@ -1,7 +1,7 @@
 //! The files that a configuration names: there, readable, of the right kind, and not too open.
 
 use std::fs::{File, Metadata};
-use std::io::Read;
+use std::io::{ErrorKind, Read};
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
@@ -23,10 +23,13 @@ type Wrong = (String, Option<String>);
 
 fn look(reader: &mut Reader, mention: &FileMention) -> Result<(), Wrong> {
     let shown = mention.path.display();
-    let metadata = std::fs::metadata(&mention.path).map_err(|error| (format!("cannot read `{shown}`: {error}"), None))?;
+    let metadata = match std::fs::metadata(&mention.path) {
+        // What is in it the gateway verifies; without it, it may still have the one from before.
+        Err(error) if error.kind() == ErrorKind::NotFound && mention.kind == FileKind::PolicyBundle => return Ok(()),
+        metadata => metadata.map_err(|error| (format!("cannot read `{shown}`: {error}"), None))?,
+    };
     match mention.kind {
         FileKind::PolicyDirectory => policy_directory(&mention.path, &metadata),
-        // What is in it the gateway verifies; without it, it may still have the one from before.
         FileKind::PolicyBundle if metadata.is_dir() => Ok(()),
         FileKind::PolicyBundle => Err((format!("`{shown}` is not a directory"), None)),
         FileKind::PrivateKey => {
@@ -49,6 +52,7 @@ fn look(reader: &mut Reader, mention: &FileMention) -> Result<(), Wrong> {
         FileKind::Library if metadata.is_file() => Ok(()),
         FileKind::Library => Err((format!("`{shown}` is not a library"), None)),
         FileKind::Pem(label) => pem(&mention.path, label).map(drop),
+        FileKind::RevocationList => revocation_list(&mention.path),
         FileKind::Certificate => own_certificate(reader, &mention.path),
     }
 }
@@ -67,12 +71,28 @@ fn policy_directory(path: &Path, metadata: &Metadata) -> Result<(), Wrong> {
     Ok(())
 }
 
+/// Authorities hand lists out in DER, and `sealane pki` in PEM.
+fn revocation_list(path: &Path) -> Result<(), Wrong> {
+    match start_of(path)?.first() {
+        Some(&DER_SEQUENCE) => Ok(()),
+        _ => pem(path, "X509 CRL").map(drop),
+    }
+}
+
+/// What everything that is signed in X.509 begins with.
+const DER_SEQUENCE: u8 = 0x30;
+
+fn start_of(path: &Path) -> Result<Vec<u8>, Wrong> {
+    let mut bytes = Vec::new();
+    let read = File::open(path).and_then(|file| file.take(CONFIG_BYTES_MAX).read_to_end(&mut bytes));
+    read.map_err(|error| (format!("cannot read `{}`: {error}", path.display()), None))?;
+    Ok(bytes)
+}
+
 /// The text of a PEM file that has at least one block of the kind.
 fn pem(path: &Path, label: &str) -> Result<String, Wrong> {
     let shown = path.display();
-    let mut text = String::new();
-    let read = File::open(path).and_then(|file| file.take(CONFIG_BYTES_MAX).read_to_string(&mut text));
-    read.map_err(|error| (format!("cannot read `{shown}`: {error}"), None))?;
+    let text = String::from_utf8_lossy(&start_of(path)?).into_owned();
     // `BEGIN EC PRIVATE KEY` is a private key too.
     let found = text.lines().any(|line| line.starts_with("-----BEGIN ") && line.trim_end().trim_end_matches('-').ends_with(label));
     if found { Ok(text) } else { Err((format!("`{shown}` has no PEM block `{label}`"), None)) }

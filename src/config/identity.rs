@@ -64,7 +64,7 @@ fn trust_domain(r: &mut Reader, mut t: Section<'_, '_>, seen: &mut HashMap<Strin
         }
         for (index, path) in crls.value.iter().enumerate() {
             let key = format!("{}[{index}]", t.key("crls"));
-            r.mentions.push(FileMention { key, at: crls.at, path: path.clone(), kind: FileKind::Pem("X509 CRL") });
+            r.mentions.push(FileMention { key, at: crls.at, path: path.clone(), kind: FileKind::RevocationList });
         }
     }
     let intermediates = r.optional::<PathBuf>(&mut t, "intermediates");

@@ -63,6 +63,7 @@ pub(super) enum FileKind {
     Certificate,
     PrivateKey,
     Pem(&'static str),
+    RevocationList,
     PolicyDirectory,
     PolicyBundle,
     Pin,

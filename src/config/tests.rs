@@ -493,6 +493,15 @@ fn missing_and_wrong_files_are_listed_together_with_the_mistakes_of_the_text() {
 }
 
 #[test]
+fn a_revocation_list_may_be_in_der() {
+    let (directory, file) = files();
+    std::fs::write(directory.path().join("crl.pem"), [0x30, 0x82, 0xff, 0xfe, 0x00]).unwrap();
+    assert_eq!(load_problems(&file), [""; 0]);
+    std::fs::write(directory.path().join("crl.pem"), [0xff, 0xfe]).unwrap();
+    assert!(load_problems(&file)[0].ends_with("has no PEM block `X509 CRL`"));
+}
+
+#[test]
 fn a_peer_with_our_own_identity_is_refused() {
     let (_directory, file) = files();
     let text = std::fs::read_to_string(&file).unwrap().replace("dc2.example", "dc1.example").replace("gateway/gw-b", "gateway/gw-a");

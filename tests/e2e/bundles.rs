@@ -127,6 +127,10 @@ fn a_gateway_that_is_started_with_a_bad_bundle_goes_on_with_the_last_good_one() 
     tampered(&signers);
     lab.gateway_mut(A).start();
     lab.gateway(A).audited("policy-refused", "refused", &["bundle-file-differs"]);
+    lab.gateway_mut(A).kill();
+    fs::remove_dir_all(&signers.directory).unwrap();
+    lab.gateway_mut(A).start();
+    lab.gateway(A).audited("policy-refused", "refused", &["No such file"]);
     // The version is remembered, whoever dies.
     signers.publish(4, POLICY, LATER);
     lab.gateway(A).reload();
