@@ -12,20 +12,35 @@ use crate::transport::TransportError;
 use crate::types::{LaneIndex, MigrationId, SpiffeId, VmName};
 use crate::wire::{ErrorClass, WireError};
 
+/// Of a session of which nobody has said yet which migration it is for.
+pub(super) const NO_MIGRATION: MigrationId = MigrationId([0; 16]);
+
+fn of_tunnel(migration: MigrationId) -> String {
+    if migration == NO_MIGRATION { "the session failed".to_owned() } else { format!("the tunnel of migration `{migration}` failed") }
+}
+
+fn of_bytes(error: &WireError) -> &'static str {
+    if error.class() == ErrorClass::PeerIncompatible {
+        "the gateways do not understand each other"
+    } else {
+        "the peer sent a malformed message"
+    }
+}
+
 /// Why a migration did not go through.
 #[derive(Debug, thiserror::Error)]
 pub enum EngineError {
     /// The session or a lane failed.
-    #[error("the tunnel of migration `{migration}` failed")]
+    #[error("{}", of_tunnel(*.migration))]
     Transport {
-        /// The attempt.
+        /// The attempt; [`NO_MIGRATION`] before a peer has said what it is about.
         migration: MigrationId,
         /// What failed.
         #[source]
         source: TransportError,
     },
     /// The peer sent bytes that are no message or not the one that has to come.
-    #[error("the peer sent a malformed message")]
+    #[error("{}", of_bytes(.0))]
     Wire(#[source] WireError),
     /// The peer sent a message or frame out of place.
     #[error("the peer broke the protocol: expected {expected}, got {got}")]

@@ -477,6 +477,10 @@ async fn receive_frame(
     }
     // SPEC: PROTOCOL.md#must-after
     for after in afters(&header, body) {
+        if after.lane == lane && after.frames > header.sequence {
+            let expected = "an earlier frame of the same lane to wait for";
+            return Err(Some(EngineError::OutOfPlace { expected, got: format!("frame {} of {}", after.frames, header.sequence) }));
+        }
         tokio::select! {
             waited = shared.applied.wait(after) => waited.map_err(Some)?,
             source = io.sender.closed() => return Err(transport(source)),

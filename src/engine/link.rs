@@ -4,9 +4,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::engine::EngineError;
+use crate::engine::error::NO_MIGRATION;
 use crate::limits;
 use crate::transport::{Session, TransportError};
-use crate::types::{Incarnation, MigrationId, SpiffeId};
+use crate::types::{Incarnation, SpiffeId};
 use crate::wire::{Failure, Handoff, Hello, Message, Negotiated, SignedHandoff, negotiate};
 
 /// What the peer said in its HELLO, bound to the certificate that the session authenticated.
@@ -40,7 +41,7 @@ impl Link {
 }
 
 fn before_migration(source: TransportError) -> EngineError {
-    EngineError::Transport { migration: MigrationId([0; 16]), source }
+    EngineError::Transport { migration: NO_MIGRATION, source }
 }
 
 /// Exchanges HELLOs. They cross: neither side waits for the other's before it sends its own.

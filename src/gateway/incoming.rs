@@ -123,6 +123,9 @@ impl Gateway {
         let first = tokio::time::timeout(limits::GREETING_WITHIN, link.session.receive()).await;
         match first {
             Ok(Ok(message)) => self.begin_or_go_on(link, &peer, message).await,
+            Ok(Err(error)) if error.class() == ErrorClass::PeerMisbehaved => {
+                self.note_refused_session(Some(spiffe.to_string()), address, error.class(), telemetry::chain(&error)).await;
+            }
             // A probe of `sealane peers` says nothing and leaves.
             Ok(Err(_)) => {}
             Err(_) => link.session.close(Some(ErrorClass::TimedOut), "nothing was asked"),
@@ -503,7 +506,12 @@ impl Gateway {
                 self.taken_up.notify_waiters();
             }
             Err(error) => {
-                tracing::warn!(%migration, error = %telemetry::chain(&error), peer = %link.peer.spiffe, "interrupted handoff not settled");
+                let why = telemetry::chain(&error);
+                tracing::warn!(%migration, error = %why, peer = %link.peer.spiffe, "interrupted handoff not settled");
+                if error.class() == ErrorClass::PeerMisbehaved {
+                    let (peer, address) = (link.peer.spiffe.to_string(), link.session.peer_address());
+                    self.note_refused_session(Some(peer), address, error.class(), why).await;
+                }
                 link.session.close(Some(error.class()), "the handoff was not settled");
             }
         }

@@ -10,7 +10,7 @@ use crate::memory::{GuestRam, KeptDigests, PageCounts, PageSet, RamError, lane_o
 use crate::types::{LaneIndex, PAGE_BYTES, PageNumber, Round};
 use crate::wire::{
     Batch, Codec, Compression, CompressionScope, ErrorClass, FrameHeader, FrameKind, LaneStanding, LaneTotals, Record, Records, Run,
-    StreamTerms, WireError, decode_round_mark,
+    StreamTerms, WireError, decode_round_mark, padded_bytes,
 };
 
 /// A frame that does not belong where it came, or whose pages cannot be expanded.
@@ -80,6 +80,14 @@ pub enum DecodeError {
         expected: Box<str>,
         /// What came.
         got: &'static str,
+    },
+    /// A frame whose length says what is in it, where it was agreed that it does not.
+    #[error("frame of lane {lane} has a body of {bytes} bytes: expected what was agreed, length padding to one of few lengths")]
+    NotPadded {
+        /// The lane.
+        lane: LaneIndex,
+        /// Its length.
+        bytes: usize,
     },
     /// A page that the VM does not have.
     #[error("page {page} is outside guest RAM of {pages} pages")]
@@ -156,6 +164,7 @@ pub struct Decoder {
     pages: u64,
     compression: Compression,
     scope: CompressionScope,
+    padded: bool,
     /// Last round that has frames.
     round: Round,
     /// Whether its mark is still to come.
@@ -193,6 +202,7 @@ impl Decoder {
             pages,
             compression: terms.compression,
             scope: terms.compression_scope,
+            padded: terms.length_padding,
             round: Round(0),
             open: false,
             written: LanePages::empty(lanes, pages),
@@ -242,9 +252,11 @@ impl Decoder {
         }
         (self.round, self.open) = (header.round, true);
         let pages_before = self.counts.total();
+        let mut ends_padded = false;
         for record in Records::new(header, body) {
             let record = record.map_err(malformed)?;
             self.check_agreed(&record)?;
+            ends_padded = matches!(record, Record::Padding(zeroes) if padded_bytes(body.len().saturating_sub(zeroes)) == body.len());
             match record {
                 Record::Zero(run) => self.zero(run, ram)?,
                 Record::Raw { run, bytes } => {
@@ -259,6 +271,10 @@ impl Decoder {
                 // Whoever calls has waited: it knows the other lanes.
                 Record::After(_) | Record::Padding(_) => {}
             }
+        }
+        // SPEC: PROTOCOL.md#must-padding-last
+        if self.padded && !ends_padded {
+            return Err(DecodeError::NotPadded { lane: self.lane, bytes: header.body_bytes });
         }
         self.ledger.count(&[&header.encode(), body], self.counts.total() - pages_before);
         Ok(None)

@@ -47,6 +47,16 @@ impl Hello {
             let got = format!("{}..={}", self.version_min, self.version_max);
             return Err(WireError::Malformed { message: "hello", field: "versions", expected: "1 <= lowest <= highest", got });
         }
+        // SPEC: PROTOCOL.md#must-key-of-somebody
+        if is_of_small_order(&self.signing_key) {
+            let got = printable(&self.signing_key);
+            return Err(WireError::Malformed {
+                message: "hello",
+                field: "signing key",
+                expected: "a key that only its owner signs with",
+                got,
+            });
+        }
         for (index, feature) in self.features.iter().enumerate() {
             if !is_feature_name(&feature.name) {
                 let got = printable(feature.name.as_bytes());
@@ -59,6 +69,26 @@ impl Hello {
         }
         Ok(())
     }
+}
+
+/// The y of the eight points of small order on Ed25519's curve, in each way in which 255 bits can say it, little-endian.
+const SMALL_ORDER: [[u8; 32]; 7] = {
+    const fn filled(first: u8, middle: u8, last: u8) -> [u8; 32] {
+        let mut bytes = [middle; 32];
+        bytes[0] = first;
+        bytes[31] = last;
+        bytes
+    }
+    const ORDER_8: [u8; 32] = *b"\x26\xe8\x95\x8f\xc2\xb2\x27\xb0\x45\xc3\xf4\x89\xf2\xef\x98\xf0\xd5\xdf\xac\x05\xd3\xc6\x33\x39\xb1\x38\x02\x88\x6d\x53\xfc\x05";
+    const ORDER_8_TOO: [u8; 32] = *b"\xc7\x17\x6a\x70\x3d\x4d\xd8\x4f\xba\x3c\x0b\x76\x0d\x10\x67\x0f\x2a\x20\x53\xfa\x2c\x39\xcc\xc6\x4e\xc7\xfd\x77\x92\xac\x03\x7a";
+    [filled(0, 0, 0), filled(1, 0, 0), ORDER_8, ORDER_8_TOO, filled(0xec, 0xff, 0x7f), filled(0xed, 0xff, 0x7f), filled(0xee, 0xff, 0x7f)]
+};
+
+/// Whether a key is one for which anybody can sign: one signature in eight or more that is made up verifies.
+fn is_of_small_order(key: &[u8; 32]) -> bool {
+    SMALL_ORDER
+        .iter()
+        .any(|weak| weak.iter().zip(key).enumerate().all(|(at, (weak, byte))| *weak == if at == 31 { byte & 0x7f } else { *byte }))
 }
 
 fn is_feature_name(name: &str) -> bool {
@@ -135,6 +165,32 @@ mod tests {
         let agreed = negotiate(&own, &peer).unwrap();
         assert_eq!(agreed.features, ["delta", "zstd"]);
         assert!(agreed.has("zstd") && !agreed.has("mine"));
+    }
+
+    // SPEC: PROTOCOL.md#must-key-of-somebody
+    #[test]
+    fn refuses_a_key_for_which_anybody_can_sign() {
+        let own = hello((1, 1), &[]);
+        for key in SMALL_ORDER {
+            for sign in [0, 0x80] {
+                let mut peer = hello((1, 1), &[]);
+                peer.signing_key = key;
+                peer.signing_key[31] |= sign;
+                let refused = negotiate(&own, &peer).unwrap_err().to_string();
+                assert!(refused.starts_with("`signing key` of `hello` is malformed: expected a key that only its owner"), "{refused}");
+                peer.signing_key[7] ^= 1;
+                assert!(negotiate(&own, &peer).is_ok());
+            }
+        }
+    }
+
+    /// The oracle: with such a key a signature that nobody made is one of every other message or so.
+    #[test]
+    fn anybody_can_sign_for_a_key_of_small_order() {
+        let key = SMALL_ORDER[1];
+        let made_up = [key, [0; 32]].concat();
+        let verifies = ring::signature::UnparsedPublicKey::new(&ring::signature::ED25519, key).verify(b"anything", &made_up);
+        assert!(verifies.is_ok(), "the library refuses such keys now: the check may go");
     }
 
     // SPEC: PROTOCOL.md#must-feature-once

@@ -183,6 +183,15 @@ pub enum Record<'a> {
     Padding(usize),
 }
 
+/// How long a body is with padding that has so many bytes without: up to the next multiple of a sixteenth of the
+/// power of two above, so that a length tells four bits and its order of magnitude, and padding costs an eighth at most
+/// of all but the shortest frames.
+#[must_use]
+pub fn padded_bytes(bare: usize) -> usize {
+    let bucket = (bare.next_power_of_two() / 16).max(BUCKET_BYTES_MIN);
+    bare.next_multiple_of(bucket).min(limits::FRAME_BODY_BYTES_MAX)
+}
+
 /// The records of one frame's body, one at a time. Ends after the first error.
 #[derive(Debug)]
 pub struct Records<'a> {
@@ -407,16 +416,13 @@ impl<'a> PagesFrame<'a> {
         self.out.put_bytes(block);
     }
 
-    /// Fills a frame that has records with zeroes up to the next of few lengths: a sixteenth of the
-    /// power of two above, so that a length tells four bits and its order of magnitude, and padding costs an eighth at most
-    /// of all but the shortest frames.
+    /// Fills a frame that has records with zeroes up to the next of few lengths.
     pub fn pad(&mut self) {
         if self.pages == 0 {
             return;
         }
         let bare = self.body_bytes() + PADDING_HEADER_BYTES;
-        let bucket = (bare.next_power_of_two() / 16).max(BUCKET_BYTES_MIN);
-        let padding = bare.next_multiple_of(bucket).min(limits::FRAME_BODY_BYTES_MAX).saturating_sub(bare);
+        let padding = padded_bytes(bare).saturating_sub(bare);
         self.record(PADDING, 0);
         self.out.put_length(padding);
         self.out.resize(self.out.len() + padding, 0);

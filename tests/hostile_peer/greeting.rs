@@ -101,6 +101,7 @@ async fn a_bad_greeting_ends_the_session_and_is_recorded() {
             ErrorClass::PeerMisbehaved,
         ),
         ("version zero", vec![Message::Hello(Hello { version_min: 0, ..hello.clone() })], ErrorClass::PeerMisbehaved),
+        ("a key of nobody", vec![Message::Hello(Hello { signing_key: [0; 32], ..hello.clone() })], ErrorClass::PeerMisbehaved),
         (
             "a feature twice",
             vec![Message::Hello(Hello { features: [feature(false), feature(false)].concat(), ..hello.clone() })],
@@ -201,10 +202,11 @@ async fn bytes_that_are_no_message_end_the_session() {
         ("failure of no class", [hello.clone(), body(9, &[0, 0, 0, 0, 0, 0])].concat()),
     ];
     for (name, bytes) in cases {
+        let before = refusals(&gateway);
         let mut raw = Raw::connect(&evil).await;
         raw.send.write_all(&bytes).await.unwrap();
         assert_eq!(raw.end(name).await, Some(ErrorClass::PeerMisbehaved), "{name}");
-        gateway.is_well(name, 0).await;
+        refused(&mut gateway, name, before, ErrorClass::PeerMisbehaved).await;
     }
     takes_an_honest_vm(&mut gateway, &evil, 9, 1).await;
 }

@@ -538,3 +538,16 @@ fn refuses_what_the_terms_exclude() {
         assert_eq!(verdict_on(&terms(2, compression, scope, false), &[pages(&[record])]), None, "{compression:?}, {scope:?}");
     }
 }
+
+// SPEC: PROTOCOL.md#must-padding-last
+#[test]
+fn refuses_frames_that_are_not_padded_where_that_was_agreed() {
+    let padded = terms(1, Compression::None, CompressionScope::Page, true);
+    let fits = 4096 - zero(0, 1).len() - 5;
+    for (zeroes, good) in [(None, false), (Some(0), false), (Some(fits - 1), false), (Some(fits), true), (Some(fits + 1), false)] {
+        let records: Vec<_> = [Some(zero(0, 1)), zeroes.map(|zeroes| padding(&vec![0; zeroes]))].into_iter().flatten().collect();
+        let verdict = verdict_on(&padded, &[pages(&records)]);
+        assert_eq!(verdict.is_none(), good, "{zeroes:?}: {verdict:?}");
+        assert!(good || verdict.unwrap().contains("length padding to one of few lengths"));
+    }
+}
