@@ -1,12 +1,17 @@
-//! How deep a policy is, from its tokens: Cedar's parser and validator recurse over it, without a bound of their own.
+//! What a policy looks like, before it is parsed: it is the same for people as for Cedar, and not too deep. Cedar's parser and validator
+//! recurse over it, without a bound of their own.
 //!
 //! The estimate is never below the depth of the syntax tree (up to a constant), and close to it for what people write: a
 //! chain of `&&` counts one per link, what stands between two links counts once, a list counts its deepest element.
 
 use crate::limits;
 
-/// Refuses what is too deep, with the byte where it becomes so.
+/// Refuses what people would read otherwise than Cedar, or what is too deep, with the byte where it becomes so.
 pub(super) fn check(text: &str) -> Result<(), (usize, String)> {
+    if let Some((offset, hidden)) = text.char_indices().find(|(offset, c)| is_hidden(*c, text.get(offset + 1..).unwrap_or_default())) {
+        let what = format!("a character that is not shown, `{}`, may have people read something else", hidden.escape_unicode());
+        return Err((offset, what));
+    }
     let mut scan = Scan { levels: vec![Level::default()] };
     let mut rest = text;
     while let Some(first) = rest.chars().next() {
@@ -23,6 +28,17 @@ pub(super) fn check(text: &str) -> Result<(), (usize, String)> {
         }
     }
     Ok(())
+}
+
+/// Whether a character in front of `rest` has editors show something else than what stands there: control characters, also those of the
+/// direction of writing, which Cedar lets stand in comments, spaces of no width, and ends of lines that only some know.
+fn is_hidden(c: char, rest: &str) -> bool {
+    match c {
+        '\n' | '\t' => false,
+        '\r' => !rest.starts_with('\n'),
+        '\u{61c}' | '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}' | '\u{feff}' => true,
+        _ => c.is_control(),
+    }
 }
 
 /// The text between two brackets, since its last comma.
@@ -179,7 +195,7 @@ mod tests {
 
     #[test]
     fn unfinished_text_ends() {
-        for text in ["\"abc", "// abc", "\"abc\\", "é\u{202e}(", "&", "|", "/"] {
+        for text in ["\"abc", "// abc", "\"abc\\", "é\u{20ac}(", "&", "|", "/"] {
             assert!(check(text).is_ok(), "{text}");
         }
     }

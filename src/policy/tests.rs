@@ -338,7 +338,10 @@ fn policies_that_are_wrong_are_refused_with_place_and_name() {
         ("@id(\"x\") permit (principal, action, resource) when { false };", "", 1),
         ("@id(\"x\") forbid (principal, action, resource) when { principal has site && false };", "", 1),
         ("@id(\"x\") permit (principal in Sealane::Team::\"sr\u{435}\", action, resource);", "", 1),
-        ("@id(\"x\") permit (principal in Sealane::Team::\"\u{202e}sre\", action, resource);", "", 1),
+        ("@id(\"x\") permit (principal in Sealane::Team::\"\u{202e}sre\", action, resource);", "not shown, `\\u{202e}`", 1),
+        ("// for the night\n// \u{2066}shift\n@id(\"x\") permit (principal, action, resource);", "not shown, `\\u{2066}`", 2),
+        ("// for the night\r@id(\"x\") permit (principal, action, resource);", "not shown, `\\u{d}`", 1),
+        ("@id(\"x\") permit (principal, action, resource);\0", "not shown, `\\u{0}`", 1),
     ];
     for (text, part, line) in cases {
         let problems = refused(text);
