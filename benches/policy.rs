@@ -15,6 +15,10 @@ use sealane::policy::{
 };
 use sealane::types::{SpiffeId, VmUuid};
 
+/// That of the program.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 struct Options {
     policies: usize,
     vms: usize,

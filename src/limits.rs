@@ -123,6 +123,8 @@ pub const BUNDLE_VERSION_MAX: u64 = (1 << 53) - 1;
 pub const POLICIES_COMPARED_MAX: usize = 4096;
 /// LIMIT: sets of policies that are kept put together, of about 2 KiB a policy; one for each kind of VM and peer.
 pub const POLICY_SETS_KEPT_MAX: usize = 1024;
+/// LIMIT: addresses of peers that are kept as policies see them: more than a gateway has peers, some 300 bytes each.
+pub const POLICY_ADDRESSES_KEPT_MAX: usize = 4096;
 /// LIMIT: an `@id` is a name in audit entries and messages.
 pub const POLICY_ID_BYTES_MAX: usize = 64;
 /// LIMIT: gateways, operators and VMs known to policy.

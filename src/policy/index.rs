@@ -3,17 +3,18 @@
 //! Each policy lies in one bucket for each of its actions: under the entity that its scope wants, or under what its condition wants
 //! an attribute of principal or resource to be. A question takes the buckets of its principal and resource. What is left out is
 //! false for this question by that one test. INVARIANT(no-skipped-forbid): a policy that could fail to evaluate is left out for no
-//! condition, only for its scope.
+//! condition, only for its scope. What its bucket says of a policy's scope is not asked again (`bare`).
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use cedar_policy::pst::{BinaryOp, Clause, Expr, Literal};
 use cedar_policy::{ActionConstraint, EntityUid, Policy, PolicySet, PrincipalConstraint, ResourceConstraint};
+use serde_json::json;
 
 use crate::limits;
 use crate::policy::entities::Known;
-use crate::policy::lint::{never_fails, path};
+use crate::policy::lint::{clauses, never_fails, parts, path};
 use crate::policy::reads::Reads;
 
 /// What has to be so for a policy to match.
@@ -49,9 +50,10 @@ pub(super) struct Candidates {
 
 impl Index {
     pub(super) fn new<'a>(policies: impl Iterator<Item = &'a Policy>, actions: &[&str]) -> Self {
-        let policies: Vec<(Policy, Reads)> = policies.map(|policy| (policy.clone(), Reads::of(policy))).collect();
+        let policies: Vec<&Policy> = policies.collect();
         let mut by_action: HashMap<String, Buckets> = actions.iter().map(|name| ((*name).to_owned(), Buckets::new())).collect();
-        for (number, (policy, _)) in (0..).zip(&policies) {
+        let mut bared = Vec::with_capacity(policies.len());
+        for (number, policy) in (0..).zip(policies) {
             let need = need(policy);
             let constraint = policy.action_constraint();
             let applies = |action: &str| match &constraint {
@@ -62,8 +64,10 @@ impl Index {
             for (_, buckets) in by_action.iter_mut().filter(|(action, _)| applies(action)) {
                 buckets.entry(need.clone()).or_default().push(number);
             }
+            let operators = OF_OPERATORS.into_iter().any(applies);
+            bared.push((bare(policy, &need, operators).unwrap_or_else(|| policy.clone()), Reads::of(policy)));
         }
-        Self { policies, by_action, sets: Mutex::default() }
+        Self { policies: bared, by_action, sets: Mutex::default() }
     }
 
     /// Every policy that can match, and some that cannot.
@@ -104,6 +108,53 @@ impl Index {
         sets.insert(numbers, Arc::clone(&set));
         set
     }
+}
+
+/// Actions of operators; all others are of gateways.
+const OF_OPERATORS: [&str; 2] = ["request", "resolveInDoubt"];
+
+/// The policy without what is so whenever it is a candidate: its action, what its bucket needs of principal and resource, and what kind
+/// of entity they are. Cedar makes expressions of a scope anew, and looks at them, in every decision.
+fn bare(policy: &Policy, need: &Need, operators: bool) -> Option<Policy> {
+    let needed = |uid: &EntityUid| matches!(need, Need::Within(needed) if needed == uid);
+    let principal = match policy.principal_constraint() {
+        PrincipalConstraint::Any => true,
+        PrincipalConstraint::Is(kind) => !operators && kind.to_string() == "Sealane::Gateway",
+        PrincipalConstraint::Eq(uid) | PrincipalConstraint::In(uid) => needed(&uid),
+        PrincipalConstraint::IsIn(..) => false,
+    };
+    let resource = match policy.resource_constraint() {
+        ResourceConstraint::Any => true,
+        ResourceConstraint::Is(kind) => kind.to_string() == "Sealane::Vm",
+        ResourceConstraint::Eq(uid) | ResourceConstraint::In(uid) => needed(&uid),
+        ResourceConstraint::IsIn(..) => false,
+    };
+    if !is_flat(policy) {
+        return None;
+    }
+    let mut json = policy.to_json().ok()?;
+    for (part, is_so) in [("action", true), ("principal", principal), ("resource", resource)] {
+        if is_so {
+            *json.get_mut(part)? = json!({ "op": "All" });
+        }
+    }
+    Policy::from_json(Some(policy.id().clone()), json).ok()
+}
+
+/// Cedar writes and reads JSON recursively, with some 100 KiB of stack for each level in a debug build; what is deeper stays as it is.
+const BARED_DEPTH_MAX: usize = 12;
+
+fn is_flat(policy: &Policy) -> bool {
+    let Ok(policy) = policy.to_pst() else { return false };
+    let mut level: Vec<&Arc<Expr>> = clauses(&policy).collect();
+    for _ in 0..BARED_DEPTH_MAX {
+        if level.is_empty() {
+            return true;
+        }
+        let Some(below) = level.into_iter().map(|expr| parts(expr)).collect::<Option<Vec<_>>>() else { return false };
+        level = below.into_iter().flatten().collect();
+    }
+    false
 }
 
 fn need(policy: &Policy) -> Need {

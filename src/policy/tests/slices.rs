@@ -60,19 +60,41 @@ const REQUEST: &[&str] = &["context has changeTicket && context.changeTicket lik
 const RESOLVE: &[&str] =
     &["context.approvers.contains(principal)", "context.fenceEvidence", "principal.mfa", "principal in Sealane::Team::\"sre\""];
 
+/// Every form of a scope, more often the wide ones, or few policies would match.
+const GATEWAYS: &[&str] = &[
+    "principal is Sealane::Gateway",
+    "principal is Sealane::Gateway",
+    "principal",
+    "principal in Sealane::GatewayGroup::\"dc2-gateways\"",
+    "principal == Sealane::Gateway::\"spiffe://dc2.example.net/gateway/gw-b\"",
+    "principal is Sealane::Gateway in Sealane::GatewayGroup::\"dc2-gateways\"",
+];
+const OPERATORS: &[&str] = &["principal is Sealane::Operator", "principal", "principal in Sealane::Team::\"sre\""];
+const HANDED_OVER: &[&str] = &[
+    "action in [Sealane::Action::\"release\", Sealane::Action::\"accept\", Sealane::Action::\"commit\"]",
+    "action == Sealane::Action::\"release\"",
+    "action",
+];
+const VMS: &[&str] = &[
+    "resource",
+    "resource",
+    "resource is Sealane::Vm",
+    "resource in Sealane::VmGroup::\"tenant-acme\"",
+    "resource == Sealane::Vm::\"00000000-0000-0000-0000-000000000001\"",
+    "resource is Sealane::Vm in Sealane::VmGroup::\"tenant-acme\"",
+];
+
 /// One that can load: what is never so is refused.
 fn policy(random: &mut Random, id: usize) -> String {
-    let kinds: [(&str, &str, &[&[&str]]); 3] = [
-        (
-            "principal is Sealane::Gateway",
-            "[Sealane::Action::\"release\", Sealane::Action::\"accept\", Sealane::Action::\"commit\"]",
-            &[ALWAYS, WITH_STREAM, MIGRATION],
-        ),
-        ("principal is Sealane::Operator", "[Sealane::Action::\"request\"]", &[ALWAYS, WITH_STREAM, REQUEST]),
-        ("principal is Sealane::Operator", "[Sealane::Action::\"resolveInDoubt\"]", &[ALWAYS, RESOLVE]),
+    type Kind<'a> = (&'a [&'a str], &'a [&'a str], &'a [&'a [&'a str]]);
+    let kinds: [Kind<'_>; 3] = [
+        (GATEWAYS, HANDED_OVER, &[ALWAYS, WITH_STREAM, MIGRATION]),
+        (OPERATORS, &["action in [Sealane::Action::\"request\"]"], &[ALWAYS, WITH_STREAM, REQUEST]),
+        (OPERATORS, &["action == Sealane::Action::\"resolveInDoubt\""], &[ALWAYS, RESOLVE]),
     ];
     loop {
-        let (principal, action, atoms) = kinds[random.below(kinds.len())];
+        let (principals, actions, atoms) = kinds[random.below(kinds.len())];
+        let (principal, action, resource) = (random.of(principals), random.of(actions), random.of(VMS));
         let mut condition = String::new();
         for number in 0..3 {
             let group = atoms[random.below(atoms.len())];
@@ -81,7 +103,7 @@ fn policy(random: &mut Random, id: usize) -> String {
             condition = if number == 0 { format!("{not}({atom})") } else { format!("({condition}) {joined} {not}({atom})") };
         }
         let (effect, clause) = (random.of(&["permit", "permit", "permit", "forbid"]), random.of(&["when", "unless"]));
-        let text = format!("@id(\"p{id}\") {effect} ({principal}, action in {action}, resource) {clause} {{ {condition} }};\n");
+        let text = format!("@id(\"p{id}\") {effect} ({principal}, {action}, {resource}) {clause} {{ {condition} }};\n");
         if PolicySet::parse(&[file("a.cedar", &text)], &Entities::default()).is_ok() {
             return text;
         }
