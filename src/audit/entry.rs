@@ -41,6 +41,8 @@ events! {
     GatewayStarted = "gateway-started",
     /// The gateway stops in an orderly way.
     GatewayStopped = "gateway-stopped",
+    /// The process that starts VMMs for the gateway has ended.
+    LauncherEnded = "launcher-ended",
     /// A policy set is in force.
     PolicyLoaded = "policy-loaded",
     /// A policy set was refused; the one before stays in force.

@@ -10,7 +10,7 @@ use super::follow::{self, Interrupts};
 use super::output::Out;
 use super::{Ending, render};
 use crate::config::{DEFAULT_CONTROL_SOCKET, DEFAULT_FILE};
-use crate::control::{Client, ClientError, Exit, MigrateRequest, MigrationView, SetRequest, Storage, exit_of, exit_of_report};
+use crate::control::{Client, ClientError, Exit, GatewayView, MigrateRequest, MigrationView, SetRequest, Storage, exit_of, exit_of_report};
 use crate::telemetry::{ErrorClass, Mode, Problem, RunningOn};
 use crate::types::MigrationId;
 
@@ -240,6 +240,12 @@ pub(super) async fn find(client: &Client, prefix: &IdPrefix) -> Result<Migration
 /// One question to the gateway.
 fn ask<T>(flags: &DaemonFlags, question: impl AsyncFnOnce(Client) -> Result<T, ClientError>) -> Result<T, Problem> {
     with_client(flags, async |client| question(client).await.map_err(|error| error.problem()))
+}
+
+/// The gateway behind a control socket, if one answers.
+pub(super) fn running_gateway(socket: &Path) -> Option<GatewayView> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().ok()?;
+    runtime.block_on(Client::new(socket).gateway()).ok()
 }
 
 pub(super) fn with_client<T>(flags: &DaemonFlags, work: impl AsyncFnOnce(Client) -> Result<T, Problem>) -> Result<T, Problem> {

@@ -10,7 +10,7 @@ use super::flags::DoctorFlags;
 use super::output::Out;
 use super::{Ending, render};
 use crate::config::{Config, DEFAULT_FILE};
-use crate::control::{Check, CheckVerdict, Exit};
+use crate::control::{Check, CheckVerdict, Exit, GatewayView};
 use crate::telemetry::schema_tag;
 
 schema_tag!(
@@ -188,7 +188,18 @@ fn configuration(file: &Path) -> Vec<Check> {
         Err(problem) => check("key in a token", CheckVerdict::Fail, problem.message, problem.hint.as_deref()),
     }));
     checks.extend(directories(&config));
+    checks.extend(running(super::daemon::running_gateway(&config.gateway.control_socket)));
     checks
+}
+
+/// What a gateway says of itself, if one runs.
+fn running(gateway: Option<GatewayView>) -> Option<Check> {
+    let gateway = gateway?;
+    let name = "running gateway";
+    Some(match gateway.impaired {
+        None => check(name, CheckVerdict::Pass, format!("{} says that all is well", gateway.name), None),
+        Some(why) => check(name, CheckVerdict::Fail, why, Some("`systemctl restart sealane`")),
+    })
 }
 
 /// Seconds of a day.
@@ -205,9 +216,9 @@ fn certificate(name: &str, path: &Path, now: i64) -> Check {
 }
 
 fn revocation_list(name: &str, path: &Path, now: i64) -> Check {
-    let end = std::fs::read(path).ok().and_then(|text| {
-        let (_, block) = parse_x509_pem(&text).ok()?;
-        let (_, list) = x509_parser::parse_x509_crl(&block.contents).ok()?;
+    let end = std::fs::read(path).ok().and_then(|bytes| {
+        let der = parse_x509_pem(&bytes).map_or_else(|_| bytes.clone(), |(_, block)| block.contents);
+        let (_, list) = x509_parser::parse_x509_crl(&der).ok()?;
         list.next_update().map(|next| next.timestamp())
     });
     ending(name, path, end, now, "peers are refused without a fresh list; `sealane pki refresh-crl DIR` makes one", 1)

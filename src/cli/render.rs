@@ -153,6 +153,9 @@ pub(super) fn gateway(view: &GatewayView) -> String {
         let calls = if sandbox.seccomp { "seccomp" } else { "without seccomp" };
         let _ = write!(text, "\nsandbox {}: {files}, {calls}", printable(&sandbox.setting));
     }
+    if let Some(impaired) = &view.impaired {
+        let _ = write!(text, "\nimpaired: {}", printable(impaired));
+    }
     text.push('\n');
     text
 }

@@ -218,6 +218,9 @@ pub struct GatewayView {
     /// What it has given up for its own safety.
     #[serde(default)]
     pub sandbox: Option<SandboxView>,
+    /// What it cannot do until it is restarted, for people; nothing when all is well.
+    #[serde(default)]
+    pub impaired: Option<String>,
 }
 
 /// What a gateway has given up since it started.

@@ -13,7 +13,7 @@ use crate::engine::{Command, CommonPaths, TotalBandwidth};
 use crate::gateway::bundles::{Candidate, Vault};
 use crate::gateway::callers::{Callers, Patience};
 use crate::gateway::judge::Judge;
-use crate::gateway::launcher::Launcher;
+use crate::gateway::launcher::{ENDED, Launcher};
 use crate::gateway::policies::{entities, read_policies};
 use crate::gateway::registry::Registry;
 use crate::gateway::sandbox::{self, Account};
@@ -334,8 +334,12 @@ impl Gateway {
         let mut tick = tokio::time::interval(Duration::from_millis(200));
         let mut summed_up = Instant::now();
         let mut pruned = None;
+        let mut launcher_ended = false;
         loop {
             tick.tick().await;
+            if self.launcher.has_ended() && !std::mem::replace(&mut launcher_ended, true) {
+                self.note(Entry::new(Event::LauncherEnded).outcome(Outcome::Failed).detail("why", ENDED)).await;
+            }
             self.tend_audit_log(&mut pruned).await;
             if summed_up.elapsed() >= SUM_UP_EVERY {
                 summed_up = Instant::now();

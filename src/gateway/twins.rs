@@ -9,7 +9,7 @@ use crate::gateway::disks::{LAID, SOCKET, places};
 use crate::gateway::host::LAUNCH;
 use crate::gateway::incoming::Refusal;
 use crate::gateway::kept::twin_file;
-use crate::gateway::launcher::{INCOMING, Launcher, Start};
+use crate::gateway::launcher::{ENDED, INCOMING, Launcher, Start};
 use crate::hypervisor::attach::{AttachedDestination, Timeouts};
 use crate::hypervisor::qemu::{self, QEMU_KIND, QemuDestination};
 use crate::hypervisor::{HypervisorError, LaunchedVmm, Machine, PagedDestination, StreamDestination};
@@ -109,6 +109,9 @@ impl Gateway {
         let vm = self.config.vm(&offer.vm).filter(|_| !machine.disks.is_empty());
         let places = vm.map(|vm| places(vm, &machine.disks));
         let launcher = self.launcher.clone();
+        if launcher.has_ended() && (!matches!(hosting.from, From::QemuAt(_)) || places.is_some()) {
+            return Err(Refusal::new(ErrorClass::Local, ENDED));
+        }
         let built = tokio::task::spawn_blocking(move || {
             let lay = |places: Vec<_>| LaidDisks::lay(&note, what.migration, &places, |place| launcher.make_disk(what.migration, place));
             let laid = places.map(lay).transpose().map_err(|error| Refusal::new(ErrorClass::Local, telemetry::chain(&error)))?;

@@ -26,6 +26,10 @@ use crate::wire::ErrorClass;
 /// Between two looks at what the launcher has said.
 const LOOK: Timespec = Timespec { tv_sec: 0, tv_nsec: 20_000_000 };
 
+/// What everybody is told of one that is not there any more.
+pub(in crate::gateway) const ENDED: &str =
+    "the launcher of VMMs has ended, so no VM can arrive here: restart the gateway; the VMs that run here run on meanwhile";
+
 /// A launcher, which has the templates of this gateway's configuration.
 #[derive(Debug, Clone)]
 pub(in crate::gateway) struct Launcher(Arc<Shared>);
@@ -97,6 +101,11 @@ impl Launcher {
     pub(in crate::gateway) fn make_disk(&self, migration: MigrationId, place: &DiskPlace) -> io::Result<bool> {
         let asked = self.0.ask(|number| Request::Make { number, migration, place: place.clone() })?;
         asked.answer(|state| if let State::Made(kept) = state { Some(*kept) } else { None })
+    }
+
+    /// Whether it has ended, so that nothing can be started or made any more.
+    pub(in crate::gateway) fn has_ended(&self) -> bool {
+        self.0.look(|told| told.gone).unwrap_or(false)
     }
 
     /// Where the files of that VMM are.
@@ -245,7 +254,7 @@ impl Drop for Asked {
 }
 
 fn gone() -> io::Error {
-    io::Error::new(io::ErrorKind::BrokenPipe, "the launcher of VMMs has ended: restart the gateway, its guests run on")
+    io::Error::new(io::ErrorKind::BrokenPipe, ENDED)
 }
 
 /// A VMM that the launcher has started. It runs on when this is dropped, and the launcher waits for its end.

@@ -153,7 +153,9 @@ fn what_is_not_said_as_it_should_be_ends_the_launcher() {
 fn a_launcher_that_has_ended_is_named_by_what_depended_on_it() {
     let (own, its) = sockets();
     let launcher = Launcher::over(own, PathBuf::new());
+    assert!(!launcher.has_ended());
     drop(its);
+    assert!(launcher.has_ended());
     let error = launcher.start(&start("ends", 1)).unwrap_err();
     assert!(error.to_string().contains("the launcher of VMMs has ended"), "{error}");
 }
