@@ -72,6 +72,10 @@ pub const MACHINE_BYTES_MAX: usize = 256 * 1024;
 pub const STATE_BYTES_MAX: usize = 64 << 20;
 /// LIMIT: one chunk of device state inside a control message.
 pub const STATE_CHUNK_BYTES_MAX: usize = 512 * 1024;
+/// LIMIT: a piece of what a destination's hypervisor writes back: a request for a page has some 20 bytes, and waits for nothing.
+pub const STREAM_BACK_PIECE_BYTES_MAX: usize = 64 * 1024;
+/// LIMIT: what of the way back is with neither hypervisor: requests of every vCPU many times over.
+pub const STREAM_BACK_WINDOW_BYTES: u64 = 1 << 20;
 /// LIMIT: features that one side names in its greeting.
 pub const FEATURES_MAX: usize = 64;
 /// LIMIT: the name of one feature.

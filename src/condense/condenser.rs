@@ -27,7 +27,19 @@ pub struct Condenser {
     tail_checked: Option<bool>,
     difference: Vec<u8>,
     digest: StreamDigest,
+    /// Bytes of parcels that are full.
+    closed: u64,
+    split: Option<Split>,
     counts: PageCounts,
+}
+
+/// Where a stream was split: behind it the guest can run, though pages of it follow.
+#[derive(Debug, Clone)]
+pub struct Split {
+    /// Bytes of the parcels until there.
+    pub bytes: u64,
+    /// Over the stream until there.
+    pub digest: StreamDigest,
 }
 
 impl Condenser {
@@ -48,6 +60,8 @@ impl Condenser {
             tail_checked: None,
             difference: Vec::new(),
             digest: StreamDigest::default(),
+            closed: 0,
+            split: None,
             counts: PageCounts::default(),
         }
     }
@@ -82,6 +96,7 @@ impl Condenser {
                     bytes
                 }
                 Item::Page(place) => self.page(place, rest),
+                Item::Split(bytes) => self.split(rest, bytes),
                 Item::Tail => self.tail(rest)?,
                 Item::Opaque if rest.is_empty() => return Ok(at),
                 Item::Opaque => self.framing(rest, rest.len()),
@@ -99,6 +114,11 @@ impl Condenser {
             self.close();
         }
         std::mem::take(&mut self.full).into_iter()
+    }
+
+    /// Where the stream was split, if it was: once.
+    pub fn take_split(&mut self) -> Option<Split> {
+        self.split.take()
     }
 
     /// Lets the device sections go out if they seem to be all there; more cannot come behind a list of them.
@@ -155,6 +175,7 @@ impl Condenser {
     fn close(&mut self) {
         if !self.filling.is_empty() {
             let parcel = self.filling.take();
+            self.closed += parcel.bytes.len() as u64;
             self.full.push(parcel);
         }
         if let Some(Room { first, again }) = self.room.take() {
@@ -174,6 +195,14 @@ impl Condenser {
         self.digest.framing(bytes);
         self.put_bytes(bytes);
         bytes.len()
+    }
+
+    /// A parcel ends where the stream is split, so that both ends know the place.
+    fn split(&mut self, rest: &[u8], bytes: usize) -> usize {
+        let taken = self.framing(rest, bytes);
+        self.close();
+        self.split = Some(Split { bytes: self.closed, digest: self.digest.clone() });
+        taken
     }
 
     fn put_bytes(&mut self, mut bytes: &[u8]) {

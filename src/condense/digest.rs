@@ -5,6 +5,7 @@ use xxhash_rust::xxh3::Xxh3;
 
 /// SHA-256 over all that is not pages, and XXH3-128 over the pages: pages are as fast to compare as they are to copy, and as with
 /// guests whose pages are seen, what guards them on the way is the tunnel.
+#[derive(Clone)]
 pub struct StreamDigest {
     framing: Context,
     pages: Xxh3,

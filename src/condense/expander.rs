@@ -29,6 +29,7 @@ pub struct Expander {
     tail: Option<Vec<u8>>,
     tail_checked: Option<bool>,
     digest: StreamDigest,
+    split: Option<StreamDigest>,
 }
 
 impl Expander {
@@ -47,6 +48,7 @@ impl Expander {
             tail: None,
             tail_checked: None,
             digest: StreamDigest::default(),
+            split: None,
         }
     }
 
@@ -72,6 +74,11 @@ impl Expander {
                 return Ok((!out.is_empty()).then_some(out));
             }
         }
+    }
+
+    /// The digest until the place where the stream was split, once; all of the parcel that ended there was handed out.
+    pub fn take_split(&mut self) -> Option<StreamDigest> {
+        self.split.take()
     }
 
     /// The stream has ended: the rest of it, and both digests.
@@ -213,6 +220,16 @@ impl Expander {
             let rest = self.out.get(self.walked..).unwrap_or_default();
             let count = match item {
                 Item::Framing(bytes) | Item::Header { bytes, .. } | Item::Zero { bytes, .. } => bytes,
+                Item::Split(bytes) => {
+                    self.digest.framing(rest.get(..bytes).unwrap_or_default());
+                    self.walked += bytes;
+                    // SPEC: PROTOCOL.md#must-split-parcel
+                    if self.walked < self.out.len() || self.read < self.parcel.len() || self.open.is_some() {
+                        return Err(self.unsound("the end of a parcel where the stream is split", "more of it"));
+                    }
+                    self.split = Some(self.digest.clone());
+                    return Ok(());
+                }
                 Item::Page(place) => {
                     let Some(content) = rest.first_chunk() else { return Ok(()) };
                     self.digest.page(content);

@@ -31,6 +31,11 @@ impl<'a> Look<'a> {
         self.at
     }
 
+    /// Bytes that can be looked at.
+    pub(super) fn left(&self) -> usize {
+        self.bytes.len() - self.at
+    }
+
     pub(super) fn take(&mut self, count: usize) -> Result<&'a [u8], Stop> {
         let taken = self.bytes.get(self.at..).and_then(|rest| rest.get(..count)).ok_or(Stop::Short)?;
         self.at += count;

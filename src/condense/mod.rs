@@ -6,14 +6,16 @@
 //! ```text
 //! stream ─> Walk ─> Condenser ─> parcels ═══> Expander ─> Walk ─> stream
 //!                      Past                      Past
+//! what is asked for <─ BackWalk <──────────── BackWalk <─ what the other hypervisor writes
 //! ```
 //!
 //! *Invariants:* `one-past` (both ends remember the same pages at the same place of the stream, because the parcels alone
 //! decide what is remembered), `walked-first` (no byte leaves an end before that end has walked over it), `past-bound` (what is remembered has a
 //! fixed size, which a peer cannot name beyond its limit), `whole-tail` (device sections leave together, once all of them are there
 //! and are those that the stream itself lists).
-//! *Read first:* `walk.rs`, `parcel.rs`, `past.rs`, `condenser.rs`, `expander.rs`, `tail.rs`.
+//! *Read first:* `walk.rs`, `parcel.rs`, `past.rs`, `condenser.rs`, `expander.rs`, `tail.rs`, `back.rs`.
 
+mod back;
 mod condenser;
 mod digest;
 mod expander;
@@ -26,7 +28,8 @@ mod walk;
 #[cfg(test)]
 mod tests;
 
-pub use condenser::{Condenser, PAST_KEY_BYTES};
+pub use back::{BACK_MESSAGE_BYTES_MAX, BackWalk};
+pub use condenser::{Condenser, PAST_KEY_BYTES, Split};
 pub use digest::StreamDigest;
 pub use expander::Expander;
 pub use parcel::Parcel;

@@ -2,6 +2,8 @@
 //!
 //! The form is that of `migration/savevm.c` and `migration/ram.c` of QEMU, the same from 7.2 to 10.0 for what is followed here.
 
+mod commands;
+
 use serde::{Deserialize, Serialize};
 
 use super::Unsound;
@@ -27,6 +29,9 @@ pub struct Expected {
     pub machine: String,
     /// RAM of the guest, and what its devices have of their own.
     pub blocks: Vec<RamBlock>,
+    /// Whether the guest may run at the destination before all of its pages are there. Then nothing may be unknown, and there is a way
+    /// back.
+    pub post_copy: bool,
 }
 
 /// A block of guest memory, which QEMU knows by name.
@@ -59,6 +64,8 @@ pub(super) enum Item {
     Zero { bytes: usize, follows: bool },
     /// The content of a page.
     Page(Place),
+    /// So many bytes, behind which the guest can run at the destination, though pages of it follow.
+    Split(usize),
     /// Device sections, to the end of the stream.
     Tail,
     /// Nothing that is known, to the end of the stream.
@@ -77,6 +84,11 @@ enum State {
     Records(Section),
     Content(Section),
     Footer(Section),
+    /// Device sections that are needed at once, with so many bytes of them left.
+    Package(u32),
+    /// Behind the last page of a stream that was split.
+    End,
+    Ended,
     Tail,
     Opaque,
 }
@@ -100,6 +112,8 @@ pub(super) struct Walk {
     /// Blocks of RAM with their sizes, in the order of the stream.
     blocks: Vec<(Box<str>, u64)>,
     last: Option<Place>,
+    /// Whether the guest can run at the destination.
+    split: bool,
     why_opaque: Option<&'static str>,
 }
 
@@ -110,7 +124,7 @@ impl Walk {
             Grammar::Qemu(expected) => (Some(expected), State::Magic),
         };
         let why_opaque = expected.is_none().then_some("a hypervisor whose streams are not known here");
-        Self { expected, state, at: 0, uuid_seen: false, ram: None, blocks: Vec::new(), last: None, why_opaque }
+        Self { expected, state, at: 0, uuid_seen: false, ram: None, blocks: Vec::new(), last: None, split: false, why_opaque }
     }
 
     // SPEC: PROTOCOL.md#must-walk
@@ -124,7 +138,7 @@ impl Walk {
             match self.step(bytes) {
                 Ok(Some(item)) => {
                     self.at += match item {
-                        Item::Framing(bytes) | Item::Header { bytes, .. } | Item::Zero { bytes, .. } => bytes as u64,
+                        Item::Framing(bytes) | Item::Split(bytes) | Item::Header { bytes, .. } | Item::Zero { bytes, .. } => bytes as u64,
                         Item::Page(_) => PAGE_BYTES as u64,
                         Item::Tail | Item::Opaque => 0,
                     };
@@ -133,6 +147,10 @@ impl Walk {
                 // Another state looks at the same bytes.
                 Ok(None) => {}
                 Err(Stop::Short) => return Ok(None),
+                Err(Stop::Unknown(why)) if self.may_split() => {
+                    let expected = "a stream that is known to its end, as post-copy needs";
+                    return Err(Unsound { at: self.at, expected, got: why.to_owned() });
+                }
                 Err(Stop::Unknown(why)) => {
                     self.why_opaque = Some(why);
                     self.state = State::Opaque;
@@ -163,7 +181,7 @@ impl Walk {
     /// Whether a stream may end here, but for what its device sections are.
     pub(super) fn may_end(&self) -> Result<(), Unsound> {
         let got = match self.state {
-            State::Tail | State::Opaque => return Ok(()),
+            State::Tail | State::Ended | State::Opaque => return Ok(()),
             other => format!("its end, in `{other:?}`"),
         };
         Err(Unsound { at: self.at, expected: "the device sections", got })
@@ -193,6 +211,9 @@ impl Walk {
                 return Ok(Some(Item::Page(place)));
             }
             State::Footer(section) => self.footer(&mut look, section)?,
+            State::Package(left) => return self.package(&mut look, left).map(Some),
+            State::End => self.ended(&mut look)?,
+            State::Ended => return Err(look.unsound("the end of the stream", "more of it")),
             State::Tail => return Ok(Some(Item::Tail)),
             State::Opaque => return Ok(Some(Item::Opaque)),
         };
@@ -256,7 +277,7 @@ impl Walk {
 
     fn section(&mut self, look: &mut Look<'_>) -> Result<State, Stop> {
         match look.u8()? {
-            START => {
+            START if !self.split => {
                 let (id, name, instance, version) = (look.u32()?, look.short_name()?, look.u32()?, look.u32()?);
                 if name != "ram" {
                     return Err(Stop::Unknown("a device that is sent while the guest runs"));
@@ -277,15 +298,8 @@ impl Walk {
                 }
                 Ok(State::Records(if kind == PART { Section::Part } else { Section::End }))
             }
-            FULL => Err(Stop::Unknown("a device in front of RAM")),
-            COMMAND => {
-                let (command, bytes) = (look.u16()?, look.u16()?);
-                // Any other is about post-copy, a way back or COLO; one of them starts the guest.
-                if (command, bytes) != (SWITCHOVER_START, 0) {
-                    return Err(look.unsound("no command but the start of the switch", &format!("command {command}")));
-                }
-                Ok(State::Sections)
-            }
+            FULL if !self.split => Err(Stop::Unknown("a device in front of RAM")),
+            COMMAND => self.command(look),
             other => Err(look.unsound("a section", &format!("type {other:#04x}"))),
         }
     }
@@ -369,7 +383,11 @@ impl Walk {
         if self.ram != Some(id) {
             return Err(look.unsound("the end of the section with RAM", &format!("section {id}")));
         }
-        Ok(if section == Section::End { State::Tail } else { State::Sections })
+        Ok(match section {
+            Section::End if self.split => State::End,
+            Section::End => State::Tail,
+            Section::Setup | Section::Part => State::Sections,
+        })
     }
 }
 
@@ -388,9 +406,8 @@ pub(super) const FULL: u8 = 4;
 const SUBSECTION: u8 = 5;
 pub(super) const DESCRIPTION: u8 = 6;
 const CONFIGURATION: u8 = 7;
-const COMMAND: u8 = 8;
+pub(super) const COMMAND: u8 = 8;
 pub(super) const FOOTER: u8 = 0x7e;
-const SWITCHOVER_START: u16 = 11;
 const RAM_VERSION: u32 = 4;
 /// What stands in the low bits of a page's offset.
 const FLAGS: u64 = PAGE_BYTES as u64 - 1;

@@ -6,7 +6,7 @@ use crate::wire::reader::{Reader, Writer};
 use crate::wire::{
     Accept, AuditAnswer, AuditHead, Compression, CompressionScope, Durability, ErrorClass, Failure, Feature, FinalDigest, Handoff,
     HandoffMessage, Hello, Join, LaneStanding, LaneTotals, Message, Offer, Resume, Resumed, RoundApplied, RoundEnd, SignedHandoff,
-    StateChunk, StreamApplied, StreamEnd, StreamResumed, StreamTerms, WireError,
+    StateChunk, StreamApplied, StreamBack, StreamBackApplied, StreamEnd, StreamResumed, StreamTerms, WireError,
 };
 use std::num::NonZeroU64;
 
@@ -26,7 +26,7 @@ const HANDOFF_DOMAIN: &[u8] = b"sealane handoff v1\0";
 const LANES_DOMAIN: &[u8] = b"sealane lanes v1\0";
 
 /// Name of each kind of message; the kind is the place in the list, counted from 1.
-const NAMES: [&str; 20] = [
+const NAMES: [&str; 22] = [
     "hello",
     "offer",
     "accept",
@@ -47,6 +47,8 @@ const NAMES: [&str; 20] = [
     "disk-end",
     "disk-digests",
     "disk-held",
+    "stream-back",
+    "stream-back-applied",
 ];
 
 /// And for the digest over the length of a stream.
@@ -67,7 +69,7 @@ pub fn decode_control_header(header: &[u8; CONTROL_HEADER_BYTES]) -> Result<(u8,
 
 fn name_of(kind: u8) -> Result<&'static str, WireError> {
     let name = usize::from(kind).checked_sub(1).and_then(|index| NAMES.get(index)).copied();
-    name.ok_or(WireError::Unknown { message: "control header", field: "kind", expected: "1 to 20", got: u64::from(kind) })
+    name.ok_or(WireError::Unknown { message: "control header", field: "kind", expected: "1 to 22", got: u64::from(kind) })
 }
 
 impl Message {
@@ -95,6 +97,8 @@ impl Message {
             Self::DiskEnd(_) => 18,
             Self::DiskDigests(_) => 19,
             Self::DiskHeld(_) => 20,
+            Self::StreamBack(_) => 21,
+            Self::StreamBackApplied(_) => 22,
         }
     }
 
@@ -160,7 +164,19 @@ impl Message {
                     out.put_u64(lane.frames);
                 }
             }
-            Self::StreamEnd(StreamEnd { migration, bytes }) | Self::StreamApplied(StreamApplied { migration, bytes }) => {
+            Self::StreamEnd(_) | Self::StreamApplied(_) | Self::StreamResumed(_) | Self::StreamBack(_) | Self::StreamBackApplied(_) => {
+                self.put_stream(out);
+            }
+            Self::DiskApplied(_) | Self::DiskEnd(_) | Self::DiskDigests(_) | Self::DiskHeld(_) => self.put_disks(out),
+        }
+    }
+
+    /// The body of a message about a hypervisor's stream.
+    fn put_stream(&self, out: &mut Vec<u8>) {
+        match self {
+            Self::StreamEnd(StreamEnd { migration, bytes })
+            | Self::StreamApplied(StreamApplied { migration, bytes })
+            | Self::StreamBackApplied(StreamBackApplied { migration, bytes }) => {
                 out.put(&migration.0);
                 out.put_u64(*bytes);
             }
@@ -169,7 +185,12 @@ impl Message {
                 out.put_u8(u8::from(resumed.deciding));
                 out.put_u64(resumed.bytes);
             }
-            Self::DiskApplied(_) | Self::DiskEnd(_) | Self::DiskDigests(_) | Self::DiskHeld(_) => self.put_disks(out),
+            Self::StreamBack(back) => {
+                out.put(&back.migration.0);
+                out.put_u64(back.offset);
+                out.put_bytes(&back.bytes);
+            }
+            _ => {}
         }
     }
 
@@ -233,6 +254,8 @@ impl Message {
                 deciding: reader.flag("deciding")?,
                 bytes: reader.u64("bytes")?,
             }),
+            21 => Self::StreamBack(stream_back(reader)?),
+            22 => Self::StreamBackApplied(StreamBackApplied { migration: migration(reader)?, bytes: reader.u64("bytes")? }),
             17..=20 => super::disk::message(kind, reader)?,
             _ => Self::Ping,
         };
@@ -478,6 +501,12 @@ fn state_chunk(reader: &mut Reader<'_>) -> Result<StateChunk, WireError> {
     let count = reader.length("piece", usize::from(total != 0), piece_max)?;
     let bytes = reader.take("piece", count)?.to_vec();
     Ok(StateChunk { migration, offset, total, bytes })
+}
+
+fn stream_back(reader: &mut Reader<'_>) -> Result<StreamBack, WireError> {
+    let (migration, offset) = (migration(reader)?, reader.u64("offset")?);
+    let count = reader.length("piece", 1, limits::STREAM_BACK_PIECE_BYTES_MAX)?;
+    Ok(StreamBack { migration, offset, bytes: reader.take("piece", count)?.to_vec() })
 }
 
 fn put_handoff(out: &mut Vec<u8>, message: &HandoffMessage) {

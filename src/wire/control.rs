@@ -43,6 +43,10 @@ pub enum Message {
     DiskApplied(DiskApplied),
     /// Source, whose guest stands still: no disk changes any more.
     DiskEnd(DiskEnd),
+    /// Destination: what its hypervisor writes back.
+    StreamBack(StreamBack),
+    /// Source: so much of that is with its hypervisor.
+    StreamBackApplied(StreamBackApplied),
     /// Source: what its disks hold.
     DiskDigests(DiskDigests),
     /// Destination: what its disks hold already, before anything of them changes.
@@ -387,6 +391,26 @@ pub struct StreamResumed {
     /// Whether FINAL and all of the stream came, so that the handoff decides.
     pub deciding: bool,
     /// What its hypervisor was given, bytes; the stream goes on behind that.
+    pub bytes: u64,
+}
+
+/// A piece of what the destination's hypervisor writes back to the source's.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StreamBack {
+    /// The attempt.
+    pub migration: MigrationId,
+    /// Bytes of the way back before it.
+    pub offset: u64,
+    /// The piece.
+    pub bytes: Vec<u8>,
+}
+
+/// How much of the way back the source's hypervisor was given, without a gap from its beginning.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StreamBackApplied {
+    /// The attempt.
+    pub migration: MigrationId,
+    /// Bytes.
     pub bytes: u64,
 }
 

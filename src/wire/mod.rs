@@ -31,10 +31,10 @@ pub use codec::{CONTROL_HEADER_BYTES, JOIN_BYTES, decode_control_header};
 pub use control::{
     Accept, AuditAnswer, AuditHead, Compression, CompressionScope, DiskApplied, DiskDigests, DiskEnd, DiskHeld, Durability, Failure,
     Feature, FinalDigest, Handoff, HandoffMessage, Hello, Join, LaneStanding, LaneTotals, Message, Offer, Resume, Resumed, RoundApplied,
-    RoundEnd, SignedHandoff, StateChunk, StreamApplied, StreamEnd, StreamResumed, StreamTerms,
+    RoundEnd, SignedHandoff, StateChunk, StreamApplied, StreamBack, StreamBackApplied, StreamEnd, StreamResumed, StreamTerms,
 };
 pub use disk::{DiskChange, DiskChunk};
 pub use error::WireError;
 pub use frame::{FRAME_HEADER_BYTES, FrameHeader, FrameKind, StreamChunk, decode_round_mark, put_round_mark};
-pub use negotiate::{DISK_FEATURE, Negotiated, STREAM_FEATURE, VERSION_MAX, VERSION_MIN, negotiate};
+pub use negotiate::{DISK_FEATURE, Negotiated, POST_COPY_FEATURE, STREAM_FEATURE, VERSION_MAX, VERSION_MIN, negotiate};
 pub use page::{After, Batch, Codec, PagesFrame, Record, Records, Run, afters, padded_bytes};

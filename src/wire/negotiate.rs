@@ -14,6 +14,8 @@ pub const VERSION_MAX: u16 = 1;
 pub const STREAM_FEATURE: &str = "stream";
 /// Disks that move with such a guest.
 pub const DISK_FEATURE: &str = "disks";
+/// A way back from one hypervisor to the other, and guests that run at the destination before all of their pages are there.
+pub const POST_COPY_FEATURE: &str = "post-copy";
 
 /// What both sides speak.
 #[derive(Debug, Clone, PartialEq, Eq)]

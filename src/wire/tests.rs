@@ -95,6 +95,8 @@ fn every_message() -> Vec<Message> {
         Message::DiskEnd(DiskEnd { migration: MIGRATION, changes: 9, bytes: 1 << 40, verify: true }),
         Message::DiskDigests(DiskDigests { migration: MIGRATION, digests: vec![[1; 32], [2; 32]] }),
         Message::DiskHeld(DiskHeld { migration: MIGRATION, disk: 3, blocks: vec![[1; 16], [0; 16]], last: true }),
+        Message::StreamBack(StreamBack { migration: MIGRATION, offset: 1 << 33, bytes: vec![1, 2, 3] }),
+        Message::StreamBackApplied(StreamBackApplied { migration: MIGRATION, bytes: 1 << 33 }),
     ]
 }
 
@@ -203,8 +205,8 @@ fn refuses_hostile_control_headers() {
     let length = |got: u32| Err(format!("`body length` of `control header` is out of bounds: expected 0 to {max}, got {got}"));
     assert_eq!(header(max + 1, 2), length(max + 1));
     assert_eq!(header(u32::MAX, 2), length(u32::MAX));
-    for kind in [0, 21, 255] {
-        let unknown = format!("`kind` of `control header` is unknown: expected 1 to 20, got {kind}");
+    for kind in [0, 23, 255] {
+        let unknown = format!("`kind` of `control header` is unknown: expected 1 to 22, got {kind}");
         assert_eq!(header(0, kind), Err(unknown.clone()));
         assert_eq!(Message::decode(kind, &[]).unwrap_err().to_string(), unknown);
     }
@@ -223,7 +225,7 @@ fn refuses_hostile_fields() {
     let regions = hypervisor + 4 + 3;
     let machine = regions + 4 + 2 * 16;
     let terms = machine + 4 + 2;
-    let cases: [(&str, &Message, usize, &[u8], &str); 42] = [
+    let cases: [(&str, &Message, usize, &[u8], &str); 44] = [
         ("no version", hello, 0, &[0, 0], "`versions` of `hello` is malformed: expected 1 <= lowest <= highest, got `0..=1`"),
         ("versions crossed", hello, 0, &[9, 0], "`versions` of `hello` is malformed: expected 1 <= lowest <= highest, got `9..=1`"),
         ("features", hello, 52, &[65, 0], "`features` of `hello` is out of bounds: expected 0 to 64, got 65"),
@@ -279,6 +281,8 @@ fn refuses_hostile_fields() {
         ("offset", chunk, 16, &[10], "`offset` of `state-chunk` is out of bounds: expected 0 to 9, got 10"),
         ("piece", chunk, 32, &[5], "`piece` of `state-chunk` is out of bounds: expected 1 to 4, got 5"),
         ("empty piece", chunk, 32, &[0], "`piece` of `state-chunk` is out of bounds: expected 1 to 4, got 0"),
+        ("no piece of the way back", signed(29), 24, &[0], "`piece` of `stream-back` is out of bounds: expected 1 to 65536, got 0"),
+        ("a long piece of it", signed(29), 24, &[1, 0, 1], "`piece` of `stream-back` is out of bounds: expected 1 to 65536, got 65537"),
         ("step zero", signed(9), 80, &[0], "`step` of `handoff` is unknown: expected 1 (final) to 7 (refuse), got 0"),
         ("step", signed(9), 80, &[8], "`step` of `handoff` is unknown: expected 1 (final) to 7 (refuse), got 8"),
         ("lanes of the final state", signed(7), 161, &[0, 0], "`lanes` of `handoff` is out of bounds: expected 1 to 16, got 0"),

@@ -130,7 +130,7 @@ fn apply(bytes: &[u8], of: Terms) -> usize {
 /// What a stream of QEMU may say.
 fn grammar() -> Grammar {
     let blocks = vec![RamBlock { name: "pc.ram".to_owned(), used: PAGES * 4096, max: PAGES * 4096 }];
-    Grammar::Qemu(Box::new(Expected { uuid: VmUuid([7; 16]), machine: "pc".to_owned(), blocks }))
+    Grammar::Qemu(Box::new(Expected { uuid: VmUuid([7; 16]), machine: "pc".to_owned(), blocks, post_copy: true }))
 }
 
 /// Parcels of a stream, and both digests.

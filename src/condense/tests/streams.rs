@@ -12,9 +12,13 @@ pub(super) const UUID: VmUuid = VmUuid([7; 16]);
 pub(super) const RAM_PAGES: u64 = 4096;
 
 pub(super) fn grammar() -> Grammar {
+    grammar_of(false)
+}
+
+pub(super) fn grammar_of(post_copy: bool) -> Grammar {
     let block = |name: &str, used, max| RamBlock { name: name.to_owned(), used, max };
     let blocks = vec![block("pc.ram", RAM_PAGES * 4096, RAM_PAGES * 4096), block("acpi/tables", 4096, 8192)];
-    Grammar::Qemu(Box::new(Expected { uuid: UUID, machine: "pc-q35-7.2".to_owned(), blocks }))
+    Grammar::Qemu(Box::new(Expected { uuid: UUID, machine: "pc-q35-7.2".to_owned(), blocks, post_copy }))
 }
 
 /// A stream that is being written.

@@ -120,7 +120,7 @@ fn read_blocks(text: &str) -> Option<Vec<RamBlock>> {
 pub(super) fn grammar(machine: &Machine) -> Grammar {
     match serde_json::from_value::<Profile>(machine.profile.clone()) {
         Ok(Profile { machine: kind, blocks, .. }) if !blocks.is_empty() => {
-            Grammar::Qemu(Box::new(Expected { uuid: machine.uuid, machine: kind, blocks }))
+            Grammar::Qemu(Box::new(Expected { uuid: machine.uuid, machine: kind, blocks, post_copy: false }))
         }
         _ => Grammar::Opaque,
     }
