@@ -50,7 +50,16 @@ impl AttachedGuest for Smallest {
     fn machine(&self) -> Result<Machine, Refusal> {
         let regions = self.ram.layout().regions().to_vec();
         let (kind, profile) = ("smallest".to_owned(), serde_json::Value::Null);
-        Ok(Machine { kind, uuid: VmUuid([1; 16]), regions, vcpus: 1, profile, disks: Vec::new(), disks_only: false })
+        Ok(Machine {
+            kind,
+            uuid: VmUuid([1; 16]),
+            regions,
+            vcpus: 1,
+            profile,
+            disks: Vec::new(),
+            disks_only: false,
+            mode: sealane::types::Mode::Precopy,
+        })
     }
     fn memory(&self) -> Result<File, Refusal> {
         Ok(self.memory.try_clone()?)

@@ -31,6 +31,33 @@ impl InvalidValue {
     }
 }
 
+/// How memory moves.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Mode {
+    /// Everything before the switch.
+    #[default]
+    Precopy,
+    /// The guest is switched at once, and what it lacks follows, what it asks for first.
+    Postcopy,
+    /// Passes before the switch as long as they bring it closer, then the rest behind it.
+    Hybrid,
+}
+
+impl Mode {
+    /// Whether the guest may run at the destination before all of its pages are there.
+    #[must_use]
+    pub fn may_split(self) -> bool {
+        self != Self::Precopy
+    }
+
+    /// Whether it may not.
+    #[must_use]
+    pub fn is_precopy(&self) -> bool {
+        *self == Self::Precopy
+    }
+}
+
 /// The name an operator gives a VM: 1–63 of `a-z A-Z 0-9 . _ -`, not starting with `.` or `-`.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]

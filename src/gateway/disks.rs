@@ -240,7 +240,16 @@ mod tests {
 
     fn machine(disks: Vec<Disk>) -> Machine {
         let (kind, uuid) = ("qemu".to_owned(), crate::types::VmUuid([1; 16]));
-        Machine { kind, uuid, regions: Vec::new(), vcpus: 1, profile: serde_json::Value::Null, disks, disks_only: false }
+        Machine {
+            kind,
+            uuid,
+            regions: Vec::new(),
+            vcpus: 1,
+            profile: serde_json::Value::Null,
+            disks,
+            disks_only: false,
+            mode: crate::types::Mode::Precopy,
+        }
     }
 
     #[test]

@@ -61,6 +61,7 @@ mod tests {
             profile: json!({ "cpuid": [[1, 0, 0, 1, 2, 3, 4]], "devices": ["serial", "disk@/dev/vg/web"] }),
             disks: Vec::new(),
             disks_only: false,
+            mode: crate::types::Mode::Precopy,
         };
         assert_eq!(check_machine(&plain, &machine), Ok(()));
         let pinned = |change: fn(&mut Vm)| {

@@ -101,7 +101,16 @@ impl ImageSource {
     fn new(ram: Arc<GuestRam>, name: &str, uuid: VmUuid) -> Result<Self, HypervisorError> {
         let regions = ram.layout().regions().to_vec();
         let (profile, disks) = (serde_json::Value::Null, Vec::new());
-        let machine = Machine { kind: IMAGE_KIND.to_owned(), uuid, regions, vcpus: 0, profile, disks, disks_only: false };
+        let machine = Machine {
+            kind: IMAGE_KIND.to_owned(),
+            uuid,
+            regions,
+            vcpus: 0,
+            profile,
+            disks,
+            disks_only: false,
+            mode: crate::types::Mode::Precopy,
+        };
         let dirty = PageSet::empty(ram.pages());
         let (rounds, writer, state) = (VecDeque::new(), None, RunState::Paused);
         let generation = Generation::first().map_err(no_random(name))?;

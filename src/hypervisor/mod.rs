@@ -27,7 +27,7 @@ pub use launch::{LaunchTemplate, LaunchVariables, LaunchedVmm, TemplateError, Vm
 
 use crate::condense::Grammar;
 use crate::memory::{GuestRam, PageSet};
-use crate::types::{RamRegion, VmUuid};
+use crate::types::{Mode, RamRegion, VmUuid};
 
 /// What a VM is made of: everything the destination needs to build an empty twin, and to say
 /// *before memory is sent* why it cannot.
@@ -50,6 +50,9 @@ pub struct Machine {
     /// Whether they are copied and nothing else: the guest stays where it is.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub disks_only: bool,
+    /// How its memory moves.
+    #[serde(default, skip_serializing_if = "Mode::is_precopy")]
+    pub mode: Mode,
 }
 
 /// A disk of a guest.
@@ -267,6 +270,9 @@ pub enum StreamStage {
     Flowing,
     /// At the source: the guest stands still, and the rest of it waits for [`StreamSource::go_on`].
     Stopped,
+    /// Everything but pages of it is in the stream, or loaded: at the source it does not run by itself any more, at the destination it
+    /// can, and gets what it lacks meanwhile.
+    Split,
     /// All of it is in the stream, or loaded. The guest stays paused until it is told otherwise.
     Complete,
     /// It ended without; [`failure`](StreamSource::failure) says why.
@@ -361,6 +367,11 @@ pub trait StreamSource: Guest + Exports {
     /// # Errors
     /// The hypervisor is gone or refuses.
     fn go_on(&mut self) -> Result<(), HypervisorError>;
+    /// Has the guest stopped soon, and what is not sent by then sent behind the switch. Only where its machine's mode says so.
+    ///
+    /// # Errors
+    /// The hypervisor is gone or refuses.
+    fn split(&mut self) -> Result<(), HypervisorError>;
     /// Changes what is asked of the pause.
     ///
     /// # Errors
@@ -376,7 +387,8 @@ pub trait StreamSource: Guest + Exports {
     /// # Errors
     /// The hypervisor is gone.
     fn progress(&mut self) -> Result<StreamProgress, HypervisorError>;
-    /// Sees for itself that all of the guest is in the stream and that it does not run by itself any more.
+    /// Sees for itself that all of the guest is in the stream, but for pages of one that is split, and that it does not run by itself any
+    /// more.
     ///
     /// # Errors
     /// It may run, or the hypervisor is gone.
@@ -396,7 +408,7 @@ pub trait StreamDestination: Guest + Exports {
     fn begin(&mut self) -> Result<UnixStream, HypervisorError>;
     /// How far it has come, from now on. Ends with the driver.
     fn stages(&self) -> watch::Receiver<StreamStage>;
-    /// Sees for itself that the guest is loaded and paused.
+    /// Sees for itself that the guest is loaded, but for pages of one that is split, and paused.
     ///
     /// # Errors
     /// It is not, or the hypervisor is gone.

@@ -4,6 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{Problem, ReportSchema};
 use crate::memory::PageCounts;
+pub use crate::types::Mode;
 use crate::types::{MigrationId, SpiffeId, VmName};
 
 /// What a finished migration did.
@@ -149,19 +150,6 @@ pub enum RunningOn {
     Destination,
     /// On neither side until the outcome is known.
     NeitherYet,
-}
-
-/// How memory moves.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Mode {
-    /// Everything before the switch.
-    #[default]
-    Precopy,
-    /// Everything after the switch, on demand.
-    Postcopy,
-    /// One pass before the switch, the rest after.
-    Hybrid,
 }
 
 /// Where the downtime went.

@@ -352,7 +352,7 @@ impl Run {
                 let why = self.why_failed().await;
                 Some(self.give_up(why))
             }
-            StreamStage::Failed | StreamStage::Idle | StreamStage::Flowing => None,
+            StreamStage::Failed | StreamStage::Idle | StreamStage::Flowing | StreamStage::Split => None,
         }
     }
 

@@ -14,13 +14,11 @@ use crate::hypervisor::launch::log_tail_of;
 use crate::hypervisor::{Disk, Exports, Guest, GuestStatus, HypervisorError, Machine, RunState, StreamDestination, StreamStage};
 
 /// As at the source, but for what only a destination does: the disks stay nobody's until the guest is told to go on.
-const CAPABILITIES: [(&str, bool); 14] = [
+const CAPABILITIES: [(&str, bool); 12] = [
     ("events", true),
     ("late-block-activate", true),
     ("multifd", false),
-    ("postcopy-ram", false),
     ("postcopy-preempt", false),
-    ("return-path", false),
     ("switchover-ack", false),
     ("release-ram", false),
     ("x-ignore-shared", false),
@@ -37,6 +35,8 @@ pub struct QemuDestination {
     monitor: Monitor,
     /// What was offered.
     grammar: Grammar,
+    /// Whether its guest may run before all of its pages are there.
+    splits: bool,
     /// Where its own output goes, if a gateway started it.
     log: Option<PathBuf>,
 }
@@ -64,14 +64,16 @@ impl QemuDestination {
         }
         // INVARIANT(no-self-start): from here on it is paused once it is loaded, also without `-S`.
         monitor.qmp.execute("stop", Value::Null)?;
-        monitor.set_capabilities(&CAPABILITIES)?;
-        Ok(Self { monitor, grammar: facts::grammar(machine), log })
+        let splits = machine.mode.may_split();
+        let wanted: Vec<(&str, bool)> = CAPABILITIES.into_iter().chain([("return-path", splits), ("postcopy-ram", splits)]).collect();
+        monitor.set_capabilities(&wanted)?;
+        Ok(Self { monitor, grammar: facts::grammar(machine), splits, log })
     }
 }
 
 impl Guest for QemuDestination {
     fn wake(&mut self) -> Result<(), HypervisorError> {
-        self.monitor.run()?;
+        self.monitor.go_on()?;
         // What was said of the network while the guest was loaded came too early.
         let announce = json!({ "initial": 50, "max": 550, "rounds": 5, "step": 100 });
         if let Err(error) = self.monitor.qmp.execute("announce-self", announce) {
@@ -116,7 +118,7 @@ impl StreamDestination for QemuDestination {
     }
 
     fn begin(&mut self) -> Result<UnixStream, HypervisorError> {
-        self.monitor.stream("migrate-incoming")
+        self.monitor.stream("migrate-incoming", self.splits)
     }
 
     fn stages(&self) -> watch::Receiver<StreamStage> {
@@ -124,7 +126,7 @@ impl StreamDestination for QemuDestination {
     }
 
     fn ensure_complete(&mut self) -> Result<(), HypervisorError> {
-        self.monitor.ensure("migrate-incoming", "paused")
+        self.monitor.ensure("migrate-incoming", &[("completed", "paused"), ("postcopy-active", "paused")])
     }
 
     fn failure(&mut self) -> HypervisorError {

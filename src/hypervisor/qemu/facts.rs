@@ -91,18 +91,54 @@ pub(super) fn machine(qmp: &Qmp) -> Result<Machine, HypervisorError> {
     let profile = serde_json::to_value(profile).map_err(|error| qmp.protocol(&error.to_string()))?;
     // Where in guest-physical memory RAM lies is QEMU's affair: it sends blocks by name.
     let regions = vec![RamRegion { guest_base: 0, bytes }];
-    Ok(Machine { kind: QEMU_KIND.to_owned(), uuid, regions, vcpus, profile, disks: Vec::new(), disks_only: false })
+    Ok(Machine {
+        kind: QEMU_KIND.to_owned(),
+        uuid,
+        regions,
+        vcpus,
+        profile,
+        disks: Vec::new(),
+        disks_only: false,
+        mode: crate::types::Mode::Precopy,
+    })
+}
+
+/// The first release that leaves the disks of a guest that is split to the source until the guest is told to go on.
+const SPLITS_FROM: (u32, u32) = (10, 0);
+
+/// Why this guest cannot be split: `None` when it can.
+pub(super) fn not_split(qmp: &Qmp, machine: &Machine) -> Result<Option<String>, HypervisorError> {
+    let (major, minor, micro) = qmp.version().numbers;
+    if (major, minor) < SPLITS_FROM {
+        return Ok(Some(format!("post-copy: expected QEMU {}.{} or later, got {major}.{minor}.{micro}", SPLITS_FROM.0, SPLITS_FROM.1)));
+    }
+    if grammar(machine) == Grammar::Opaque {
+        return Ok(Some("post-copy: expected blocks of memory that QEMU names, got none".to_owned()));
+    }
+    let small = small_pages(&ramblock_text(qmp));
+    Ok((!small).then(|| "post-copy: expected memory in pages of 4 KiB, got huge pages".to_owned()))
+}
+
+/// Whether every block has pages of 4 KiB.
+fn small_pages(text: &str) -> bool {
+    text.lines().skip(1).filter(|line| !line.trim().is_empty()).all(|line| {
+        let mut words = line.split_whitespace().skip(1);
+        (words.next(), words.next()) == (Some("4"), Some("KiB"))
+    })
 }
 
 /// Blocks of memory that QEMU sends by name. Its monitor has them as text only, and one that is another text says nothing.
-fn blocks(qmp: &Qmp) -> Vec<RamBlock> {
+pub(super) fn blocks(qmp: &Qmp) -> Vec<RamBlock> {
+    read_blocks(&ramblock_text(qmp)).unwrap_or_default()
+}
+
+fn ramblock_text(qmp: &Qmp) -> String {
     #[derive(Deserialize)]
     #[serde(rename_all = "kebab-case")]
     struct Text {
         human_readable_text: String,
     }
-    let text = qmp.ask("x-query-ramblock", Value::Null).map_or_else(|_| String::new(), |text: Text| text.human_readable_text);
-    read_blocks(&text).unwrap_or_default()
+    qmp.ask("x-query-ramblock", Value::Null).map_or_else(|_| String::new(), |text: Text| text.human_readable_text)
 }
 
 fn read_blocks(text: &str) -> Option<Vec<RamBlock>> {
@@ -120,7 +156,7 @@ fn read_blocks(text: &str) -> Option<Vec<RamBlock>> {
 pub(super) fn grammar(machine: &Machine) -> Grammar {
     match serde_json::from_value::<Profile>(machine.profile.clone()) {
         Ok(Profile { machine: kind, blocks, .. }) if !blocks.is_empty() => {
-            Grammar::Qemu(Box::new(Expected { uuid: machine.uuid, machine: kind, blocks, post_copy: false }))
+            Grammar::Qemu(Box::new(Expected { uuid: machine.uuid, machine: kind, blocks, post_copy: machine.mode.may_split() }))
         }
         _ => Grammar::Opaque,
     }
@@ -169,6 +205,10 @@ pub(super) fn lacks(source: &Machine, here: &Machine) -> Vec<String> {
         let text = |(major, minor, micro): (u32, u32, u32)| format!("{major}.{minor}.{micro}");
         lacks.push(format!("QEMU: expected {} or later, got {}", text(wanted.version), text(got.version)));
     }
+    if source.mode.may_split() && release(got.version) < SPLITS_FROM {
+        let (major, minor, micro) = got.version;
+        lacks.push(format!("QEMU for post-copy: expected {}.{} or later, got {major}.{minor}.{micro}", SPLITS_FROM.0, SPLITS_FROM.1));
+    }
     lacks
 }
 
@@ -216,7 +256,16 @@ mod tests {
         };
         let regions = vec![RamRegion { guest_base: 0, bytes: 64 << 20 }];
         let (kind, uuid) = (QEMU_KIND.to_owned(), VmUuid([1; 16]));
-        let mut machine = Machine { kind, uuid, regions, vcpus: 2, profile: Value::Null, disks: Vec::new(), disks_only: false };
+        let mut machine = Machine {
+            kind,
+            uuid,
+            regions,
+            vcpus: 2,
+            profile: Value::Null,
+            disks: Vec::new(),
+            disks_only: false,
+            mode: crate::types::Mode::Precopy,
+        };
         change(&mut machine, &mut profile);
         machine.profile = serde_json::to_value(profile).unwrap();
         machine
@@ -250,6 +299,9 @@ mod tests {
         );
         check(|_, profile| profile.blocks[1].name = "other".to_owned(), "/rom@etc/acpi/tables of 131072 bytes");
         check(|_, profile| profile.version = (7, 1, 9), "QEMU: expected 7.2.1 or later, got 7.1.9");
+        let split = Machine { mode: crate::types::Mode::Hybrid, ..source };
+        assert_eq!(lacks(&split, &machine(|_, profile| profile.version = (10, 0, 2))), [""; 0]);
+        assert_eq!(lacks(&split, &split), ["QEMU for post-copy: expected 10.0 or later, got 7.2.1"]);
     }
 
     #[test]
@@ -263,6 +315,7 @@ mod tests {
     #[test]
     fn blocks_in_another_form_are_none() {
         assert_eq!(read_blocks(BLOCKS).unwrap()[1], RamBlock { name: "/rom@etc/acpi/tables".to_owned(), used: 0x2_0000, max: 0x20_0000 });
+        assert!(small_pages(BLOCKS) && !small_pages(&BLOCKS.replacen("4 KiB", "2 MiB", 1)));
         assert_eq!(read_blocks("head\n pc.ram 4 KiB 0x0 64M 64M\n"), None);
         assert_eq!(grammar(&machine(|_, profile| profile.blocks.clear())), Grammar::Opaque);
         assert!(matches!(grammar(&machine(|_, _| {})), Grammar::Qemu(_)));

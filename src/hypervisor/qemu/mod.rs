@@ -14,18 +14,23 @@
 //! quit, or migrate_cancel and cont before COMMIT
 //! ```
 //!
+//! With post-copy there is a way back, and the stream is split: at the source `postcopy-active` stands for `completed, postmigrate`, at
+//! the destination `postcopy-active, paused` for `completed, paused`, and pages follow until both are `completed`. A source that is split
+//! and keeps its guest is ended as if its destination had everything (`revive.rs`), and then `cont`.
+//!
 //! Disks that move too are mirrored before (`disks.rs`): the source writes to the NBD export of its gateway, the destination's
 //! gateway writes to the NBD export of the other QEMU.
 //!
 //! *Invariants:* `no-self-start` (a destination is told to stop before it gets a byte, so that it is paused once loaded),
 //! `as-it-was` (what was set at a source is set back when its guest goes on there, and no job, node or export of ours is left).
-//! *Read first:* `qmp.rs`, `facts.rs`, `monitor.rs`, `source.rs`, `destination.rs`, `disks.rs`.
+//! *Read first:* `qmp.rs`, `facts.rs`, `monitor.rs`, `source.rs`, `destination.rs`, `disks.rs`, `revive.rs`.
 
 mod destination;
 mod disks;
 mod facts;
 mod monitor;
 mod qmp;
+mod revive;
 mod source;
 
 #[cfg(test)]

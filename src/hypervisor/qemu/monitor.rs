@@ -12,6 +12,7 @@ use tokio::sync::watch;
 
 use super::facts::{run_state, status};
 use super::qmp::{Notice, Qmp, by};
+use super::revive;
 use crate::hypervisor::{GuestStatus, HypervisorError, RunState, StreamStage};
 
 /// What the monitor keeps the descriptor of a stream under, until a migration takes it.
@@ -19,6 +20,8 @@ const STREAM_NAME: &str = "sealane";
 /// WHY: each time it is full or empty a thread of QEMU's or ours is woken, and what waits in it is written before the guest stops: 1
 /// ms on the fastest link.
 const STREAM_BUFFER_BYTES: usize = 1 << 20;
+/// WHY: what waits in it goes ahead of a page that a guest stands still for.
+const SPLIT_BUFFER_BYTES: usize = 128 << 10;
 /// Between two looks at something that QEMU has no event for.
 const LOOK_PAUSE: Duration = Duration::from_millis(10);
 
@@ -122,16 +125,25 @@ impl Monitor {
     }
 
     /// Hands QEMU one end of a new stream and tells it to use it; the other end.
-    pub(super) fn stream(&self, command: &'static str) -> Result<UnixStream, HypervisorError> {
+    pub(super) fn stream(&self, command: &'static str, splits: bool) -> Result<UnixStream, HypervisorError> {
+        self.stream_with(
+            command,
+            json!({ "uri": format!("fd:{STREAM_NAME}") }),
+            if splits { SPLIT_BUFFER_BYTES } else { STREAM_BUFFER_BYTES },
+        )
+    }
+
+    /// The same, with these arguments, which name it.
+    fn stream_with(&self, command: &'static str, arguments: Value, buffer: usize) -> Result<UnixStream, HypervisorError> {
         let local = |source| HypervisorError::Local { vm: self.qmp.vm().to_owned(), what: "cannot make a socket pair", source };
         let (ours, theirs) = UnixStream::pair().map_err(local)?;
         for end in [&ours, &theirs] {
             // The kernel gives what it allows; a smaller one costs time and nothing else.
-            let _ = rustix::net::sockopt::set_socket_send_buffer_size(end, STREAM_BUFFER_BYTES);
+            let _ = rustix::net::sockopt::set_socket_send_buffer_size(end, buffer);
         }
         self.qmp.execute_with("getfd", json!({ "fdname": STREAM_NAME }), theirs.as_fd())?;
         drop(theirs);
-        if let Err(error) = self.qmp.execute(command, json!({ "uri": format!("fd:{STREAM_NAME}") })) {
+        if let Err(error) = self.qmp.execute(command, arguments) {
             // What was not used stays with the monitor.
             let _ = self.qmp.execute("closefd", json!({ "fdname": STREAM_NAME }));
             return Err(error);
@@ -139,13 +151,28 @@ impl Monitor {
         Ok(ours)
     }
 
-    /// Lets the guest execute, and looks that it does. A migration that is under way is cancelled first.
-    pub(super) fn run(&self) -> Result<(), HypervisorError> {
+    /// Lets the guest of a source execute, and looks that it does. A migration that is under way is ended first.
+    pub(super) fn take_back(&self) -> Result<(), HypervisorError> {
+        self.run(true)
+    }
+
+    /// Lets the guest of a destination execute, which may be loaded on meanwhile, and looks that it does.
+    pub(super) fn go_on(&self) -> Result<(), HypervisorError> {
+        self.run(false)
+    }
+
+    fn run(&self, ends: bool) -> Result<(), HypervisorError> {
         let until = by(self.within);
         loop {
             let migration = self.migration()?.status.unwrap_or_default();
-            if is_under_way(&migration) {
-                // One that ends at this moment is another state in a moment.
+            // One that ends at this moment is another state in a moment.
+            if ends && migration == "postcopy-paused" {
+                if let Err(error) = revive::complete(self, self.within) {
+                    tracing::warn!(%error, "a migration that was split is not ended yet");
+                }
+            } else if ends && migration.starts_with("postcopy-") {
+                let _ = self.qmp.execute("migrate-pause", Value::Null);
+            } else if ends && is_under_way(&migration) {
                 let _ = self.qmp.execute("migrate_cancel", Value::Null);
             } else {
                 match status(&self.qmp)?.state {
@@ -168,17 +195,23 @@ impl Monitor {
         }
     }
 
-    /// Sees that a migration is complete and that the guest is in this state.
-    pub(super) fn ensure(&self, request: &'static str, wanted: &str) -> Result<(), HypervisorError> {
+    /// A stream for a migration that was split and has lost its own.
+    pub(super) fn stream_again(&self) -> Result<UnixStream, HypervisorError> {
+        self.stream_with("migrate", json!({ "uri": format!("fd:{STREAM_NAME}"), "resume": true }), STREAM_BUFFER_BYTES)
+    }
+
+    /// Sees that a migration and the guest are in one of these states.
+    pub(super) fn ensure(&self, request: &'static str, wanted: &[(&str, &str)]) -> Result<(), HypervisorError> {
         let until = by(self.within);
         loop {
             let (migration, run) = (self.migration()?.status.unwrap_or_default(), run_state(&self.qmp)?);
-            if migration == "completed" && run == wanted {
+            if wanted.contains(&(migration.as_str(), run.as_str())) {
                 return Ok(());
             }
             // The event comes a moment before the state.
             if Instant::now() >= until {
-                let why = format!("expected a completed migration and a guest `{wanted}`, got `{migration}` and `{run}`");
+                let wanted = wanted.iter().map(|(migration, run)| format!("`{migration}` and `{run}`")).collect::<Vec<_>>().join(" or ");
+                let why = format!("expected its migration and its guest to be {wanted}, got `{migration}` and `{run}`");
                 return Err(self.qmp.refused(request, &why));
             }
             std::thread::sleep(LOOK_PAUSE);
@@ -208,6 +241,7 @@ fn stage_of(status: &str) -> Option<StreamStage> {
     match status {
         "setup" | "wait-unplug" | "active" | "device" => Some(StreamStage::Flowing),
         "pre-switchover" => Some(StreamStage::Stopped),
+        "postcopy-active" => Some(StreamStage::Split),
         "completed" => Some(StreamStage::Complete),
         "failed" | "cancelled" => Some(StreamStage::Failed),
         _ => None,

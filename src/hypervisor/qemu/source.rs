@@ -14,18 +14,17 @@ use crate::hypervisor::{
     Disk, Exports, Guest, GuestStatus, HypervisorError, Machine, MirrorProgress, RunState, StreamGoal, StreamProgress, StreamSource,
     StreamStage,
 };
+use crate::types::Mode;
 
 /// What a stream that a gateway carries has, and what it must not have: each of these either needs a channel of its own, leaves a
 /// part of the guest out of the stream, changes what the end of the stream means, or hides pages.
-const CAPABILITIES: [(&str, bool); 17] = [
+const CAPABILITIES: [(&str, bool); 15] = [
     ("events", true),
     ("pause-before-switchover", true),
     ("late-block-activate", false),
     ("validate-uuid", true),
     ("multifd", false),
-    ("postcopy-ram", false),
     ("postcopy-preempt", false),
-    ("return-path", false),
     ("switchover-ack", false),
     ("release-ram", false),
     ("x-ignore-shared", false),
@@ -99,6 +98,20 @@ impl QemuSource {
         disks::writable(&self.monitor.qmp)
     }
 
+    /// Its memory moves like this.
+    ///
+    /// # Errors
+    /// This guest cannot move like that, or QEMU is gone.
+    pub fn move_as(&mut self, mode: Mode) -> Result<(), HypervisorError> {
+        if mode.may_split()
+            && let Some(why) = facts::not_split(&self.monitor.qmp, &self.machine)?
+        {
+            return Err(self.monitor.qmp.refused("migrate", &why));
+        }
+        self.machine.mode = mode;
+        Ok(())
+    }
+
     /// These disks move with it, or alone.
     pub fn move_disks(&mut self, disks: Vec<Disk>, only: bool) {
         (self.machine.disks, self.machine.disks_only) = (disks, only);
@@ -123,7 +136,7 @@ impl QemuSource {
         let mut capabilities: Vec<(&str, bool)> = self.capabilities.iter().map(|(name, state)| (name.as_str(), *state)).collect();
         if capabilities.is_empty() {
             // WHY: with it left on, the next migration of somebody else would wait for ever before its switch.
-            capabilities.push(("pause-before-switchover", false));
+            capabilities.extend([("pause-before-switchover", false), ("postcopy-ram", false), ("return-path", false)]);
         }
         let parameters: Vec<(&str, u64)> = self.parameters.iter().map(|(name, value)| (name.as_str(), *value)).collect();
         let restored = self.monitor.set_capabilities(&capabilities).and_then(|_| self.monitor.set_parameters(&parameters));
@@ -143,7 +156,7 @@ fn downtime(goal: StreamGoal) -> u64 {
 impl Guest for QemuSource {
     fn wake(&mut self) -> Result<(), HypervisorError> {
         if !self.untouched {
-            self.monitor.run()?;
+            self.monitor.take_back()?;
         } else if self.monitor.status()?.state == RunState::Ended {
             return Err(self.monitor.qmp.refused("cont", "the guest has ended"));
         }
@@ -175,6 +188,13 @@ impl Guest for QemuSource {
     }
 
     fn destroy(&mut self) -> Result<(), HypervisorError> {
+        let migration = self.monitor.migration()?.status.unwrap_or_default();
+        if migration.starts_with("postcopy-") {
+            return Err(self
+                .monitor
+                .qmp
+                .refused("quit", &format!("its migration is `{migration}`: the destination lacks pages of its guest")));
+        }
         self.monitor.quit()
     }
 }
@@ -220,12 +240,14 @@ impl StreamSource for QemuSource {
     fn begin(&mut self, goal: StreamGoal) -> Result<UnixStream, HypervisorError> {
         self.ensure_free("migrate")?;
         self.untouched = false;
-        let wanted: Vec<(&str, bool)> = CAPABILITIES.into_iter().chain([("auto-converge", goal.throttle)]).collect();
+        let splits = self.machine.mode.may_split();
+        let more = [("auto-converge", goal.throttle && !splits), ("return-path", splits), ("postcopy-ram", splits)];
+        let wanted: Vec<(&str, bool)> = CAPABILITIES.into_iter().chain(more).collect();
         self.capabilities = self.monitor.set_capabilities(&wanted)?;
         let wanted = [("max-bandwidth", BANDWIDTH), ("downtime-limit", downtime(goal)), ("avail-switchover-bandwidth", self.path_rate)];
         self.parameters = self.monitor.set_parameters(&wanted)?;
         self.begun = true;
-        self.monitor.stream("migrate")
+        self.monitor.stream("migrate", splits)
     }
 
     fn stages(&self) -> watch::Receiver<StreamStage> {
@@ -234,6 +256,10 @@ impl StreamSource for QemuSource {
 
     fn go_on(&mut self) -> Result<(), HypervisorError> {
         self.monitor.qmp.execute("migrate-continue", json!({ "state": "pre-switchover" })).map(drop)
+    }
+
+    fn split(&mut self) -> Result<(), HypervisorError> {
+        self.monitor.qmp.execute("migrate-start-postcopy", Value::Null).map(drop)
     }
 
     fn set_goal(&mut self, goal: StreamGoal) -> Result<(), HypervisorError> {
@@ -245,7 +271,9 @@ impl StreamSource for QemuSource {
         if !self.begun {
             return Ok(());
         }
-        self.set("avail-switchover-bandwidth", bytes_per_second)
+        self.set("avail-switchover-bandwidth", bytes_per_second)?;
+        // Behind the switch what is asked for waits for nothing but what is on its way.
+        if self.machine.mode.may_split() { self.set("max-postcopy-bandwidth", bytes_per_second) } else { Ok(()) }
     }
 
     fn progress(&mut self) -> Result<StreamProgress, HypervisorError> {
@@ -262,7 +290,7 @@ impl StreamSource for QemuSource {
 
     fn ensure_complete(&mut self) -> Result<(), HypervisorError> {
         // Only from here on the guest does not go on by itself when its stream breaks.
-        self.monitor.ensure("migrate", "postmigrate")
+        self.monitor.ensure("migrate", &[("completed", "postmigrate"), ("postcopy-active", "finish-migrate")])
     }
 
     fn failure(&mut self) -> HypervisorError {

@@ -110,6 +110,7 @@ impl SyntheticGuest {
             profile: serde_json::json!(profile),
             disks: Vec::new(),
             disks_only: false,
+            mode: crate::types::Mode::Precopy,
         };
         let mut guest = Self::incoming(name, &machine)?;
         writers::fill(&guest.ram, config.seed).map_err(|source| HypervisorError::Ram { vm: name.to_owned(), source })?;

@@ -423,7 +423,16 @@ fn describe(config: &VmConfig, host: &Host, vcpus: &[Vcpu]) -> Result<Machine, V
     let profile = serde_json::to_value(host.profile(msrs))
         .map_err(|error| VmmError::Local { what: "describe the machine", source: io::Error::other(error) })?;
     let (kind, regions) = (cpuid::KIND.to_owned(), config.layout.regions().to_vec());
-    Ok(Machine { kind, uuid: config.uuid, regions, vcpus: config.vcpus, profile, disks: Vec::new(), disks_only: false })
+    Ok(Machine {
+        kind,
+        uuid: config.uuid,
+        regions,
+        vcpus: config.vcpus,
+        profile,
+        disks: Vec::new(),
+        disks_only: false,
+        mode: crate::types::Mode::Precopy,
+    })
 }
 
 /// Reads the clocks and stops the timer, so that a long pause leaves no ticks behind.

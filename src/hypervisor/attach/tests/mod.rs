@@ -29,6 +29,7 @@ fn machine() -> Machine {
         profile: serde_json::json!({"cpu": "x"}),
         disks: Vec::new(),
         disks_only: false,
+        mode: crate::types::Mode::Precopy,
     }
 }
 

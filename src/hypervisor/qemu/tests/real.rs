@@ -9,7 +9,7 @@ use tempfile::TempDir;
 
 use super::super::*;
 use crate::hypervisor::{Guest, HypervisorError, RunState, StreamDestination, StreamGoal, StreamSource, StreamStage};
-use crate::types::VmUuid;
+use crate::types::{Mode, VmUuid};
 
 const UUID: &str = "00000000-0000-4000-8000-000000000001";
 const WITHIN: Duration = Duration::from_secs(20);
@@ -195,6 +195,102 @@ fn a_stream_that_is_none_ends_a_destination_with_its_own_words() {
     let why = destination.failure().to_string();
     assert!(why.contains("refused `migrate-incoming`"), "{why}");
     assert!(destination.ensure_complete().is_err());
+}
+
+/// Two QEMUs with their drivers, and what carries the stream forth and back.
+type Pair = (Qemu, Qemu, QemuSource, QemuDestination, [std::thread::JoinHandle<u64>; 2]);
+
+/// Two QEMUs whose pages behind the split come slowly, once the guest is loaded at the second; nothing and a word on it where QEMU cannot.
+fn split() -> Option<Pair> {
+    let (a, b) = (Qemu::start(&[])?, Qemu::start(&["-incoming", "defer", "-S"])?);
+    let mut source = a.source();
+    if let Err(error) = source.move_as(Mode::Postcopy) {
+        println!("SKIPPED: {error}");
+        return None;
+    }
+    let mut destination = QemuDestination::prepare(&b.path(), "vm-1", source.machine(), None, WITHIN).unwrap();
+    source.set_path_rate(1 << 20).unwrap();
+    let (from, to) = (source.begin(GOAL).unwrap(), destination.begin().unwrap());
+    let pump = |mut from: std::os::unix::net::UnixStream, mut to: std::os::unix::net::UnixStream, pause: Duration| {
+        std::thread::spawn(move || {
+            let (mut bytes, mut carried) = (vec![0; 16 * 1024], 0);
+            while let Ok(count @ 1..) = from.read(&mut bytes) {
+                if to.write_all(&bytes[..count]).is_err() {
+                    break;
+                }
+                carried += count as u64;
+                std::thread::sleep(pause);
+            }
+            let _ = (from.shutdown(std::net::Shutdown::Both), to.shutdown(std::net::Shutdown::Both));
+            carried
+        })
+    };
+    // Slow enough for the guest to be split in its first pass.
+    let forth = pump(from.try_clone().unwrap(), to.try_clone().unwrap(), Duration::from_millis(20));
+    let back = pump(to, from, Duration::ZERO);
+    until(&source.stages(), StreamStage::Flowing);
+    let asked = Instant::now();
+    while source.split().is_err() {
+        assert!(asked.elapsed() < WITHIN, "it is not active");
+    }
+    until(&source.stages(), StreamStage::Stopped);
+    source.go_on().unwrap();
+    until(&source.stages(), StreamStage::Split);
+    source.ensure_complete().unwrap();
+    until(&destination.stages(), StreamStage::Split);
+    destination.ensure_complete().unwrap();
+    Some((a, b, source, destination, [forth, back]))
+}
+
+#[test]
+fn a_guest_that_is_split_waits_paused_at_both_ends_and_gets_its_pages_there() {
+    let Some((_a, _b, mut source, mut destination, pumps)) = split() else { return };
+    let refused = source.destroy().unwrap_err().to_string();
+    assert!(refused.contains("lacks pages"), "{refused}");
+    assert_eq!([source.status().unwrap().state, destination.status().unwrap().state], [RunState::Paused; 2]);
+    destination.wake().unwrap();
+    assert_eq!(destination.status().unwrap().state, RunState::Running);
+    until(&destination.stages(), StreamStage::Complete);
+    until(&source.stages(), StreamStage::Complete);
+    source.ensure_complete().unwrap();
+    assert_eq!(destination.status().unwrap().state, RunState::Running);
+    source.destroy().unwrap();
+    let [forth, back] = pumps.map(|pump| pump.join().unwrap());
+    // Requests of the first pages that it touched, and the end of the way back.
+    assert!(forth > 100_000 && back > 40, "{forth} {back}");
+}
+
+#[test]
+fn a_guest_that_is_split_goes_on_at_the_source_if_it_stays() {
+    let Some((a, _b, mut source, mut destination, pumps)) = split() else { return };
+    destination.destroy().unwrap();
+    source.wake().unwrap();
+    assert_eq!(source.status().unwrap().state, RunState::Running);
+    let _carried = pumps.map(|pump| pump.join().unwrap());
+    drop(source);
+    let on = settings(&a)[0].as_array().unwrap().iter().filter(|known| known["state"] == true).count();
+    let fresh = Qemu::start(&[]).unwrap();
+    assert_eq!(on, settings(&fresh)[0].as_array().unwrap().iter().filter(|known| known["state"] == true).count());
+    // It can leave again.
+    let b = Qemu::start(&["-incoming", "defer", "-S"]).unwrap();
+    let mut source = a.source();
+    let mut destination = QemuDestination::prepare(&b.path(), "vm-1", source.machine(), None, WITHIN).unwrap();
+    moved(&mut source, &mut destination);
+}
+
+#[test]
+fn a_gateway_that_dies_behind_the_split_leaves_a_guest_that_can_be_woken() {
+    let Some((a, _b, source, _destination, pumps)) = split() else { return };
+    drop(source);
+    let mut source = a.source();
+    assert_eq!(source.status().unwrap().state, RunState::Paused);
+    source.wake().unwrap();
+    assert_eq!(source.status().unwrap().state, RunState::Running);
+    drop(source);
+    let _carried = pumps.map(|pump| pump.join().unwrap());
+    let left = settings(&a);
+    let on = |name: &str| left[0].as_array().unwrap().iter().any(|known| known["capability"] == name && known["state"] == true);
+    assert!(!on("postcopy-ram") && !on("return-path") && !on("pause-before-switchover"), "{left:?}");
 }
 
 /// Capabilities and the parameters that the driver touches.

@@ -10,7 +10,16 @@ fn host_and_machine() -> Option<(Host, Machine)> {
     let regions = vec![RamRegion { guest_base: 0, bytes: 64 << 20 }];
     Some((
         host,
-        Machine { kind: "kvm".to_owned(), uuid: VmUuid([1; 16]), regions, vcpus: 2, profile, disks: Vec::new(), disks_only: false },
+        Machine {
+            kind: "kvm".to_owned(),
+            uuid: VmUuid([1; 16]),
+            regions,
+            vcpus: 2,
+            profile,
+            disks: Vec::new(),
+            disks_only: false,
+            mode: crate::types::Mode::Precopy,
+        },
     ))
 }
 
