@@ -247,7 +247,7 @@ const BAD: &[Case] = &[
     ("a permit that is always forbidden", |b| annotated(b, "", "forbid (principal, action, resource)"), nothing, "bundle-policy-refused", "never permits"),
     ("a template", |b| policy(b, &format!("{POLICY}@id(\"t\") permit (principal == ?principal, action, resource);")), nothing, "bundle-policy-refused", "template"),
     ("an obligation that nobody knows", |b| annotated(b, "@max_lane(\"2\")", RELEASE), nothing, "bundle-policy-refused", "max_lane"),
-    ("an obligation that is not built", |b| annotated(b, "@require_mode(\"postcopy\")", RELEASE), nothing, "bundle-policy-refused", "no other mode is built"),
+    ("an obligation that is not built", |b| annotated(b, "@require_mode(\"postcopy\")", RELEASE), nothing, "bundle-policy-refused", "no other mode can be asked for"),
     ("an obligation without a unit", |b| annotated(b, "@max_bandwidth(\"100\")", RELEASE), nothing, "bundle-policy-refused", "Mbit/s"),
     ("an obligation of a forbid", |b| annotated(b, "@max_lanes(\"2\")", "forbid (principal, action == Sealane::Action::\"accept\", resource)"), nothing, "bundle-policy-refused", "a forbid cannot"),
     ("an obligation where there is no stream", |b| annotated(b, "@max_lanes(\"2\")", "permit (principal, action == Sealane::Action::\"resolveInDoubt\", resource)"), nothing, "bundle-policy-refused", "no stream"),

@@ -189,6 +189,8 @@ fn request(flags: &MigrationFlags) -> MigrateRequest {
     request.max_outage_seconds = flags.max_outage.map(|span| span.duration.as_secs_f64());
     request.mode = match flags.mode {
         ModeFlag::Precopy => Mode::Precopy,
+        ModeFlag::Postcopy => Mode::Postcopy,
+        ModeFlag::Hybrid => Mode::Hybrid,
     };
     request.storage = match flags.storage {
         StorageFlag::None => Storage::None,

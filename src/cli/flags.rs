@@ -300,6 +300,11 @@ pub struct MigrateFlags {
 pub enum ModeFlag {
     /// All of it before the switch.
     Precopy,
+    /// What a running guest does not need goes behind the switch, and what it needs first. Of a QEMU's guest, from QEMU 10.0 on, whose
+    /// owner permits it (`postcopy_ok`): while pages are missing, the guest depends on both hosts and both gateways.
+    Postcopy,
+    /// As `precopy`, but a guest that does not get there in two passes, or in half of the time, is switched as with `postcopy`.
+    Hybrid,
 }
 
 /// Which disks move with a VM.

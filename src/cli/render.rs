@@ -6,7 +6,7 @@ use super::output::{Out, Tone, printable, whereabouts};
 use crate::control::{
     Check, CheckVerdict, DoubtView, GatewayView, MigrationState, MigrationView, PeerView, PlanView, RecordView, VmState, VmView,
 };
-use crate::telemetry::{Mode, Outcome, Progress, Report, RunningOn};
+use crate::telemetry::{Mode, Outcome, PostCopyReport, Progress, Report, RunningOn};
 use crate::types::Side;
 
 /// `3.1 GiB`.
@@ -272,6 +272,9 @@ pub(super) fn report(out: Out, report: &Report) -> String {
     row("time", seconds(report.duration_seconds));
     if let Some(downtime) = report.downtime_seconds {
         row("downtime", format!("{}{}", seconds(downtime), breakdown(report)));
+    }
+    if let Some(PostCopyReport { seconds: took, faults }) = report.post_copy {
+        row("post-copy", format!("{} behind the switch, {faults} pages waited for", seconds(took)));
     }
     if let Some(cpu) = report.cpu_seconds {
         row("cpu", format!("{} of both gateways", seconds(cpu)));

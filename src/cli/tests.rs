@@ -65,7 +65,7 @@ fn usage_errors_exit_2_and_say_what_was_expected() {
         ("sealane migrate web --to b --max-downtime 300", "hint: write `300ms` or `300s`"),
         ("sealane migrate ../x --to b", "invalid VM name `../x`"),
         ("sealane migrate web --to b --lanes 0", "1..=16"),
-        ("sealane migrate web --to b --mode warp", "possible values: precopy"),
+        ("sealane migrate web --to b --mode warp", "possible values: precopy, postcopy, hybrid"),
         ("sealane migrate web --to b --socket a --config b", "cannot be used with"),
         ("sealane migrate web --to b --verify=perhaps", "expected `yes`, `no` or `full`"),
         ("sealane storage migrate web", "--to <PEER>"),

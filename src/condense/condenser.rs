@@ -116,9 +116,10 @@ impl Condenser {
         std::mem::take(&mut self.full).into_iter()
     }
 
-    /// Where the stream was split, if it was: once.
+    /// Where the stream was split, if it was: once, and not before something came behind it. WHY: until QEMU has written that, a stream that
+    /// breaks has its guest go on by itself, and from there on it has not.
     pub fn take_split(&mut self) -> Option<Split> {
-        self.split.take()
+        self.split.take_if(|split| split.digest.bytes() < self.digest.bytes())
     }
 
     /// Lets the device sections go out if they seem to be all there; more cannot come behind a list of them.

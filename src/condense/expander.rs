@@ -90,12 +90,27 @@ impl Expander {
         if self.out.len() > self.walked {
             return Err(self.unsound("the end of the stream", "a part of something more"));
         }
+        let tail = self.release_tail()?;
+        Ok((tail, std::mem::take(&mut self.digest)))
+    }
+
+    /// The device sections, if they seem to be all there, as at the source: a hypervisor with a way back says that its stream has ended
+    /// only when the other one has loaded them.
+    ///
+    /// # Errors
+    /// They are not those that they list.
+    pub fn let_tail_go(&mut self) -> Result<Vec<u8>, Unsound> {
+        if self.tail.as_ref().is_some_and(|tail| tail::looks_whole(tail)) { self.release_tail() } else { Ok(Vec::new()) }
+    }
+
+    /// `INVARIANT(whole-tail)`
+    fn release_tail(&mut self) -> Result<Vec<u8>, Unsound> {
         let tail = self.tail.take().unwrap_or_default();
         if !tail.is_empty() {
             self.tail_checked = Some(tail::check(&tail)?);
             self.digest.framing(&tail);
         }
-        Ok((tail, std::mem::take(&mut self.digest)))
+        Ok(tail)
     }
 
     /// Why some of the stream is not known, if it is not.
@@ -252,6 +267,9 @@ impl Expander {
     }
 
     fn keep_tail(&mut self, rest: &[u8]) -> Result<(), Unsound> {
+        if self.tail_checked == Some(true) {
+            return Err(tail::nothing_more(self.digest.bytes(), rest));
+        }
         if self.tail_checked != Some(false) {
             let tail = self.tail.get_or_insert_default();
             tail.extend_from_slice(rest);

@@ -238,6 +238,14 @@ pub enum EngineError {
         /// The attempt.
         migration: MigrationId,
     },
+    /// A guest that was split lacks pages, and gets no more of them by itself.
+    #[error("the guest of `{vm}` was given to the destination, lacks pages that only the source has, and gets no more of them: {why}")]
+    Lacking {
+        /// Which VM.
+        vm: VmName,
+        /// What happened.
+        why: String,
+    },
     /// The arbiter did not let the VM change its owner; nothing was written.
     #[error("migration `{migration}` of `{vm}` is in doubt: the arbiter says that the owner is {owner}")]
     Lost {
@@ -322,7 +330,7 @@ impl EngineError {
             Self::Cancelled { .. } => ErrorClass::Cancelled,
             // To the source this gateway is one that cannot be reached any more.
             Self::ShuttingDown { .. } => ErrorClass::PeerUnreachable,
-            Self::InDoubt { .. } | Self::Undecided { .. } | Self::Lost { .. } => ErrorClass::InDoubt,
+            Self::InDoubt { .. } | Self::Undecided { .. } | Self::Lacking { .. } | Self::Lost { .. } => ErrorClass::InDoubt,
             Self::Bug(_) => ErrorClass::Bug,
         }
     }

@@ -71,10 +71,21 @@ pub struct Figures {
     pub opaque: Option<&'static str>,
     /// Whether memory and state were compared and equal.
     pub verified: bool,
+    /// What came behind the switch, if the guest was split.
+    pub split: Option<SplitFigures>,
     /// What disks did.
     pub disks: DiskFigures,
     /// The destination's last audit head.
     pub peer_audit_head: Option<String>,
+}
+
+/// What a guest that was split got behind the switch.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct SplitFigures {
+    /// From RUNNING until it lacked nothing.
+    pub took: Duration,
+    /// Pages that it has waited for.
+    pub faults: u64,
 }
 
 /// What moved of disks.

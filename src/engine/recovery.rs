@@ -9,7 +9,7 @@ use std::sync::Arc;
 use crate::engine::handoff::{Binding, Evidence, JournalRecord, joined};
 use crate::engine::witness::Exchange;
 use crate::engine::{EngineError, Link};
-use crate::hypervisor::{Guest, HypervisorError, PagedDestination, RunState};
+use crate::hypervisor::{Address, Guest, HypervisorError, PagedDestination, RunState};
 use crate::identity::verify_signature;
 use crate::limits;
 use crate::migration::{
@@ -157,8 +157,8 @@ impl Interrupted {
         // An earlier gateway may have built the guest anew before it was killed.
         for address in [self.binding.address.clone(), (self.host.rebuilt_at)(self.binding.migration)] {
             match self.state_at(&address).await {
-                // Without its state it is no guest.
-                Ok(RunState::Incoming) => {}
+                // Without its state it is no guest. A QEMU's was loaded before RUN, and may lack pages.
+                Ok(RunState::Incoming) if !(self.is_running_here() && matches!(Address::parse(&address), Address::Qemu(_))) => {}
                 Ok(_) => {
                     self.binding.address = address;
                     return Ok(Holding::Memory);
@@ -190,11 +190,15 @@ impl Interrupted {
         Err(HypervisorError::Local { vm: self.binding.vm.to_string(), what: "the task that asks the VMM", source })
     }
 
+    fn is_running_here(&self) -> bool {
+        matches!(&self.records, Records::Destination(records) if matches!(records.last(), Some(DestinationRecord::Run)))
+    }
+
     /// COMMIT or RUN is journaled.
     fn is_past_doubt(&self) -> bool {
         match &self.records {
             Records::Source(records) => matches!(records.last(), Some(SourceRecord::Commit { .. })),
-            Records::Destination(records) => matches!(records.last(), Some(DestinationRecord::Run)),
+            Records::Destination(_) => self.is_running_here(),
         }
     }
 
@@ -277,6 +281,13 @@ impl Interrupted {
         Ok(())
     }
 
+    /// Whether the destination's guest lacks what this copy has. One that is gone has nothing.
+    async fn is_lacked(&self) -> bool {
+        let (attach, address, vm) = (Arc::clone(&self.host.attach), self.binding.address.clone(), self.binding.vm.clone());
+        let asked = tokio::task::spawn_blocking(move || attach(&address, &vm).and_then(|mut guest| guest.is_lacked()));
+        matches!(asked.await, Ok(Ok(true)))
+    }
+
     async fn perform<R: Into<JournalRecord>>(
         &mut self,
         actions: Vec<HandoffAction<R>>,
@@ -322,6 +333,11 @@ impl Interrupted {
     async fn step(&mut self, machine: &mut Machine, event: Step, session: Option<&Session>) -> Result<Option<Outcome>, EngineError> {
         match machine {
             Machine::Source(machine, _) => {
+                // INVARIANT(served-first)
+                if matches!(event, Step::Received { step: Handoff::Running, .. }) && machine.is_committed() && self.is_lacked().await {
+                    let why = "a gateway was started anew behind the switch, or ended the migration".to_owned();
+                    return Err(EngineError::Lacking { vm: self.binding.vm.clone(), why });
+                }
                 let step = match event {
                     Step::Reconnected => SourceStep::Reconnected,
                     Step::Received { step, incarnation_same, position } => SourceStep::Received { step, incarnation_same, position },

@@ -16,6 +16,7 @@ use crate::gateway::machine::check_machine;
 use crate::gateway::registry::{Busy, Claim, Migration};
 use crate::gateway::twins::{Leavings, Twin, end_twin};
 use crate::gateway::{Gateway, put_class, report};
+use crate::hypervisor::qemu::QEMU_KIND;
 use crate::hypervisor::{HypervisorError, LaunchedVmm, Machine};
 use crate::limits;
 use crate::memory::MemoryLayout;
@@ -250,6 +251,7 @@ impl Gateway {
             vm: offer.vm.clone(),
             uuid: offer.uuid,
             terms: offer.stream.clone(),
+            mode: machine.mode,
             memory_bytes,
             disks: DisksAsked::from(&machine),
             bandwidth_max: None,
@@ -345,6 +347,9 @@ impl Gateway {
         // What the stream says it is must be what was judged: one name, one UUID, one layout.
         if machine.uuid != offer.uuid || machine.regions != offer.regions || machine.kind != offer.hypervisor {
             return Err(Refusal::new(ErrorClass::PeerMisbehaved, "the machine description contradicts the offer"));
+        }
+        if machine.mode.may_split() && (machine.kind != QEMU_KIND || !machine.disks.is_empty()) {
+            return Err(Refusal::new(ErrorClass::PeerMisbehaved, "only a QEMU's guest whose disks stay is split"));
         }
         if offer.epoch.next() == offer.epoch {
             return Err(Refusal::new(ErrorClass::PeerMisbehaved, "there is no epoch after the offer's"));
@@ -473,7 +478,8 @@ impl Gateway {
         report.authenticated.destination = Some(self.credentials.own_id());
         report.policy.decision = Some(report::decision(end.error.as_ref()));
         report.policy.policy_ids = policy_ids;
-        report.verified = end.outcome == Some(Place::Moved) && case.terms.verify;
+        report.mode = case.mode;
+        report.verified = end.outcome == Some(Place::Moved) && case.terms.verify && !case.mode.may_split();
         report::put_disks_there(&mut report, end.disks);
         report.audit.destination_head = Some(self.audit.head().text);
         report

@@ -17,7 +17,7 @@ use crate::policy::{
 };
 use crate::telemetry::Problem;
 use crate::transport::Session;
-use crate::types::{MigrationId, Side, SpiffeId, VmName, VmUuid};
+use crate::types::{MigrationId, Mode, Side, SpiffeId, VmName, VmUuid};
 use crate::wire::{ErrorClass, StreamTerms};
 
 /// Policy as this gateway asks it.
@@ -35,6 +35,8 @@ pub(super) struct Case {
     pub(super) vm: VmName,
     pub(super) uuid: VmUuid,
     pub(super) terms: StreamTerms,
+    /// How its memory moves.
+    pub(super) mode: Mode,
     pub(super) memory_bytes: u64,
     pub(super) disks: DisksAsked,
     /// Most that policy lets the source send, in bytes a second.
@@ -71,15 +73,18 @@ impl From<&Machine> for DisksAsked {
 
 impl Case {
     /// A VM that leaves, before its guest was seen.
-    pub(super) fn leaving(migration: MigrationId, vm: &Vm, terms: StreamTerms, disks: DisksAsked) -> Self {
+    pub(super) fn leaving(migration: MigrationId, vm: &Vm, terms: StreamTerms, mode: Mode, disks: DisksAsked) -> Self {
         let (name, side) = (vm.name.clone(), Side::Source);
-        Self { migration, vm: name, uuid: vm.uuid, terms, memory_bytes: 0, disks, bandwidth_max: None, side }
+        Self { migration, vm: name, uuid: vm.uuid, terms, mode, memory_bytes: 0, disks, bandwidth_max: None, side }
     }
 
     /// Takes over what a permit obliges to, before anything is offered.
     pub(super) fn oblige<A: Action>(&mut self, permit: &Permit<A>) {
         if let Some(stream) = permit.stream() {
             self.terms = obliged(&self.terms, stream);
+            if stream.mode == policy::Mode::Precopy {
+                self.mode = Mode::Precopy;
+            }
         }
         self.bandwidth_max = self.bandwidth_max.into_iter().chain(permit.obligations().bandwidth_max()).min();
     }
@@ -148,7 +153,8 @@ impl Judge {
 
     /// May this operator ask for this move?
     pub(super) fn request(&self, operator: &str, case: &Case, route: Route) -> Result<Permit<Request>, NoPermit> {
-        let context = RequestContext { now_unix_ms: now_ms(), route, stream: stream(&case.terms, case.disks.storage), change_ticket: None };
+        let stream = stream(&case.terms, case.mode, case.disks.storage);
+        let context = RequestContext { now_unix_ms: now_ms(), route, stream, change_ticket: None };
         let policies = self.policies.load_full();
         let answer = policies.ask_request(operator, case.uuid, &context);
         self.recorded(case, &policies, &Question::Request(operator, &context), answer)
@@ -264,7 +270,7 @@ impl Judge {
                 crl_fresh: session.verify_again().is_ok(),
                 peer_cert_days_left: peer.days_left(SystemTime::now()),
             },
-            stream: stream(&case.terms, case.disks.storage),
+            stream: stream(&case.terms, case.mode, case.disks.storage),
             memory_mib: case.memory_bytes >> 20,
             disk_count: case.disks.count,
             disk_mib: case.disks.bytes.div_ceil(1 << 20),

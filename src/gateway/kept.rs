@@ -204,7 +204,7 @@ impl Gateway {
         if !self.journal.records(offer.migration).is_ok_and(|records| records.is_empty()) {
             return Err(Refusal::new(ErrorClass::Local, "the journal knows this migration"));
         }
-        let (_, memory_bytes) = self.read_offer(&offer)?;
+        let (machine, memory_bytes) = self.read_offer(&offer)?;
         // It goes on with the lanes that it was granted, so they are what is judged.
         let terms = StreamTerms { lanes, ..offer.stream.clone() };
         let mut case = Case {
@@ -212,6 +212,7 @@ impl Gateway {
             vm: offer.vm.clone(),
             uuid: offer.uuid,
             terms,
+            mode: machine.mode,
             memory_bytes,
             disks: DisksAsked::default(),
             bandwidth_max: None,

@@ -18,6 +18,7 @@ mod judge;
 mod kept;
 mod launcher;
 mod machine;
+mod modes;
 mod outgoing;
 mod peers;
 mod plan;

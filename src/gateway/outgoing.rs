@@ -15,6 +15,7 @@ use crate::gateway::departures::Note;
 use crate::gateway::disks::{self, DiskWish};
 use crate::gateway::judge::{Case, NoPermit};
 use crate::gateway::machine::{check_machine, machine_digest};
+use crate::gateway::modes::{not_split, split_at_all};
 use crate::gateway::policies::{compression, default_terms, operator_id, zstd_level};
 use crate::gateway::queue::QueueFull;
 use crate::gateway::registry::{Busy, Claim, Migration};
@@ -26,7 +27,7 @@ use crate::hypervisor::{Address, HypervisorError, Machine, PagedSource, StreamSo
 use crate::limits;
 use crate::migration::{Goal, Outcome as Place};
 use crate::policy::{Permit, Release, Route};
-use crate::telemetry::{self, Mode, Monotone, Problem, Progress, Report, RunningOn};
+use crate::telemetry::{self, Monotone, Problem, Progress, Report, RunningOn};
 use crate::types::{Epoch, MigrationId, Side, Verify};
 use crate::wire::{Durability, ErrorClass, StreamTerms};
 
@@ -114,9 +115,6 @@ impl Gateway {
     /// Checks a request as far as this host alone can, and takes the VM.
     pub(super) fn prepare(self: &Arc<Self>, operator: u32, request: &MigrateRequest) -> Result<Departure, Problem> {
         let misuse = |message: String| Problem::new(ErrorClass::Misuse, message);
-        if request.mode != Mode::Precopy {
-            return Err(misuse("only `--mode precopy` is built".into()).with_code("not-built"));
-        }
         let vm = self.config.vm(&request.vm).cloned().ok_or_else(|| {
             misuse(format!("no VM `{}` in the configuration of gateway `{}`", request.vm, self.config.gateway.name))
                 .with_code("unknown-vm")
@@ -145,6 +143,7 @@ impl Gateway {
             terms.compression = compression(compress);
         }
         carried(&vm, &Address::parse(&address), &terms)?;
+        split_at_all(&vm, &Address::parse(&address), request)?;
         let disks = disks::wished(&vm, &address, request)?;
         let verify = request.verify.unwrap_or(defaults.verify);
         terms.verify = verify != Verify::No;
@@ -159,7 +158,7 @@ impl Gateway {
         let timeout = request.timeout_seconds.map_or(Ok(defaults.timeout.duration), |s| positive(s, "`timeout_seconds`"))?;
         let outage_max = request.max_outage_seconds.map_or(Ok(defaults.max_outage.duration), |s| positive(s, "`max_outage_seconds`"))?;
         let bandwidth = request.bandwidth_bytes_per_second.or(defaults.bandwidth.map(|limit| limit.bytes_per_second));
-        let case = Case::leaving(migration, &vm, terms, DiskWish::asked(disks, &[]));
+        let case = Case::leaving(migration, &vm, terms, request.mode, DiskWish::asked(disks, &[]));
         let goal = Goal { downtime_max, throttle: request.throttle, fixed_cost: PAUSE_FIXED };
         let table_bytes = usize::try_from(defaults.tables.bytes).unwrap_or(usize::MAX);
         let manner = Manner { verify_in_pause: verify == Verify::Full, zstd_level: request.compress.and_then(zstd_level), table_bytes };
@@ -396,12 +395,15 @@ impl Gateway {
 
     /// Attaches to the guest, reaches the destination and asks whether it may have the VM. What is offered is noted.
     async fn set_out(self: &Arc<Self>, departure: &mut Departure, started: SystemTime) -> Result<(Leaving, Link, Note), Problem> {
-        let guest = self.attach_to(departure).await?;
+        let mut guest = self.attach_to(departure).await?;
         crate::failpoint::hit!("source.attached");
         let link = self.dial(&departure.peer).await?;
         let permit = self.release(departure, &link, guest.machine()).await?;
         // Policy may have asked for more than the request.
         carried(&departure.vm, &Address::parse(&departure.address), &departure.case.terms)?;
+        if let Leaving::Stream(guest) = &mut guest {
+            guest.move_as(departure.case.mode).map_err(|error| not_split(&error))?;
+        }
         crate::failpoint::hit!("source.released");
         let order = SourceOrder {
             migration: departure.migration,
@@ -440,6 +442,7 @@ impl Gateway {
             report::not_woken(&mut report);
         }
         report.hypervisor = hypervisor;
+        report.mode = departure.case.mode;
         report.guest_memory_bytes = departure.case.memory_bytes;
         report.authenticated.source = Some(self.credentials.own_id());
         report.authenticated.destination = Some(departure.peer.spiffe.clone());
@@ -472,6 +475,7 @@ impl Gateway {
         check_machine(vm, guest.machine()).map_err(|why| Problem::new(ErrorClass::Denied, why).with_code("machine-differs"))?;
         departure.has_memory(guest.machine().regions.iter().map(|region| region.bytes).sum());
         if let Leaving::Stream(guest) = &mut guest {
+            guest.move_as(departure.case.mode).map_err(|error| not_split(&error))?;
             disks::take_along(&departure.vm, guest, departure.disks)?;
             departure.case.disks = DiskWish::asked(departure.disks, &guest.machine().disks);
         }

@@ -10,7 +10,7 @@ use crate::gateway::peers;
 use crate::identity::{PostQuantum, provider};
 use crate::limits;
 use crate::policy::{self, Channel, Entities, PolicyFile, Stream};
-use crate::types::Verify;
+use crate::types::{Mode, Verify};
 use crate::wire::{Compression, CompressionScope, Durability, StreamTerms};
 
 /// Every `*.cedar` of a directory, in order of name; or the path that cannot be read, and why.
@@ -121,9 +121,13 @@ pub(crate) fn zstd_level(wish: Compress) -> Option<u8> {
 }
 
 /// The terms of a stream as policies see them.
-pub(super) fn stream(terms: &StreamTerms, storage: policy::Storage) -> Stream {
+pub(super) fn stream(terms: &StreamTerms, mode: Mode, storage: policy::Storage) -> Stream {
     Stream {
-        mode: policy::Mode::Precopy,
+        mode: match mode {
+            Mode::Precopy => policy::Mode::Precopy,
+            Mode::Postcopy => policy::Mode::Postcopy,
+            Mode::Hybrid => policy::Mode::Hybrid,
+        },
         compression: match terms.compression {
             Compression::None => policy::Codec::None,
             Compression::Lz4 => policy::Codec::Lz4,
@@ -173,7 +177,7 @@ pub(super) fn obliged(terms: &StreamTerms, stream: &Stream) -> StreamTerms {
 
 /// The terms that a migration without wishes of its own is judged by.
 pub(crate) fn default_stream(config: &Config, vm: &config::Vm) -> Stream {
-    stream(&default_terms(&config.migration, vm.classification), policy::Storage::None)
+    stream(&default_terms(&config.migration, vm.classification), Mode::Precopy, policy::Storage::None)
 }
 
 /// The address that a request is judged by before the peer was reached.

@@ -4,7 +4,7 @@ use std::time::{Duration, SystemTime};
 
 use crate::engine::{DiskFigures, EngineError, Figures};
 use crate::migration;
-use crate::telemetry::{DiskReport, DowntimeBreakdown, Outcome, Problem, Report, RunningOn, chain};
+use crate::telemetry::{DiskReport, DowntimeBreakdown, Outcome, PostCopyReport, Problem, Report, RunningOn, chain};
 use crate::types::{MigrationId, VmName};
 use crate::wire::ErrorClass;
 
@@ -23,6 +23,7 @@ pub(crate) fn report(
             _ => (Outcome::Failed, RunningOn::Source),
         },
         Some(migration::Outcome::Cold) => (Outcome::Failed, RunningOn::NeitherYet),
+        None if matches!(error, Some(EngineError::Lacking { .. })) => (Outcome::InDoubt, RunningOn::Destination),
         None => (Outcome::InDoubt, RunningOn::NeitherYet),
     };
     let mut report = Report::new(migration, vm.clone(), state, running_on);
@@ -110,6 +111,10 @@ pub(super) fn problem(error: &EngineError, running_on: RunningOn) -> Problem {
         EngineError::InDoubt { .. } => problem.with_hint(
             "the gateway keeps asking the destination; if it is gone for good, see `sealane resolve`; do not start the VM by hand",
         ),
+        EngineError::Lacking { .. } => problem.with_code("lacks-pages").with_hint(
+            "do not start the VM at the source; neither QEMU was ended: they can go on by hand, with `migrate-recover` at the destination \
+             and `migrate` with `resume` at the source",
+        ),
         EngineError::Audit(_) => problem.with_hint("nothing is moved without evidence; make room on the gateway's disk and try again"),
         EngineError::Journal(_) => {
             problem.with_hint("nothing is moved without its journal; see to the gateway's disk, restart the gateway, and try again")
@@ -131,6 +136,7 @@ pub(crate) fn put_figures(report: &mut Report, figures: &Figures) {
     report.table_bytes = figures.table_bytes;
     report.stream_opaque = figures.opaque.map(str::to_owned);
     report.verified = figures.verified;
+    report.post_copy = figures.split.map(|split| PostCopyReport { seconds: split.took.as_secs_f64(), faults: split.faults });
     report.disks = (figures.disks.count > 0).then(|| disk_report(&figures.disks, figures.verified));
     report.downtime_seconds = figures.downtime.map(|downtime| downtime.as_secs_f64());
     report.audit.destination_head.clone_from(&figures.peer_audit_head);

@@ -22,7 +22,7 @@ use crate::limits;
 use crate::migration;
 use crate::policy::{Permit, Resolve};
 use crate::telemetry::{Problem, RunningOn, chain};
-use crate::types::{MigrationId, Side, VmName};
+use crate::types::{MigrationId, Mode, Side, VmName};
 use crate::wire::ErrorClass;
 
 /// How long the task that asks the peer may take to see that nothing is left to ask.
@@ -294,6 +294,7 @@ impl Gateway {
             uuid: about.uuid,
             // A VM that the configuration no longer has is judged by the terms that give the least away.
             terms: default_terms(&self.config.migration, classification.unwrap_or(Classification::Restricted)),
+            mode: Mode::Precopy,
             memory_bytes: 0,
             disks: DisksAsked::default(),
             bandwidth_max: None,

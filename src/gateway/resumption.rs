@@ -17,7 +17,7 @@ use crate::hypervisor::attach::{AttachedSource, Timeouts};
 use crate::hypervisor::{Address, PagedSource};
 use crate::migration::{Goal, OfferRecord};
 use crate::telemetry::{Phase, Problem, Progress, RunningOn, chain};
-use crate::types::{MigrationId, Side};
+use crate::types::{MigrationId, Mode, Side};
 use crate::wire::ErrorClass;
 
 /// A departure that goes on.
@@ -81,6 +81,7 @@ impl Gateway {
             vm: vm.name.clone(),
             uuid: vm.uuid,
             terms: order.stream.clone(),
+            mode: Mode::Precopy,
             memory_bytes,
             disks: DisksAsked::default(),
             bandwidth_max: order.bandwidth_max,

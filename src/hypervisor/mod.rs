@@ -176,6 +176,13 @@ pub trait Guest: Send {
     /// # Errors
     /// The VMM is gone.
     fn status(&mut self) -> Result<GuestStatus, HypervisorError>;
+    /// Whether the guest was given away and lacks what only this copy has.
+    ///
+    /// # Errors
+    /// The VMM is gone.
+    fn is_lacked(&mut self) -> Result<bool, HypervisorError> {
+        Ok(false)
+    }
     /// Ends the VMM and frees the guest's memory. Only of a copy that never runs again.
     ///
     /// # Errors

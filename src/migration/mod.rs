@@ -29,7 +29,9 @@ pub use handoff::{
     SourceDecision, SourceHandoff, SourceRecord, SourceState, SourceStep,
 };
 pub use source::{Source, SourceAction, SourceEvent, Standing};
-pub use stream::{StreamDestination, StreamDestinationAction, StreamDestinationEvent, StreamSource, StreamSourceAction, StreamSourceEvent};
+pub use stream::{
+    StreamDestination, StreamDestinationAction, StreamDestinationEvent, StreamSource, StreamSourceAction, StreamSourceEvent, split_is_due,
+};
 
 /// An event that a machine does not take in its state.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

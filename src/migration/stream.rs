@@ -3,10 +3,18 @@
 //! Nothing of a stream can be taken back: a hypervisor that has sent a byte goes on behind it, so an outage only delays, and a
 //! guest that its hypervisor has stopped goes on where it is by ending the attempt. Disks that move too are mirrored before the stream
 //! begins, and settled when the guest stands still. Where only they are to be copied, that is all, and the guest stays: an ABORT ends it.
+//! With post-copy a guest is split: the same handoff is about all of it but pages, and a
+//! source that has given it keeps those until the destination lacks none.
+
+#[cfg(test)]
+mod tests;
+
+use std::time::Duration;
 
 use crate::migration::handoff::{DestinationHandoff, DestinationRecord, DestinationStep, HandoffAction, OfferRecord, SourceHandoff};
 use crate::migration::handoff::{SourceRecord, SourceStep};
 use crate::migration::{Refusal, Standing};
+use crate::types::Mode;
 use crate::wire::{ErrorClass, FinalDigest, Handoff};
 
 /// The source of one stream.
@@ -20,6 +28,8 @@ pub struct StreamSource {
     disks: bool,
     /// Whether nothing else does.
     disks_only: bool,
+    /// Whether the destination was sent a guest that lacks pages, and lacks them still.
+    lacking: bool,
 }
 
 #[derive(Debug)]
@@ -36,6 +46,8 @@ enum SourceState {
     Switching(SourceHandoff),
     /// The handoff decides.
     HandingOff(SourceHandoff),
+    /// The guest runs at the destination, as this step says, and lacks pages that are here.
+    Serving(SourceHandoff, SourceStep),
     /// Ended before anything was journaled: the guest never noticed.
     Declined,
 }
@@ -58,6 +70,10 @@ pub enum StreamSourceEvent {
     Settled,
     /// The hypervisor has sent all of its guest, which does not run by itself any more.
     Finalised(FinalDigest),
+    /// The hypervisor has sent all of its guest but pages, and the guest does not run by itself any more.
+    Split(FinalDigest),
+    /// The destination lacks no page.
+    Emptied,
     /// Something for the handoff.
     Handoff(SourceStep),
     /// Give up if that is still possible.
@@ -97,7 +113,7 @@ type SourceTurn = (SourceState, Result<Vec<StreamSourceAction>, Refusal>);
 
 impl Default for StreamSource {
     fn default() -> Self {
-        Self { state: SourceState::AwaitAccept, lanes: 0, connected: true, disks: false, disks_only: false }
+        Self { state: SourceState::AwaitAccept, lanes: 0, connected: true, disks: false, disks_only: false, lacking: false }
     }
 }
 
@@ -123,7 +139,17 @@ impl StreamSource {
     /// Whether only the destination's word can end it: after COMMIT.
     #[must_use]
     pub fn is_committed(&self) -> bool {
-        matches!(&self.state, SourceState::HandingOff(handoff) if handoff.is_committed())
+        match &self.state {
+            SourceState::HandingOff(handoff) => handoff.is_committed(),
+            SourceState::Serving(..) => true,
+            _ => false,
+        }
+    }
+
+    /// Whether the guest runs at the destination and lacks pages that are here.
+    #[must_use]
+    pub fn is_serving(&self) -> bool {
+        matches!(self.state, SourceState::Serving(..))
     }
 
     /// One step.
@@ -157,6 +183,10 @@ impl StreamSource {
             (S::Flowing(handoff), E::Stopped) if self.disks => (S::Settling(handoff), Ok(vec![StreamSourceAction::Settle])),
             (S::Settling(handoff), E::Settled) => (S::Switching(handoff), Ok(vec![StreamSourceAction::GoOn])),
             (S::Flowing(handoff), E::Stopped) => (S::Switching(handoff), Ok(vec![StreamSourceAction::GoOn])),
+            (S::Switching(handoff), E::Split(digest)) => {
+                self.lacking = true;
+                Self::handoff(handoff, &SourceStep::Finalised { digest, lanes: self.lanes })
+            }
             (S::Switching(handoff), E::Finalised(digest)) => Self::handoff(handoff, &SourceStep::Finalised { digest, lanes: self.lanes }),
             (
                 S::Mirroring(handoff) | S::Flowing(handoff) | S::Settling(handoff) | S::Switching(handoff) | S::HandingOff(handoff),
@@ -167,7 +197,18 @@ impl StreamSource {
                 S::Mirroring(handoff) | S::Flowing(handoff) | S::Settling(handoff) | S::Switching(handoff),
                 E::Handoff(step @ (SourceStep::Received { step: Handoff::Refuse { .. }, .. } | SourceStep::Failed)),
             ) => Self::handoff(handoff, &step),
+            // INVARIANT(served-first): nothing ends here, and nothing is destroyed, before the guest has all that it needs.
+            (S::HandingOff(handoff), E::Handoff(step)) if self.lacking && handoff.is_committed() && is_running(&step) => {
+                (S::Serving(handoff, step), Ok(vec![]))
+            }
             (S::HandingOff(handoff), E::Handoff(step)) => Self::handoff(handoff, &step),
+            (S::Serving(handoff, step), E::Emptied) => Self::handoff(handoff, &step),
+            (state @ S::HandingOff(_), E::Emptied) if self.lacking => {
+                self.lacking = false;
+                (state, Ok(vec![]))
+            }
+            // Whose the guest is was decided.
+            (state @ S::Serving(..), E::Handoff(_) | E::GiveUp(_)) => (state, Ok(vec![])),
             (state, E::LinkLost) => {
                 let known = !std::mem::replace(&mut self.connected, false);
                 let waits = known || matches!(state, S::Declined);
@@ -195,6 +236,7 @@ impl StreamSource {
             (state @ (S::Mirroring(_) | S::Flowing(_) | S::Settling(_) | S::Switching(_)), Standing::Receiving) => (state, Ok(vec![])),
             (S::HandingOff(handoff), Standing::Receiving) if handoff.awaits_prepared() => Self::handoff(handoff, &SourceStep::Reconnected),
             (S::HandingOff(handoff), Standing::Deciding) => Self::handoff(handoff, &SourceStep::Reconnected),
+            (state @ S::Serving(..), Standing::Deciding) => (state, Ok(vec![])),
             (state, _) => {
                 let refusal = Refusal { state: state.name(), event: "resumed", expected: "a destination that is where it was" };
                 (state, Err(refusal))
@@ -202,6 +244,25 @@ impl StreamSource {
         }
     }
 }
+
+/// RUNNING of the destination that was given the guest.
+fn is_running(step: &SourceStep) -> bool {
+    matches!(step, SourceStep::Received { step: Handoff::Running, incarnation_same: true, .. })
+}
+
+/// Whether a guest that runs is split now: where that is wanted at once, and where passes have not brought the end closer, or half of the time is over.
+#[must_use]
+pub fn split_is_due(mode: Mode, passes: u32, elapsed: Duration, timeout: Option<Duration>) -> bool {
+    let late = timeout.is_some_and(|timeout| elapsed > timeout / 2);
+    match mode {
+        Mode::Precopy => false,
+        Mode::Postcopy => true,
+        Mode::Hybrid => passes > HYBRID_PASSES || late,
+    }
+}
+
+/// WHY: the first sends everything, the second what changed meanwhile; what that leaves a third changes hardly.
+const HYBRID_PASSES: u32 = 2;
 
 impl SourceState {
     fn name(&self) -> &'static str {
@@ -212,6 +273,7 @@ impl SourceState {
             Self::Settling(_) => "settling",
             Self::Switching(_) => "switching",
             Self::HandingOff(handoff) => handoff.name(),
+            Self::Serving(..) => "serving",
             Self::Declined => "declined",
         }
     }
@@ -224,6 +286,7 @@ impl SourceState {
             Self::Settling(_) => "disks that change no more",
             Self::Switching(_) => "the end of the stream",
             Self::HandingOff(_) => "a step of the handoff",
+            Self::Serving(..) => "a destination that lacks nothing",
             Self::Declined => "nothing: the migration has ended",
         }
     }
@@ -239,6 +302,8 @@ impl StreamSourceEvent {
             Self::Stopped => "stopped",
             Self::Settled => "settled",
             Self::Finalised(_) => "finalised",
+            Self::Split(_) => "split",
+            Self::Emptied => "emptied",
             Self::Handoff(step) => step.name(),
             Self::GiveUp(_) => "give-up",
             Self::LinkLost => "link-lost",
@@ -394,206 +459,6 @@ impl StreamDestinationEvent {
             Self::Resumed => "resumed",
             Self::Handoff(step) => step.name(),
             Self::GiveUp(_) => "give-up",
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::super::transitions::{offer, prepared};
-    use super::*;
-
-    const DIGEST: FinalDigest = FinalDigest { state: [1; 32], lanes: [2; 32], memory: 3 };
-
-    fn received(step: Handoff, position: u64) -> StreamSourceEvent {
-        StreamSourceEvent::Handoff(SourceStep::Received { step, incarnation_same: true, position })
-    }
-
-    fn flowing() -> StreamSource {
-        let mut source = StreamSource::default();
-        let actions = source.step(StreamSourceEvent::Accepted { offer: offer(), lanes: 2 }).unwrap();
-        assert!(matches!(
-            actions.as_slice(),
-            [StreamSourceAction::Handoff(HandoffAction::Journal(SourceRecord::Offer(_))), StreamSourceAction::Begin { lanes: 2 }]
-        ));
-        source
-    }
-
-    fn said_final() -> StreamSource {
-        let mut source = flowing();
-        assert_eq!(source.step(StreamSourceEvent::Stopped).unwrap(), [StreamSourceAction::GoOn]);
-        let actions = source.step(StreamSourceEvent::Finalised(DIGEST)).unwrap();
-        assert_eq!(actions, [StreamSourceAction::Handoff(HandoffAction::Send(Handoff::Final { digest: DIGEST, lanes: 2 }))]);
-        source
-    }
-
-    fn mirroring() -> StreamSource {
-        let mut source = StreamSource::with_disks();
-        let actions = source.step(StreamSourceEvent::Accepted { offer: offer(), lanes: 2 }).unwrap();
-        assert!(matches!(
-            actions.as_slice(),
-            [StreamSourceAction::Handoff(HandoffAction::Journal(SourceRecord::Offer(_))), StreamSourceAction::Mirror { lanes: 2 }]
-        ));
-        source
-    }
-
-    fn settling() -> StreamSource {
-        let mut source = mirroring();
-        assert_eq!(source.step(StreamSourceEvent::Mirrored).unwrap(), [StreamSourceAction::Begin { lanes: 2 }]);
-        assert_eq!(source.step(StreamSourceEvent::Stopped).unwrap(), [StreamSourceAction::Settle]);
-        source
-    }
-
-    fn names(actions: &[StreamSourceAction]) -> String {
-        format!("{actions:?}")
-    }
-
-    #[test]
-    fn a_source_goes_through_the_same_handoff() {
-        let mut source = said_final();
-        let ask = source.step(received(Handoff::Prepared { digest: DIGEST }, 7)).unwrap();
-        assert_eq!(ask, [StreamSourceAction::Handoff(HandoffAction::AskCommit)]);
-        let commit = source.step(StreamSourceEvent::Handoff(SourceStep::CommitPermitted)).unwrap();
-        assert!(names(&commit).contains("Journal(Commit") && source.is_committed());
-        assert!(source.step(StreamSourceEvent::GiveUp(ErrorClass::Cancelled)).unwrap().is_empty(), "COMMIT is not taken back");
-        let done = names(&source.step(received(Handoff::Running, 8)).unwrap());
-        assert!(done.contains("Journal(Done)") && done.contains("Destroy"), "{done}");
-    }
-
-    #[test]
-    fn nothing_is_final_before_the_hypervisor_has_stopped_its_guest() {
-        let mut source = flowing();
-        assert!(source.step(StreamSourceEvent::Finalised(DIGEST)).is_err());
-        assert!(source.step(received(Handoff::Prepared { digest: DIGEST }, 7)).is_err());
-        assert_eq!(source.name(), "flowing");
-    }
-
-    #[test]
-    fn the_stream_waits_for_the_disks_and_its_end_too() {
-        let mut source = mirroring();
-        for early in [StreamSourceEvent::Stopped, StreamSourceEvent::Settled, StreamSourceEvent::Finalised(DIGEST)] {
-            assert!(source.step(early).is_err());
-        }
-        let mut source = settling();
-        for early in [StreamSourceEvent::Mirrored, StreamSourceEvent::Stopped, StreamSourceEvent::Finalised(DIGEST)] {
-            assert!(source.step(early).is_err());
-        }
-        assert_eq!(source.step(StreamSourceEvent::Settled).unwrap(), [StreamSourceAction::GoOn]);
-        // Without disks nothing is awaited of them.
-        let mut source = flowing();
-        assert!(source.step(StreamSourceEvent::Mirrored).is_err() && source.step(StreamSourceEvent::Settled).is_err());
-    }
-
-    #[test]
-    fn disks_alone_are_mirrored_and_settled_and_then_the_guest_stays() {
-        let alone = || {
-            let mut source = StreamSource::disks_only();
-            source.step(StreamSourceEvent::Accepted { offer: offer(), lanes: 2 }).unwrap();
-            source
-        };
-        let mut source = alone();
-        assert!(source.step(StreamSourceEvent::Stopped).is_err() && source.step(StreamSourceEvent::Settled).is_err());
-        assert_eq!(source.step(StreamSourceEvent::Mirrored).unwrap(), [StreamSourceAction::Settle]);
-        for early in [StreamSourceEvent::Stopped, StreamSourceEvent::Finalised(DIGEST), received(Handoff::Prepared { digest: DIGEST }, 7)] {
-            assert!(source.step(early).is_err());
-        }
-        let actions = names(&source.step(StreamSourceEvent::Settled).unwrap());
-        assert!(actions.contains("Journal(Abort") && actions.contains("Resume") && !actions.contains("Begin"), "{actions}");
-        assert_eq!(source.name(), "aborted");
-        let actions = names(&alone().step(StreamSourceEvent::GiveUp(ErrorClass::Local)).unwrap());
-        assert!(actions.contains("Journal(Abort"), "{actions}");
-    }
-
-    #[test]
-    fn before_commit_whatever_goes_wrong_wakes_the_guest() {
-        let ways: [fn() -> StreamSource; 4] = [flowing, said_final, mirroring, settling];
-        for way in ways {
-            for event in [
-                StreamSourceEvent::GiveUp(ErrorClass::Local),
-                received(Handoff::Refuse { class: ErrorClass::Local }, 7),
-                StreamSourceEvent::Handoff(SourceStep::Failed),
-            ] {
-                let mut source = way();
-                let actions = names(&source.step(event).unwrap());
-                assert!(actions.contains("Journal(Abort") && actions.contains("Resume"), "{actions}");
-                assert_eq!(source.name(), "aborted");
-            }
-        }
-    }
-
-    #[test]
-    fn an_outage_only_delays() {
-        for (mut source, again) in [(flowing(), ""), (mirroring(), ""), (settling(), ""), (said_final(), "Send(Final")] {
-            let name = source.name();
-            assert_eq!(source.step(StreamSourceEvent::LinkLost).unwrap(), [StreamSourceAction::Reconnect]);
-            assert!(source.step(StreamSourceEvent::LinkLost).unwrap().is_empty());
-            assert!(names(&source.step(StreamSourceEvent::Resumed(Standing::Receiving)).unwrap()).contains(again));
-            assert_eq!(source.name(), name);
-        }
-        let mut source = StreamSource::default();
-        source.step(StreamSourceEvent::LinkLost).unwrap();
-        assert_eq!(source.step(StreamSourceEvent::Resumed(Standing::Unknown)).unwrap(), [StreamSourceAction::Offer]);
-        assert!(flowing().step(StreamSourceEvent::Resumed(Standing::Deciding)).is_err());
-    }
-
-    #[test]
-    fn a_guest_that_stops_in_an_outage_is_sent_on_all_the_same() {
-        let mut source = flowing();
-        source.step(StreamSourceEvent::LinkLost).unwrap();
-        assert_eq!(source.step(StreamSourceEvent::Stopped).unwrap(), [StreamSourceAction::GoOn]);
-        assert_eq!(source.step(StreamSourceEvent::Resumed(Standing::Receiving)).unwrap(), []);
-    }
-
-    #[test]
-    fn a_destination_promises_what_it_has_loaded() {
-        let mut destination = StreamDestination::default();
-        let early = StreamDestinationEvent::Handoff(DestinationStep::TwinComplete(prepared()));
-        assert!(destination.step(early.clone()).is_err() && destination.is_receiving());
-        assert_eq!(destination.step(StreamDestinationEvent::Final(DIGEST)).unwrap(), [StreamDestinationAction::Load(DIGEST)]);
-        assert!(destination.step(StreamDestinationEvent::Final(DIGEST)).is_err());
-        assert_eq!(destination.step(early).unwrap(), [StreamDestinationAction::Handoff(HandoffAction::AskCommit)]);
-        destination.step(StreamDestinationEvent::Handoff(DestinationStep::CommitPermitted)).unwrap();
-        assert!(destination.is_prepared());
-        let actions = format!("{:?}", destination.step(StreamDestinationEvent::Resumed).unwrap());
-        assert!(actions.contains("Send(Prepared"), "{actions}");
-        let commit = DestinationStep::Received(Handoff::Commit { digest: DIGEST });
-        let actions = format!("{:?}", destination.step(StreamDestinationEvent::Handoff(commit)).unwrap());
-        assert!(actions.contains("Journal(Run), Handoff") || actions.contains("Journal(Run)"), "{actions}");
-        assert!(destination.is_running());
-    }
-
-    // SPEC: PROTOCOL.md#must-disks-alone
-    #[test]
-    fn a_destination_of_disks_alone_takes_no_guest() {
-        let digest = DIGEST;
-        for guest in [
-            StreamDestinationEvent::Final(digest),
-            StreamDestinationEvent::Handoff(DestinationStep::Received(Handoff::Final { digest, lanes: 1 })),
-            StreamDestinationEvent::Handoff(DestinationStep::TwinComplete(prepared())),
-            StreamDestinationEvent::Handoff(DestinationStep::CommitPermitted),
-            StreamDestinationEvent::Handoff(DestinationStep::Received(Handoff::Commit { digest })),
-        ] {
-            let mut destination = StreamDestination::disks_only();
-            assert!(destination.step(guest).is_err() && destination.is_receiving());
-            assert_eq!(destination.step(StreamDestinationEvent::Resumed).unwrap(), []);
-            let abort = DestinationStep::Received(Handoff::Abort { class: ErrorClass::Cancelled });
-            let actions = format!("{:?}", destination.step(StreamDestinationEvent::Handoff(abort)).unwrap());
-            assert!(actions.contains("Journal(Refused)") && actions.contains("Destroy"), "{actions}");
-        }
-    }
-
-    #[test]
-    fn a_destination_that_has_promised_nothing_can_always_refuse() {
-        for events in [vec![], vec![StreamDestinationEvent::Final(DIGEST)]] {
-            for last in [
-                StreamDestinationEvent::GiveUp(ErrorClass::Local),
-                StreamDestinationEvent::Handoff(DestinationStep::Received(Handoff::Abort { class: ErrorClass::Cancelled })),
-            ] {
-                let mut destination = StreamDestination::default();
-                events.iter().for_each(|event: &StreamDestinationEvent| drop(destination.step(event.clone()).unwrap()));
-                let actions = format!("{:?}", destination.step(last).unwrap());
-                assert!(actions.contains("Journal(Refused)") && actions.contains("Destroy"), "{actions}");
-            }
         }
     }
 }

@@ -86,7 +86,7 @@ impl Obligations {
                 self.durability = Some(place.ok_or_else(|| wrong("`dest` or `both`"))?);
             }
             "require_mode" if value == Mode::Precopy.as_str() => self.mode = Some(Mode::Precopy),
-            "require_mode" => return Err(wrong("`precopy`: no other mode is built")),
+            "require_mode" => return Err(wrong("`precopy`: no other mode can be asked for")),
             "max_lanes" => {
                 let lanes = value.parse().ok().filter(|lanes| (1..=limits::LANES_MAX).contains(lanes));
                 self.lanes_max = Some(lanes.ok_or_else(|| wrong(&format!("1 to {}", limits::LANES_MAX)))?);

@@ -16,7 +16,9 @@ mod schema;
 pub use log::{LogError, chain, init_logging};
 pub use problem::Problem;
 pub use progress::{Monotone, Phase, Progress};
-pub use report::{AuditHeads, Authenticated, DiskReport, DowntimeBreakdown, Mode, Outcome, PolicyVerdict, Report, RunningOn};
+pub use report::{
+    AuditHeads, Authenticated, DiskReport, DowntimeBreakdown, Mode, Outcome, PolicyVerdict, PostCopyReport, Report, RunningOn,
+};
 pub use schema::{ProgressSchema, ReportSchema};
 
 pub(crate) use schema::schema_tag;

@@ -25,6 +25,8 @@ pub enum Phase {
     Switchover,
     /// Both sides compare memory and state.
     Verify,
+    /// The guest runs at the destination, and gets the pages that it lacks.
+    PostCopy,
     /// The source's copy goes away.
     Cleanup,
     /// Over.
@@ -33,7 +35,7 @@ pub enum Phase {
 
 impl Phase {
     /// Every phase, in order.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 10] = [
         Self::Queued,
         Self::Prepare,
         Self::Connect,
@@ -41,6 +43,7 @@ impl Phase {
         Self::Memory,
         Self::Switchover,
         Self::Verify,
+        Self::PostCopy,
         Self::Cleanup,
         Self::Done,
     ];
@@ -56,6 +59,7 @@ impl Phase {
             Self::Memory => "memory",
             Self::Switchover => "switchover",
             Self::Verify => "verify",
+            Self::PostCopy => "post-copy",
             Self::Cleanup => "cleanup",
             Self::Done => "done",
         }
@@ -93,6 +97,9 @@ pub struct Progress {
     /// What of it the destination lacks.
     #[serde(default)]
     pub disk_remaining_bytes: u64,
+    /// Pages that a guest that runs at the destination has waited for.
+    #[serde(default)]
+    pub faults: u64,
     /// Bytes of UDP payload sent so far.
     pub wire_bytes: u64,
     /// How fast the guest dirties memory.
@@ -129,6 +136,7 @@ impl Progress {
             memory_remaining_bytes: 0,
             disk_total_bytes: 0,
             disk_remaining_bytes: 0,
+            faults: 0,
             wire_bytes: 0,
             dirty_bytes_per_second: 0,
             send_bytes_per_second: 0,
@@ -200,7 +208,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn nothing_shown_ever_runs_backwards(steps in prop::collection::vec((0usize..8, -1.0f64..2.0, 0u32..9, 0u64..99), 1..60)) {
+        fn nothing_shown_ever_runs_backwards(steps in prop::collection::vec((0usize..9, -1.0f64..2.0, 0u32..9, 0u64..99), 1..60)) {
             let mut monotone = Monotone::new();
             let mut last: Option<Progress> = None;
             for (phase, fraction, round, wire) in steps {

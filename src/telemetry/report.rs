@@ -57,6 +57,9 @@ pub struct Report {
     pub stream_opaque: Option<String>,
     /// True only when destination memory and device state were compared with the source's.
     pub verified: bool,
+    /// What came behind the switch; absent when nothing did.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub post_copy: Option<PostCopyReport>,
     /// Disks that moved too; absent when none did.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub disks: Option<DiskReport>,
@@ -96,6 +99,7 @@ impl Report {
             pages: PageCounts::default(),
             stream_opaque: None,
             verified: false,
+            post_copy: None,
             disks: None,
             authenticated: Authenticated::default(),
             policy: PolicyVerdict::default(),
@@ -103,6 +107,15 @@ impl Report {
             error: None,
         }
     }
+}
+
+/// What a guest that ran at the destination before all of its pages were there got behind the switch.
+#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
+pub struct PostCopyReport {
+    /// Until it lacked nothing.
+    pub seconds: f64,
+    /// Pages that it has waited for.
+    pub faults: u64,
 }
 
 /// What moved of disks.

@@ -38,7 +38,8 @@ impl Hello {
     /// The greeting of this build.
     #[must_use]
     pub fn new(incarnation: Incarnation, signing_key: [u8; 32]) -> Self {
-        let features = [DISK_FEATURE, STREAM_FEATURE].map(|name| Feature { name: name.to_owned(), critical: false }).to_vec();
+        let features =
+            [DISK_FEATURE, POST_COPY_FEATURE, STREAM_FEATURE].map(|name| Feature { name: name.to_owned(), critical: false }).to_vec();
         Self { version_min: VERSION_MIN, version_max: VERSION_MAX, features, incarnation, signing_key }
     }
 

@@ -44,7 +44,7 @@ const BAD_POLICIES: [(&str, &str); 11] = [
     ("@id(\"x\") permit (principal, action, resource); @id(\"f\") forbid (principal, action, resource);", "never permits"),
     ("@id(\"x\") forbid (principal, action, resource) when { resource.classification == \"secret\" };", "`secret`"),
     ("@id(\"x\") @max_lane(\"1\") permit (principal, action, resource);", "unknown annotation"),
-    ("@id(\"x\") @require_mode(\"postcopy\") permit (principal, action, resource);", "no other mode is built"),
+    ("@id(\"x\") @require_mode(\"postcopy\") permit (principal, action, resource);", "no other mode can be asked for"),
     ("@id(\"x\") permit (principal, action, resource) when { resource.tenant like 5 };", "a.cedar:1:"),
 ];
 

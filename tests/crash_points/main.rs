@@ -39,6 +39,7 @@ mod relay;
 mod place;
 mod qemu;
 mod run;
+mod split;
 mod tally;
 
 use std::collections::VecDeque;

@@ -13,9 +13,9 @@ use serde_json::{Value, json};
 use crate::command::{Running, Said, wait_for};
 use crate::disks::{Disks, MIB, Plan};
 use crate::gateway::{A, B, Name};
-use crate::lab::Setup;
+use crate::lab::{Lab, Setup};
 use crate::place::Role::{self, Destination, Source};
-use crate::qemus::{OneCopy, ask, processes_with};
+use crate::qemus::{OneCopy, ask, monitors, processes_with};
 use crate::run::is_stopped;
 
 /// In the order in which a move comes by.
@@ -41,9 +41,15 @@ const PHASES: [(&str, Role); 19] = [
     ("source.destroy", Source),
 ];
 
+/// What a gateway that was killed leaves of an attempt is given up soon.
+pub fn impatient() -> Setup {
+    let soon = |setup: Setup, name| setup.replace(name, "timeout = \"10m\"", "timeout = \"10m\"\nmax_outage = \"30s\"");
+    soon(soon(Setup::new(), A), B)
+}
+
 /// What happens at a phase.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Blow {
+pub enum Blow {
     SourceQemu,
     DestinationQemu,
     SourceGateway,
@@ -82,78 +88,78 @@ fn wanted(point: &str, blow: Blow) -> Wanted {
     }
 }
 
+/// A move at whose `point` the gateway `reacher` stops itself, something is struck, and everything goes on; what its command said.
+#[track_caller]
+pub fn struck(lab: &mut Lab, from: Name, (point, role): (&str, Role), flags: &[&str], blow: Blow) -> Said {
+    let reacher = if role == Source { from } else { from.other() };
+    let armed = lab.gateway(reacher).directory().join("failpoint");
+    fs::write(&armed, format!("{point}=stop")).unwrap();
+    let mut running = lab.start_migrate(from, flags);
+    let process = lab.gateway(reacher).process_id();
+    wait_for(&format!("`{point}` to be reached"), || {
+        let stopped = is_stopped(process);
+        // What comes last may come behind the end of the command.
+        assert!(stopped || !running.has_ended() || lab.active_migration(from).is_some(), "`{point}` is not reached");
+        stopped.then_some(())
+    });
+    fs::remove_file(&armed).unwrap();
+    let cancel = strike(lab, from, blow);
+    if lab.gateway(reacher).is_up() {
+        lab.gateway(reacher).signal(Signal::CONT);
+    }
+    drop(cancel.map(Running::finish));
+    for name in [A, B] {
+        if !lab.gateway(name).is_up() {
+            lab.gateway_mut(name).start();
+        }
+    }
+    running.finish()
+}
+
+/// What is under way then is the answer's command.
+fn strike(lab: &mut Lab, source: Name, blow: Blow) -> Option<Running> {
+    match blow {
+        Blow::SourceQemu => kill_qemu(lab, source),
+        Blow::DestinationQemu => kill_qemu(lab, source.other()),
+        Blow::SourceGateway => lab.gateway_mut(source).kill(),
+        Blow::DestinationGateway => lab.gateway_mut(source.other()).kill(),
+        Blow::Cancel => {
+            let run = fs::read_dir(lab.gateway(source).directory().join("run")).unwrap();
+            let names: Vec<_> = run.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+            let id = names.iter().find_map(|name| name.strip_suffix(".departure")).expect("a note of what is offered");
+            return Some(lab.gateway(source).start_command(&["cancel", id]));
+        }
+    }
+    None
+}
+
+fn kill_qemu(lab: &Lab, name: Name) {
+    for monitor in monitors(lab.gateway(name).directory()) {
+        for pid in processes_with(&monitor) {
+            kill_process(pid, Signal::KILL).unwrap();
+        }
+    }
+}
+
 struct Scene(Disks);
 
 impl Scene {
     fn start() -> Option<Self> {
-        // What a gateway that was killed leaves of an attempt is given up soon.
-        let soon = |setup: Setup, name| setup.replace(name, "timeout = \"10m\"", "timeout = \"10m\"\nmax_outage = \"30s\"");
         let plan = Plan { filled: MIB, ..Plan::small("qcow2", "raw") };
-        Disks::start(soon(soon(Setup::new(), A), B), plan).map(Self)
-    }
-
-    fn name(&self, role: Role) -> Name {
-        if role == Source { self.0.at } else { self.0.at.other() }
+        Disks::start(impatient(), plan).map(Self)
     }
 
     /// Whether the guest is somewhere still.
     #[track_caller]
     fn play(&mut self, point: &str, reacher: Role, blow: Blow) -> bool {
-        let (from, reacher) = (self.0.at, self.name(reacher));
+        let from = self.0.at;
         let copies = OneCopy::watch(&self.0.lab);
-        let armed = self.0.lab.gateway(reacher).directory().join("failpoint");
-        fs::write(&armed, format!("{point}=stop")).unwrap();
-        let mut running = self.0.lab.start_migrate(from, &["--storage", "all"]);
-        let process = self.0.lab.gateway(reacher).process_id();
-        wait_for(&format!("`{point}` to be reached"), || {
-            let stopped = is_stopped(process);
-            // What comes last may come behind the end of the command.
-            assert!(stopped || !running.has_ended() || self.0.lab.active_migration(from).is_some(), "`{point}` is not reached");
-            stopped.then_some(())
-        });
-        fs::remove_file(&armed).unwrap();
-        let cancel = self.strike(blow);
-        if self.0.lab.gateway(reacher).is_up() {
-            self.0.lab.gateway(reacher).signal(Signal::CONT);
-        }
-        drop(cancel.map(Running::finish));
-        for name in [A, B] {
-            if !self.0.lab.gateway(name).is_up() {
-                self.0.lab.gateway_mut(name).start();
-            }
-        }
-        let said = running.finish();
+        let said = struck(&mut self.0.lab, from, (point, reacher), &["--storage", "all"], blow);
+        // The first QEMU is a child of this process.
+        let _ = self.0.first.try_wait();
         let there = self.look(wanted(point, blow), from, &said);
         copies.end();
         there
-    }
-
-    /// What is under way then is the answer's command.
-    fn strike(&mut self, blow: Blow) -> Option<Running> {
-        let (source, destination) = (self.name(Source), self.name(Destination));
-        match blow {
-            Blow::SourceQemu => self.kill_qemu(source),
-            Blow::DestinationQemu => self.kill_qemu(destination),
-            Blow::SourceGateway => self.0.lab.gateway_mut(source).kill(),
-            Blow::DestinationGateway => self.0.lab.gateway_mut(destination).kill(),
-            Blow::Cancel => {
-                let run = fs::read_dir(self.0.lab.gateway(source).directory().join("run")).unwrap();
-                let names: Vec<_> = run.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
-                let id = names.iter().find_map(|name| name.strip_suffix(".departure")).expect("a note of what is offered");
-                return Some(self.0.lab.gateway(source).start_command(&["cancel", id]));
-            }
-        }
-        None
-    }
-
-    fn kill_qemu(&mut self, name: Name) {
-        for monitor in self.0.monitors(name) {
-            for pid in processes_with(&monitor) {
-                kill_process(pid, Signal::KILL).unwrap();
-            }
-        }
-        // The first one is a child of this process.
-        let _ = self.0.first.try_wait();
     }
 
     #[track_caller]
@@ -177,7 +183,7 @@ impl Scene {
                 self.0.is_only_at(if role == Source { from } else { to });
             }
         }
-        self.is_as_it_was();
+        is_as_it_was(&self.0.lab, self.0.at, &["pause-before-switchover"]);
         true
     }
 
@@ -210,20 +216,20 @@ impl Scene {
         assert!(report["running_on"] != "source", "{report}");
         false
     }
+}
 
-    /// Nothing of ours is at the guest's QEMU, and nothing of the other one is left.
-    #[track_caller]
-    fn is_as_it_was(&self) {
-        let monitor = self.0.monitors(self.0.at).into_iter().find(|path| !processes_with(path).is_empty()).unwrap();
-        wait_for("a QEMU as it was", || {
-            let capabilities = ask(&monitor, "query-migrate-capabilities", &Value::Null);
-            let paused = json!({ "capability": "pause-before-switchover", "state": true });
-            let left = capabilities.as_array().unwrap().contains(&paused);
-            let jobs = [ask(&monitor, "query-jobs", &Value::Null), ask(&monitor, "query-block-exports", &Value::Null)];
-            (!left && jobs == [json!([]), json!([])]).then_some(())
-        });
-        wait_for("one QEMU", || (processes_with(self.0.lab.directory()).len() == 1 + 2).then_some(()));
-    }
+/// None of these capabilities, and nothing of ours, is at the guest's QEMU, and nothing of the other one is left.
+#[track_caller]
+pub fn is_as_it_was(lab: &Lab, at: Name, capabilities: &[&str]) {
+    let monitor = monitors(lab.gateway(at).directory()).into_iter().find(|path| !processes_with(path).is_empty()).unwrap();
+    wait_for("a QEMU as it was", || {
+        let set = ask(&monitor, "query-migrate-capabilities", &Value::Null);
+        let mut ours = capabilities.iter().map(|name| json!({ "capability": name, "state": true }));
+        let left = ours.any(|ours| set.as_array().unwrap().contains(&ours));
+        let jobs = [ask(&monitor, "query-jobs", &Value::Null), ask(&monitor, "query-block-exports", &Value::Null)];
+        (!left && jobs == [json!([]), json!([])]).then_some(())
+    });
+    wait_for("one QEMU", || (processes_with(lab.directory()).len() == 1 + 2).then_some(()));
 }
 
 #[test]

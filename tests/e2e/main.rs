@@ -47,6 +47,7 @@ mod policy;
 mod qemu;
 mod qemu_disks;
 mod qemu_network;
+mod qemu_split;
 mod qemu_storage;
 mod qemu_streams;
 mod qemus;

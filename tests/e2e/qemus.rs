@@ -213,7 +213,8 @@ impl Drop for Qemus {
     }
 }
 
-fn monitors(gateway: &Path) -> Vec<PathBuf> {
+/// Monitors of the QEMUs at a gateway, for looking.
+pub fn monitors(gateway: &Path) -> Vec<PathBuf> {
     // A lab that is gone has none.
     let entries = std::fs::read_dir(gateway.join("run")).into_iter().flatten();
     entries.map(|entry| entry.unwrap().path()).filter(|path| path.extension().is_some_and(|ending| ending == "look")).collect()

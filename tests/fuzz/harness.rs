@@ -7,7 +7,7 @@ mod logs;
 use std::path::Path;
 use std::sync::{Arc, LazyLock};
 
-use sealane::condense::{Condenser, Expander, Expected, Grammar, PAST_KEY_BYTES, RamBlock};
+use sealane::condense::{BACK_MESSAGE_BYTES_MAX, BackWalk, Condenser, Expander, Expected, Grammar, PAST_KEY_BYTES, RamBlock};
 use sealane::control::{GatewayView, MigrateRequest, MigrationView, Problem, ResolveRequest, SetRequest};
 use sealane::engine::Placement;
 use sealane::hypervisor::Generation;
@@ -43,6 +43,8 @@ pub const TARGETS: &[Target] = &[
     Target { name: "pages-zstd", run: |bytes| pages(bytes, ZSTD), seeds: || frames(ZSTD, Effort::Zstd(3)), share: 25 },
     Target { name: "pages-stream", run: |bytes| pages(bytes, STREAM), seeds: || frames(STREAM, Effort::Zstd(3)), share: 25 },
     Target { name: "stream", run: stream, seeds: streams, share: 25 },
+    Target { name: "split-stream", run: split_stream, seeds: split_streams, share: 25 },
+    Target { name: "way-back", run: way_back, seeds: ways_back, share: 100 },
     Target { name: "parcel", run: parcel, seeds: parcels, share: 25 },
     Target { name: "control-message", run: control_message, seeds: control_messages, share: 100 },
     Target { name: "join", run: join, seeds: joins, share: 100 },
@@ -129,15 +131,19 @@ fn apply(bytes: &[u8], of: Terms) -> usize {
 
 /// What a stream of QEMU may say.
 fn grammar() -> Grammar {
+    grammar_of(false)
+}
+
+fn grammar_of(post_copy: bool) -> Grammar {
     let blocks = vec![RamBlock { name: "pc.ram".to_owned(), used: PAGES * 4096, max: PAGES * 4096 }];
-    Grammar::Qemu(Box::new(Expected { uuid: VmUuid([7; 16]), machine: "pc".to_owned(), blocks, post_copy: true }))
+    Grammar::Qemu(Box::new(Expected { uuid: VmUuid([7; 16]), machine: "pc".to_owned(), blocks, post_copy }))
 }
 
 /// Parcels of a stream, and both digests.
 type Condensed = (Vec<Vec<u8>>, ([u8; 32], u128));
 
-fn condensed(bytes: &[u8]) -> Option<Condensed> {
-    let mut condenser = Condenser::new(grammar(), [1 << 20, 1 << 18], Box::new([7; PAST_KEY_BYTES]));
+fn condensed(bytes: &[u8], grammar: Grammar) -> Option<Condensed> {
+    let mut condenser = Condenser::new(grammar, [1 << 20, 1 << 18], Box::new([7; PAST_KEY_BYTES]));
     let taken = condenser.take_in(bytes).ok()?;
     condenser.end(&bytes[taken..]).ok()?;
     Some((condenser.parcels(true).map(|parcel| parcel.bytes).collect(), condenser.digest().finish()))
@@ -145,14 +151,58 @@ fn condensed(bytes: &[u8]) -> Option<Condensed> {
 
 /// What is taken of a stream comes out again as it was.
 fn stream(bytes: &[u8]) {
-    let Some((parcels, digest)) = condensed(bytes) else { return };
-    let mut expander = Expander::new(grammar());
+    comes_out(bytes, &grammar());
+}
+
+fn split_stream(bytes: &[u8]) {
+    comes_out(bytes, &grammar_of(true));
+}
+
+fn split_streams() -> Vec<Vec<u8>> {
+    // The passes of a stream, then a package with one device, and an end.
+    let mut stream = streams().remove(0);
+    let tail = stream.windows(8).rposition(|window| window == b"\x04\0\0\0\x05\x03cp").expect("a device");
+    let device = stream.split_off(tail)[..19].to_vec();
+    let last = stream.windows(5).rposition(|window| window == b"\x03\0\0\0\x01").expect("a last section");
+    stream[last] = 2;
+    let package = [b"\x08\0\x04\0\0".as_slice(), &device, b"\x08\0\x05\0\0"].concat();
+    let head = [b"\x08\0\x07\0\x04".as_slice(), &u32::try_from(package.len()).unwrap().to_be_bytes()].concat();
+    let rest = b"\x08\0\x02\0\x04\0\0\0\x04\x03\0\0\0\x01\0\0\0\0\0\0\0\x10\x7e\0\0\0\x01\0";
+    let split = [stream, head, package, rest.to_vec()].concat();
+    assert!(condensed(&split, grammar_of(true)).is_some());
+    vec![split]
+}
+
+fn way_back(bytes: &[u8]) {
+    let mut walk = BackWalk::new(grammar_of(true));
+    let Ok(taken) = walk.take_in(bytes) else { return };
+    assert!(bytes.len() - taken < BACK_MESSAGE_BYTES_MAX);
+    // However it is cut, it is taken alike.
+    let (mut again, mut held, mut count) = (BackWalk::new(grammar_of(true)), Vec::new(), 0);
+    for piece in bytes.chunks(7) {
+        held.extend_from_slice(piece);
+        let taken = again.take_in(&held).unwrap();
+        held.drain(..taken);
+        count += taken;
+    }
+    assert_eq!((count, again.faults()), (taken, walk.faults()));
+}
+
+fn ways_back() -> Vec<Vec<u8>> {
+    let asks = b"\0\x02\0\x04\0\0\0\x01\0\x03\0\x13\0\0\0\0\0\0\x10\0\0\0\x10\0\x06pc.ram\0\x04\0\x0c\0\0\0\0\0\0\x20\0\0\0\x10\0\0\x01\0\x04\0\0\0\0";
+    vec![asks.to_vec()]
+}
+
+fn comes_out(bytes: &[u8], grammar: &Grammar) {
+    let Some((parcels, digest)) = condensed(bytes, grammar.clone()) else { return };
+    let mut expander = Expander::new(grammar.clone());
     let mut back = Vec::new();
     for parcel in parcels {
         expander.begin(parcel.into());
         while let Some(bytes) = expander.expand().unwrap() {
             back.extend_from_slice(bytes);
         }
+        back.extend(expander.let_tail_go().unwrap());
     }
     let (rest, found) = expander.end().unwrap();
     back.extend_from_slice(&rest);
@@ -196,14 +246,14 @@ fn expand(bytes: &[u8]) -> bool {
     loop {
         match expander.expand() {
             Ok(Some(_)) => {}
-            Ok(None) => return expander.end().is_ok(),
+            Ok(None) => return expander.let_tail_go().is_ok() && expander.end().is_ok(),
             Err(_) => return false,
         }
     }
 }
 
 fn parcels() -> Vec<Vec<u8>> {
-    let parcels = streams().iter().map(|stream| condensed(stream).expect("a good stream").0.concat()).collect::<Vec<_>>();
+    let parcels = streams().iter().map(|stream| condensed(stream, grammar()).expect("a good stream").0.concat()).collect::<Vec<_>>();
     assert!(parcels.iter().all(|parcel| expand(parcel)));
     parcels
 }

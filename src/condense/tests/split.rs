@@ -49,6 +49,7 @@ fn carried(stream: &[u8], piece: usize) -> Result<(Vec<u8>, [u64; 2]), Unsound> 
         while let Some(bytes) = expander.expand()? {
             out.extend_from_slice(bytes);
         }
+        out.extend(expander.let_tail_go()?);
         if let Some(digest) = expander.take_split() {
             there = (sent, Some(digest.finish()));
         }
@@ -58,18 +59,23 @@ fn carried(stream: &[u8], piece: usize) -> Result<(Vec<u8>, [u64; 2]), Unsound> 
         held.extend_from_slice(piece);
         let taken = condenser.take_in(&held)?;
         held.drain(..taken);
+        condenser.let_tail_go()?;
         let parcels = condenser.parcels(held.len() % 2 == 0);
         if let Some(split) = condenser.take_split() {
             here = (split.bytes, Some(split.digest.finish()));
         }
         parcels.map(|parcel| parcel.bytes).try_for_each(|parcel| give(parcel, &mut out))?;
     }
+    condenser.parcels(true).map(|parcel| parcel.bytes).try_for_each(|parcel| give(parcel, &mut out))?;
+    // Whoever sends it says that it has ended only when the other one has all of it.
+    let all = out.len();
     condenser.end(&held)?;
     condenser.parcels(true).map(|parcel| parcel.bytes).try_for_each(|parcel| give(parcel, &mut out))?;
     assert_eq!(here.1, there.1);
     let (more, digest) = expander.end()?;
     assert_eq!(condenser.digest().finish(), digest.finish());
-    Ok(([out, more].concat(), [here.0, there.0]))
+    assert_eq!((all, more.as_slice()), (stream.len(), [].as_slice()));
+    Ok((out, [here.0, there.0]))
 }
 
 #[test]
@@ -81,8 +87,10 @@ fn a_stream_is_split_at_the_same_place_at_both_ends() {
     }
     // A guest that got there in time is not split, and ends as it always did.
     let whole = begun().part(true).end().device(1, "timer", b"1").described(&[("timer", 1)]).bytes;
-    let (out, splits) = carried(&whole, 5000).unwrap();
-    assert!(out == whole && splits == [0, 0]);
+    for piece in [1, 5000] {
+        let (out, splits) = carried(&whole, piece).unwrap();
+        assert!(out == whole && splits == [0, 0]);
+    }
 }
 
 #[test]
@@ -112,6 +120,7 @@ fn a_split_that_lies_is_refused() {
         (after().put(&[b"\x02"]), "the end of the stream"),
         (split(), "the device sections"),
         (Stream::head().put(&[b"\x04\0\0\0\x01"]), "known to its end"),
+        (begun().part(true).end().device(1, "timer", b"1").described(&[("timer", 2)]).put(&[b"}"]), "the end of the stream"),
     ];
     for (stream, expected) in cases {
         let refused = carried(&stream.bytes, 5000).expect_err(expected);

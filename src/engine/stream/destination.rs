@@ -3,6 +3,8 @@
 mod disks;
 mod messages;
 mod outage;
+mod split;
+mod switch;
 
 use std::collections::VecDeque;
 use std::num::NonZeroU64;
@@ -26,14 +28,12 @@ use crate::engine::witness::Exchange;
 use crate::engine::{EngineError, Link};
 use crate::hypervisor::{HypervisorError, StreamDestination, StreamStage};
 use crate::limits;
-use crate::migration::{
-    DestinationRecord, DestinationStep, HandoffAction, Outcome, PreparedRecord, StreamDestination as Machine, StreamDestinationAction,
-    StreamDestinationEvent,
-};
+use crate::migration::{DestinationStep, Outcome, StreamDestination as Machine, StreamDestinationAction, StreamDestinationEvent};
 use crate::telemetry::chain;
 use crate::transport::LaneGate;
-use crate::wire::{Accept, ErrorClass, Failure, FinalDigest, Message, Offer, StreamApplied};
+use crate::wire::{Accept, ErrorClass, Failure, FinalDigest, Message, Offer, POST_COPY_FEATURE, StreamApplied};
 use disks::Disks;
+use split::WayBack;
 
 type Twin = Arc<Mutex<Box<dyn StreamDestination>>>;
 
@@ -55,11 +55,19 @@ struct Run {
     /// Whether nothing but disks comes.
     disks_only: bool,
     given: watch::Receiver<u64>,
+    /// What came until the stream was split.
+    split: watch::Receiver<Option<Whole>>,
+    /// Whether a source has come back that can send nothing of what a guest that was split lacks.
+    cut_off: bool,
+    /// The way back from a guest that may be split.
+    way_back: Option<WayBack>,
     writing: Option<JoinHandle<Result<Whole, Broken>>>,
     /// All of the stream, once the hypervisor was given it.
     whole: Option<Whole>,
     /// Waits until the hypervisor has loaded it.
     loading: Option<JoinHandle<Result<(), EngineError>>>,
+    /// Waits until a guest that was split executes.
+    waking: Option<JoinHandle<Result<(), EngineError>>>,
     final_said: Option<FinalDigest>,
     heads: Exchange,
     /// What the source knows to be applied, and when it hears of the rest.
@@ -104,12 +112,16 @@ pub async fn run_stream_destination(order: DestinationOrder<dyn StreamDestinatio
         machine: Machine::default(),
         gate: None,
         given: flow.given(),
+        split: flow.split(),
+        cut_off: false,
+        way_back: None,
         flow,
         disks: None,
         disks_only: false,
         writing: None,
         whole: None,
         loading: None,
+        waking: None,
         final_said: None,
         heads: Exchange::default(),
         acknowledged: 0,
@@ -155,6 +167,11 @@ impl Run {
         if let Some(writing) = self.writing.take() {
             writing.abort();
         }
+        if let Some(waking) = self.waking.take() {
+            let woken = waking.await;
+            self.was_woken(woken);
+        }
+        drop(self.way_back.take());
         if let Some(error) = &self.error {
             let reason: String = chain(error).chars().take(limits::REASON_BYTES_MAX / 4).collect();
             let _ = self.say(Message::Failure(Failure { class: error.class(), reason })).await;
@@ -172,6 +189,10 @@ impl Run {
         // The gateway has compared it with the offer.
         let machine: crate::hypervisor::Machine =
             serde_json::from_slice(&self.order.machine).map_err(|error| EngineError::Bug(error.to_string()))?;
+        if machine.mode.may_split() && !self.link.negotiated.has(POST_COPY_FEATURE) {
+            let got = "an offer of one that may be split".to_owned();
+            return Err(EngineError::OutOfPlace { expected: "a guest as both gateways have said that they take it", got });
+        }
         if !machine.disks.is_empty() {
             self.disks = Some(Disks::open(&self.twin, &self.order.vm, disk_socket, machine.disks, held).await?);
         }
@@ -191,8 +212,11 @@ impl Run {
         };
         stream.set_nonblocking(true).map_err(local)?;
         let stream = tokio::net::UnixStream::from_std(stream).map_err(local)?;
-        let (flow, expander) = (Arc::clone(&self.flow), Expander::new(lock(&self.twin).grammar()));
-        self.writing = Some(tokio::spawn(async move { flow.write_to(stream, expander).await }));
+        let (read, write) = stream.into_split();
+        let grammar = lock(&self.twin).grammar();
+        self.way_back = machine.mode.may_split().then(|| WayBack::open(read, grammar.clone()));
+        let (flow, expander) = (Arc::clone(&self.flow), Expander::new(grammar));
+        self.writing = Some(tokio::spawn(async move { flow.write_to(write, expander).await }));
         self.expect_lanes()?;
         self.accept().await
     }
@@ -235,9 +259,12 @@ impl Run {
     }
 
     async fn next(&mut self, tick: &mut tokio::time::Interval) -> Option<StreamDestinationEvent> {
+        let lacks_some = self.lacks_some();
         let written = wait(&mut self.writing);
         let loaded = wait(&mut self.loading);
+        let woken = wait(&mut self.waking);
         let given = changed(&mut self.given);
+        let split = changed(&mut self.split);
         let staged = changed(&mut self.stages);
         let tells = async {
             match self.tells_at {
@@ -248,6 +275,8 @@ impl Run {
         tokio::select! {
             happened = disks::happened(&mut self.disks) => self.disks_happened(happened).await,
             () = given => self.was_given().await,
+            () = split => self.final_when_ready(),
+            happened = split::happened(&mut self.way_back), if self.lost.is_none() => self.way_back_happened(happened).await,
             () = tells => self.tell_applied().await,
             () = staged => self.staged().await,
             written = written => {
@@ -261,10 +290,11 @@ impl Run {
                     Err(error) => Some(self.give_up(error)),
                 }
             }
+            woken = woken => self.was_woken(woken),
             // The gate holds the other end for as long as this runs.
             Some(error) = self.failures.recv() => self.lane_failed(error),
             Some(back) = self.returns.recv() => self.source_is_back(back).await,
-            () = outage::over(self.lost, self.outage_max) => Some(self.outage_too_long()),
+            () = outage::over(self.lost.filter(|_| !lacks_some), self.outage_max) => Some(self.outage_too_long()),
             message = self.link.session.receive(), if self.lost.is_none() => {
                 self.watch.heard = Instant::now();
                 if !matches!(message, Ok(Message::Ping)) {
@@ -275,6 +305,9 @@ impl Run {
             _ = tick.tick(), if self.lost.is_none() => match self.watch.look() {
                 Some((expected, limit)) => {
                     let error = EngineError::Silent { migration: self.order.migration, expected, limit };
+                    if lacks_some {
+                        return self.broken(error).await;
+                    }
                     self.left_alone().then(|| self.give_up(error))
                 }
                 None => None,
@@ -317,7 +350,7 @@ impl Run {
                     // Whatever the hypervisor says of itself explains more.
                     None => self.why_failed(broken.of_hypervisor(&self.order.vm, "cannot write the hypervisor's stream")).await,
                 };
-                Some(self.give_up(why))
+                if self.machine.is_running() { self.left_without(&why) } else { Some(self.give_up(why)) }
             }
             Err(error) => Some(self.give_up(error)),
         }
@@ -382,7 +415,7 @@ impl Run {
 
     /// FINAL counts once the hypervisor was given everything that it is about.
     fn final_when_ready(&mut self) -> Option<StreamDestinationEvent> {
-        let ready = self.machine.is_receiving() && self.whole.is_some() && self.disks.as_ref().is_none_or(Disks::are_settled);
+        let ready = self.machine.is_receiving() && self.promised().is_some() && self.disks.as_ref().is_none_or(Disks::are_settled);
         self.final_said.filter(|_| ready).map(StreamDestinationEvent::Final)
     }
 
@@ -428,111 +461,6 @@ impl Run {
             }
         }
     }
-
-    async fn perform(&mut self, action: StreamDestinationAction) -> Result<Option<StreamDestinationEvent>, EngineError> {
-        match action {
-            StreamDestinationAction::Load(said) => {
-                crate::failpoint::hit!("destination.compare");
-                let differs = |what| EngineError::Digest { vm: self.order.vm.clone(), what };
-                let held = self.whole.ok_or_else(|| EngineError::Bug("FINAL of a stream that is not there".into()))?.final_digest();
-                if held != said {
-                    return Err(differs("stream"));
-                }
-                self.commit_question.ask_ahead(&self.link.session);
-                // What is promised has to be kept, also on a disk that fills up.
-                let journal = Arc::clone(&self.evidence.journal);
-                joined(tokio::task::spawn_blocking(move || journal.reserve()).await)??;
-                self.loading = Some(tokio::spawn(load(Arc::clone(&self.twin), self.stages.clone())));
-                Ok(None)
-            }
-            StreamDestinationAction::Handoff(action) => self.handoff(action).await,
-        }
-    }
-
-    /// `INVARIANT(loaded-before-prepared)`
-    fn complete(&mut self) -> Option<StreamDestinationEvent> {
-        crate::failpoint::hit!("destination.state-restored");
-        let digest = self.whole?.final_digest();
-        Some(StreamDestinationEvent::Handoff(DestinationStep::TwinComplete(Box::new(PreparedRecord {
-            migration: self.binding.migration,
-            vm: self.binding.vm.clone(),
-            uuid: self.binding.uuid,
-            epoch: self.binding.epoch,
-            peer: self.binding.peer.clone(),
-            peer_incarnation: self.binding.peer_incarnation,
-            peer_key: self.binding.peer_key,
-            digest,
-            address: self.binding.address.clone(),
-            durability: self.order.stream.durability,
-        }))))
-    }
-
-    async fn handoff(&mut self, action: HandoffAction<DestinationRecord>) -> Result<Option<StreamDestinationEvent>, EngineError> {
-        match action {
-            HandoffAction::Journal(record) => self.evidence.record(&self.binding, record).await.map(|()| None),
-            HandoffAction::Send(step) => {
-                self.evidence.send(&self.link.session, &self.binding, step).await;
-                Ok(None)
-            }
-            HandoffAction::AskCommit => {
-                let answer = self.commit_question.answer(&self.link.session, &mut self.error).await?;
-                crate::failpoint::hit!("destination.policy-asked");
-                Ok(Some(StreamDestinationEvent::Handoff(answer.into())))
-            }
-            HandoffAction::Resume => {
-                let twin = Arc::clone(&self.twin);
-                crate::failpoint::hit!("destination.resume.before");
-                blocking(move || Ok(lock(&twin).wake()?)).await?;
-                crate::failpoint::hit!("destination.resume.after");
-                Ok(None)
-            }
-            HandoffAction::Destroy => {
-                // One that is still being loaded ends with its socket.
-                if let Some(writing) = self.writing.take() {
-                    writing.abort();
-                    let _ = writing.await;
-                }
-                let twin = Arc::clone(&self.twin);
-                crate::failpoint::hit!("destination.destroy.before");
-                if let Err(error) = blocking(move || Ok(lock(&twin).destroy()?)).await {
-                    tracing::warn!(vm = %self.order.vm, error = %error, "the twin is gone already");
-                }
-                crate::failpoint::hit!("destination.destroy.after");
-                Ok(None)
-            }
-            HandoffAction::End(outcome) => {
-                if outcome == Outcome::Moved {
-                    self.heads = Exchange::default();
-                    self.evidence.show_head(&self.link, self.order.migration).await;
-                }
-                self.ended = Some(Some(outcome));
-                Ok(None)
-            }
-            HandoffAction::Renew => {
-                let twin = Arc::clone(&self.twin);
-                blocking(move || Ok(lock(&twin).renew()?)).await.map(|()| None)
-            }
-            HandoffAction::Keep | HandoffAction::Forget | HandoffAction::Restore => {
-                Err(EngineError::Bug("a stream has no image on disk".into()))
-            }
-            HandoffAction::LeaveToJournal => {
-                self.ended = Some(None);
-                Ok(None)
-            }
-        }
-    }
-}
-
-/// Waits until the hypervisor has loaded what it was given, and sees for itself that the guest is paused.
-async fn load(twin: Twin, mut stages: watch::Receiver<StreamStage>) -> Result<(), EngineError> {
-    let ends = |stage: &StreamStage| matches!(stage, StreamStage::Complete | StreamStage::Failed);
-    let waited = tokio::time::timeout(limits::STALL_MAX, async { stages.wait_for(ends).await.map(|stage| *stage) }).await;
-    let complete = matches!(waited, Ok(Ok(StreamStage::Complete)));
-    blocking(move || {
-        let mut twin = lock(&twin);
-        if complete { Ok(twin.ensure_complete()?) } else { Err(twin.failure().into()) }
-    })
-    .await
 }
 
 /// Waits for news; for ever when there can be none.

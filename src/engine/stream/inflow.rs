@@ -5,7 +5,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
 use tokio::io::AsyncWriteExt;
-use tokio::net::UnixStream;
+use tokio::net::unix::OwnedWriteHalf;
 use tokio::sync::{Notify, watch};
 
 use super::{Broken, Whole};
@@ -20,6 +20,8 @@ pub(super) struct Inflow {
     arrived: Notify,
     /// Bytes that the hypervisor was given.
     given: watch::Sender<u64>,
+    /// What was given until the stream was split, if it was.
+    split: watch::Sender<Option<Whole>>,
 }
 
 #[derive(Debug, Default)]
@@ -31,7 +33,7 @@ struct State {
 
 impl Inflow {
     pub(super) fn new() -> Self {
-        Self { state: Mutex::default(), arrived: Notify::new(), given: watch::Sender::new(0) }
+        Self { state: Mutex::default(), arrived: Notify::new(), given: watch::Sender::new(0), split: watch::Sender::new(None) }
     }
 
     // SPEC: PROTOCOL.md#must-stream-window
@@ -80,19 +82,23 @@ impl Inflow {
 
     // SPEC: PROTOCOL.md#must-any-lane
     /// Gives the hypervisor the stream, to its end. `INVARIANT(in-order-once)`
-    pub(super) async fn write_to(&self, mut stream: UnixStream, mut expander: Expander) -> Result<Whole, Broken> {
+    pub(super) async fn write_to(&self, mut stream: OwnedWriteHalf, mut expander: Expander) -> Result<Whole, Broken> {
         while let Some(piece) = self.next().await {
             let count = piece.len() as u64;
             expander.begin(piece);
             while let Some(bytes) = expander.expand()? {
                 stream.write_all(bytes).await?;
             }
+            stream.write_all(&expander.let_tail_go()?).await?;
             let given = {
                 let mut state = self.lock();
                 state.given += count;
                 state.given
             };
             self.given.send_replace(given);
+            if let Some(digest) = expander.take_split() {
+                self.split.send_replace(Some(Whole::new(given, digest)));
+            }
         }
         let (rest, digest) = expander.end()?;
         stream.write_all(&rest).await?;
@@ -124,6 +130,11 @@ impl Inflow {
         self.lock().given
     }
 
+    /// Tells where the stream was split.
+    pub(super) fn split(&self) -> watch::Receiver<Option<Whole>> {
+        self.split.subscribe()
+    }
+
     /// Tells how much the hypervisor was given.
     pub(super) fn given(&self) -> watch::Receiver<u64> {
         self.given.subscribe()
@@ -141,6 +152,7 @@ mod tests {
     use super::*;
     use crate::condense::Grammar;
     use tokio::io::AsyncReadExt;
+    use tokio::net::UnixStream;
 
     fn piece(bytes: &[u8]) -> Bytes {
         Bytes::copy_from_slice(bytes)
@@ -152,7 +164,7 @@ mod tests {
         let flow = Arc::new(Inflow::new());
         let writing = tokio::spawn({
             let flow = Arc::clone(&flow);
-            async move { flow.write_to(ours, Expander::new(Grammar::Opaque)).await.unwrap() }
+            async move { flow.write_to(ours.into_split().1, Expander::new(Grammar::Opaque)).await.unwrap() }
         });
         let entry = |text: &[u8]| piece(&[&[1, u8::try_from(text.len()).unwrap(), 0, 0, 0], text].concat());
         flow.take_in(10, entry(b"world")).unwrap();

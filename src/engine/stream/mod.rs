@@ -14,6 +14,7 @@
 //! before anything is promised).
 //! *Read first:* `outflow.rs`, `inflow.rs`, `lanes.rs`, `source.rs`, `destination.rs`.
 
+mod back;
 mod destination;
 mod inflow;
 mod lanes;

@@ -5,11 +5,11 @@ use std::io;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
-use tokio::net::UnixStream;
-use tokio::sync::Notify;
+use tokio::net::unix::OwnedReadHalf;
+use tokio::sync::{Notify, watch};
 
 use super::{Broken, Whole};
-use crate::condense::{Condenser, Parcel};
+use crate::condense::{Condenser, Parcel, Split};
 use crate::limits;
 
 /// A parcel of the stream, which any lane may carry.
@@ -31,6 +31,8 @@ pub(super) struct Outflow {
     room: Notify,
     /// Lanes have taken all there is.
     idle: Notify,
+    /// What came until the stream was split, if it was.
+    split: watch::Sender<Option<Whole>>,
 }
 
 #[derive(Debug)]
@@ -50,11 +52,11 @@ impl Outflow {
     pub(super) fn new(rate_max: Option<u64>) -> Self {
         let window = rate_max.map_or(FIRST_WINDOW_BYTES, |rate| (rate / 10).clamp(WINDOW_BYTES_MIN, FIRST_WINDOW_BYTES));
         let state = State { pieces: VecDeque::new(), sent: 0, read: 0, applied: 0, window, was_full: false };
-        Self { state: Mutex::new(state), ready: Notify::new(), room: Notify::new(), idle: Notify::new() }
+        Self { state: Mutex::new(state), ready: Notify::new(), room: Notify::new(), idle: Notify::new(), split: watch::Sender::new(None) }
     }
 
     /// Reads the hypervisor's stream to its end, no faster than there is room for what becomes of it.
-    pub(super) async fn read_from(&self, stream: UnixStream, condenser: &std::sync::Mutex<Condenser>) -> Result<Whole, Broken> {
+    pub(super) async fn read_from(&self, stream: OwnedReadHalf, condenser: &std::sync::Mutex<Condenser>) -> Result<Whole, Broken> {
         let condenser = || condenser.lock().unwrap_or_else(PoisonError::into_inner);
         let mut held = vec![0; READ_BYTES];
         let mut filled = 0;
@@ -67,6 +69,9 @@ impl Outflow {
                     held.copy_within(taken..filled, 0);
                     filled -= taken;
                     self.put_all(|| condenser().parcels(false)).await;
+                    if let Some(Split { bytes, digest }) = condenser().take_split() {
+                        self.split.send_replace(Some(Whole::new(bytes, digest)));
+                    }
                     // What there is to read may have no end, and others want this thread too.
                     tokio::task::yield_now().await;
                 }
@@ -93,6 +98,11 @@ impl Outflow {
             self.wait_for_room(bytes.len()).await;
             self.put(bytes.into(), pages);
         }
+    }
+
+    /// Tells where the stream was split.
+    pub(super) fn split(&self) -> watch::Receiver<Option<Whole>> {
+        self.split.subscribe()
     }
 
     fn is_idle(&self) -> bool {
@@ -212,6 +222,7 @@ const WINDOW_BYTES_MIN: u64 = limits::STREAM_CHUNK_BYTES_MAX as u64;
 mod tests {
     use super::*;
     use tokio::io::AsyncWriteExt;
+    use tokio::net::UnixStream;
 
     async fn filled(bytes: usize) -> (Outflow, UnixStream, UnixStream) {
         let (ours, theirs) = UnixStream::pair().unwrap();
@@ -259,7 +270,7 @@ mod tests {
         let reading = tokio::spawn({
             let flow = std::sync::Arc::clone(&flow);
             let condenser = std::sync::Mutex::new(Condenser::new(crate::condense::Grammar::Opaque, [0, 0], Box::new([0; 192])));
-            async move { flow.read_from(ours, &condenser).await.unwrap() }
+            async move { flow.read_from(ours.into_split().0, &condenser).await.unwrap() }
         });
         let piece = vec![1; 64 * 1024];
         let writing = tokio::spawn(async move {

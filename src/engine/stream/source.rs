@@ -3,6 +3,7 @@
 mod disks;
 mod outage;
 mod path;
+mod split;
 mod switch;
 
 use std::collections::VecDeque;
@@ -33,8 +34,9 @@ use crate::migration::{Outcome, SourceStep, StreamSource as Machine, StreamSourc
 use crate::telemetry::{Phase, Progress, chain};
 use crate::transport::{LaneHandle, TransportError};
 use crate::types::LaneIndex;
-use crate::wire::{DISK_FEATURE, Failure, Message, STREAM_FEATURE, StreamEnd, StreamResumed};
+use crate::wire::{DISK_FEATURE, Failure, Message, POST_COPY_FEATURE, STREAM_FEATURE, StreamResumed};
 use disks::Disks;
+use split::WayBack;
 
 type Guest = Arc<Mutex<Box<dyn StreamSource>>>;
 
@@ -50,6 +52,12 @@ struct Run {
     binding: Option<Binding>,
     flow: Arc<Outflow>,
     disks: Option<Disks>,
+    /// What a guest needs that may be split.
+    way_back: Option<WayBack>,
+    /// What came until it was.
+    split: watch::Receiver<Option<Whole>>,
+    /// Whether FINAL was said.
+    finalised: bool,
     stages: watch::Receiver<StreamStage>,
     reading: Option<JoinHandle<Result<Whole, Broken>>>,
     condenser: Arc<Mutex<Condenser>>,
@@ -106,6 +114,8 @@ pub async fn run_stream_source(order: SourceOrder, ports: SourcePorts<dyn Stream
     let all = guest.machine().disks.clone();
     let disks_only = guest.machine().disks_only;
     let disks = order.disks.clone().filter(|_| !all.is_empty()).map(|order| Disks::new(order, all, disks_only));
+    let way_back = guest.machine().mode.may_split().then(|| WayBack::new(guest.machine().mode, guest.grammar()));
+    let flow = Arc::new(Outflow::new(order.limited(order.bandwidth)));
     let mut run = Run {
         limiter: Arc::new(Limiter::new(order.limited(order.bandwidth), share)),
         stages: guest.stages(),
@@ -117,8 +127,11 @@ pub async fn run_stream_source(order: SourceOrder, ports: SourcePorts<dyn Stream
             None => Machine::default(),
         },
         binding: None,
-        flow: Arc::new(Outflow::new(order.limited(order.bandwidth))),
+        split: flow.split(),
+        flow,
         disks,
+        way_back,
+        finalised: false,
         reading: None,
         whole: None,
         goal,
@@ -198,6 +211,10 @@ impl Run {
             return Err(EngineError::peer(self.order.migration, crate::wire::ErrorClass::PeerIncompatible, reason));
         }
         let machine = lock(&self.guest).machine().clone();
+        if self.way_back.is_some() && !self.link.negotiated.has(POST_COPY_FEATURE) {
+            let reason = "it does not take guests that run before all of their pages are there";
+            return Err(EngineError::peer(self.order.migration, crate::wire::ErrorClass::PeerIncompatible, reason));
+        }
         if self.disks.is_some() && !self.link.negotiated.has(DISK_FEATURE) {
             let reason = "it does not take disks";
             return Err(EngineError::peer(self.order.migration, crate::wire::ErrorClass::PeerIncompatible, reason));
@@ -218,7 +235,8 @@ impl Run {
     fn deadline(&self) -> Option<Instant> {
         let outage = self.outage.as_ref().map(|outage| outage.ends);
         if self.machine.is_committed() {
-            return outage.or(self.doubt_ends);
+            // A guest that was split needs what is here, however long that takes.
+            return outage.or(self.doubt_ends).filter(|_| !self.is_split());
         }
         let end = self.order.timeout.map(|limit| self.started + limit);
         // Unlike one whose pages are read, a guest that its hypervisor has stopped stays so in an outage: the pause has an end.
@@ -311,6 +329,8 @@ impl Run {
                 self.was_read(read).await
             }
             () = staged => self.staged().await,
+            () = split::seen(&mut self.split) => self.finalised().await,
+            happened = split::happened(&mut self.way_back), if self.outage.is_none() => self.way_back_happened(happened).await,
             settled = disks::settled(&mut self.disks) => self.was_settled(settled).await,
             Some(error) = self.failures.recv() => self.lane_failed(error),
             back = search::back(&mut self.outage) => self.back(back).await,
@@ -319,6 +339,7 @@ impl Run {
             () = timed_out => self.deadline_passed(),
             _ = tick.tick() => {
                 self.look_at_path().await;
+                self.split_when_due().await;
                 if let Some(event) = self.look_at_disks().await {
                     return Some(event);
                 }
@@ -330,8 +351,8 @@ impl Run {
 
     fn lane_failed(&mut self, error: EngineError) -> Option<StreamSourceEvent> {
         // Once the destination has all of it lanes may close as they like.
-        let has_all = self.whole.is_some_and(|whole| whole.bytes == self.flow.applied_bytes());
-        if has_all || self.machine.is_committed() { None } else { Some(self.broken(error)) }
+        let has_all = self.has_all();
+        if has_all || (self.machine.is_committed() && !self.is_split()) { None } else { Some(self.broken(error)) }
     }
 
     /// The hypervisor has come further. `Complete` and the end of its stream come in any order.
@@ -347,12 +368,16 @@ impl Run {
                 self.limiter.set_final(true);
                 Some(StreamSourceEvent::Stopped)
             }
-            StreamStage::Complete => self.finalised().await,
+            StreamStage::Complete | StreamStage::Split => self.finalised().await,
+            StreamStage::Failed if self.machine.is_committed() && self.is_split() => {
+                let why = self.why_failed().await;
+                self.left_without(&why)
+            }
             StreamStage::Failed if self.reading.is_some() || self.whole.is_some() => {
                 let why = self.why_failed().await;
                 Some(self.give_up(why))
             }
-            StreamStage::Failed | StreamStage::Idle | StreamStage::Flowing | StreamStage::Split => None,
+            StreamStage::Failed | StreamStage::Idle | StreamStage::Flowing => None,
         }
     }
 
@@ -366,44 +391,19 @@ impl Run {
         match joined(read) {
             Ok(Ok(whole)) => {
                 self.whole = Some(whole);
+                if self.finalised
+                    && let Err(error) = self.say_end(whole).await
+                {
+                    return Some(self.broken(error));
+                }
                 self.finalised().await
             }
             Ok(Err(broken)) => {
-                let error = broken.of_hypervisor(&self.order.vm, "cannot read the hypervisor's stream");
-                Some(self.give_up(error.into()))
+                let error = broken.of_hypervisor(&self.order.vm, "cannot read the hypervisor's stream").into();
+                if self.machine.is_committed() { self.left_without(&error) } else { Some(self.give_up(error)) }
             }
             Err(error) => Some(self.give_up(error)),
         }
-    }
-
-    /// FINAL can be said when the stream has ended, and the hypervisor says itself that its guest does not run by itself any more.
-    async fn finalised(&mut self) -> Option<StreamSourceEvent> {
-        let whole = self.whole.filter(|_| *self.stages.borrow() == StreamStage::Complete)?;
-        // Whichever of the two came last, this is said once.
-        self.stages.borrow_and_update();
-        let guest = Arc::clone(&self.guest);
-        if let Err(error) = blocking(move || Ok(lock(&guest).ensure_complete()?)).await {
-            return Some(self.give_up(error));
-        }
-        self.lap("last-pages");
-        if let Err(error) = self.say_end(whole).await {
-            // It is said again with FINAL when the link stands.
-            let lost = self.broken(error);
-            if !matches!(lost, StreamSourceEvent::LinkLost) {
-                return Some(lost);
-            }
-            self.link_lost().await;
-        }
-        self.phase = Phase::Verify;
-        self.commit_question.ask_ahead(&self.link.session);
-        Some(StreamSourceEvent::Finalised(whole.final_digest()))
-    }
-
-    async fn say_end(&mut self, whole: Whole) -> Result<(), EngineError> {
-        if self.outage.is_some() {
-            return Ok(());
-        }
-        self.say(Message::StreamEnd(StreamEnd { migration: self.order.migration, bytes: whole.bytes })).await
     }
 
     async fn commanded(&mut self, command: Option<Command>) -> Option<StreamSourceEvent> {
@@ -519,7 +519,17 @@ impl Run {
         stream.set_nonblocking(true).map_err(local)?;
         let stream = tokio::net::UnixStream::from_std(stream).map_err(local)?;
         let (flow, condenser) = (Arc::clone(&self.flow), Arc::clone(&self.condenser));
-        self.reading = Some(tokio::spawn(async move { flow.read_from(stream, &condenser).await }));
+        let (read, write) = stream.into_split();
+        // Without a way back it is kept as long as there is something to read.
+        let unused = match &mut self.way_back {
+            Some(way_back) => way_back.open(write),
+            None => Some(write),
+        };
+        self.reading = Some(tokio::spawn(async move {
+            let read = flow.read_from(read, &condenser).await;
+            drop(unused);
+            read
+        }));
         self.phase = Phase::Memory;
         // With disks they are open, or will be when the link is back.
         if self.disks.is_some() { Ok(()) } else { self.open_lanes().await }

@@ -115,6 +115,10 @@ pub(super) fn not_split(qmp: &Qmp, machine: &Machine) -> Result<Option<String>, 
     if grammar(machine) == Grammar::Opaque {
         return Ok(Some("post-copy: expected blocks of memory that QEMU names, got none".to_owned()));
     }
+    // One that gets there in time ends when the other QEMU has loaded its devices, of which their list is the end.
+    if qmp.ask("qom-get", json!({ "path": "/machine", "property": "suppress-vmdesc" })).unwrap_or(false) {
+        return Ok(Some("post-copy: expected a machine whose stream lists its devices, got one with `suppress-vmdesc=on`".to_owned()));
+    }
     let small = small_pages(&ramblock_text(qmp));
     Ok((!small).then(|| "post-copy: expected memory in pages of 4 KiB, got huge pages".to_owned()))
 }
@@ -217,11 +221,22 @@ pub(super) fn status(qmp: &Qmp) -> Result<GuestStatus, HypervisorError> {
     let state = match run_state(qmp)?.as_str() {
         "running" => RunState::Running,
         "inmigrate" => RunState::Incoming,
+        // It was split, and lacks pages that nobody sends any more: no guest that could be run.
+        "paused" if migration_state(qmp)?.as_deref() == Some("postcopy-paused") => RunState::Incoming,
         "shutdown" | "guest-panicked" | "internal-error" => RunState::Ended,
         // `paused`, `postmigrate`, `finish-migrate`, `io-error`, and what later versions add: no vCPU executes.
         _ => RunState::Paused,
     };
     Ok(GuestStatus { state, exit_code: None, last_line: None, generation: None })
+}
+
+/// QEMU's own word for how its migration is.
+fn migration_state(qmp: &Qmp) -> Result<Option<String>, HypervisorError> {
+    #[derive(Deserialize)]
+    struct Migration {
+        status: Option<String>,
+    }
+    qmp.ask("query-migrate", Value::Null).map(|Migration { status }| status)
 }
 
 /// QEMU's own word for it.

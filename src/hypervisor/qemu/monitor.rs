@@ -22,6 +22,8 @@ const STREAM_NAME: &str = "sealane";
 const STREAM_BUFFER_BYTES: usize = 1 << 20;
 /// WHY: what waits in it goes ahead of a page that a guest stands still for.
 const SPLIT_BUFFER_BYTES: usize = 128 << 10;
+/// WHY: devices of a guest that was split may wait for pages before they go on, and those wait for as long as an outage lasts.
+const PAGES_WITHIN: Duration = Duration::from_secs(24 * 3600);
 /// Between two looks at something that QEMU has no event for.
 const LOOK_PAUSE: Duration = Duration::from_millis(10);
 
@@ -162,9 +164,11 @@ impl Monitor {
     }
 
     fn run(&self, ends: bool) -> Result<(), HypervisorError> {
-        let until = by(self.within);
+        let (until, patience) = (by(self.within), if ends { self.within } else { PAGES_WITHIN });
         loop {
-            let migration = self.migration()?.status.unwrap_or_default();
+            let (migration, run) = (self.migration()?.status.unwrap_or_default(), run_state(&self.qmp)?);
+            // A source's guest is `finish-migrate` when it was split. One that is the destination's has nothing that could be taken back.
+            let ends = ends && !(migration.starts_with("postcopy-") && matches!(run.as_str(), "paused" | "running"));
             // One that ends at this moment is another state in a moment.
             if ends && migration == "postcopy-paused" {
                 if let Err(error) = revive::complete(self, self.within) {
@@ -178,9 +182,9 @@ impl Monitor {
                 match status(&self.qmp)?.state {
                     RunState::Running => return Ok(()),
                     RunState::Ended => return Err(self.qmp.refused("cont", "the guest has ended")),
-                    RunState::Incoming => return Err(self.qmp.refused("cont", "the guest is not loaded")),
+                    RunState::Incoming if run != "paused" => return Err(self.qmp.refused("cont", "the guest is not loaded")),
                     // It may not be taken while a migration winds down.
-                    RunState::Paused => drop(self.qmp.execute("cont", Value::Null)),
+                    RunState::Paused | RunState::Incoming => drop(self.qmp.execute_within("cont", patience)),
                 }
                 if status(&self.qmp)?.state == RunState::Running {
                     return Ok(());

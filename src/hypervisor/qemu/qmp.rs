@@ -184,7 +184,15 @@ impl Qmp {
     /// # Errors
     /// QEMU refuses it, does not answer in time, or is gone.
     pub(super) fn execute(&self, command: &'static str, arguments: Value) -> Result<Value, HypervisorError> {
-        self.exchange(command, arguments, None)
+        self.exchange(command, arguments, None, self.within)
+    }
+
+    /// The same, for what may take as long as this.
+    ///
+    /// # Errors
+    /// As [`execute`](Self::execute).
+    pub(super) fn execute_within(&self, command: &'static str, within: Duration) -> Result<Value, HypervisorError> {
+        self.exchange(command, Value::Null, None, within)
     }
 
     /// The same, with a descriptor for `getfd` and its like.
@@ -197,7 +205,7 @@ impl Qmp {
         arguments: Value,
         descriptor: BorrowedFd<'_>,
     ) -> Result<Value, HypervisorError> {
-        self.exchange(command, arguments, Some(descriptor))
+        self.exchange(command, arguments, Some(descriptor), self.within)
     }
 
     /// QEMU's answer as what it has to be.
@@ -223,7 +231,13 @@ impl Qmp {
         HypervisorError::Unreachable { vm: self.vm.clone(), address: self.address(), source }
     }
 
-    fn exchange(&self, command: &'static str, arguments: Value, descriptor: Option<BorrowedFd<'_>>) -> Result<Value, HypervisorError> {
+    fn exchange(
+        &self,
+        command: &'static str,
+        arguments: Value,
+        descriptor: Option<BorrowedFd<'_>>,
+        within: Duration,
+    ) -> Result<Value, HypervisorError> {
         let (id, answer) = self.shared.expect().map_err(|why| self.unreachable(why))?;
         let mut request = json!({ "execute": command, "id": id });
         if let (Some(request), false) = (request.as_object_mut(), arguments.is_null()) {
@@ -234,7 +248,7 @@ impl Qmp {
             self.shared.forget(id);
             return Err(HypervisorError::Unreachable { vm: self.vm.clone(), address: self.address(), source });
         }
-        match answer.recv_timeout(self.within) {
+        match answer.recv_timeout(within) {
             Ok(Ok(answer)) => Ok(answer),
             Ok(Err(Refused { desc })) => Err(self.refused(command, &desc)),
             Err(RecvTimeoutError::Disconnected) => {
@@ -244,7 +258,7 @@ impl Qmp {
             Err(RecvTimeoutError::Timeout) => {
                 // An answer that comes too late would be one that nobody waits for.
                 self.hang_up();
-                Err(self.unreachable(format!("no answer to `{command}` within {:?}", self.within)))
+                Err(self.unreachable(format!("no answer to `{command}` within {within:?}")))
             }
         }
     }

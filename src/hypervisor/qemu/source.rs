@@ -160,6 +160,10 @@ impl Guest for QemuSource {
         } else if self.monitor.status()?.state == RunState::Ended {
             return Err(self.monitor.qmp.refused("cont", "the guest has ended"));
         }
+        if self.is_lacked()? {
+            // It is the destination's, and lacks pages still.
+            return Ok(());
+        }
         // What moved of its disks is of no use here; the guest has its own.
         if let Err(error) = disks::abandon(&self.monitor, ANSWER_WITHIN) {
             tracing::warn!(%error, "mirrors or exports of disks are left at QEMU");
@@ -187,13 +191,13 @@ impl Guest for QemuSource {
         self.monitor.status()
     }
 
+    fn is_lacked(&mut self) -> Result<bool, HypervisorError> {
+        Ok(self.monitor.migration()?.status.is_some_and(|status| status.starts_with("postcopy-")))
+    }
+
     fn destroy(&mut self) -> Result<(), HypervisorError> {
-        let migration = self.monitor.migration()?.status.unwrap_or_default();
-        if migration.starts_with("postcopy-") {
-            return Err(self
-                .monitor
-                .qmp
-                .refused("quit", &format!("its migration is `{migration}`: the destination lacks pages of its guest")));
+        if self.is_lacked()? {
+            return Err(self.monitor.qmp.refused("quit", "the destination lacks pages of its guest"));
         }
         self.monitor.quit()
     }
@@ -271,9 +275,7 @@ impl StreamSource for QemuSource {
         if !self.begun {
             return Ok(());
         }
-        self.set("avail-switchover-bandwidth", bytes_per_second)?;
-        // Behind the switch what is asked for waits for nothing but what is on its way.
-        if self.machine.mode.may_split() { self.set("max-postcopy-bandwidth", bytes_per_second) } else { Ok(()) }
+        self.set("avail-switchover-bandwidth", bytes_per_second)
     }
 
     fn progress(&mut self) -> Result<StreamProgress, HypervisorError> {
@@ -290,7 +292,7 @@ impl StreamSource for QemuSource {
 
     fn ensure_complete(&mut self) -> Result<(), HypervisorError> {
         // Only from here on the guest does not go on by itself when its stream breaks.
-        self.monitor.ensure("migrate", &[("completed", "postmigrate"), ("postcopy-active", "finish-migrate")])
+        self.monitor.ensure("migrate", &[("completed", "postmigrate")])
     }
 
     fn failure(&mut self) -> HypervisorError {

@@ -114,7 +114,7 @@ fn annotations_that_nobody_keeps_are_refused() {
         ("@require_compression_scope(\"stream\")", "`page` or `batch`"),
         ("@require_length_padding(\"false\")", "`true`"),
         ("@require_post_quantum(\"yes\")", "`true`"),
-        ("@require_mode(\"hybrid\")", "no other mode is built"),
+        ("@require_mode(\"hybrid\")", "no other mode can be asked for"),
     ];
     for (annotation, words) in kinds {
         let problems = refused(&release(&format!("@id(\"a\") {annotation}"), "true"));

@@ -21,6 +21,7 @@ impl Run {
                 Ok(()) => None,
                 Err(error) => Some(self.give_up(error)),
             },
+            Message::StreamBackApplied(applied) if applied.migration == self.order.migration => self.back_applied(applied.bytes),
             Message::DiskEnd(end) if end.migration == self.order.migration => self.disks_end(end),
             Message::DiskDigests(digests) if digests.migration == self.order.migration => self.disks_digests(digests),
             Message::Handoff(signed) => match self.evidence.check(&self.binding, &signed) {
@@ -55,11 +56,16 @@ impl Run {
         }
     }
 
-    /// RUN is written for a guest that can run: one whose hypervisor has ended since PREPARED is given back.
+    /// RUN is written for a guest that can run: one whose hypervisor has ended since PREPARED is given back, and so is one that would lack pages
+    /// for good.
     async fn committed(&mut self, step: Handoff) -> StreamDestinationEvent {
         let twin = Arc::clone(&self.twin);
         let state = blocking(move || Ok(lock(&twin).status()?.state)).await;
         let refused = match state {
+            Ok(RunState::Paused) if self.cut_off => {
+                let (vm, reason) = (self.order.vm.to_string(), "the guest lacks pages, and the source was started anew".to_owned());
+                HypervisorError::Refused { vm, request: "cont", reason }.into()
+            }
             Ok(RunState::Paused | RunState::Running) => return StreamDestinationEvent::Handoff(DestinationStep::Received(step)),
             Ok(state) => {
                 let (vm, reason) = (self.order.vm.to_string(), format!("the guest is `{state:?}`: expected `Paused`"));

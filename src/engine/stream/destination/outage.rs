@@ -21,7 +21,8 @@ pub(super) async fn over(lost: Option<Instant>, outage_max: Duration) {
 impl Run {
     /// What an outage may explain is waited out; anything else ends the attempt.
     pub(super) async fn broken(&mut self, error: EngineError) -> Option<StreamDestinationEvent> {
-        if !error.is_outage() {
+        let lacks_some = self.lacks_some();
+        if !error.is_outage() && !lacks_some {
             return self.left_alone().then(|| self.give_up(error));
         }
         if self.lost.is_some() || self.ended.is_some() {
@@ -32,7 +33,8 @@ impl Run {
         self.link.session.close(None, "the migration goes on in another session");
         self.note_outage(Event::LinkLost, "why", why.into()).await;
         crate::failpoint::hit!("destination.link-lost");
-        if self.left_alone() {
+        // A guest that lacks pages needs its source, however long that takes.
+        if lacks_some || self.left_alone() {
             self.lost = Some(Instant::now());
         }
         None
@@ -52,6 +54,8 @@ impl Run {
         match first {
             Message::Offer(offer) if offer == self.order && self.flow.given_bytes() == 0 && self.lost.is_some() => {
                 self.adopt(link).await;
+                self.final_said = None;
+                self.say_back_again();
                 if let Some(disks) = &mut self.disks {
                     disks.tell_again();
                 }
@@ -71,6 +75,13 @@ impl Run {
             // While the first session lives, only that speaks for the migration, unless the source says that it is lost.
             message @ Message::Handoff(_) if self.lost.is_some() => {
                 self.adopt(link).await;
+                // It has only its journal left.
+                self.cut_off = self.lacks_some();
+                if self.cut_off && self.machine.is_running() {
+                    let got = "one that was started anew".to_owned();
+                    return self
+                        .left_without(&EngineError::OutOfPlace { expected: "a source that sends the pages that the guest lacks", got });
+                }
                 self.received(Ok(message)).await
             }
             first => {
@@ -95,9 +106,15 @@ impl Run {
         if let Some(disks) = &mut self.disks {
             disks.tell_no_more();
         }
-        if !deciding && let Err(error) = self.begin_again() {
+        if !deciding {
+            self.final_said = None;
+        }
+        if (!deciding || self.lacks_some())
+            && let Err(error) = self.begin_again()
+        {
             return self.broken(error).await;
         }
+        self.say_back_again();
         self.acknowledged = self.flow.given_bytes();
         let resumed = StreamResumed { migration, deciding, bytes: self.acknowledged };
         if let Err(error) = self.say(Message::StreamResumed(resumed)).await {
@@ -113,7 +130,6 @@ impl Run {
         if let Some(disks) = &self.disks {
             disks.incoming.begin_again();
         }
-        self.final_said = None;
         self.expect_lanes()
     }
 

@@ -98,8 +98,11 @@ impl Run {
         if resumed.migration != self.order.migration {
             return out_of_place("RESUMED of this migration", format!("one of `{}`", resumed.migration));
         }
-        if resumed.deciding {
+        if resumed.deciding && !self.lacks_some() {
             return Ok(Standing::Deciding);
+        }
+        if resumed.deciding {
+            return self.serve_again(resumed.bytes).await;
         }
         if self.machine.is_committed() {
             return out_of_place("a destination that decides", "one that takes more of the stream, after COMMIT".into());
@@ -110,13 +113,41 @@ impl Run {
         self.figures.resent_bytes += self.flow.send_again();
         self.figures.resent_bytes += self.disks.as_ref().map_or(0, |disks| disks.out.send_again());
         self.open_lanes().await?;
+        self.say_back_again().await?;
         self.disks_resumed().await?;
         self.say_disks().await?;
-        if let Some(whole) = self.whole.filter(|_| *self.stages.borrow() == StreamStage::Complete) {
+        if let Some(whole) = self.whole.filter(|_| self.is_split() || *self.stages.borrow() == StreamStage::Complete) {
             self.say_end(whole).await?;
         }
         crate::failpoint::hit!("source.lanes-reopened");
         Ok(Standing::Receiving)
+    }
+
+    /// Whether pages of a guest that was split have to be sent.
+    fn lacks_some(&self) -> bool {
+        self.is_split() && !self.has_all()
+    }
+
+    /// The handoff goes on, and so does the stream.
+    async fn serve_again(&mut self, bytes: u64) -> Result<Standing, EngineError> {
+        if !self.flow.applied(bytes) {
+            let error = EngineError::OutOfPlace {
+                expected: "a destination that has what it was given of a guest that lacks pages",
+                got: format!("one that has {bytes} bytes of the stream: it was started anew"),
+            };
+            if !self.machine.is_committed() {
+                return Err(error);
+            }
+            self.left_without(&error);
+            return Ok(Standing::Deciding);
+        }
+        self.figures.resent_bytes += self.flow.send_again();
+        self.open_lanes().await?;
+        self.say_back_again().await?;
+        if let Some(whole) = self.whole {
+            self.say_end(whole).await?;
+        }
+        Ok(Standing::Deciding)
     }
 
     pub(super) async fn note_outage(&self, event: Event, detail: &[(&str, serde_json::Value)]) {

@@ -61,7 +61,7 @@ impl Run {
             // A single look may fall between two acknowledgements.
             self.path_rate = measured.max(self.path_rate * RATE_KEPT);
             #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a rate of bytes; saturates")]
-            let window = (self.path_rate * (rtt * 2 + WINDOW_SLACK).as_secs_f64()) as u64;
+            let window = (self.path_rate * self.on_its_way(rtt).as_secs_f64()) as u64;
             self.flow.set_window(window);
             // What it writes is more than what becomes of it.
             // A stream that has just ended says 0: its digest was taken.
@@ -72,6 +72,10 @@ impl Run {
             rate.max(1)
         });
         let wait = if path.is_some() || self.told != self.goal { TELL_EVERY } else { ASK_EVERY };
+        if self.phase == Phase::PostCopy {
+            let taken = now.taken.saturating_sub(before.taken);
+            self.said.remaining_bytes = self.said.remaining_bytes.saturating_sub(taken);
+        }
         // WHY: QEMU answers nothing while it writes the rest of a guest that it has stopped.
         if !running || self.phase != Phase::Memory || self.asked.elapsed() < wait {
             return;
@@ -91,6 +95,11 @@ impl Run {
             Ok((said, told)) => (self.said, self.told) = (said, told),
             Err(error) => tracing::debug!(migration = %self.order.migration, error = %chain(&error), "the hypervisor says nothing"),
         }
+    }
+
+    /// How much time what is on its way is worth. Where a guest waits for pages, nothing waits in front of them that need not.
+    fn on_its_way(&self, rtt: Duration) -> Duration {
+        if self.phase == Phase::PostCopy { rtt + WINDOW_SLACK / 3 } else { rtt * 2 + WINDOW_SLACK }
     }
 
     /// Asks the hypervisor something. It may not answer before its socket takes more, so what the destination says is heard

@@ -48,6 +48,7 @@ impl Run {
                 self.patience = None;
                 None
             }
+            Message::StreamBack(piece) if piece.migration == self.order.migration => self.back_came(&piece),
             Message::DiskHeld(said) => self.disk_held(&said).await,
             Message::Handoff(signed) => self.handoff_received(&signed),
             other => {
@@ -76,12 +77,16 @@ impl Run {
         if let Some(watch) = &mut self.pause {
             watch.heard(&step, self.link.session.stats().rtt);
         }
-        if matches!(&step, Handoff::Prepared { digest } if self.whole.is_none_or(|whole| whole.final_digest() != *digest)) {
+        let said = self.split.borrow().or(self.whole);
+        if matches!(&step, Handoff::Prepared { digest } if said.is_none_or(|whole| whole.final_digest() != *digest)) {
             let error = EngineError::Digest { vm: self.order.vm.clone(), what: "the final digest" };
             self.error.get_or_insert(error);
         }
         if prepared && !self.machine.is_committed() {
             self.patience = None;
+        }
+        if matches!(step, Handoff::Running) && self.machine.is_committed() {
+            self.serves();
         }
         if let (Handoff::Refuse { class }, None) = (&step, &self.error) {
             self.error = Some(EngineError::peer(self.order.migration, *class, "the destination refused the VM"));
@@ -147,6 +152,7 @@ impl Run {
     async fn wake(&mut self, binding: &Binding) {
         // A hypervisor that waits for its socket hears nothing else; without it, it gives up by itself. Its mirrors too.
         self.stop_disks();
+        self.close_way_back().await;
         if let Some(reading) = self.reading.take() {
             reading.abort();
             let _ = reading.await;
@@ -179,11 +185,12 @@ impl Run {
         next.send_bytes_per_second = crate::engine::meter::per_second(read, elapsed);
         next.wire_bytes_per_second = crate::engine::meter::per_second(wire, elapsed);
         next.expected_downtime_seconds = self.said.downtime_expected.map(|expected| expected.as_secs_f64());
+        next.faults = self.faults();
         if let Some(disks) = &self.disks {
             (next.disk_total_bytes, next.disk_remaining_bytes) = (disks.said.total_bytes, disks.said.remaining_bytes);
         }
         next.phase_fraction = match self.phase {
-            Phase::Memory => part(sent, total),
+            Phase::Memory | Phase::PostCopy => part(sent, total),
             Phase::Storage => part(next.disk_total_bytes.saturating_sub(next.disk_remaining_bytes), next.disk_total_bytes),
             _ => 0.0,
         };
@@ -197,6 +204,8 @@ impl Run {
         let there_alone = self.error.is_none() && self.disks.as_ref().is_some_and(Disks::are_there_alone);
         self.figures.disks.only = there_alone && outcome == Some(Outcome::Stayed);
         self.stop_disks();
+        self.count_split();
+        self.close_way_back().await;
         if let Some(reading) = self.reading.take() {
             reading.abort();
         }
@@ -206,7 +215,8 @@ impl Run {
         }
         if outcome == Some(Outcome::Moved) {
             self.error = None;
-            self.figures.verified = true;
+            // What came behind the split is not compared.
+            self.figures.verified = self.figures.split.is_none();
             self.phase = Phase::Cleanup;
             self.last_words().await;
         } else if outcome.is_some() {

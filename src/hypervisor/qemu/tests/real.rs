@@ -236,7 +236,6 @@ fn split() -> Option<Pair> {
     until(&source.stages(), StreamStage::Stopped);
     source.go_on().unwrap();
     until(&source.stages(), StreamStage::Split);
-    source.ensure_complete().unwrap();
     until(&destination.stages(), StreamStage::Split);
     destination.ensure_complete().unwrap();
     Some((a, b, source, destination, [forth, back]))

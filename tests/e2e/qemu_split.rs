@@ -1,0 +1,155 @@
+//! A QEMU's guest that runs at the destination before all of its pages are there (post-copy).
+
+use std::time::Duration;
+
+use serde_json::Value;
+
+use crate::command::{Running, Said, wait_for};
+use crate::crash::Records;
+use crate::gateway::{A, B};
+use crate::lab::{Lab, Setup};
+use crate::qemus::{OneCopy, Qemus, processes_with};
+use crate::relay::Conditions;
+
+/// Slower than the guest writes.
+const SLOW: [&str; 4] = ["--compress", "none", "--bandwidth", "2MiB/s"];
+const SPLIT: [&str; 2] = ["--mode", "postcopy"];
+
+fn start(setup: Setup) -> Option<Qemus> {
+    Qemus::start(setup)
+}
+
+/// The guest runs there and lacks pages.
+#[track_caller]
+fn until_split(qemus: &Qemus, running: &mut Running) {
+    wait_for("a guest that lacks pages", || {
+        running.must_go_on();
+        let active = qemus.lab.active_migration(qemus.at)?;
+        (active["progress"]["phase"] == "post-copy").then_some(())
+    });
+}
+
+/// Not verified: what came behind the split is not compared.
+#[track_caller]
+fn moved(said: &Said) -> Value {
+    said.expect(0, &[]);
+    let report = said.json();
+    assert_eq!((&report["state"], &report["running_on"]), (&"completed".into(), &"destination".into()), "{report}");
+    report
+}
+
+#[track_caller]
+fn was_split(report: &Value, mode: &str) {
+    assert_eq!((&report["mode"], &report["verified"]), (&mode.into(), &false.into()), "{report}");
+    let (faults, seconds) = (report["post_copy"]["faults"].as_u64().unwrap(), report["post_copy"]["seconds"].as_f64().unwrap());
+    // Far below what the pages took.
+    let pause = report["downtime_seconds"].as_f64().unwrap();
+    assert!(faults > 0 && seconds > pause, "{report}");
+    println!("{mode}: pause {pause} s, {seconds} s behind it, {faults} faults, {} rounds", report["rounds"]);
+}
+
+#[test]
+fn a_guest_that_is_split_misses_no_beat() {
+    let Some(mut qemus) = start(Setup::new()) else { return };
+    let watch = OneCopy::watch(&qemus.lab);
+    let report = moved(&qemus.lab.migrate(A, &[&SLOW[..], &SPLIT].concat()));
+    watch.end();
+    was_split(&report, "postcopy");
+    qemus.is_only_at(B);
+    // And back, as any other.
+    let report = qemus.lab.migrate(B, &[]).expect_moved();
+    assert_eq!((&report["mode"], &report["post_copy"]), (&"precopy".into(), &Value::Null));
+    qemus.is_only_at(A);
+}
+
+#[test]
+fn hybrid_splits_only_a_guest_that_does_not_get_there() {
+    let Some(mut qemus) = start(Setup::new()) else { return };
+    let report = qemus.lab.migrate(A, &["--mode", "hybrid", "--max-downtime", "2s"]).expect_moved();
+    assert_eq!((&report["mode"], &report["post_copy"], &report["verified"]), (&"hybrid".into(), &Value::Null, &true.into()), "{report}");
+    qemus.is_only_at(B);
+    let report = moved(&qemus.lab.migrate(B, &[&SLOW[..], &["--mode", "hybrid", "--max-downtime", "300ms"]].concat()));
+    was_split(&report, "hybrid");
+    assert!(report["rounds"].as_u64().unwrap() >= 3, "{report}");
+    qemus.is_only_at(A);
+}
+
+/// Longer than a session lives.
+#[test]
+fn a_cut_behind_the_split_is_waited_out() {
+    let Some(mut qemus) = start(Setup::new().through_relay(Conditions::default())) else { return };
+    let mut running = qemus.lab.start_migrate(A, &[&SLOW[..], &SPLIT].concat());
+    until_split(&qemus, &mut running);
+    qemus.lab.cut();
+    std::thread::sleep(Duration::from_secs(14));
+    running.must_go_on();
+    qemus.lab.restore();
+    let report = moved(&running.finish());
+    was_split(&report, "postcopy");
+    assert!(report["reconnects"].as_u64().unwrap() >= 1, "{report}");
+    qemus.is_only_at(B);
+}
+
+#[test]
+fn a_guest_that_was_split_and_stays_goes_on() {
+    for name in [A, B] {
+        let Some(mut qemus) = start(Setup::new().without_policy(name, "commit")) else { return };
+        let watch = OneCopy::watch(&qemus.lab);
+        qemus.lab.migrate(A, &[&SLOW[..], &SPLIT].concat()).expect_stayed(3, &[]);
+        watch.end();
+        qemus.is_only_at(A);
+        // Its QEMU is as it was: the next attempt gets as far.
+        qemus.lab.migrate(A, &[&SLOW[..], &SPLIT].concat()).expect_stayed(3, &[]);
+        qemus.is_only_at(A);
+    }
+}
+
+#[test]
+fn a_twin_that_dies_before_the_split_is_given_leaves_the_guest() {
+    let Some(mut qemus) = start(Setup::new()) else { return };
+    let records = Records::begin(&qemus.lab, A);
+    let mut running = qemus.lab.start_migrate(A, &[&["--compress", "none", "--bandwidth", "200KiB/s"], &SPLIT[..]].concat());
+    let twin = wait_for("the twin's process", || {
+        running.must_go_on();
+        qemus.monitors(B).iter().flat_map(|monitor| processes_with(monitor)).next()
+    });
+    while !records.have("offer") && !running.has_ended() {
+        std::thread::sleep(Duration::from_micros(100));
+    }
+    rustix::process::kill_process(twin, rustix::process::Signal::KILL).unwrap();
+    running.finish().expect_stayed(1, &[]);
+    qemus.is_only_at(A);
+}
+
+#[test]
+fn both_policies_are_asked_of_the_mode() {
+    let forbid = "@id(\"opt-in\") forbid (principal, action in [Sealane::Action::\"request\", Sealane::Action::\"release\", \
+        Sealane::Action::\"accept\"], resource) when { context.stream.mode != \"precopy\" && !resource.postcopyOk };";
+    for name in [A, B] {
+        let Some(mut qemus) = start(Setup::new().with_policy(name, forbid)) else { return };
+        for mode in ["postcopy", "hybrid"] {
+            qemus.lab.migrate(A, &["--mode", mode]).expect_stayed(3, &["opt-in"]);
+        }
+        qemus.is_only_at(A);
+        qemus.lab.migrate(A, &[]).expect_moved();
+        qemus.is_only_at(B);
+    }
+}
+
+#[test]
+fn what_cannot_be_split_is_refused_before_anything_is_sent() {
+    let lab = Lab::start();
+    lab.migrate(A, &SPLIT).expect_stayed(2, &["`--mode precopy` is the only one that is built for it"]);
+    lab.runs_only_on(A);
+    let Some(mut qemus) = start(Setup::new()) else { return };
+    qemus.lab.migrate(A, &[&SPLIT[..], &["--storage", "all"]].concat()).expect_stayed(2, &["to move with its disks"]);
+    qemus.is_only_at(A);
+}
+
+#[test]
+fn a_qemu_that_cannot_split_its_guest_says_so() {
+    let Ok(old) = std::env::var("SEALANE_QEMU_OLD") else { return println!("SKIPPED: SEALANE_QEMU_OLD names no older QEMU") };
+    let Some(mut qemus) = Qemus::start_with(Setup::new(), &old, |arguments| arguments) else { return };
+    qemus.lab.migrate(A, &SPLIT).expect_stayed(4, &["expected QEMU 10.0 or later"]);
+    qemus.is_only_at(A);
+}
