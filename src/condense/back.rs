@@ -3,9 +3,24 @@
 //! The form is that of `source_return_path_thread` in `migration/migration.c` of QEMU.
 
 use super::look::{Look, Stop};
+use super::walk::{ITEM_BYTES_MAX, Item, Walk};
 use super::{Expected, Grammar, Unsound};
 use crate::limits;
 use crate::types::PAGE_BYTES;
+
+/// Follows one direction between two hypervisors.
+pub trait Follow: Send + std::fmt::Debug {
+    /// How many of `bytes`, which begin behind what was taken before, are whole and sound. What is left is less than
+    /// [`FOLLOWED_BYTES_MAX`].
+    ///
+    /// # Errors
+    /// What comes next is not sound.
+    fn take_in(&mut self, bytes: &[u8]) -> Result<usize, Unsound>;
+    /// Pages that were waited for until now.
+    fn faults(&self) -> u64 {
+        0
+    }
+}
 
 /// Follows the way back of a stream, message by message.
 #[derive(Debug)]
@@ -31,13 +46,7 @@ impl BackWalk {
         Self { expected, at: 0, bitmap: 0, named: None, faults: 0, shut: false }
     }
 
-    // SPEC: PROTOCOL.md#must-walk-back
-    /// How many of `bytes`, which begin behind what was taken before, are whole messages that are sound. What is left is less than
-    /// [`BACK_MESSAGE_BYTES_MAX`].
-    ///
-    /// # Errors
-    /// The next message is not sound.
-    pub fn take_in(&mut self, bytes: &[u8]) -> Result<usize, Unsound> {
+    fn whole(&mut self, bytes: &[u8]) -> Result<usize, Unsound> {
         let mut taken = 0;
         loop {
             let rest = bytes.get(taken..).unwrap_or_default();
@@ -53,12 +62,6 @@ impl BackWalk {
             taken += count;
             self.at += count as u64;
         }
-    }
-
-    /// Pages that were waited for until now.
-    #[must_use]
-    pub fn faults(&self) -> u64 {
-        self.faults
     }
 
     fn next(&mut self, bytes: &[u8]) -> Result<usize, Stop> {
@@ -91,9 +94,9 @@ impl BackWalk {
             (RECV_BITMAP, 2..=256) => {
                 let name = look.short_name()?;
                 let block = self.block(&look, name)?;
-                let used = self.used(block);
-                let (size, words) = (look.u64()?, (used / PAGE_BYTES as u64).div_ceil(64) * 8);
-                if usize::from(length) != 1 + name.len() || size != words {
+                // A block that may grow has a bit for what it has in use.
+                let (size, most) = (look.u64()?, (self.used(block) / PAGE_BYTES as u64).div_ceil(64) * 8);
+                if usize::from(length) != 1 + name.len() || !size.is_multiple_of(8) || size == 0 || size > most {
                     return Err(look.unsound("a bitmap with a bit for each page of its block", &format!("{size} bytes")));
                 }
                 self.bitmap = size + BITMAP_END_BYTES;
@@ -132,6 +135,49 @@ impl BackWalk {
     }
 }
 
+// SPEC: PROTOCOL.md#must-walk-back
+impl Follow for BackWalk {
+    fn take_in(&mut self, bytes: &[u8]) -> Result<usize, Unsound> {
+        self.whole(bytes)
+    }
+
+    fn faults(&self) -> u64 {
+        self.faults
+    }
+}
+
+// SPEC: PROTOCOL.md#must-walk-again
+/// Follows the rest of the stream of a guest that was split, which a hypervisor begins anew when its gateway was started anew.
+#[derive(Debug)]
+pub struct AgainWalk(Option<Walk>);
+
+impl AgainWalk {
+    /// For the stream of this grammar.
+    #[must_use]
+    pub fn new(grammar: Grammar) -> Self {
+        Self(match grammar {
+            Grammar::Opaque => None,
+            Grammar::Qemu(expected) => Some(Walk::again(expected)),
+        })
+    }
+}
+
+impl Follow for AgainWalk {
+    fn take_in(&mut self, bytes: &[u8]) -> Result<usize, Unsound> {
+        let unknown = |at| Unsound { at, expected: "the rest of a stream that is known", got: "another".to_owned() };
+        let walk = self.0.as_mut().ok_or_else(|| unknown(0))?;
+        let mut taken = 0;
+        while let Some(item) = walk.next(bytes.get(taken..).unwrap_or_default())? {
+            taken += match item {
+                Item::Framing(bytes) | Item::Header { bytes, .. } | Item::Zero { bytes, .. } => bytes,
+                Item::Page(_) => PAGE_BYTES,
+                Item::Split(_) | Item::Tail | Item::Opaque => return Err(unknown(taken as u64)),
+            };
+        }
+        Ok(taken)
+    }
+}
+
 const SHUT: u16 = 1;
 const PONG: u16 = 2;
 const REQ_PAGES_ID: u16 = 3;
@@ -141,5 +187,5 @@ const RESUME_ACK: u16 = 6;
 const SWITCHOVER_ACK: u16 = 7;
 /// What QEMU puts behind a bitmap.
 const BITMAP_END_BYTES: u64 = 8;
-/// What a message has at most: that with the longest name.
-pub const BACK_MESSAGE_BYTES_MAX: usize = 512;
+/// What is looked at whole: in a stream a page and what announces it, and of the way back the message with the longest name.
+pub const FOLLOWED_BYTES_MAX: usize = ITEM_BYTES_MAX;

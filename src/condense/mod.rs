@@ -28,7 +28,7 @@ mod walk;
 #[cfg(test)]
 mod tests;
 
-pub use back::{BACK_MESSAGE_BYTES_MAX, BackWalk};
+pub use back::{AgainWalk, BackWalk, FOLLOWED_BYTES_MAX, Follow};
 pub use condenser::{Condenser, PAST_KEY_BYTES, Split};
 pub use digest::StreamDigest;
 pub use expander::Expander;

@@ -86,6 +86,8 @@ enum State {
     Footer(Section),
     /// Device sections that are needed at once, with so many bytes of them left.
     Package(u32),
+    /// In front of the rest of a stream that was split, and lost.
+    Again,
     /// Behind the last page of a stream that was split.
     End,
     Ended,
@@ -125,6 +127,12 @@ impl Walk {
         };
         let why_opaque = expected.is_none().then_some("a hypervisor whose streams are not known here");
         Self { expected, state, at: 0, uuid_seen: false, ram: None, blocks: Vec::new(), last: None, split: false, why_opaque }
+    }
+
+    /// The rest of a stream that was split, which begins anew because a gateway was.
+    pub(super) fn again(expected: Box<Expected>) -> Self {
+        let blocks = expected.blocks.iter().map(|block| (block.name.as_str().into(), block.max)).collect();
+        Self { state: State::Again, split: true, blocks, ..Self::new(Grammar::Qemu(expected)) }
     }
 
     // SPEC: PROTOCOL.md#must-walk
@@ -211,6 +219,7 @@ impl Walk {
                 return Ok(Some(Item::Page(place)));
             }
             State::Footer(section) => self.footer(&mut look, section)?,
+            State::Again => self.handshake(&mut look)?,
             State::Package(left) => return self.package(&mut look, left).map(Some),
             State::End => self.ended(&mut look)?,
             State::Ended => return Err(look.unsound("the end of the stream", "more of it")),
@@ -293,6 +302,10 @@ impl Walk {
             }
             kind @ (PART | END) => {
                 let id = look.u32()?;
+                if self.split {
+                    // The rest of a stream does not say it again.
+                    self.ram.get_or_insert(id);
+                }
                 if self.ram != Some(id) || self.blocks.is_empty() {
                     return Err(look.unsound("more of the section with RAM", &format!("section {id}")));
                 }

@@ -1,6 +1,7 @@
 //! What becomes of a handoff that was interrupted: decided by its journal, by the peer's word where that is needed, and by
 //! operators where the peer has none.
 
+mod rest;
 mod start;
 mod tell;
 
@@ -281,13 +282,6 @@ impl Interrupted {
         Ok(())
     }
 
-    /// Whether the destination's guest lacks what this copy has. One that is gone has nothing.
-    async fn is_lacked(&self) -> bool {
-        let (attach, address, vm) = (Arc::clone(&self.host.attach), self.binding.address.clone(), self.binding.vm.clone());
-        let asked = tokio::task::spawn_blocking(move || attach(&address, &vm).and_then(|mut guest| guest.is_lacked()));
-        matches!(asked.await, Ok(Ok(true)))
-    }
-
     async fn perform<R: Into<JournalRecord>>(
         &mut self,
         actions: Vec<HandoffAction<R>>,
@@ -333,10 +327,8 @@ impl Interrupted {
     async fn step(&mut self, machine: &mut Machine, event: Step, session: Option<&Session>) -> Result<Option<Outcome>, EngineError> {
         match machine {
             Machine::Source(machine, _) => {
-                // INVARIANT(served-first)
-                if matches!(event, Step::Received { step: Handoff::Running, .. }) && machine.is_committed() && self.is_lacked().await {
-                    let why = "a gateway was started anew behind the switch, or ended the migration".to_owned();
-                    return Err(EngineError::Lacking { vm: self.binding.vm.clone(), why });
+                if matches!(event, Step::Received { step: Handoff::Running, .. }) && machine.is_committed() {
+                    self.send_rest(session).await?;
                 }
                 let step = match event {
                     Step::Reconnected => SourceStep::Reconnected,
@@ -374,6 +366,10 @@ impl Interrupted {
                     let (address, after) = (link.session.peer_address(), limits::ANSWER_WITHIN);
                     Err(TransportError::TimedOut { address, awaited: "go on with the handoff", after })
                 });
+                let received = match received {
+                    Ok(Message::StreamBack(first)) if machine.is_running() => Ok(self.take_rest(&link.session, first).await?),
+                    received => received,
+                };
                 match received {
                     Ok(Message::Handoff(signed)) => {
                         let heard = self.evidence.check(&self.binding, &signed)?;
@@ -412,6 +408,11 @@ fn renew(guest: &mut dyn Guest) -> Result<(), HypervisorError> {
 }
 
 impl Machine {
+    /// Whether the guest runs here, as the destination's.
+    fn is_running(&self) -> bool {
+        matches!(self, Self::Destination(machine, _) if matches!(machine.state(), DestinationState::Running))
+    }
+
     fn is_settled(&self) -> bool {
         match self {
             Self::Source(machine, _) => !machine.is_committed(),

@@ -112,8 +112,7 @@ pub(super) fn problem(error: &EngineError, running_on: RunningOn) -> Problem {
             "the gateway keeps asking the destination; if it is gone for good, see `sealane resolve`; do not start the VM by hand",
         ),
         EngineError::Lacking { .. } => problem.with_code("lacks-pages").with_hint(
-            "do not start the VM at the source; neither QEMU was ended: they can go on by hand, with `migrate-recover` at the destination \
-             and `migrate` with `resume` at the source",
+            "the gateways go on with what is missing as soon as both are there; do not start the VM at the source, and end neither QEMU",
         ),
         EngineError::Audit(_) => problem.with_hint("nothing is moved without evidence; make room on the gateway's disk and try again"),
         EngineError::Journal(_) => {

@@ -27,7 +27,7 @@ pub use launch::{LaunchTemplate, LaunchVariables, LaunchedVmm, TemplateError, Vm
 
 use crate::condense::Grammar;
 use crate::memory::{GuestRam, PageSet};
-use crate::types::{Mode, RamRegion, VmUuid};
+use crate::types::{Mode, RamRegion, Side, VmUuid};
 
 /// What a VM is made of: everything the destination needs to build an empty twin, and to say
 /// *before memory is sent* why it cannot.
@@ -182,6 +182,14 @@ pub trait Guest: Send {
     /// The VMM is gone.
     fn is_lacked(&mut self) -> Result<bool, HypervisorError> {
         Ok(false)
+    }
+    /// The other end of a new stream for a guest that was split and whose hypervisor has lost its own, which goes on with it, and what it is
+    /// written in; nothing where guests are not split.
+    ///
+    /// # Errors
+    /// The hypervisor is gone, has lost no stream, or does not go on.
+    fn stream_again(&mut self, _side: Side) -> Result<Option<(UnixStream, Grammar)>, HypervisorError> {
+        Ok(None)
     }
     /// Ends the VMM and frees the guest's memory. Only of a copy that never runs again.
     ///

@@ -1,6 +1,9 @@
 //! SIGKILL of either gateway and of either QEMU, and a cancel, at each phase of a guest that is split (post-copy): before it runs at the
 //! destination it goes on at the source.
 
+use sealane::hypervisor::RunState;
+
+use crate::command::wait_for;
 use crate::gateway::Name;
 use crate::place::Role::{self, Destination, Source};
 use crate::qemu::{Blow, impatient, is_as_it_was, struck};
@@ -19,6 +22,14 @@ const PHASES: [(&str, Role); 8] = [
     ("send.PREPARED.after", Destination),
     ("source.policy-asked", Source),
     ("record.commit.done", Source),
+];
+
+/// Behind COMMIT: it goes on at the source, or it is the destination's, and gets what it lacks.
+const BEHIND: [(&str, Role); 4] = [
+    ("send.COMMIT.after", Source),
+    ("record.run.done", Destination),
+    ("destination.resume.after", Destination),
+    ("send.RUNNING.before", Destination),
 ];
 
 /// Plays one phase, and looks where the guest is then.
@@ -60,5 +71,17 @@ fn a_guest_that_is_split_goes_on_at_the_source_whoever_is_killed_before_it_runs(
         // It may come too late.
         Blow::Cancel => drop(qemus.settle()),
         _ => qemus.is_only_at(from),
+    });
+}
+
+#[test]
+fn a_guest_that_is_split_and_given_goes_on_where_it_was_given_to_and_gets_what_it_lacks() {
+    play_all(&BEHIND, &[Blow::SourceGateway, Blow::DestinationGateway], |qemus, from, _| {
+        let at = wait_for("one copy that runs", || match [from, from.other()].map(|name| qemus.states(name)) {
+            [here, there] if here == [RunState::Running] && there.is_empty() => Some(from),
+            [here, there] if here.is_empty() && there == [RunState::Running] => Some(from.other()),
+            _ => None,
+        });
+        qemus.is_only_at(at);
     });
 }

@@ -121,6 +121,26 @@ fn a_twin_that_dies_before_the_split_is_given_leaves_the_guest() {
     qemus.is_only_at(A);
 }
 
+/// Behind RUN the guest is the destination's, and both QEMUs have lost their streams: the gateways give them new ones.
+#[test]
+fn a_gateway_killed_behind_the_split_goes_on_with_what_is_missing() {
+    for killed in [&[B][..], &[A, B]] {
+        let Some(mut qemus) = start(Setup::new()) else { return };
+        let watch = OneCopy::watch(&qemus.lab);
+        let mut running = qemus.lab.start_migrate(A, &[&SLOW[..], &SPLIT].concat());
+        until_split(&qemus, &mut running);
+        killed.iter().for_each(|name| qemus.lab.gateway_mut(*name).kill());
+        killed.iter().for_each(|name| qemus.lab.gateway_mut(*name).start());
+        let said = running.finish();
+        if killed == [B] {
+            said.expect(6, &["lacks pages"]);
+            assert_eq!(said.json()["running_on"], "destination");
+        }
+        qemus.is_only_at(B);
+        watch.end();
+    }
+}
+
 #[test]
 fn both_policies_are_asked_of_the_mode() {
     let forbid = "@id(\"opt-in\") forbid (principal, action in [Sealane::Action::\"request\", Sealane::Action::\"release\", \

@@ -7,7 +7,9 @@ mod logs;
 use std::path::Path;
 use std::sync::{Arc, LazyLock};
 
-use sealane::condense::{BACK_MESSAGE_BYTES_MAX, BackWalk, Condenser, Expander, Expected, Grammar, PAST_KEY_BYTES, RamBlock};
+use sealane::condense::{
+    AgainWalk, BackWalk, Condenser, Expander, Expected, FOLLOWED_BYTES_MAX, Follow, Grammar, PAST_KEY_BYTES, RamBlock,
+};
 use sealane::control::{GatewayView, MigrateRequest, MigrationView, Problem, ResolveRequest, SetRequest};
 use sealane::engine::Placement;
 use sealane::hypervisor::Generation;
@@ -45,6 +47,7 @@ pub const TARGETS: &[Target] = &[
     Target { name: "stream", run: stream, seeds: streams, share: 25 },
     Target { name: "split-stream", run: split_stream, seeds: split_streams, share: 25 },
     Target { name: "way-back", run: way_back, seeds: ways_back, share: 100 },
+    Target { name: "rest-of-stream", run: rest_of_stream, seeds: rests_of_streams, share: 100 },
     Target { name: "parcel", run: parcel, seeds: parcels, share: 25 },
     Target { name: "control-message", run: control_message, seeds: control_messages, share: 100 },
     Target { name: "join", run: join, seeds: joins, share: 100 },
@@ -174,11 +177,19 @@ fn split_streams() -> Vec<Vec<u8>> {
 }
 
 fn way_back(bytes: &[u8]) {
-    let mut walk = BackWalk::new(grammar_of(true));
+    followed(bytes, || BackWalk::new(grammar_of(true)));
+}
+
+fn rest_of_stream(bytes: &[u8]) {
+    followed(bytes, || AgainWalk::new(grammar_of(true)));
+}
+
+fn followed<W: Follow>(bytes: &[u8], begin: impl Fn() -> W) {
+    let mut walk = begin();
     let Ok(taken) = walk.take_in(bytes) else { return };
-    assert!(bytes.len() - taken < BACK_MESSAGE_BYTES_MAX);
+    assert!(bytes.len() - taken < FOLLOWED_BYTES_MAX);
     // However it is cut, it is taken alike.
-    let (mut again, mut held, mut count) = (BackWalk::new(grammar_of(true)), Vec::new(), 0);
+    let (mut again, mut held, mut count) = (begin(), Vec::new(), 0);
     for piece in bytes.chunks(7) {
         held.extend_from_slice(piece);
         let taken = again.take_in(&held).unwrap();
@@ -191,6 +202,17 @@ fn way_back(bytes: &[u8]) {
 fn ways_back() -> Vec<Vec<u8>> {
     let asks = b"\0\x02\0\x04\0\0\0\x01\0\x03\0\x13\0\0\0\0\0\0\x10\0\0\0\x10\0\x06pc.ram\0\x04\0\x0c\0\0\0\0\0\0\x20\0\0\0\x10\0\0\x01\0\x04\0\0\0\0";
     vec![asks.to_vec()]
+}
+
+fn rests_of_streams() -> Vec<Vec<u8>> {
+    // Which pages are there is asked, and the last pass of a stream follows.
+    let asks = b"\x08\0\x0a\0\x07\x06pc.ram\x08\0\x02\0\x04\0\0\0\x07\x08\0\x09\0\0";
+    let stream = streams().remove(0);
+    let begin = stream.windows(5).rposition(|window| window == b"\x03\0\0\0\x01").expect("a last section");
+    let end = stream.windows(8).rposition(|window| window == b"\x04\0\0\0\x05\x03cp").expect("a device");
+    let rest = [asks.as_slice(), &stream[begin..end], b"\0"].concat();
+    assert_eq!(AgainWalk::new(grammar_of(true)).take_in(&rest).expect("a good rest"), rest.len());
+    vec![rest]
 }
 
 fn comes_out(bytes: &[u8], grammar: &Grammar) {

@@ -79,6 +79,25 @@ impl Walk {
         Ok(Item::Split(RUN.len()))
     }
 
+    /// Pages that are there are asked for, and then the rest of a stream goes on.
+    pub(super) fn handshake(&self, look: &mut Look<'_>) -> Result<State, Stop> {
+        match (look.u8()?, look.u16()?, look.u16()?) {
+            (COMMAND, PING, 4) => drop(look.u32()?),
+            (COMMAND, RECV_BITMAP, bytes @ 2..=256) => {
+                let name = look.short_name()?;
+                if usize::from(bytes) != 1 + name.len() || !self.blocks.iter().any(|(known, _)| **known == *name) {
+                    return Err(look.unsound("a block of the VM", name));
+                }
+            }
+            (COMMAND, POSTCOPY_RESUME, 0) => return Ok(State::Sections),
+            (kind, command, _) => {
+                let got = format!("type {kind:#04x}, command {command}");
+                return Err(look.unsound("a question for pages that are there, or the command to go on", &got));
+            }
+        }
+        Ok(State::Again)
+    }
+
     pub(super) fn ended(&self, look: &mut Look<'_>) -> Result<State, Stop> {
         match look.u8()? {
             EOF => Ok(State::Ended),
@@ -92,6 +111,8 @@ const PING: u16 = 2;
 const POSTCOPY_ADVISE: u16 = 3;
 const RAM_DISCARD: u16 = 6;
 const PACKAGED: u16 = 7;
+const POSTCOPY_RESUME: u16 = 9;
+const RECV_BITMAP: u16 = 10;
 const SWITCHOVER_START: u16 = 11;
 /// Twelve ranges and the longest name.
 const DISCARD_BYTES_MAX: u16 = 512;

@@ -8,7 +8,7 @@ use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::{Notify, watch};
 
 use super::Broken;
-use crate::condense::{BACK_MESSAGE_BYTES_MAX, BackWalk, Grammar};
+use crate::condense::{FOLLOWED_BYTES_MAX, Follow};
 use crate::engine::EngineError;
 use crate::limits;
 
@@ -32,8 +32,8 @@ struct Out {
 
 impl BackOut {
     /// Reads what the hypervisor writes back, to its end.
-    pub(super) async fn read_from(&self, mut stream: OwnedReadHalf, grammar: Grammar) -> Result<(), Broken> {
-        let (mut walk, mut held, mut filled) = (BackWalk::new(grammar), vec![0; READ_BYTES + BACK_MESSAGE_BYTES_MAX], 0);
+    pub(super) async fn read_from(&self, mut stream: OwnedReadHalf, mut walk: impl Follow) -> Result<(), Broken> {
+        let (mut held, mut filled) = (vec![0; READ_BYTES + FOLLOWED_BYTES_MAX], 0);
         loop {
             while self.under_way() + held.len() as u64 > limits::STREAM_BACK_WINDOW_BYTES {
                 self.room.notified().await;
@@ -119,7 +119,7 @@ pub(super) struct BackIn {
 
 #[derive(Debug)]
 struct In {
-    walk: BackWalk,
+    walk: Box<dyn Follow>,
     /// The beginning of a message.
     held: Vec<u8>,
     /// Whole messages for the hypervisor.
@@ -129,8 +129,8 @@ struct In {
 }
 
 impl BackIn {
-    pub(super) fn new(grammar: Grammar) -> Self {
-        let state = In { walk: BackWalk::new(grammar), held: Vec::new(), queue: Vec::new(), received: 0, acknowledged: 0 };
+    pub(super) fn new(walk: impl Follow + 'static) -> Self {
+        let state = In { walk: Box::new(walk), held: Vec::new(), queue: Vec::new(), received: 0, acknowledged: 0 };
         Self { state: Mutex::new(state), arrived: Notify::new(), given: watch::Sender::new(0) }
     }
 
@@ -194,13 +194,14 @@ impl BackIn {
 
 /// WHY: a request has some 20 bytes, and none waits for others.
 const READ_BYTES: usize = 16 * 1024;
-const _: () = assert!(READ_BYTES + BACK_MESSAGE_BYTES_MAX <= limits::STREAM_BACK_PIECE_BYTES_MAX);
+const _: () = assert!(READ_BYTES + FOLLOWED_BYTES_MAX <= limits::STREAM_BACK_PIECE_BYTES_MAX);
 
 #[cfg(test)]
 mod tests {
     use std::sync::Arc;
 
     use super::*;
+    use crate::condense::{BackWalk, Grammar};
     use tokio::net::UnixStream;
 
     const PONG: [u8; 8] = [0, 2, 0, 4, 0, 0, 0, 1];
@@ -208,10 +209,10 @@ mod tests {
     #[tokio::test]
     async fn what_is_written_back_comes_once_and_in_order_whatever_is_said_again() {
         let (theirs, ours) = UnixStream::pair().unwrap();
-        let (out, back) = (Arc::new(BackOut::default()), Arc::new(BackIn::new(Grammar::Opaque)));
+        let (out, back) = (Arc::new(BackOut::default()), Arc::new(BackIn::new(BackWalk::new(Grammar::Opaque))));
         let reading = tokio::spawn({
             let out = Arc::clone(&out);
-            async move { out.read_from(ours.into_split().0, Grammar::Opaque).await }
+            async move { out.read_from(ours.into_split().0, BackWalk::new(Grammar::Opaque)).await }
         });
         let (source, mut qemu) = UnixStream::pair().unwrap();
         let writing = tokio::spawn({
@@ -247,7 +248,7 @@ mod tests {
     // SPEC: PROTOCOL.md#must-back-once
     #[test]
     fn a_gap_and_more_than_the_window_are_refused() {
-        let back = BackIn::new(Grammar::Opaque);
+        let back = BackIn::new(BackWalk::new(Grammar::Opaque));
         back.take_in(0, &PONG).unwrap();
         for (offset, bytes) in [(9, PONG.to_vec()), (u64::MAX, PONG.to_vec()), (0, vec![0; 1 + (1 << 20)]), (8, vec![9; 4])] {
             let refused = back.take_in(offset, &bytes).unwrap_err();

@@ -19,9 +19,11 @@ mod destination;
 mod inflow;
 mod lanes;
 mod outflow;
+mod rest;
 mod source;
 
 pub use destination::run_stream_destination;
+pub(in crate::engine) use rest::Rest;
 pub use source::run_stream_source;
 
 use crate::condense::{StreamDigest, Unsound};

@@ -199,9 +199,28 @@ impl Monitor {
         }
     }
 
-    /// A stream for a migration that was split and has lost its own.
-    pub(super) fn stream_again(&self) -> Result<UnixStream, HypervisorError> {
-        self.stream_with("migrate", json!({ "uri": format!("fd:{STREAM_NAME}"), "resume": true }), STREAM_BUFFER_BYTES)
+    /// A stream for a migration that was split and has lost its own; `arguments` say what has it go on.
+    pub(super) fn stream_again(&self, command: &'static str, mut arguments: Value) -> Result<UnixStream, HypervisorError> {
+        if let Some(arguments) = arguments.as_object_mut() {
+            arguments.insert("uri".to_owned(), format!("fd:{STREAM_NAME}").into());
+        }
+        self.stream_with(command, arguments, SPLIT_BUFFER_BYTES)
+    }
+
+    /// Sees that a migration that was split has lost its stream, and has it do so where it has not noticed.
+    pub(super) fn ensure_lost(&self) -> Result<(), HypervisorError> {
+        let until = by(self.within);
+        loop {
+            let migration = self.migration()?.status.unwrap_or_default();
+            if migration == "postcopy-paused" {
+                return Ok(());
+            }
+            if Instant::now() >= until || !migration.starts_with("postcopy-") {
+                return Err(self.qmp.refused("migrate-pause", &format!("expected a migration that was split, got `{migration}`")));
+            }
+            let _ = self.qmp.execute("migrate-pause", Value::Null);
+            std::thread::sleep(LOOK_PAUSE);
+        }
     }
 
     /// Sees that a migration and the guest are in one of these states.

@@ -14,7 +14,7 @@ use crate::hypervisor::{
     Disk, Exports, Guest, GuestStatus, HypervisorError, Machine, MirrorProgress, RunState, StreamGoal, StreamProgress, StreamSource,
     StreamStage,
 };
-use crate::types::Mode;
+use crate::types::{Mode, Side};
 
 /// What a stream that a gateway carries has, and what it must not have: each of these either needs a channel of its own, leaves a
 /// part of the guest out of the stream, changes what the end of the stream means, or hides pages.
@@ -193,6 +193,16 @@ impl Guest for QemuSource {
 
     fn is_lacked(&mut self) -> Result<bool, HypervisorError> {
         Ok(self.monitor.migration()?.status.is_some_and(|status| status.starts_with("postcopy-")))
+    }
+
+    fn stream_again(&mut self, side: Side) -> Result<Option<(UnixStream, Grammar)>, HypervisorError> {
+        self.machine.mode = Mode::Postcopy;
+        self.monitor.ensure_lost()?;
+        let stream = match side {
+            Side::Source => self.monitor.stream_again("migrate", json!({ "resume": true })),
+            Side::Destination => self.monitor.stream_again("migrate-recover", json!({})),
+        };
+        Ok(Some((stream?, self.grammar())))
     }
 
     fn destroy(&mut self) -> Result<(), HypervisorError> {

@@ -6,7 +6,7 @@ use tokio::net::unix::OwnedReadHalf;
 use tokio::task::{JoinError, JoinHandle};
 
 use super::Run;
-use crate::condense::Grammar;
+use crate::condense::{BackWalk, Grammar};
 use crate::engine::EngineError;
 use crate::engine::handoff::joined;
 use crate::engine::stream::back::BackOut;
@@ -41,7 +41,7 @@ impl WayBack {
     pub(super) fn open(stream: OwnedReadHalf, grammar: Grammar) -> Self {
         let back = Arc::new(BackOut::default());
         let out = Arc::clone(&back);
-        Self { back, reading: Some(tokio::spawn(async move { out.read_from(stream, grammar).await })) }
+        Self { back, reading: Some(tokio::spawn(async move { out.read_from(stream, BackWalk::new(grammar)).await })) }
     }
 }
 

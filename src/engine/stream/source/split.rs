@@ -8,7 +8,7 @@ use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
 use super::{Run, lock};
-use crate::condense::Grammar;
+use crate::condense::{BackWalk, Grammar};
 use crate::engine::EngineError;
 use crate::engine::handoff::{blocking, joined};
 use crate::engine::meter::SplitFigures;
@@ -42,7 +42,7 @@ pub(super) enum Happened {
 
 impl WayBack {
     pub(super) fn new(mode: Mode, grammar: Grammar) -> Self {
-        let back = Arc::new(BackIn::new(grammar));
+        let back = Arc::new(BackIn::new(BackWalk::new(grammar)));
         Self { mode, told: false, given: back.given(), back, writing: None, serves: None }
     }
 
