@@ -13,12 +13,6 @@ use sealane::identity;
 use sealane::policy::bundle::{BundleSource, BundleTrust, Manifest};
 use tempfile::TempDir;
 
-/// The key of RFC 8410, section 10.3.
-const KEY: &[u8] = b"-----BEGIN PRIVATE KEY-----
-MC4CAQAwBQYDK2VwBCIEINTuctv5E1hK1bbY8fdp+K06/nwoy/HU++CXqI9EdVhC
------END PRIVATE KEY-----
-";
-
 struct Key(identity::Signer);
 
 impl Signer for Key {
@@ -57,7 +51,9 @@ impl Log {
 /// Each target has a log of its own, since it writes into it.
 fn log() -> Log {
     let directory = tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).unwrap();
-    let signer = Arc::new(Key(identity::Signer::from_pkcs8_pem(KEY, Path::new("fuzz")).unwrap()));
+    // Another one each time: what the seeds of an earlier process are signed with is nobody's here, and the log is another one too.
+    let pem = rcgen::KeyPair::generate_for(&rcgen::PKCS_ED25519).unwrap().serialize_pem();
+    let signer = Arc::new(Key(identity::Signer::from_pkcs8_pem(pem.as_bytes(), Path::new("fuzz")).unwrap()));
     let key = signer.public_key();
     let log = AuditLog::open(directory.path(), "sealane/dc1.test/a", signer).unwrap();
     for number in 0..6 {
