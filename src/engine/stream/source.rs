@@ -142,7 +142,7 @@ pub async fn run_stream_source(order: SourceOrder, ports: SourcePorts<dyn Stream
         meter: Arc::new(Meter::on(path)),
         carried_before: 0,
         said: StreamProgress::default(),
-        looked: path::Looked { at: began, applied: 0, read: 0, taken: 0 },
+        looked: path::Looked { at: began, applied: 0, read: 0, taken: 0, rtt: None },
         path_rate: 0.0,
         asked: began,
         pause: None,

@@ -24,6 +24,8 @@ pub(super) struct Looked {
     pub(super) read: u64,
     /// Bytes of the stream.
     pub(super) taken: u64,
+    /// The shortest round trip until then. WHY: what waits on the path makes the next one longer, and is not the path.
+    pub(super) rtt: Option<Duration>,
 }
 
 /// Whoever wants pages as they are, or pages that say nothing of each other, has none remembered.
@@ -52,6 +54,7 @@ impl Run {
             applied: self.flow.applied_bytes(),
             read: self.flow.read_bytes(),
             taken: self.condenser().taken(),
+            rtt: self.looked.rtt.into_iter().chain(self.threads.iter().map(|handle| handle.stats().rtt)).min(),
         };
         let before = std::mem::replace(&mut self.looked, now);
         let running = self.reading.is_some() && self.outage.is_none();
@@ -61,7 +64,7 @@ impl Run {
             // A single look may fall between two acknowledgements.
             self.path_rate = measured.max(self.path_rate * RATE_KEPT);
             #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a rate of bytes; saturates")]
-            let window = (self.path_rate * self.on_its_way(rtt).as_secs_f64()) as u64;
+            let window = (self.path_rate * self.on_its_way(rtt, now.rtt).as_secs_f64()) as u64;
             self.flow.set_window(window);
             // What it writes is more than what becomes of it.
             // A stream that has just ended says 0: its digest was taken.
@@ -98,8 +101,8 @@ impl Run {
     }
 
     /// How much time what is on its way is worth. Where a guest waits for pages, nothing waits in front of them that need not.
-    fn on_its_way(&self, rtt: Duration) -> Duration {
-        if self.phase == Phase::PostCopy { rtt + WINDOW_SLACK / 3 } else { rtt * 2 + WINDOW_SLACK }
+    fn on_its_way(&self, rtt: Duration, shortest: Option<Duration>) -> Duration {
+        if self.phase == Phase::PostCopy { shortest.unwrap_or(rtt) + WINDOW_SLACK / 3 } else { rtt * 2 + WINDOW_SLACK }
     }
 
     /// Asks the hypervisor something. It may not answer before its socket takes more, so what the destination says is heard
