@@ -11,15 +11,21 @@ use crate::transport::LinkStats;
 use crate::types::SpiffeId;
 
 /// A path, as the lanes of all migrations on it see it.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct CommonPath {
     /// Bytes of frames that lanes have handed over.
     sent: AtomicU64,
-    /// The shortest round trip, microseconds and one; 0 as long as nobody has measured.
+    /// The shortest round trip, microseconds.
     round_trip: AtomicU64,
     /// What the lane that has learned last makes of it.
     learned: Mutex<Option<Adaptation>>,
-    busy: Mutex<Busy>,
+    busy: Mutex<Option<Busy>>,
+}
+
+impl Default for CommonPath {
+    fn default() -> Self {
+        Self { sent: AtomicU64::new(0), round_trip: AtomicU64::new(u64::MAX), learned: Mutex::default(), busy: Mutex::default() }
+    }
 }
 
 impl CommonPath {
@@ -33,17 +39,8 @@ impl CommonPath {
 
     /// The shortest round trip until now: where processors are short, a lane measures for how long it has waited for one.
     pub(super) fn round_trip(&self, stats: &LinkStats) -> Duration {
-        let micros = u64::try_from(stats.rtt.as_micros()).unwrap_or(u64::MAX).saturating_add(1);
-        let shorter = |known: u64| (known == 0 || micros < known).then_some(micros);
-        let _ = self.round_trip.fetch_update(Ordering::Relaxed, Ordering::Relaxed, shorter);
-        Duration::from_micros(self.round_trip.load(Ordering::Relaxed).saturating_sub(1))
-    }
-
-    /// As it is when a frame goes out.
-    pub(super) fn now(&self, stats: &LinkStats) -> FrameSent {
-        let busy = self.busy.lock().unwrap_or_else(PoisonError::into_inner).lately();
-        let (path, round_trip, all_sent) = (stats.path_rate(), self.round_trip(stats), self.sent_bytes());
-        FrameSent { path, round_trip, all_sent, busy, ..FrameSent::default() }
+        let micros = u64::try_from(stats.rtt.as_micros()).unwrap_or(u64::MAX);
+        Duration::from_micros(self.round_trip.fetch_min(micros, Ordering::Relaxed).min(micros))
     }
 
     /// For a new lane, which goes on from where the others are.
@@ -53,9 +50,13 @@ impl CommonPath {
         learned.map_or_else(|| Adaptation::new(round_trip, self.sent_bytes()), |other| other.begun_anew(self.sent_bytes()))
     }
 
-    /// A lane has learned from what it sent.
-    pub(super) fn learn(&self, adaptation: &Adaptation) {
-        *self.learned.lock().unwrap_or_else(PoisonError::into_inner) = Some(adaptation.clone());
+    /// Has a lane learn from a frame that it has sent, of which it knows all but what the path is like.
+    pub(super) fn adapt(&self, lane: &mut Adaptation, frame: FrameSent, stats: &LinkStats) {
+        let busy = self.busy.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert_default().lately();
+        let (path, round_trip, all_sent) = (stats.path_rate(), self.round_trip(stats), self.sent_bytes());
+        if lane.sent(&FrameSent { path, round_trip, all_sent, busy, ..frame }) {
+            *self.learned.lock().unwrap_or_else(PoisonError::into_inner) = Some(lane.clone());
+        }
     }
 }
 
@@ -123,9 +124,8 @@ mod tests {
                 wire: 1 << 19,
                 ..FrameSent::default()
             };
-            lane.sent(&frame);
+            path.adapt(&mut lane, frame, &stats(Duration::from_micros(100)));
         }
-        path.learn(&lane);
         assert_eq!(path.adaptation(&stats(Duration::from_micros(100))).effort(), lane.effort());
     }
 }

@@ -25,9 +25,7 @@ use crate::engine::{DiskFigures, EngineError, Link};
 use crate::hypervisor::PagedDestination;
 use crate::limits;
 use crate::memory::GuestRam;
-use crate::migration::{
-    Destination, DestinationAction, DestinationEvent, DestinationRecord, DestinationStep, HandoffAction, Outcome, PreparedRecord,
-};
+use crate::migration::{Destination, DestinationAction, DestinationEvent, DestinationRecord, DestinationStep, HandoffAction, Outcome};
 use crate::storage::write_image;
 use crate::transport::LaneGate;
 use crate::types::{LaneIndex, Round};
@@ -447,18 +445,7 @@ impl Run {
         })
         .await?;
         crate::failpoint::hit!("destination.state-restored");
-        Ok(DestinationEvent::Handoff(DestinationStep::TwinComplete(Box::new(PreparedRecord {
-            migration: self.binding.migration,
-            vm: self.binding.vm.clone(),
-            uuid: self.binding.uuid,
-            epoch: self.binding.epoch,
-            peer: self.binding.peer.clone(),
-            peer_incarnation: self.binding.peer_incarnation,
-            peer_key: self.binding.peer_key,
-            digest: held,
-            address: self.binding.address.clone(),
-            durability: self.order.stream.durability,
-        }))))
+        Ok(DestinationEvent::Handoff(DestinationStep::TwinComplete(Box::new(self.binding.prepared(held, self.order.stream.durability)))))
     }
 
     async fn handoff(&mut self, action: HandoffAction<DestinationRecord>) -> Result<Option<DestinationEvent>, EngineError> {

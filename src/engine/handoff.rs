@@ -16,7 +16,7 @@ use crate::migration::{DestinationRecord, OfferRecord, PreparedRecord, SourceRec
 use crate::storage::{ImageError, ImageHead, read_head, remove_image};
 use crate::transport::Session;
 use crate::types::{Epoch, Incarnation, MigrationId, SpiffeId, VmName, VmUuid};
-use crate::wire::{FinalDigest, Handoff, HandoffMessage, Message, SignedHandoff};
+use crate::wire::{Durability, FinalDigest, Handoff, HandoffMessage, Message, SignedHandoff};
 
 /// What this gateway remembers and signs with.
 #[derive(Debug, Clone)]
@@ -187,6 +187,24 @@ impl From<&OfferRecord> for Binding {
             peer_incarnation: offer.peer_incarnation,
             peer_key: offer.peer_key,
             address: offer.address.clone(),
+        }
+    }
+}
+
+impl Binding {
+    /// The record of a twin that is complete and has this digest.
+    pub(super) fn prepared(&self, digest: FinalDigest, durability: Durability) -> PreparedRecord {
+        PreparedRecord {
+            migration: self.migration,
+            vm: self.vm.clone(),
+            uuid: self.uuid,
+            epoch: self.epoch,
+            peer: self.peer.clone(),
+            peer_incarnation: self.peer_incarnation,
+            peer_key: self.peer_key,
+            digest,
+            address: self.address.clone(),
+            durability,
         }
     }
 }

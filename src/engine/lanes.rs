@@ -209,10 +209,8 @@ impl SourceLane {
         let Some(adaptation) = self.adaptation.as_mut().filter(|_| !made.frame.is_empty()) else { return };
         self.frames += 1;
         let (waiting, wire) = (took.saturating_sub(made.took), made.frame.len() as u64);
-        let frame = FrameSent { packing: made.took, waiting, delayed, content: made.content, wire, ..shared.meter.path().now(stats) };
-        if adaptation.sent(&frame) {
-            shared.meter.path().learn(adaptation);
-        }
+        let frame = FrameSent { packing: made.took, waiting, delayed, content: made.content, wire, ..FrameSent::default() };
+        shared.meter.path().adapt(adaptation, frame, stats);
         if self.encoder.effort() == Effort::None && self.frames % PROBE_EVERY == 1 {
             let started = Instant::now();
             let (content, packed) = self.encoder.probe(&shared.ram);

@@ -1,13 +1,14 @@
 //! The way back of a stream: what the destination's hypervisor writes, on its way to the source's.
 
-use std::collections::VecDeque;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use bytes::Bytes;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::{Notify, watch};
 
 use super::Broken;
+use super::kept::Kept;
 use crate::condense::{FOLLOWED_BYTES_MAX, Follow};
 use crate::engine::EngineError;
 use crate::limits;
@@ -16,18 +17,9 @@ use crate::limits;
 /// read beyond that.
 #[derive(Debug, Default)]
 pub(super) struct BackOut {
-    state: Mutex<Out>,
+    kept: Mutex<Kept>,
     ready: Notify,
     room: Notify,
-}
-
-#[derive(Debug, Default)]
-struct Out {
-    pieces: VecDeque<(u64, Vec<u8>)>,
-    /// Of these pieces so many were said.
-    said: usize,
-    read: u64,
-    applied: u64,
 }
 
 impl BackOut {
@@ -35,7 +27,7 @@ impl BackOut {
     pub(super) async fn read_from(&self, mut stream: OwnedReadHalf, mut walk: impl Follow) -> Result<(), Broken> {
         let (mut held, mut filled) = (vec![0; READ_BYTES + FOLLOWED_BYTES_MAX], 0);
         loop {
-            while self.under_way() + held.len() as u64 > limits::STREAM_BACK_WINDOW_BYTES {
+            while self.lock().under_way() + held.len() as u64 > limits::STREAM_BACK_WINDOW_BYTES {
                 self.room.notified().await;
             }
             match stream.read(held.get_mut(filled..).unwrap_or_default()).await? {
@@ -44,38 +36,20 @@ impl BackOut {
             }
             let taken = walk.take_in(held.get(..filled).unwrap_or_default())?;
             if taken > 0 {
-                self.put(held.get(..taken).unwrap_or_default().to_vec());
+                self.lock().put(Bytes::copy_from_slice(held.get(..taken).unwrap_or_default()), 0);
+                self.ready.notify_one();
             }
             held.copy_within(taken..filled, 0);
             filled -= taken;
         }
     }
 
-    fn under_way(&self) -> u64 {
-        let state = self.lock();
-        state.read - state.applied
-    }
-
-    fn put(&self, bytes: Vec<u8>) {
-        let mut state = self.lock();
-        let offset = state.read;
-        state.read += bytes.len() as u64;
-        state.pieces.push_back((offset, bytes));
-        drop(state);
-        self.ready.notify_one();
-    }
-
     /// The next piece to say, and where it begins. May be dropped and called again.
     pub(super) async fn next(&self) -> (u64, Vec<u8>) {
         loop {
-            let piece = {
-                let mut state = self.lock();
-                let piece = state.pieces.get(state.said).cloned();
-                state.said += usize::from(piece.is_some());
-                piece
-            };
+            let piece = self.lock().next();
             match piece {
-                Some(piece) => return piece,
+                Some(piece) => return (piece.offset, piece.bytes.to_vec()),
                 None => self.ready.notified().await,
             }
         }
@@ -84,28 +58,21 @@ impl BackOut {
     /// The other hypervisor has so much. False when that cannot be.
     #[must_use]
     pub(super) fn applied(&self, bytes: u64) -> bool {
-        let mut state = self.lock();
-        if bytes < state.applied || bytes > state.read {
+        if !self.lock().applied(bytes) {
             return false;
         }
-        while state.pieces.front().is_some_and(|(offset, piece)| offset + piece.len() as u64 <= bytes) {
-            state.pieces.pop_front();
-            state.said = state.said.saturating_sub(1);
-        }
-        state.applied = bytes;
-        drop(state);
         self.room.notify_one();
         true
     }
 
     /// Whatever is not applied is said again, in another session.
     pub(super) fn say_again(&self) {
-        self.lock().said = 0;
+        self.lock().send_again();
         self.ready.notify_one();
     }
 
-    fn lock(&self) -> MutexGuard<'_, Out> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, Kept> {
+        self.kept.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

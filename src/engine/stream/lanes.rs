@@ -7,7 +7,8 @@ use bytes::Bytes;
 use tokio::sync::mpsc;
 
 use super::inflow::Inflow;
-use super::outflow::{Outflow, Piece};
+use super::kept::Piece;
+use super::outflow::Outflow;
 use crate::engine::disks::{Change, DiskIn, DiskOut};
 use crate::engine::frames::Frames;
 use crate::engine::handoff::joined;
@@ -141,9 +142,8 @@ impl Sending {
     fn adapt(&mut self, made: &Made, sent: Duration, delayed: Duration, stats: &LinkStats, path: &CommonPath) {
         let Some(adaptation) = self.adaptation.as_mut().filter(|_| made.content > 0) else { return };
         let (waiting, wire) = (sent.saturating_sub(made.took), made.wire_bytes() as u64);
-        if adaptation.sent(&FrameSent { packing: made.took, waiting, delayed, content: made.content, wire, ..path.now(stats) }) {
-            path.learn(adaptation);
-        }
+        let frame = FrameSent { packing: made.took, waiting, delayed, content: made.content, wire, ..FrameSent::default() };
+        path.adapt(adaptation, frame, stats);
         if let Some((packed, took)) = made.probe {
             adaptation.probed(usize::try_from(made.content).unwrap_or(0), packed, took);
         }

@@ -17,6 +17,7 @@
 mod back;
 mod destination;
 mod inflow;
+mod kept;
 mod lanes;
 mod outflow;
 mod rest;

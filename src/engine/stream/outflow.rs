@@ -1,6 +1,5 @@
 //! What was read of a hypervisor's stream and is not with the other hypervisor yet.
 
-use std::collections::VecDeque;
 use std::io;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -8,18 +7,10 @@ use bytes::Bytes;
 use tokio::net::unix::OwnedReadHalf;
 use tokio::sync::{Notify, watch};
 
+use super::kept::{Kept, Piece};
 use super::{Broken, Whole};
 use crate::condense::{Condenser, Parcel, Split};
 use crate::limits;
-
-/// A parcel of the stream, which any lane may carry.
-#[derive(Debug, Clone)]
-pub(super) struct Piece {
-    pub(super) offset: u64,
-    pub(super) bytes: Bytes,
-    /// Pages in it as they are.
-    pub(super) pages: u64,
-}
 
 /// Pieces on their way. `INVARIANT(stream-window)`: together they are at most the window.
 #[derive(Debug)]
@@ -37,11 +28,8 @@ pub(super) struct Outflow {
 
 #[derive(Debug)]
 struct State {
-    pieces: VecDeque<Piece>,
-    /// Of these pieces so many were given to lanes.
-    sent: usize,
-    read: u64,
-    applied: u64,
+    /// Parcels, which any lane may carry.
+    kept: Kept,
     window: u64,
     /// Whether the window was full since somebody looked.
     was_full: bool,
@@ -51,7 +39,7 @@ impl Outflow {
     /// For a path that takes at most so many bytes a second, where that is known.
     pub(super) fn new(rate_max: Option<u64>) -> Self {
         let window = rate_max.map_or(FIRST_WINDOW_BYTES, |rate| (rate / 10).clamp(WINDOW_BYTES_MIN, FIRST_WINDOW_BYTES));
-        let state = State { pieces: VecDeque::new(), sent: 0, read: 0, applied: 0, window, was_full: false };
+        let state = State { kept: Kept::default(), window, was_full: false };
         Self { state: Mutex::new(state), ready: Notify::new(), room: Notify::new(), idle: Notify::new(), split: watch::Sender::new(None) }
     }
 
@@ -106,8 +94,7 @@ impl Outflow {
     }
 
     fn is_idle(&self) -> bool {
-        let state = self.lock();
-        state.sent >= state.pieces.len()
+        !self.lock().kept.has_next()
     }
 
     async fn wait_for_room(&self, bytes: usize) {
@@ -115,7 +102,7 @@ impl Outflow {
             // Told or not since: whoever makes room leaves a permit.
             let room = {
                 let mut state = self.lock();
-                let room = state.window.saturating_sub(state.read - state.applied) >= bytes as u64;
+                let room = state.window.saturating_sub(state.kept.under_way()) >= bytes as u64;
                 state.was_full |= !room;
                 room
             };
@@ -127,11 +114,7 @@ impl Outflow {
     }
 
     fn put(&self, bytes: Bytes, pages: u64) {
-        let mut state = self.lock();
-        let piece = Piece { offset: state.read, bytes, pages };
-        state.read += piece.bytes.len() as u64;
-        state.pieces.push_back(piece);
-        drop(state);
+        self.lock().kept.put(bytes, pages);
         self.ready.notify_one();
     }
 
@@ -140,9 +123,7 @@ impl Outflow {
         loop {
             let (piece, more) = {
                 let mut state = self.lock();
-                let piece = state.pieces.get(state.sent).cloned();
-                state.sent += usize::from(piece.is_some());
-                (piece, state.sent < state.pieces.len())
+                (state.kept.next(), state.kept.has_next())
             };
             // One permit is kept at most, and there may be more pieces than that.
             if more {
@@ -160,38 +141,27 @@ impl Outflow {
     /// The other hypervisor has so much. False when that cannot be.
     #[must_use]
     pub(super) fn applied(&self, bytes: u64) -> bool {
-        let mut state = self.lock();
-        if bytes < state.applied || bytes > state.read {
+        if !self.lock().kept.applied(bytes) {
             return false;
         }
-        // A piece is kept until all of it is there.
-        while state.pieces.front().is_some_and(|piece| piece.offset + piece.bytes.len() as u64 <= bytes) {
-            state.pieces.pop_front();
-            state.sent = state.sent.saturating_sub(1);
-        }
-        state.applied = bytes;
-        drop(state);
         self.room.notify_one();
         true
     }
 
     /// Everything that is not applied goes out again, on new lanes. How many bytes that is of what was sent before.
     pub(super) fn send_again(&self) -> u64 {
-        let mut state = self.lock();
-        let again = state.pieces.iter().take(state.sent).map(|piece| piece.bytes.len() as u64).sum();
-        state.sent = 0;
-        drop(state);
+        let again = self.lock().kept.send_again();
         self.ready.notify_one();
         again
     }
 
     /// Whether all that was read until now is applied.
     pub(super) fn read_bytes(&self) -> u64 {
-        self.lock().read
+        self.lock().kept.read_bytes()
     }
 
     pub(super) fn applied_bytes(&self) -> u64 {
-        self.lock().applied
+        self.lock().kept.applied_bytes()
     }
 
     /// Sets how much may be on its way, within its bounds.

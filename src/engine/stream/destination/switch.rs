@@ -10,9 +10,7 @@ use crate::engine::handoff::{blocking, joined};
 use crate::engine::witness::Exchange;
 use crate::hypervisor::StreamStage;
 use crate::limits;
-use crate::migration::{
-    DestinationRecord, DestinationStep, HandoffAction, Outcome, PreparedRecord, StreamDestinationAction, StreamDestinationEvent,
-};
+use crate::migration::{DestinationRecord, DestinationStep, HandoffAction, Outcome, StreamDestinationAction, StreamDestinationEvent};
 
 impl Run {
     pub(super) async fn perform(&mut self, action: StreamDestinationAction) -> Result<Option<StreamDestinationEvent>, EngineError> {
@@ -39,18 +37,9 @@ impl Run {
     pub(super) fn complete(&mut self) -> Option<StreamDestinationEvent> {
         crate::failpoint::hit!("destination.state-restored");
         let digest = self.promised()?.final_digest();
-        Some(StreamDestinationEvent::Handoff(DestinationStep::TwinComplete(Box::new(PreparedRecord {
-            migration: self.binding.migration,
-            vm: self.binding.vm.clone(),
-            uuid: self.binding.uuid,
-            epoch: self.binding.epoch,
-            peer: self.binding.peer.clone(),
-            peer_incarnation: self.binding.peer_incarnation,
-            peer_key: self.binding.peer_key,
-            digest,
-            address: self.binding.address.clone(),
-            durability: self.order.stream.durability,
-        }))))
+        Some(StreamDestinationEvent::Handoff(DestinationStep::TwinComplete(Box::new(
+            self.binding.prepared(digest, self.order.stream.durability),
+        ))))
     }
 
     async fn handoff(&mut self, action: HandoffAction<DestinationRecord>) -> Result<Option<StreamDestinationEvent>, EngineError> {
