@@ -24,6 +24,9 @@ pub struct DemoFlags {
     /// The guest's vCPUs.
     #[arg(long, value_name = "N", default_value_t = 2, value_parser = clap::value_parser!(u32).range(1..=i64::from(VCPUS_MAX)))]
     pub vcpus: u32,
+    /// How fast the built-in guest writes; the least that it can is a page for each vCPU and hundredth of a second.
+    #[arg(long, value_name = "RATE", default_value = "40MiB/s", value_parser = quantity::<Bandwidth>)]
+    pub dirty_rate: Bandwidth,
     /// Most that goes over the wire, e.g. 1Gbit.
     #[arg(long, value_parser = quantity::<Bandwidth>)]
     pub bandwidth: Option<Bandwidth>,

@@ -27,9 +27,8 @@ use super::super::tools::{DemoFlags, DemoHypervisor};
 pub(super) const VM: &str = "demo-vm";
 const UUID: &str = "5ea1a4e0-0000-4000-8000-000000000001";
 const TRUST_DOMAIN: &str = "demo.sealane.invalid";
-/// What the guest keeps writing: a busy working set that is a small part of its memory.
+/// What the guest keeps writing: a small part of its memory.
 const WORKING_SET: &str = "8MiB";
-const DIRTY_RATE: &str = "40MiB/s";
 
 /// Everything that the demo made.
 pub(super) struct Lab {
@@ -333,7 +332,8 @@ fn start_guest(program: &Path, directory: &Path, socket: &Path, flags: &DemoFlag
     };
     let mut command = Command::new(program);
     command
-        .args(["vmm", "run", "--payload", payload, "--working-set", WORKING_SET, "--dirty-rate", DIRTY_RATE, "--uuid", UUID])
+        .args(["vmm", "run", "--payload", payload, "--working-set", WORKING_SET, "--uuid", UUID])
+        .args(["--dirty-rate", &format!("{}B/s", flags.dirty_rate.bytes_per_second)])
         .args(["--memory", &format!("{}B", flags.memory.bytes), "--vcpus", &flags.vcpus.to_string()])
         .arg("--socket")
         .arg(socket)
