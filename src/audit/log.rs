@@ -152,7 +152,8 @@ impl AuditLog {
     }
 
     /// Writes checkpoint and tiles up to the last entry, for other programs. The log itself never needs them to be up to date: the last
-    /// head is written with every commit, tiles when they are full, when the log is opened, and when it is closed.
+    /// head is written with every commit that has more than entries of handoffs, tiles when they are full, and both when the log is opened,
+    /// and when it is closed.
     /// What cannot be written is made up for later.
     pub fn publish(&self) {
         let head = self.head();
@@ -224,6 +225,7 @@ impl Inner {
     fn lead<'a>(&'a self, mut shared: MutexGuard<'a, Shared>, mut writer: Writer) -> MutexGuard<'a, Shared> {
         let batch = std::mem::take(&mut shared.queue);
         drop(shared);
+        let hurried = batch.iter().all(|queued| queued.critical);
         // If the signer panics, nobody waits for ever and nothing is recorded any more.
         let guard = Leading { inner: self };
         let Committed { results, handoffs, head, failed } = writer.commit(batch);
@@ -236,8 +238,9 @@ impl Inner {
             shared.head = head.clone();
         }
         self.changed.notify_all();
-        // Others have their receipts already.
-        if let Some(head) = head {
+        // Others have their receipts already. A handoff, for which a guest stands still, does not wait for files that nothing depends on:
+        // the next commit writes them, or whoever calls `publish`.
+        if let Some(head) = head.filter(|_| !hurried) {
             drop(shared);
             writer.publish_head(&head);
             shared = self.shared();
@@ -272,6 +275,7 @@ impl Drop for Inner {
     fn drop(&mut self) {
         let shared = self.shared.get_mut().unwrap_or_else(PoisonError::into_inner);
         if let (Some(writer), None) = (&mut shared.writer, &shared.failed) {
+            writer.publish_head(&shared.head);
             writer.publish_tiles();
         }
     }

@@ -12,8 +12,8 @@ use crate::migration::{DestinationStep, SourceStep};
 use crate::transport::Session;
 use crate::wire::ErrorClass;
 
-/// Asks for the permit of the switch: ahead, while the guest is paused and the other end is what is waited for, so that the decision
-/// and its entry in the audit log take none of the pause.
+/// Asks for the permit of the switch: ahead, when the pause begins and neither processors nor disk have anything else to do for it, so
+/// that the decision and its entry in the audit log take none of the pause.
 pub(super) struct CommitQuestion<S = Session> {
     ask: AskCommit<S>,
     ahead: Option<Ahead<S>>,

@@ -393,6 +393,10 @@ impl Run {
                     let journal = Arc::clone(&self.evidence.journal);
                     self.room = Some(tokio::task::spawn_blocking(move || journal.reserve()));
                 }
+                if let Some(kept_up) = self.kept_up.as_ref().filter(|_| self.machine.name() == "receiving") {
+                    // What fails fails again in the pause, and is said there.
+                    drop(tokio::spawn(kept_up.refresh()));
+                }
                 crate::failpoint::hit!("destination.round-confirmed");
                 Ok(self.final_when_ready())
             }
@@ -410,7 +414,6 @@ impl Run {
     /// Restores the twin and computes what it holds; FINAL said what it has to be.
     async fn compare(&mut self, said: FinalDigest) -> Result<DestinationEvent, EngineError> {
         crate::failpoint::hit!("destination.compare");
-        self.commit_question.ask_ahead(&self.link.session);
         let totals: Vec<LaneTotals> = self.rounds.applied.iter().map(|(_, totals)| *totals).collect();
         let (twin, ram, vm) = (Arc::clone(&self.twin), Arc::clone(&self.ram), self.order.vm.clone());
         let (state, kept) = (std::mem::take(&mut self.state.bytes), self.kept_up.as_ref().map(KeptUp::digests));

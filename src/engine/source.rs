@@ -418,6 +418,7 @@ impl Run {
                 blocking(move || Ok(lock(&guest).throttle(percent)?)).await.map(|()| None)
             }
             SourceAction::Pause => {
+                self.commit_question.ask_ahead(&self.link.session);
                 // A journal that cannot be written any more is found while the guest still runs: behind a COMMIT that
                 // failed only a restart can tell who owns the guest, and until then it stands still.
                 let journal = Arc::clone(&self.evidence.journal);

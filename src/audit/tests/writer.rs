@@ -345,3 +345,22 @@ fn verification_speed() {
     assert!(report.is_ok(), "{report:?}");
     println!("audit verify: {entries} entries in {elapsed:.2} s, {:.0} a minute", entries as f64 / elapsed * 60.0);
 }
+
+/// A guest stands still while its handoff is recorded, and nothing depends on the files for other programs.
+#[test]
+fn an_entry_of_a_handoff_does_not_wait_for_the_files_of_others() {
+    let dir = tempdir();
+    let log = open(dir.path());
+    let shown = || note::read(&std::fs::read_to_string(dir.path().join("checkpoint")).unwrap()).unwrap().size;
+    log.record(&entry(0)).unwrap();
+    let before = log.head().size;
+    assert_eq!(shown(), before);
+    log.record_critical(&entry(1)).unwrap();
+    assert_eq!((shown(), log.head().size), (before, before + 1), "it is on disk, and not shown yet");
+    log.publish();
+    assert_eq!(shown(), before + 1);
+    log.record_critical(&entry(2)).unwrap();
+    drop(log);
+    assert_eq!(shown(), before + 2, "nothing is left behind when it is closed");
+    assert!(verify(dir.path(), &pinned()).is_ok());
+}

@@ -37,7 +37,13 @@ impl Run {
                 self.round_complete()
             }
             Message::StateChunk(chunk) if chunk.migration == self.order.migration => match self.state.take_in(&chunk) {
-                Ok(()) => self.final_when_ready(),
+                Ok(()) => {
+                    if chunk.offset == 0 {
+                        // The guest stands still, and what has to be compared is on its way yet.
+                        self.commit_question.ask_ahead(&self.link.session);
+                    }
+                    self.final_when_ready()
+                }
                 Err(error) => Some(self.give_up(error)),
             },
             Message::Handoff(signed) => match self.evidence.check(&self.binding, &signed) {

@@ -212,7 +212,6 @@ impl Run {
         digest.lanes = digest_totals(&totals);
         self.digest = Some(digest);
         self.phase = Phase::Verify;
-        self.commit_question.ask_ahead(&self.link.session);
         crate::failpoint::hit!("source.final-ready");
         Some(SourceEvent::Finalised(digest))
     }

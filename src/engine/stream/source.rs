@@ -361,6 +361,7 @@ impl Run {
         tracing::debug!(migration = %self.order.migration, ?stage, "hypervisor");
         match stage {
             StreamStage::Stopped => {
+                self.commit_question.ask_ahead(&self.link.session);
                 crate::failpoint::hit!("source.paused");
                 self.phase = Phase::Switchover;
                 self.pause = Some(Stopwatch::start());

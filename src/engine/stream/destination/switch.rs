@@ -23,10 +23,10 @@ impl Run {
                     return Err(differs("stream"));
                 }
                 self.commit_question.ask_ahead(&self.link.session);
-                // What is promised has to be kept, also on a disk that fills up.
+                self.loading = Some(tokio::spawn(load(Arc::clone(&self.twin), self.stages.clone())));
+                // What is promised has to be kept, also on a disk that fills up. Nothing is promised yet.
                 let journal = Arc::clone(&self.evidence.journal);
                 joined(tokio::task::spawn_blocking(move || journal.reserve()).await)??;
-                self.loading = Some(tokio::spawn(load(Arc::clone(&self.twin), self.stages.clone())));
                 Ok(None)
             }
             StreamDestinationAction::Handoff(action) => self.handoff(action).await,

@@ -121,7 +121,6 @@ impl Run {
             self.link_lost().await;
         }
         self.phase = Phase::Verify;
-        self.commit_question.ask_ahead(&self.link.session);
         let digest = whole.final_digest();
         Some(if split.is_some() { StreamSourceEvent::Split(digest) } else { StreamSourceEvent::Finalised(digest) })
     }
