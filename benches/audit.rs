@@ -17,8 +17,8 @@ use sealane::audit::{AuditLog, Entry, Event, Outcome, Signer, VerifyOptions, ver
 struct Key(Ed25519KeyPair);
 
 impl Signer for Key {
-    fn sign(&self, bytes: &[u8]) -> [u8; 64] {
-        self.0.sign(bytes).as_ref().try_into().unwrap_or([0; 64])
+    fn sign(&self, bytes: &[u8]) -> Result<[u8; 64], String> {
+        Ok(self.0.sign(bytes).as_ref().try_into().unwrap_or([0; 64]))
     }
 
     fn public_key(&self) -> [u8; 32] {

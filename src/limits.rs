@@ -328,17 +328,19 @@ pub const LAUNCHER_ANSWER_BYTES_MAX: usize = 8 << 10;
 pub const LAUNCHED_MAX: usize = 400;
 /// LIMIT: a PKCS#11 URI: a few labels of 32 bytes, all of them with percent signs.
 pub const TOKEN_URI_BYTES_MAX: usize = 1024;
-/// LIMIT: a message to or of the process that speaks to a token: what TLS signs has some 130 bytes, an RSA signature 1024, each written
-/// as up to four.
-pub const TOKEN_MESSAGE_BYTES_MAX: usize = 16 << 10;
-/// LIMIT: how long a token may take for a signature. Slow ones take half a second, and whoever waits is a thread that serves others too.
-pub const TOKEN_ANSWERS_WITHIN: std::time::Duration = std::time::Duration::from_secs(3);
-/// LIMIT: signatures of a token that are waited for at once: as many as it makes within that time.
-pub const TOKEN_WAITING_MAX: usize = 64;
-/// LIMIT: how long a token that was late is left alone: a thread that waits for it serves nobody else.
-pub const TOKEN_LATE_FOR: std::time::Duration = std::time::Duration::from_secs(10);
+/// LIMIT: a message to or of a process that holds a key: a public key and a signature of RSA have 1100 bytes, what is signed fewer than
+/// 1000, each written as up to four.
+pub const HOLDER_MESSAGE_BYTES_MAX: usize = 16 << 10;
+/// LIMIT: how long a signature may take. Slow tokens take half a second, and whoever waits is a thread that serves others too.
+pub const HOLDER_ANSWERS_WITHIN: std::time::Duration = std::time::Duration::from_secs(3);
+/// LIMIT: signatures of one key that are waited for at once: as many as a token makes within that time.
+pub const HOLDER_WAITING_MAX: usize = 64;
+/// LIMIT: how long a holder of a key that was late is left alone: a thread that waits for it serves nobody else.
+pub const HOLDER_LATE_FOR: std::time::Duration = std::time::Duration::from_secs(10);
 /// LIMIT: keys of a token that a URI may name: the one in use, and those that were and will be.
 pub const TOKEN_KEYS_MAX: u16 = 8;
+/// LIMIT: keys that one process holds at once: the one in use, and those of migrations that began before it was.
+pub const HELD_KEYS_MAX: usize = 64;
 /// LIMIT: how long the library of a token may take to load and log in: a network HSM is reached over TLS.
 pub const TOKEN_READY_WITHIN: std::time::Duration = std::time::Duration::from_secs(30);
 /// LIMIT: how long the launcher may take for an answer: a program is loaded, its memory is given back, or `qemu-img` makes a file.

@@ -68,6 +68,8 @@ struct Written {
 enum Trouble {
     /// No space; the log is as it was.
     Full,
+    /// Whoever has the key did not sign; the log is as it was.
+    Unsigned(String),
     /// Nobody knows what is on disk.
     Fatal(String),
 }
@@ -107,6 +109,10 @@ impl Writer {
                 let dir = self.dir.clone();
                 done.results.extend(batch.iter().map(|queued| (queued.ticket, Err(AuditError::Disk { dir: dir.clone() }))));
             }
+            Err(Trouble::Unsigned(why)) => {
+                let error = AuditError::Unsigned { dir: self.dir.clone(), why };
+                done.results.extend(batch.iter().map(|queued| (queued.ticket, Err(error.clone()))));
+            }
             Err(Trouble::Fatal(why)) => {
                 let error = AuditError::Failed { dir: self.dir.clone(), why: why.clone() };
                 done.results.extend(batch.iter().map(|queued| (queued.ticket, Err(error.clone()))));
@@ -142,7 +148,7 @@ impl Writer {
             bytes.push(b'\n');
             lines.push(line);
         }
-        let checkpoint = note::sign(self.signer.as_ref(), &self.origin, tree.head()).map_err(Trouble::Fatal)?;
+        let checkpoint = note::sign(self.signer.as_ref(), &self.origin, tree.head()).map_err(Trouble::Unsigned)?;
         bytes.extend_from_slice(checkpoint_line(&checkpoint, since).as_bytes());
         bytes.push(b'\n');
         if let Err(error) = self.disk.append(&self.segment, &bytes) {

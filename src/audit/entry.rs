@@ -43,6 +43,8 @@ events! {
     GatewayStopped = "gateway-stopped",
     /// The process that starts VMMs for the gateway has ended.
     LauncherEnded = "launcher-ended",
+    /// A process that holds a private key has ended.
+    KeyHolderEnded = "key-holder-ended",
     /// A policy set is in force.
     PolicyLoaded = "policy-loaded",
     /// A policy set was refused; the one before stays in force.

@@ -32,6 +32,14 @@ pub enum AuditError {
         /// The log's directory.
         dir: PathBuf,
     },
+    /// The checkpoint was not signed, so the entry was not recorded; the log is as it was.
+    #[error("cannot record in audit log `{}`: its checkpoint is not signed: {why}", .dir.display())]
+    Unsigned {
+        /// The log's directory.
+        dir: PathBuf,
+        /// Why.
+        why: String,
+    },
     /// An earlier failure left the disk's contents unknown: nothing is recorded until the log is opened again.
     #[error("audit log `{}` has failed: {why}", .dir.display())]
     Failed {

@@ -56,7 +56,7 @@ pub use entry::{Entry, Event, Outcome, Receipt, StoredEntry, canonical_line};
 pub use error::AuditError;
 pub use export::{ExportFormat, export};
 pub use log::AuditLog;
-pub use note::{Checkpoint, Signer};
+pub use note::{Checkpoint, Signer, is_signed_by_logs};
 pub use peers::{Announcement, Answer};
 pub use proof::Proof;
 pub use read::{Entries, Filter, origin, prove, read};

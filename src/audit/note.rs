@@ -21,7 +21,10 @@ use crate::limits;
 /// Signs heads. The key stays with whoever implements this.
 pub trait Signer: Send + Sync {
     /// The Ed25519 signature over `bytes`.
-    fn sign(&self, bytes: &[u8]) -> [u8; 64];
+    ///
+    /// # Errors
+    /// Whoever has the key did not sign; the text says why.
+    fn sign(&self, bytes: &[u8]) -> Result<[u8; 64], String>;
     /// The key that verifies it.
     fn public_key(&self) -> [u8; 32];
     /// The key's name, for checkpoints: no spaces, no `+`.
@@ -73,7 +76,7 @@ pub(super) fn sign(signer: &dyn Signer, origin: &str, head: Head) -> Result<Chec
         return Err(format!("key name `{}` has spaces or `+`, or is too long", name.escape_debug()));
     }
     let body = format!("{origin}\n{}\n{}\n", head.size, base64(&head.root));
-    let line = signature_line(Kind::Log, name, &signer.public_key(), &signer.sign(body.as_bytes()));
+    let line = signature_line(Kind::Log, name, &signer.public_key(), &signer.sign(body.as_bytes())?);
     Ok(Checkpoint { origin: origin.to_owned(), size: head.size, root: head.root, text: format!("{body}\n{line}") })
 }
 
@@ -85,8 +88,24 @@ pub(super) fn cosign(signer: &dyn Signer, checkpoint: &Checkpoint, seconds: u64)
     }
     let note = Note::parse(&checkpoint.text)?;
     let mut signed = seconds.to_be_bytes().to_vec();
-    signed.extend_from_slice(&signer.sign(cosigned(seconds, note.body).as_bytes()));
+    signed.extend_from_slice(&signer.sign(cosigned_text(seconds, note.body).as_bytes())?);
     Ok(signature_line(Kind::Cosignature, name, &signer.public_key(), &signed))
+}
+
+/// Whether a log's key signs this: a head of the log `origin`, or as a witness one of the logs `witnessed`.
+#[must_use]
+pub fn is_signed_by_logs(message: &[u8], origin: &str, witnessed: &[String]) -> bool {
+    let Ok(text) = std::str::from_utf8(message) else { return false };
+    let cosigned = text.strip_prefix("cosignature/v1\ntime ").and_then(|rest| rest.split_once('\n'));
+    let (seconds, body) = cosigned.map_or((None, text), |(seconds, body)| (Some(seconds), body));
+    let Ok((of, _)) = (Note { body, signatures: Vec::new() }).head() else { return false };
+    match seconds {
+        None => of == origin,
+        Some(seconds) => {
+            let canonical = seconds.parse::<u64>().is_ok_and(|number| cosigned_text(number, body) == text);
+            canonical && of != origin && witnessed.iter().any(|known| known == of)
+        }
+    }
 }
 
 fn signature_line(kind: Kind, name: &str, public_key: &[u8; 32], signature: &[u8]) -> String {
@@ -95,7 +114,7 @@ fn signature_line(kind: Kind, name: &str, public_key: &[u8; 32], signature: &[u8
     format!("— {name} {}\n", base64(&blob))
 }
 
-fn cosigned(seconds: u64, body: &str) -> String {
+fn cosigned_text(seconds: u64, body: &str) -> String {
     format!("cosignature/v1\ntime {seconds}\n{body}")
 }
 
@@ -201,7 +220,7 @@ pub(super) fn cosigned_at(text: &str, public_key: &[u8; 32]) -> Result<Option<u6
     let (seconds, signature) = blob.split_first_chunk::<8>().ok_or("has a cosignature that is too short")?;
     let seconds = u64::from_be_bytes(*seconds);
     // The format's own limit.
-    if i64::try_from(seconds).is_err() || !verifies(public_key, cosigned(seconds, note.body).as_bytes(), signature) {
+    if i64::try_from(seconds).is_err() || !verifies(public_key, cosigned_text(seconds, note.body).as_bytes(), signature) {
         return Err("has a bad cosignature".to_owned());
     }
     Ok(Some(seconds))

@@ -290,9 +290,9 @@ pub(super) fn gateway(flags: &super::flags::GatewayFlags) -> Ending {
     Ok(Exit::Done)
 }
 
-/// Speaks to a token for the gateway at the other end of standard output.
-pub(super) fn token() -> Ending {
-    crate::gateway::run_token()?;
+/// Signs for the gateway at the other end of standard output.
+pub(super) fn key_holder() -> Ending {
+    crate::gateway::run_key_holder()?;
     Ok(Exit::Done)
 }
 

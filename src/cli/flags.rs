@@ -46,9 +46,12 @@ pub enum Command {
     /// Start VMMs for a gateway; it starts this itself.
     #[command(hide = true)]
     Launcher,
-    /// Speak to a PKCS#11 token for a gateway; it starts this itself.
+    /// Hold a private key for a gateway; it starts this itself.
     #[command(hide = true)]
-    Token,
+    KeyHolder {
+        /// Which one, for whoever looks at processes.
+        key: String,
+    },
     /// Move a VM to a peer.
     ///
     /// Shows progress until the VM runs there, and prints a report. Ctrl-C cancels with the VM running on the source; a

@@ -67,7 +67,7 @@ fn dispatch(command: Command, out: Out) -> Ending {
         Command::Demo(flags) => demo::demo(&flags, out),
         Command::Gateway(flags) => daemon::gateway(&flags),
         Command::Launcher => daemon::launcher(),
-        Command::Token => daemon::token(),
+        Command::KeyHolder { .. } => daemon::key_holder(),
         Command::Migrate(flags) => daemon::migrate(&flags, out),
         Command::Plan(flags) => daemon::plan(&flags, out),
         Command::Storage(command) => daemon::storage(&command, out),
@@ -126,7 +126,7 @@ fn wants_json(command: &Command) -> bool {
         | Command::Audit(AuditCommand::Prove { .. } | AuditCommand::RotateKey { .. } | AuditCommand::Export { .. })
         | Command::Gateway(_)
         | Command::Launcher
-        | Command::Token
+        | Command::KeyHolder { .. }
         | Command::Pki(_)
         | Command::Vmm(_)
         | Command::Completion(_)

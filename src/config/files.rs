@@ -38,7 +38,7 @@ fn look(reader: &mut Reader, mention: &FileMention) -> Result<(), Wrong> {
                 let hint = format!("chmod 600 {shown}");
                 return Err((format!("private key `{shown}` can be read by others (mode {mode:03o}): expected mode 600"), Some(hint)));
             }
-            pem(&mention.path, "PRIVATE KEY").map(drop)
+            private_key(&mention.path)
         }
         FileKind::Pin => {
             let mode = metadata.permissions().mode() & 0o777;
@@ -89,11 +89,25 @@ fn start_of(path: &Path) -> Result<Vec<u8>, Wrong> {
     Ok(bytes)
 }
 
+/// Looks at the file of a private key without leaving any of it behind in this process.
+fn private_key(path: &Path) -> Result<(), Wrong> {
+    let unreadable = |error| (format!("cannot read `{}`: {error}", path.display()), None);
+    let mut file = File::open(path).map_err(unreadable)?;
+    let length = file.metadata().map_err(unreadable)?.len().min(CONFIG_BYTES_MAX);
+    let mut bytes = zeroize::Zeroizing::new(vec![0; usize::try_from(length).unwrap_or_default()]);
+    // A file that becomes shorter meanwhile has no such block either.
+    let _ = file.read_exact(&mut bytes);
+    // `BEGIN EC PRIVATE KEY` is a private key too.
+    let found = bytes
+        .split(|byte| *byte == b'\n')
+        .any(|line| line.starts_with(b"-----BEGIN ") && line.trim_ascii_end().ends_with(b"PRIVATE KEY-----"));
+    if found { Ok(()) } else { Err((format!("`{}` has no PEM block `PRIVATE KEY`", path.display()), None)) }
+}
+
 /// The text of a PEM file that has at least one block of the kind.
 fn pem(path: &Path, label: &str) -> Result<String, Wrong> {
     let shown = path.display();
     let text = String::from_utf8_lossy(&start_of(path)?).into_owned();
-    // `BEGIN EC PRIVATE KEY` is a private key too.
     let found = text.lines().any(|line| line.starts_with("-----BEGIN ") && line.trim_end().trim_end_matches('-').ends_with(label));
     if found { Ok(text) } else { Err((format!("`{shown}` has no PEM block `{label}`"), None)) }
 }

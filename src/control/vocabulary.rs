@@ -232,6 +232,9 @@ pub struct SandboxView {
     pub landlock_abi: Option<u32>,
     /// Whether system calls are filtered.
     pub seccomp: bool,
+    /// Whether the gateway's process could read its own private keys all the same: their files are where it needs others.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub keys_readable: bool,
 }
 
 /// All VMs that the gateway knows.

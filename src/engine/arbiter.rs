@@ -97,8 +97,8 @@ MC4CAQAwBQYDK2VwBCIEINTuctv5E1hK1bbY8fdp+K06/nwoy/HU++CXqI9EdVhC
     struct LogSigner(Signer);
 
     impl audit::Signer for LogSigner {
-        fn sign(&self, bytes: &[u8]) -> [u8; 64] {
-            self.0.sign(bytes)
+        fn sign(&self, bytes: &[u8]) -> Result<[u8; 64], String> {
+            Ok(self.0.sign(bytes).unwrap())
         }
         fn public_key(&self) -> [u8; 32] {
             self.0.public_key()

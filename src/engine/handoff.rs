@@ -315,7 +315,14 @@ impl Evidence {
             position,
             step,
         };
-        let signature = self.signer.sign(&message.signed_bytes());
+        let signature = match self.signer.sign(&message.signed_bytes()) {
+            Ok(signature) => signature,
+            // As if it had been lost on the way: it is said again, or a restart says it.
+            Err(error) => {
+                tracing::error!(migration = %binding.migration, %error, "handoff message not signed, so it is not sent");
+                return;
+            }
+        };
         let message = Message::Handoff(SignedHandoff { message, signature });
         if let Err(error) = send_within(session, &message, limits::SEND_WITHIN).await {
             tracing::debug!(migration = %binding.migration, error = %error, "handoff message not sent");

@@ -16,6 +16,7 @@ mod host;
 mod incoming;
 mod judge;
 mod kept;
+mod keys;
 mod launcher;
 mod machine;
 mod modes;
@@ -33,24 +34,23 @@ mod resumption;
 mod sandbox;
 mod serve;
 mod start;
-mod token;
 mod turns;
 mod twins;
 mod why;
 
+pub use keys::run as run_key_holder;
 pub use launcher::run as run_launcher;
 pub use start::run;
-pub use token::run as run_token;
 
 // For `sealane policy` and `sealane bench`, which ask and report as the daemon does.
 pub(crate) use bundles::{read_bundle, verify_bundle};
+pub(crate) use keys::check_token;
 pub(crate) use policies::{
     address_of, channel_in_order, compression, default_stream, entities, operator_id, read_policies, read_policy_text, zstd_level,
 };
 pub(crate) use report::{put_figures, report};
 pub(crate) use sandbox::kernel as sandbox_of_kernel;
 pub(crate) use start::audit_signer;
-pub(crate) use token::check as check_token;
 
 use std::sync::Arc;
 
@@ -58,7 +58,7 @@ use crate::audit::{AuditLog, Entry, Event, Outcome};
 use crate::config::Config;
 use crate::control::SandboxView;
 use crate::engine::{CommonPaths, Evidence, NoArbiter, TotalBandwidth};
-use crate::identity::{Credentials, PeerRole, Refusal};
+use crate::identity::{Apart, Credentials, PeerRole, Refusal};
 use crate::journal::Journal;
 use crate::telemetry;
 use crate::transport::{Endpoint, TransportError};
@@ -77,6 +77,8 @@ struct Gateway {
     registry: Arc<Registry>,
     /// Starts VMMs, which this process cannot.
     launcher: launcher::Launcher,
+    /// Sign for this process, which has no key.
+    keys: Apart,
     sandbox: SandboxView,
     peers: peers::Reachability,
     /// Told when a peer came back for an interrupted handoff.

@@ -28,7 +28,6 @@ use crate::engine::{self, Command, Placement, Standing};
 use crate::gateway::Gateway;
 use crate::gateway::host::inspect;
 use crate::gateway::judge::hex;
-use crate::gateway::launcher::ENDED;
 use crate::gateway::registry::Migration;
 use crate::gateway::resolution::record_view;
 use crate::hypervisor::Address;
@@ -211,7 +210,9 @@ async fn gateway_view(State(gateway): Shared, ConnectInfo(caller): ConnectInfo<C
         migrations_active: u32::try_from(active).unwrap_or(u32::MAX),
         migrations_queued: u32::try_from(queued).unwrap_or(u32::MAX),
         sandbox: Some(gateway.sandbox.clone()),
-        impaired: gateway.launcher.has_ended().then(|| ENDED.to_owned()),
+        impaired: Some(gateway.lost())
+            .filter(|lost| !lost.is_empty())
+            .map(|lost| lost.iter().map(|(_, why)| *why).collect::<Vec<_>>().join("; ")),
     }))
 }
 

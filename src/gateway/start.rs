@@ -1,25 +1,24 @@
 //! Start and end of the daemon.
 
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::audit::{self, AuditLog, Entry, Event, Outcome};
-use crate::config::{self, Config, KeyFile, Policies};
+use crate::config::{self, Config, Policies};
 use crate::control::SandboxView;
 use crate::engine::{Command, CommonPaths, TotalBandwidth};
 use crate::gateway::bundles::{Candidate, Vault};
 use crate::gateway::callers::{Callers, Patience};
 use crate::gateway::judge::Judge;
-use crate::gateway::launcher::{ENDED, Launcher};
+use crate::gateway::launcher::Launcher;
 use crate::gateway::policies::{entities, read_policies};
 use crate::gateway::registry::Registry;
 use crate::gateway::sandbox::{self, Account};
 use crate::gateway::serve::SocketKind;
-use crate::gateway::{Gateway, callers, kept, peers, put_class, renewal, serve, token};
-use crate::identity::{Credentials, IdentityConfig, PostQuantum, Signer, Token, TrustDomainConfig};
+use crate::gateway::{Gateway, callers, kept, keys, peers, put_class, renewal, serve};
+use crate::identity::{Apart, Credentials, IdentityConfig, PostQuantum, Signer, TrustDomainConfig};
 use crate::journal::Journal;
 use crate::limits;
 use crate::policy::PolicySet;
@@ -44,9 +43,9 @@ const SUM_UP_EVERY: Duration = Duration::from_secs(5);
 /// A part cannot be built; nothing was started then. The problem names the part.
 pub fn run(config: Config) -> Result<(), Problem> {
     let account = config.gateway.user.as_deref().map(Account::find).transpose()?;
-    // Another process, before this one gives up that it can start any.
+    // Other processes, before this one gives up that it can start any.
     let launcher = Launcher::begin(&config)?;
-    let token = token::begin(&config)?;
+    let keys = keys::begin(&config, &launcher)?;
     // How many cores a container may use is not to be seen from inside.
     let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
     let transport = TransportConfig::new(config.gateway.listen);
@@ -58,7 +57,7 @@ pub fn run(config: Config) -> Result<(), Problem> {
         .build()
         .map_err(|error| Problem::new(ErrorClass::Local, format!("the runtime cannot be started: {error}")))?;
     runtime.block_on(async {
-        let gateway = build(Arc::new(config), transport, Companions { launcher, token }, sandbox)?;
+        let gateway = build(Arc::new(config), transport, Companions { launcher, keys }, sandbox)?;
         live(gateway).await
     })
 }
@@ -66,18 +65,18 @@ pub fn run(config: Config) -> Result<(), Problem> {
 /// Processes that were started while the gateway still could.
 struct Companions {
     launcher: Launcher,
-    token: Option<Arc<Token>>,
+    keys: Apart,
 }
 
 fn build(config: Arc<Config>, transport: TransportConfig, companions: Companions, sandbox: SandboxView) -> Result<Arc<Gateway>, Problem> {
-    let Companions { launcher, token } = companions;
+    let Companions { launcher, keys } = companions;
     let files = renewal::Files::default();
     files.reading(&config);
     let local = |what: &str, error: &dyn std::error::Error| Problem::new(ErrorClass::Local, format!("{what}: {}", chain(error)));
     let identity = |error: crate::identity::IdentityError| Problem::new(error.class(), chain(&error)).with_code("identity");
     // A CRL number never goes back, not even across a restart.
     let remembered = config.gateway.state_directory.join("crl-numbers");
-    let credentials = Credentials::load_remembering(identity_config(&config)?, remembered, token).map_err(identity)?;
+    let credentials = Credentials::load_remembering(identity_config(&config)?, remembered, Some(keys.clone())).map_err(identity)?;
     if let Err(error) = credentials.own_standing() {
         tracing::warn!(error = %chain(&error), "peers will refuse this gateway's own certificate");
     }
@@ -109,6 +108,7 @@ fn build(config: Arc<Config>, transport: TransportConfig, companions: Companions
         audit,
         registry: Arc::new(registry),
         launcher,
+        keys,
         sandbox,
         peers: peers::Reachability::default(),
         taken_up: tokio::sync::Notify::new(),
@@ -137,18 +137,10 @@ fn identity_config(config: &Config) -> Result<IdentityConfig, Problem> {
         crls: trust.crls.clone(),
         intermediates: trust.intermediates.clone(),
     };
-    let place = |key: &str, file: &KeyFile| {
-        if let KeyFile::Token(uri) = file {
-            return Ok(PathBuf::from(uri.to_string()));
-        }
-        let message = format!("identity.{key}: `{file}`: systemd gave this process no credentials: $CREDENTIALS_DIRECTORY is not set");
-        let missing = || Problem::new(ErrorClass::Misuse, message).with_code("configuration");
-        file.path().ok_or_else(|| missing().with_hint("the unit needs `LoadCredential=NAME:FILE` or `LoadCredentialEncrypted=NAME:FILE`"))
-    };
     Ok(IdentityConfig {
         certificate: config.identity.certificate.clone(),
-        key: place("key", &config.identity.key)?,
-        signing_key: place("signing_key", &config.identity.signing_key)?,
+        key: keys::place("key", &config.identity.key)?,
+        signing_key: keys::place("signing_key", &config.identity.signing_key)?,
         trust: config.identity.trust.iter().map(trust).collect(),
         post_quantum: if config.identity.require_post_quantum { PostQuantum::Required } else { PostQuantum::Preferred },
     })
@@ -334,11 +326,15 @@ impl Gateway {
         let mut tick = tokio::time::interval(Duration::from_millis(200));
         let mut summed_up = Instant::now();
         let mut pruned = None;
-        let mut launcher_ended = false;
+        let mut said = Vec::new();
         loop {
             tick.tick().await;
-            if self.launcher.has_ended() && !std::mem::replace(&mut launcher_ended, true) {
-                self.note(Entry::new(Event::LauncherEnded).outcome(Outcome::Failed).detail("why", ENDED)).await;
+            for (event, why) in self.lost() {
+                if !said.contains(&why) {
+                    said.push(why);
+                    tracing::error!("{why}");
+                    self.note(Entry::new(event).outcome(Outcome::Failed).detail("why", why)).await;
+                }
             }
             self.tend_audit_log(&mut pruned).await;
             if summed_up.elapsed() >= SUM_UP_EVERY {
@@ -415,8 +411,8 @@ struct AuditSigner {
 }
 
 impl audit::Signer for AuditSigner {
-    fn sign(&self, message: &[u8]) -> [u8; 64] {
-        self.signer.sign(message)
+    fn sign(&self, message: &[u8]) -> Result<[u8; 64], String> {
+        self.signer.sign(message).map_err(|error| format!("signing key: {error}"))
     }
 
     fn public_key(&self) -> [u8; 32] {

@@ -16,10 +16,10 @@ use rustls::{ClientConfig, ServerConfig, SignatureScheme};
 
 use super::crl::Ratchet;
 use super::error::IdentityError;
-use super::keys::{Signer, read_private};
+use super::holder::Holder;
+use super::keys::{OpenFiles, Own, Signer, read_private};
 use super::leaf::{self, Leaf};
 use super::peer::PeerIdentity;
-use super::token::Token;
 use super::trust::{TrustState, read_certificates};
 use super::verifier::{GatewayVerifier, Refusal, Refusals};
 use super::{ALPN, IdentityConfig, provider};
@@ -46,12 +46,22 @@ impl Current {
     }
 }
 
+/// What is done elsewhere for a gateway that has neither its private keys nor a way to their files.
+#[derive(Debug, Clone)]
+pub struct Apart {
+    /// Signs handshakes.
+    pub tls: Arc<Holder>,
+    /// Signs evidence.
+    pub signing: Arc<Holder>,
+    /// Opens certificates, roots and CRLs.
+    pub files: Arc<dyn OpenFiles>,
+}
+
 /// The identity of this gateway and the trust it places in others; hot-reloadable.
 pub struct Credentials {
     config: IdentityConfig,
     provider: Arc<CryptoProvider>,
-    /// Has the private key, where that is in no file.
-    token: Option<Arc<Token>>,
+    apart: Option<Apart>,
     current: Arc<Current>,
     client: Arc<ClientConfig>,
     server: Arc<ServerConfig>,
@@ -79,22 +89,22 @@ impl Credentials {
     }
 
     /// As [`load`](Self::load), but CRL numbers do not go back across restarts either: the newest of
-    /// each issuer are remembered in the file `ratchet`. With a `token` the private key is there, and `config.key` is only its name.
+    /// each issuer are remembered in the file `ratchet`. What is done `apart` is not done here.
     ///
     /// # Errors
     /// As [`load`](Self::load); also when the file is malformed, cannot be written, or knows a newer CRL.
-    pub fn load_remembering(config: IdentityConfig, ratchet: PathBuf, token: Option<Arc<Token>>) -> Result<Arc<Self>, IdentityError> {
-        Self::load_with(config, Ratchet::open(ratchet)?, token)
+    pub fn load_remembering(config: IdentityConfig, ratchet: PathBuf, apart: Option<Apart>) -> Result<Arc<Self>, IdentityError> {
+        Self::load_with(config, Ratchet::open(ratchet)?, apart)
     }
 
-    fn load_with(config: IdentityConfig, mut ratchet: Ratchet, token: Option<Arc<Token>>) -> Result<Arc<Self>, IdentityError> {
+    fn load_with(config: IdentityConfig, mut ratchet: Ratchet, apart: Option<Apart>) -> Result<Arc<Self>, IdentityError> {
         let provider = provider(config.post_quantum);
-        let state = read_state(&config, &provider, token.as_ref(), SystemTime::now())?;
+        let state = read_state(&config, &provider, apart.as_ref(), SystemTime::now())?;
         ratchet.advance(state.trust.crls())?;
         let current = Arc::new(Current { state: ArcSwap::from_pointee(state), refusals: Refusals::default() });
         let client = Arc::new(client_config(&provider, &current)?);
         let server = Arc::new(server_config(&provider, &current)?);
-        Ok(Arc::new(Self { config, provider, token, current, client, server, ratchet: Mutex::new(ratchet) }))
+        Ok(Arc::new(Self { config, provider, apart, current, client, server, ratchet: Mutex::new(ratchet) }))
     }
 
     /// Reads every file again and, only if all of them are good, puts them in use at once.
@@ -107,7 +117,7 @@ impl Credentials {
     /// used. What was in use stays in use.
     pub fn reload(&self) -> Result<(), IdentityError> {
         let mut ratchet = self.ratchet.lock().unwrap_or_else(PoisonError::into_inner);
-        let state = read_state(&self.config, &self.provider, self.token.as_ref(), SystemTime::now())?;
+        let state = read_state(&self.config, &self.provider, self.apart.as_ref(), SystemTime::now())?;
         let expected = self.own_id();
         if state.own.spiffe != expected {
             let path = self.config.certificate.clone();
@@ -116,6 +126,15 @@ impl Credentials {
         ratchet.advance(state.trust.crls())?;
         self.current.state.store(Arc::new(state));
         Ok(())
+    }
+
+    /// The SPIFFE ID in the certificate of a file, before anything else is read.
+    ///
+    /// # Errors
+    /// It cannot be read, or is none of a gateway's.
+    pub fn id_in(certificate: &Path) -> Result<SpiffeId, IdentityError> {
+        let chain = read_certificates(&Own, certificate, "certificate", limits::CHAIN_CERTIFICATES_MAX)?;
+        Ok(own_leaf(certificate, &chain)?.spiffe)
     }
 
     /// The SPIFFE ID of our own certificate.
@@ -213,26 +232,22 @@ impl Credentials {
     }
 }
 
-fn read_state(
-    config: &IdentityConfig,
-    provider: &CryptoProvider,
-    token: Option<&Arc<Token>>,
-    now: SystemTime,
-) -> Result<State, IdentityError> {
-    let chain = read_certificates(&config.certificate, "certificate", limits::CHAIN_CERTIFICATES_MAX)?;
-    let own_certificate = |reason| IdentityError::OwnCertificate { path: config.certificate.clone(), reason };
-    let own = match chain.first() {
-        Some(end_entity) => leaf::read(end_entity).map_err(own_certificate)?,
-        None => return Err(own_certificate(super::RefusalReason::NoCertificate)),
+fn read_state(config: &IdentityConfig, provider: &CryptoProvider, apart: Option<&Apart>, now: SystemTime) -> Result<State, IdentityError> {
+    let files = apart.map_or(&Own as &dyn OpenFiles, |apart| apart.files.as_ref());
+    let chain = read_certificates(files, &config.certificate, "certificate", limits::CHAIN_CERTIFICATES_MAX)?;
+    let own = own_leaf(&config.certificate, &chain)?;
+    let (certified, signer) = match apart {
+        Some(apart) => (held_key(config, &apart.tls, chain)?, Signer::held(&apart.signing)?),
+        None => (read_key(config, provider, chain)?, Signer::read(&config.signing_key)?),
     };
-    let certified = match token {
-        Some(token) => key_in_token(config, provider, token, chain)?,
-        None => read_key(config, provider, chain)?,
-    };
-    let signer = Signer::read(&config.signing_key)?;
     let own_issuers = certified.cert.get(1..).unwrap_or_default();
-    let trust = TrustState::load(&config.trust, (own.spiffe.trust_domain(), own_issuers), now)?;
+    let trust = TrustState::load(files, &config.trust, (own.spiffe.trust_domain(), own_issuers), now)?;
     Ok(State { certified: Arc::new(certified), own, signer: Arc::new(signer), trust })
+}
+
+fn own_leaf(path: &Path, chain: &[CertificateDer<'_>]) -> Result<Leaf, IdentityError> {
+    let own = chain.first().ok_or(super::RefusalReason::NoCertificate).and_then(leaf::read);
+    own.map_err(|reason| IdentityError::OwnCertificate { path: path.to_owned(), reason })
 }
 
 fn read_key(
@@ -252,14 +267,9 @@ fn read_key(
     }
 }
 
-fn key_in_token(
-    config: &IdentityConfig,
-    provider: &CryptoProvider,
-    token: &Arc<Token>,
-    chain: Vec<CertificateDer<'static>>,
-) -> Result<CertifiedKey, IdentityError> {
+fn held_key(config: &IdentityConfig, holder: &Arc<Holder>, chain: Vec<CertificateDer<'static>>) -> Result<CertifiedKey, IdentityError> {
     let end_entity = chain.first().ok_or(super::RefusalReason::NoCertificate)?;
-    let key = token.key_of(end_entity, &provider.signature_verification_algorithms)?;
+    let key = holder.tls_key(&leaf::public_key(end_entity)?)?;
     let mismatch = || IdentityError::KeyMismatch { certificate: config.certificate.clone(), key: config.key.clone() };
     Ok(CertifiedKey::new(chain, Arc::new(key.ok_or_else(mismatch)?)))
 }

@@ -16,7 +16,7 @@ use x509_parser::revocation_list::CertificateRevocationList;
 
 use super::error::IdentityError;
 use super::files;
-use super::keys::read_bounded;
+use super::keys::{OpenFiles, Own, read_bounded};
 use super::leaf::{self, hex, sha256, unhex};
 use super::strength::{self, BadSignature};
 use super::time::{from_seconds, to_seconds};
@@ -70,10 +70,15 @@ pub(super) struct Crl {
 
 /// Reads every CRL of a trust domain and keeps the newest of each issuer. webpki takes the first CRL
 /// that matches a certificate, so a second one of the same issuer would be chosen by its position.
-pub(super) fn load(paths: &[PathBuf], issuers: &[X509Certificate<'_>], now: SystemTime) -> Result<Vec<Crl>, IdentityError> {
+pub(super) fn load(
+    files: &dyn OpenFiles,
+    paths: &[PathBuf],
+    issuers: &[X509Certificate<'_>],
+    now: SystemTime,
+) -> Result<Vec<Crl>, IdentityError> {
     let mut newest: BTreeMap<Vec<u8>, Crl> = BTreeMap::new();
     for path in paths {
-        for crl in read(path, issuers, now)? {
+        for crl in read(files, path, issuers, now)? {
             match newest.get(&crl.issuer_der) {
                 Some(kept) if kept.age == crl.age && kept.sha256 != crl.sha256 => {
                     return Err(IdentityError::CrlConflict { path: crl.path, number: crl.age.number.text() });
@@ -93,8 +98,8 @@ pub(super) fn load(paths: &[PathBuf], issuers: &[X509Certificate<'_>], now: Syst
     Ok(newest.into_values().collect())
 }
 
-fn read(path: &Path, issuers: &[X509Certificate<'_>], now: SystemTime) -> Result<Vec<Crl>, IdentityError> {
-    let bytes = read_bounded(path, "CRL", limits::CRL_FILE_BYTES_MAX)?;
+fn read(files: &dyn OpenFiles, path: &Path, issuers: &[X509Certificate<'_>], now: SystemTime) -> Result<Vec<Crl>, IdentityError> {
+    let bytes = read_bounded(files, path, "CRL", limits::CRL_FILE_BYTES_MAX)?;
     let malformed = |expected| IdentityError::Malformed { what: "CRL", path: path.to_owned(), expected };
     let pem = bytes.starts_with(b"-----") || bytes.windows(16).any(|window| window == b"-----BEGIN X509 ");
     let ders: Vec<CertificateRevocationListDer<'static>> = if pem {
@@ -211,7 +216,7 @@ impl Ratchet {
     /// Reads what an earlier process remembered; a missing file is the first start.
     pub(super) fn open(path: PathBuf) -> Result<Self, IdentityError> {
         let missing = |error: &IdentityError| matches!(error, IdentityError::File { source, .. } if source.kind() == ErrorKind::NotFound);
-        let bytes = match read_bounded(&path, "CRL ratchet", limits::PEM_FILE_BYTES_MAX) {
+        let bytes = match read_bounded(&Own, &path, "CRL ratchet", limits::PEM_FILE_BYTES_MAX) {
             Ok(bytes) => bytes,
             Err(error) if missing(&error) => return Ok(Self { seen: BTreeMap::new(), path: Some(path) }),
             Err(error) => return Err(error),

@@ -5,8 +5,8 @@ use std::path::PathBuf;
 use std::time::SystemTime;
 
 use super::time::Stamp;
-use crate::identity::token::TokenError;
-use crate::types::{SpiffeId, TokenUri};
+use crate::identity::holder::{HolderError, Refusal};
+use crate::types::SpiffeId;
 use crate::wire::ErrorClass;
 
 /// Why a peer's certificate chain was refused. Closed and comparable: audit records and tests name these.
@@ -406,13 +406,16 @@ pub enum IdentityError {
         /// The file.
         path: PathBuf,
     },
-    /// The token that has our key.
-    #[error("key `{uri}`")]
-    Token {
-        /// Which key of which token.
-        uri: TokenUri,
+    /// The process that has our key says what is wrong with it.
+    #[error("{0}")]
+    Key(Refusal),
+    /// The process that has our key does not answer.
+    #[error("key `{name}`")]
+    Holder {
+        /// The key as the configuration has it.
+        name: String,
         /// Why.
-        source: TokenError,
+        source: HolderError,
     },
     /// A CRL older than one already used by this process.
     #[error("CRL `{path}` has number {found}: {}", newer_than(.found, .expected))]
@@ -478,7 +481,8 @@ impl IdentityError {
     pub fn class(&self) -> ErrorClass {
         match self {
             Self::Refused(_) => ErrorClass::Unauthenticated,
-            Self::File { .. } | Self::Tls(_) | Self::Generate { .. } | Self::Random => ErrorClass::Local,
+            Self::Key(refusal) => refusal.class(),
+            Self::File { .. } | Self::Holder { .. } | Self::Tls(_) | Self::Generate { .. } | Self::Random => ErrorClass::Local,
             _ => ErrorClass::Misuse,
         }
     }

@@ -2,21 +2,30 @@
 
 use std::fmt;
 use std::fs::{File, Metadata, OpenOptions};
-use std::io::Read;
+use std::io::{self, Read};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use nix::fcntl::OFlag;
 use ring::signature::{ED25519, Ed25519KeyPair, KeyPair, UnparsedPublicKey};
+use rustls::SignatureScheme;
 use rustls::pki_types::PrivatePkcs8KeyDer;
 use rustls::pki_types::pem::PemObject;
 
 use super::error::IdentityError;
+use super::holder::{HeldKey, Holder, HolderError, Refusal};
 use crate::limits;
+use crate::wire::ErrorClass;
 
 /// Signs evidence (handoff messages, checkpoints) as this gateway. Not the TLS key.
-pub struct Signer {
-    pair: Ed25519KeyPair,
+pub struct Signer(Key);
+
+/// Where the key is.
+enum Key {
+    Here(Ed25519KeyPair),
+    /// In a process that holds it, with its public half.
+    Held(HeldKey, [u8; 32]),
 }
 
 impl fmt::Debug for Signer {
@@ -35,7 +44,15 @@ impl Signer {
             || IdentityError::Malformed { what: "signing key", path: path.to_owned(), expected: "one Ed25519 private key in PKCS#8 PEM" };
         let der = PrivatePkcs8KeyDer::from_pem_slice(pem).map_err(|_| malformed())?;
         let pair = Ed25519KeyPair::from_pkcs8_maybe_unchecked(der.secret_pkcs8_der()).map_err(|_| malformed())?;
-        Ok(Self { pair })
+        Ok(Self(Key::Here(pair)))
+    }
+
+    /// The key that a process holds, as it is now.
+    pub(super) fn held(holder: &Arc<Holder>) -> Result<Self, IdentityError> {
+        let wrong = || IdentityError::Key(Refusal::new(ErrorClass::Misuse, format!("signing key `{}`: it is not Ed25519", holder.name())));
+        let (key, public) = holder.open(None)?.ok_or_else(wrong)?;
+        let public = public.strip_prefix(ED25519_SPKI).and_then(|public| public.try_into().ok()).ok_or_else(wrong)?;
+        Ok(Self(Key::Held(key, public)))
     }
 
     /// Reads such a key from a file that nobody but its owner may be able to read.
@@ -47,26 +64,32 @@ impl Signer {
     }
 
     /// The signature of `message`.
-    #[must_use]
-    pub fn sign(&self, message: &[u8]) -> [u8; 64] {
-        let mut out = [0; 64];
-        // An Ed25519 signature always has 64 bytes; a shorter one would not verify.
-        for (to, from) in out.iter_mut().zip(self.pair.sign(message).as_ref()) {
-            *to = *from;
+    ///
+    /// # Errors
+    /// The process that holds the key did not make it.
+    pub fn sign(&self, message: &[u8]) -> Result<[u8; 64], HolderError> {
+        match &self.0 {
+            // An Ed25519 signature always has 64 bytes; a shorter one would not verify.
+            Key::Here(pair) => Ok(pair.sign(message).as_ref().try_into().unwrap_or([0; 64])),
+            Key::Held(key, _) => {
+                let signature = key.sign(SignatureScheme::ED25519, message)?;
+                signature.try_into().map_err(|_| HolderError::Refused(Refusal::new(ErrorClass::Bug, "a signature that is none of Ed25519")))
+            }
         }
-        out
     }
 
     /// The public key that verifies the signatures.
     #[must_use]
     pub fn public_key(&self) -> [u8; 32] {
-        let mut out = [0; 32];
-        for (to, from) in out.iter_mut().zip(self.pair.public_key().as_ref()) {
-            *to = *from;
+        match &self.0 {
+            Key::Here(pair) => pair.public_key().as_ref().try_into().unwrap_or([0; 32]),
+            Key::Held(_, public) => *public,
         }
-        out
     }
 }
+
+/// What an Ed25519 key begins with as SubjectPublicKeyInfo (RFC 8410).
+const ED25519_SPKI: &[u8] = &[0x30, 0x2a, 0x30, 0x05, 0x06, 0x03, 0x2b, 0x65, 0x70, 0x03, 0x21, 0x00];
 
 /// Whether `signature` is the Ed25519 signature of `message` under `public_key`.
 #[must_use]
@@ -74,9 +97,28 @@ pub fn verify_signature(public_key: &[u8; 32], message: &[u8], signature: &[u8; 
     UnparsedPublicKey::new(&ED25519, public_key).verify(message, signature).is_ok()
 }
 
+/// Opens the files that are no secret: certificates, roots and CRLs.
+pub trait OpenFiles: fmt::Debug + Send + Sync {
+    /// Opens one for reading, without waiting for whoever holds the other end of a pipe.
+    ///
+    /// # Errors
+    /// It cannot be opened.
+    fn open(&self, path: &Path) -> io::Result<File>;
+}
+
+/// As this process may.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Own;
+
+impl OpenFiles for Own {
+    fn open(&self, path: &Path) -> io::Result<File> {
+        OpenOptions::new().read(true).custom_flags(OFlag::O_NONBLOCK.bits()).open(path)
+    }
+}
+
 /// Reads a file of bounded size.
-pub(super) fn read_bounded(path: &Path, what: &'static str, limit: u64) -> Result<Vec<u8>, IdentityError> {
-    read_open(&open(path, what)?, path, what, limit)
+pub(super) fn read_bounded(files: &dyn OpenFiles, path: &Path, what: &'static str, limit: u64) -> Result<Vec<u8>, IdentityError> {
+    read_open(&open(files, path, what)?, path, what, limit)
 }
 
 /// Reads a private key file, which nobody but its owner may be able to read.
@@ -87,7 +129,7 @@ pub(super) fn read_private(path: &Path, what: &'static str) -> Result<Vec<u8>, I
 }
 
 fn read_private_as(path: &Path, what: &'static str, laid_by_systemd: bool) -> Result<Vec<u8>, IdentityError> {
-    let file = open(path, what)?;
+    let file = open(&Own, path, what)?;
     // The opened file is asked, not the path, so that the answer is about what is read.
     let metadata = file.metadata().map_err(|source| IdentityError::File { action: "read", what, path: path.to_owned(), source })?;
     let mode = metadata.permissions().mode() & 0o7777;
@@ -126,9 +168,9 @@ fn credential(path: &Path, what: &'static str, file: &Metadata) -> Result<(), Id
 }
 
 /// Opens a regular file. A pipe or device would make a reload wait for whoever holds its other end.
-fn open(path: &Path, what: &'static str) -> Result<File, IdentityError> {
+fn open(files: &dyn OpenFiles, path: &Path, what: &'static str) -> Result<File, IdentityError> {
     let failed = |source| IdentityError::File { action: "read", what, path: path.to_owned(), source };
-    let file = OpenOptions::new().read(true).custom_flags(OFlag::O_NONBLOCK.bits()).open(path).map_err(failed)?;
+    let file = files.open(path).map_err(failed)?;
     if file.metadata().map_err(failed)?.is_file() {
         Ok(file)
     } else {
@@ -161,7 +203,7 @@ MC4CAQAwBQYDK2VwBCIEINTuctv5E1hK1bbY8fdp+K06/nwoy/HU++CXqI9EdVhC
         let signer = Signer::from_pkcs8_pem(KEY, Path::new("k")).unwrap();
         let public = "19bf44096984cdfe8541bac167dc3b96c85086aa30b6b6cb0c5c38ad703166e1";
         assert_eq!(signer.public_key().iter().map(|b| format!("{b:02x}")).collect::<String>(), public);
-        let signature = signer.sign(b"evidence");
+        let signature = signer.sign(b"evidence").unwrap();
         assert!(verify_signature(&signer.public_key(), b"evidence", &signature));
         assert!(!verify_signature(&signer.public_key(), b"evidencf", &signature));
         for bit in [0, 7, 200, 511] {

@@ -75,6 +75,11 @@ fn parse<'a>(der: &'a CertificateDer<'_>) -> Result<X509Certificate<'a>, Refusal
     }
 }
 
+/// The key of a certificate (SubjectPublicKeyInfo).
+pub(super) fn public_key(der: &CertificateDer<'_>) -> Result<Vec<u8>, RefusalReason> {
+    Ok(parse(der)?.public_key().raw.to_vec())
+}
+
 /// Whether a certificate that is presented behind the leaf is one at all.
 pub(super) fn check_issuer(der: &CertificateDer<'_>) -> Result<(), RefusalReason> {
     match X509Certificate::from_der(der) {

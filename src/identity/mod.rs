@@ -13,13 +13,14 @@
 //! - `hybrid-first`: X25519MLKEM768 is offered before anything else, and alone where it is required.
 //! - `full-handshake`: no tickets, no resumption, no early data: every connection proves its identity anew.
 //!
-//! *Read first:* `credentials.rs`, then `trust.rs`, `leaf.rs`, `verifier.rs`; `key_exchange.rs` and `token/` stand alone.
+//! *Read first:* `credentials.rs`, then `trust.rs`, `leaf.rs`, `verifier.rs`; `key_exchange.rs` and `holder/` stand alone.
 
 pub mod authority;
 mod credentials;
 mod crl;
 mod error;
 mod files;
+mod holder;
 mod kem;
 mod key_exchange;
 mod keys;
@@ -29,7 +30,6 @@ mod strength;
 #[cfg(test)]
 mod tests;
 mod time;
-mod token;
 mod trust;
 mod verifier;
 
@@ -38,14 +38,16 @@ use std::sync::Arc;
 
 use rustls::crypto::{CryptoProvider, ring as suites};
 
-pub use credentials::Credentials;
+pub use credentials::{Apart, Credentials};
 pub use error::{IdentityError, RefusalReason};
-pub use key_exchange::PostQuantum;
-pub use keys::{Signer, verify_signature};
-pub use peer::PeerIdentity;
-pub use token::{NOT_SIGNED, Token, TokenError, TokenPlan};
+pub use holder::{
+    FileKeys, Holder, HolderError, KeyPlace, Keys, NOT_SIGNED, Refusal as KeyRefusal, TokenPlace, is_handshake, serve as serve_keys,
+};
 #[cfg(feature = "pkcs11")]
-pub use token::{Opened, read_pin};
+pub use holder::{Opened, read_pin};
+pub use key_exchange::PostQuantum;
+pub use keys::{OpenFiles, Signer, verify_signature};
+pub use peer::PeerIdentity;
 pub use trust::PeerRole;
 pub use verifier::{Refusal, refusal_reason};
 

@@ -16,7 +16,7 @@ use x509_parser::prelude::FromDer;
 use super::TrustDomainConfig;
 use super::crl::{self, Crl};
 use super::error::{IdentityError, RefusalReason};
-use super::keys::read_bounded;
+use super::keys::{OpenFiles, read_bounded};
 use super::leaf::{self, Leaf};
 use super::peer::PeerIdentity;
 use super::strength;
@@ -59,6 +59,7 @@ pub(super) struct TrustState {
 impl TrustState {
     /// Reads everything; one wrong file refuses the whole. Issuers of our own chain are known in the trust domain that it is of.
     pub(super) fn load(
+        files: &dyn OpenFiles,
         configs: &[TrustDomainConfig],
         (own_domain, own_issuers): (&str, &[CertificateDer<'_>]),
         now: SystemTime,
@@ -76,7 +77,7 @@ impl TrustState {
                 return Err(IdentityError::InvalidTrustDomain { domain });
             }
             let own_issuers = if config.domain == own_domain { own_issuers } else { &[] };
-            if domains.insert(config.domain.clone(), load_domain(config, own_issuers, now)?).is_some() {
+            if domains.insert(config.domain.clone(), load_domain(files, config, own_issuers, now)?).is_some() {
                 return Err(IdentityError::DuplicateTrustDomain { domain: config.domain.clone() });
             }
         }
@@ -255,7 +256,12 @@ impl webpki::ExtendedKeyUsageValidator for BothEnds {
     }
 }
 
-fn load_domain(config: &TrustDomainConfig, own_issuers: &[CertificateDer<'_>], now: SystemTime) -> Result<TrustDomain, IdentityError> {
+fn load_domain(
+    files: &dyn OpenFiles,
+    config: &TrustDomainConfig,
+    own_issuers: &[CertificateDer<'_>],
+    now: SystemTime,
+) -> Result<TrustDomain, IdentityError> {
     if config.crls.is_empty() {
         // An empty list would silently switch revocation off in webpki's world; here it is an error.
         return Err(IdentityError::CrlRequired { domain: config.domain.clone() });
@@ -265,7 +271,7 @@ fn load_domain(config: &TrustDomainConfig, own_issuers: &[CertificateDer<'_>], n
         return Err(IdentityError::TooMany { what, count: config.crls.len(), limit });
     }
     let path = &config.roots;
-    let ders = read_certificates(path, "root certificates", limits::ROOTS_PER_DOMAIN_MAX)?;
+    let ders = read_certificates(files, path, "root certificates", limits::ROOTS_PER_DOMAIN_MAX)?;
     let malformed = || IdentityError::Malformed { what: "root certificates", path: path.clone(), expected: "X.509 certificates in PEM" };
     let certificates: Vec<_> = ders.iter().map(|der| whole(der)).collect::<Option<_>>().ok_or_else(malformed)?;
     let mut roots = Vec::with_capacity(ders.len());
@@ -293,7 +299,8 @@ fn load_domain(config: &TrustDomainConfig, own_issuers: &[CertificateDer<'_>], n
         });
     }
     let below = config.intermediates.as_deref();
-    let ders = below.map(|path| read_certificates(path, "intermediates", limits::ROOTS_PER_DOMAIN_MAX)).transpose()?.unwrap_or_default();
+    let ders = below.map(|path| read_certificates(files, path, "intermediates", limits::ROOTS_PER_DOMAIN_MAX));
+    let ders = ders.transpose()?.unwrap_or_default();
     let malformed = || IdentityError::Malformed {
         what: "intermediates",
         path: below.unwrap_or(&config.roots).to_owned(),
@@ -305,7 +312,7 @@ fn load_domain(config: &TrustDomainConfig, own_issuers: &[CertificateDer<'_>], n
     }
     // Ours are wrong where peers say so.
     issuers.extend(own_issuers.iter().filter_map(|der| whole(der)));
-    let crls = crl::load(&config.crls, &issuers, now)?;
+    let crls = crl::load(files, &config.crls, &issuers, now)?;
     Ok(TrustDomain { roots, crls })
 }
 
@@ -317,11 +324,12 @@ fn whole(der: &[u8]) -> Option<X509Certificate<'_>> {
 
 /// Reads 1 to `limit` certificates in PEM.
 pub(super) fn read_certificates(
+    files: &dyn OpenFiles,
     path: &std::path::Path,
     what: &'static str,
     limit: usize,
 ) -> Result<Vec<CertificateDer<'static>>, IdentityError> {
-    let pem = read_bounded(path, what, limits::PEM_FILE_BYTES_MAX)?;
+    let pem = read_bounded(files, path, what, limits::PEM_FILE_BYTES_MAX)?;
     let ders: Vec<_> = CertificateDer::pem_slice_iter(&pem).collect::<Result<_, _>>().map_err(|_| IdentityError::Malformed {
         what,
         path: path.to_owned(),

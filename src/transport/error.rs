@@ -389,7 +389,7 @@ fn from_peer_close(code: u64, reason: &[u8], address: SocketAddr) -> TransportEr
     } else if code == INTERNAL_ERROR {
         TransportError::Unreachable { address, reason: OVERWHELMED }
     } else if alert == u64::from(INTERNAL_ALERT) && said == NOT_SIGNED {
-        TransportError::Unreachable { address, reason: "the token that has its key did not sign" }
+        TransportError::Unreachable { address, reason: "what has its key did not sign" }
     } else if IDENTITY_ALERTS.contains(&alert) {
         TransportError::RefusedByPeer { address, reason: said }
     } else if AGREEMENT_ALERTS.contains(&alert) {

@@ -272,6 +272,13 @@ impl HandoffMessage {
         put_handoff(&mut out, self);
         out
     }
+
+    /// Whether these are the signed bytes of a message, and nothing besides.
+    #[must_use]
+    pub fn is_signed_bytes(bytes: &[u8]) -> bool {
+        let mut reader = Reader::new("HANDOFF", bytes.strip_prefix(HANDOFF_DOMAIN).unwrap_or_default());
+        handoff(&mut reader).is_ok_and(|message| message.signed_bytes() == bytes)
+    }
 }
 
 impl LaneTotals {

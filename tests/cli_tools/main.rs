@@ -142,8 +142,8 @@ impl AsGateway {
 }
 
 impl Signer for AsGateway {
-    fn sign(&self, bytes: &[u8]) -> [u8; 64] {
-        self.0.sign(bytes)
+    fn sign(&self, bytes: &[u8]) -> Result<[u8; 64], String> {
+        Ok(self.0.sign(bytes).unwrap())
     }
     fn public_key(&self) -> [u8; 32] {
         self.0.public_key()

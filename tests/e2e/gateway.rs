@@ -113,6 +113,22 @@ impl Gateway {
         self.process.as_ref().unwrap().id()
     }
 
+    /// The process that this gateway has started as something of its own: `launcher`, or who holds the key of that name.
+    pub fn companion(&self, what: &str) -> rustix::process::Pid {
+        let tasks = fs::read_dir(format!("/proc/{}/task", self.process_id())).unwrap();
+        let children: String = tasks.map(|task| fs::read_to_string(task.unwrap().path().join("children")).unwrap() + " ").collect();
+        let found = children.split_whitespace().find(|pid| {
+            let command = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+            command.split(|byte| *byte == 0).any(|argument| argument == what.as_bytes())
+        });
+        rustix::process::Pid::from_raw(found.unwrap_or_else(|| panic!("no `{what}` among {children}")).parse().unwrap()).unwrap()
+    }
+
+    /// Ends such a process.
+    pub fn end_companion(&self, what: &str) {
+        rustix::process::kill_process(self.companion(what), Signal::KILL).unwrap();
+    }
+
     /// Sends it a signal.
     #[track_caller]
     pub fn signal(&self, wanted: Signal) {

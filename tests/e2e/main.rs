@@ -35,6 +35,7 @@ mod forger;
 mod gateway;
 mod guest;
 mod interruptions;
+mod keys;
 mod lab;
 mod lies;
 mod moves;

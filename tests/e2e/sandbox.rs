@@ -192,10 +192,7 @@ fn a_gateway_whose_launcher_has_ended_says_so_and_takes_vms_again_when_it_is_res
     assert!(impaired(&lab).is_null());
     let doctor = |lab: &Lab| lab.gateway(B).command(&["doctor"]).json()["checks"].to_string();
     assert!(doctor(&lab).contains("says that all is well"));
-    let tasks = fs::read_dir(format!("/proc/{}/task", lab.gateway(B).process_id())).unwrap();
-    let children: Vec<String> = tasks.map(|task| fs::read_to_string(task.unwrap().path().join("children")).unwrap()).collect();
-    let launcher = rustix::process::Pid::from_raw(children.concat().trim().parse().unwrap()).unwrap();
-    rustix::process::kill_process(launcher, rustix::process::Signal::KILL).unwrap();
+    lab.gateway(B).end_companion("launcher");
     wait_for("the gateway to notice", || impaired(&lab).as_str().filter(|why| why.contains("restart the gateway")).map(str::to_owned));
     lab.gateway(B).audited("launcher-ended", "failed", &["the launcher of VMMs has ended"]);
     assert!(doctor(&lab).contains("the launcher of VMMs has ended"));

@@ -16,8 +16,8 @@ use tempfile::TempDir;
 struct Key(identity::Signer);
 
 impl Signer for Key {
-    fn sign(&self, bytes: &[u8]) -> [u8; 64] {
-        self.0.sign(bytes)
+    fn sign(&self, bytes: &[u8]) -> Result<[u8; 64], String> {
+        Ok(self.0.sign(bytes).unwrap())
     }
 
     fn public_key(&self) -> [u8; 32] {

@@ -63,7 +63,7 @@ impl Sink {
     }
 
     pub fn sign(&self, message: HandoffMessage) -> SignedHandoff {
-        let signature = self.credentials.signer().sign(&message.signed_bytes());
+        let signature = self.credentials.signer().sign(&message.signed_bytes()).unwrap();
         SignedHandoff { message, signature }
     }
 }

@@ -46,7 +46,7 @@ async fn a_handoff_message_is_bound_to_its_migration_and_sender() {
     .await;
     case(g, &evil, "signed by another gateway", PeerMisbehaved, async |a| {
         let message = forged_final(a, |_| {}).await.message;
-        let signature = lab.credentials(OTHER).signer().sign(&message.signed_bytes());
+        let signature = lab.credentials(OTHER).signer().sign(&message.signed_bytes()).unwrap();
         a.say(Message::Handoff(SignedHandoff { message, signature })).await;
     })
     .await;
@@ -61,7 +61,7 @@ async fn a_handoff_message_is_bound_to_its_migration_and_sender() {
         let message = forged_final(a, |_| {}).await.message;
         let bytes = message.signed_bytes();
         let at = bytes.iter().position(|byte| *byte == 0).unwrap() + 1;
-        let signature = evil.credentials.signer().sign(&bytes[at..]);
+        let signature = evil.credentials.signer().sign(&bytes[at..]).unwrap();
         a.say(Message::Handoff(SignedHandoff { message, signature })).await;
     })
     .await;

@@ -32,9 +32,9 @@ impl TestSigner {
 }
 
 impl Signer for TestSigner {
-    fn sign(&self, bytes: &[u8]) -> [u8; 64] {
+    fn sign(&self, bytes: &[u8]) -> Result<[u8; 64], String> {
         self.signed.fetch_add(1, Ordering::SeqCst);
-        self.key.sign(bytes).as_ref().try_into().unwrap()
+        Ok(self.key.sign(bytes).as_ref().try_into().unwrap())
     }
 
     fn public_key(&self) -> [u8; 32] {

@@ -170,7 +170,7 @@ fn a_cosignature_is_over_time_and_note() {
     let message = format!("cosignature/v1\ntime 1679315147\n{body}\n");
     assert_eq!(blob.len(), 4 + 8 + 64);
     assert_eq!(blob[4..12], 1_679_315_147_u64.to_be_bytes());
-    assert_eq!(blob[12..], TestSigner::new(2).sign(message.as_bytes()));
+    assert_eq!(blob[12..], TestSigner::new(2).sign(message.as_bytes()).unwrap());
     let id = [b"spiffe://dc1.example.net/gateway/gw-a\n\x04".as_slice(), &TestSigner::new(2).public_key()].concat();
     assert_eq!(blob[..4], ring::digest::digest(&ring::digest::SHA256, &id).as_ref()[..4]);
 }

@@ -132,7 +132,7 @@ struct Gate {
 }
 
 impl Signer for Gate {
-    fn sign(&self, bytes: &[u8]) -> [u8; 64] {
+    fn sign(&self, bytes: &[u8]) -> Result<[u8; 64], String> {
         if let Some((arrived, go)) = self.waits.lock().unwrap().take() {
             arrived.send(()).unwrap();
             go.recv().unwrap();
@@ -184,7 +184,7 @@ fn one_commit_serves_everybody_who_waits() {
 struct Panicking(Arc<TestSigner>, std::sync::atomic::AtomicBool);
 
 impl Signer for Panicking {
-    fn sign(&self, bytes: &[u8]) -> [u8; 64] {
+    fn sign(&self, bytes: &[u8]) -> Result<[u8; 64], String> {
         assert!(!self.1.load(Ordering::SeqCst), "the key is gone");
         self.0.sign(bytes)
     }

@@ -18,8 +18,8 @@ struct LogKey {
 }
 
 impl audit::Signer for LogKey {
-    fn sign(&self, bytes: &[u8]) -> [u8; 64] {
-        self.signer.sign(bytes)
+    fn sign(&self, bytes: &[u8]) -> Result<[u8; 64], String> {
+        self.signer.sign(bytes).map_err(|error| error.to_string())
     }
 
     fn public_key(&self) -> [u8; 32] {

@@ -2,21 +2,25 @@
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::{self, Seek, Write};
+use std::io::{self, IoSliceMut, Seek, Write};
+use std::mem::MaybeUninit;
 use std::os::fd::OwnedFd;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{MemfdFlags, memfd_create};
-use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, recv, send, socketpair};
+use rustix::net::{
+    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendFlags, SocketFlags, SocketType, recvmsg, send, socketpair,
+};
 
 use super::{Answer, Registration, Request, Start};
 use crate::config::Config;
 use crate::hypervisor::{HypervisorError, LaunchVariables, LaunchedVmm, VmmProcess};
+use crate::identity::OpenFiles;
 use crate::limits;
 use crate::storage::DiskPlace;
 use crate::telemetry::Problem;
@@ -38,6 +42,8 @@ pub(in crate::gateway) struct Launcher(Arc<Shared>);
 struct Shared {
     socket: OwnedFd,
     runtime: PathBuf,
+    /// What it opens.
+    files: Vec<PathBuf>,
     told: Mutex<Told>,
 }
 
@@ -57,6 +63,8 @@ enum State {
     /// Whether something of it was kept.
     Made(bool),
     Refused(String),
+    Opened(Option<OwnedFd>),
+    NotOpened(i32),
     Ended(i32),
 }
 
@@ -76,12 +84,12 @@ impl Launcher {
     }
 
     fn spawn(registration: Registration) -> io::Result<Self> {
-        Ok(Self::over(companion("launcher", &registration)?, registration.runtime_directory))
+        Ok(Self::over(companion(&["launcher"], &registration)?, registration.runtime_directory, registration.files))
     }
 
     /// The one at the other end of a socket.
-    pub(super) fn over(socket: OwnedFd, runtime: PathBuf) -> Self {
-        Self(Arc::new(Shared { socket, runtime, told: Mutex::default() }))
+    pub(super) fn over(socket: OwnedFd, runtime: PathBuf, files: Vec<PathBuf>) -> Self {
+        Self(Arc::new(Shared { socket, runtime, files, told: Mutex::default() }))
     }
 
     /// Has a VMM started, whether or not it listens.
@@ -114,15 +122,34 @@ impl Launcher {
     }
 }
 
+impl OpenFiles for Launcher {
+    fn open(&self, path: &Path) -> io::Result<File> {
+        self.open_number(self.0.files.iter().position(|known| known == path).ok_or(io::ErrorKind::PermissionDenied)?)
+    }
+}
+
+impl Launcher {
+    /// Opens the file that is there in the list.
+    pub(super) fn open_number(&self, file: usize) -> io::Result<File> {
+        let asked = self.0.ask(|number| Request::Open { number, file })?;
+        let opened = asked.taken(|state| match state {
+            State::Opened(file) => Some(file.take().map(File::from).ok_or_else(|| io::ErrorKind::InvalidData.into())),
+            State::NotOpened(errno) => Some(Err(io::Error::from_raw_os_error(*errno))),
+            _ => None,
+        });
+        opened?
+    }
+}
+
 /// Starts this program as something else, which reads on standard input what it is to know; a socket to it.
-pub(in crate::gateway) fn companion(what: &str, registration: &impl serde::Serialize) -> io::Result<OwnedFd> {
+pub(in crate::gateway) fn companion(what: &[&str], registration: &impl serde::Serialize) -> io::Result<OwnedFd> {
     let (own, its) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
     let mut registered = File::from(memfd_create("registration", MemfdFlags::CLOEXEC)?);
     registered.write_all(&serde_json::to_vec(registration)?)?;
     registered.rewind()?;
     // This program, whatever has become of its file. Ctrl-C in a terminal is for the gateway, which may still need VMMs ended.
     let mut command = Command::new("/proc/self/exe");
-    command.arg0("sealane").arg(what).stdin(Stdio::from(registered)).stdout(Stdio::from(its)).process_group(0);
+    command.arg0("sealane").args(what).stdin(Stdio::from(registered)).stdout(Stdio::from(its)).process_group(0);
     // It ends with its socket, and whoever outlives it takes its exit status.
     drop(command.spawn()?);
     Ok(own)
@@ -142,16 +169,13 @@ impl Shared {
     fn listen(&self, told: &mut Told) -> io::Result<()> {
         let mut bytes = vec![0; limits::LAUNCHER_ANSWER_BYTES_MAX];
         loop {
-            let got = rustix::io::retry_on_intr(|| recv(&self.socket, bytes.as_mut_slice(), RecvFlags::DONTWAIT | RecvFlags::TRUNC));
-            let length = match got {
+            let (length, descriptor) = match hear(&self.socket, &mut bytes) {
                 Err(error) if error == rustix::io::Errno::AGAIN => return Ok(()),
-                Err(_) | Ok((_, 0)) => {
-                    if !std::mem::replace(&mut told.gone, true) {
-                        tracing::error!("{}", gone());
-                    }
+                Err(_) | Ok((0, _)) => {
+                    told.gone = true;
                     return Ok(());
                 }
-                Ok((_, length)) => length,
+                Ok(got) => got,
             };
             let message = bytes.get(..length).ok_or_else(|| io::Error::from(io::ErrorKind::InvalidData))?;
             let (number, state) = match serde_json::from_slice(message)? {
@@ -162,6 +186,8 @@ impl Shared {
                 Answer::Started { number, pid } => (number, State::Started(pid)),
                 Answer::Made { number, kept } => (number, State::Made(kept)),
                 Answer::Refused { number, why } => (number, State::Refused(why)),
+                Answer::Opened { number } => (number, State::Opened(descriptor)),
+                Answer::NotOpened { number, errno } => (number, State::NotOpened(errno)),
                 Answer::Ended { number, status } => {
                     tracing::info!(number, status = %ExitStatus::from_raw(status), "VMM ended");
                     (number, State::Ended(status))
@@ -216,7 +242,7 @@ impl Shared {
             State::Started(pid) => Some(*pid),
             // It can have ended between two looks; its status is asked for next.
             State::Ended(_) => Some(0),
-            State::Asked | State::Made(_) | State::Refused(_) => None,
+            _ => None,
         });
         match started {
             Ok(pid) => Ok(Box::new(Launched { asked, pid })),
@@ -239,7 +265,12 @@ struct Asked {
 impl Asked {
     /// Waits for what is looked for, or for a refusal.
     fn answer<T>(&self, mut found: impl FnMut(&State) -> Option<T>) -> io::Result<T> {
-        self.shared.wait(|told| match told.asked.get(&self.number)? {
+        self.taken(|state| found(state))
+    }
+
+    /// As [`answer`](Self::answer), for what can be taken once.
+    fn taken<T>(&self, mut found: impl FnMut(&mut State) -> Option<T>) -> io::Result<T> {
+        self.shared.wait(|told| match told.asked.get_mut(&self.number)? {
             State::Refused(why) => Some(Err(io::Error::other(why.clone()))),
             state => found(state).map(Ok),
         })?
@@ -251,6 +282,17 @@ impl Drop for Asked {
         let mut told = self.shared.told.lock().unwrap_or_else(PoisonError::into_inner);
         told.asked.remove(&self.number);
     }
+}
+
+/// A message, and the descriptor that may come along.
+fn hear(socket: &OwnedFd, bytes: &mut [u8]) -> rustix::io::Result<(usize, Option<OwnedFd>)> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let flags = RecvFlags::DONTWAIT | RecvFlags::TRUNC | RecvFlags::CMSG_CLOEXEC;
+    let got = recvmsg(socket, &mut [IoSliceMut::new(bytes)], &mut control, flags)?;
+    let descriptors =
+        control.drain().filter_map(|message| if let RecvAncillaryMessage::ScmRights(all) = message { Some(all) } else { None });
+    Ok((got.bytes, descriptors.flatten().last()))
 }
 
 fn gone() -> io::Error {

@@ -1,4 +1,4 @@
-//! Starts VMMs, and makes the files of disks, for a gateway that can do neither itself.
+//! Starts VMMs, makes the files of disks, and opens certificates and CRLs, for a gateway that can do none of it itself.
 //!
 //! *Owns:* the process `sealane launcher`, which is there before the gateway has read a byte from outside, and stays out of its sandbox;
 //! the messages between the two. *Never:* a command line or a path that the configuration does not have: the gateway names a template
@@ -18,7 +18,7 @@ use serde::{Deserialize, Serialize};
 pub(super) use client::{ENDED, Launcher, companion};
 pub use process::run;
 
-use crate::config::Config;
+use crate::config::{Config, Trust};
 use crate::gateway::disks::longest;
 use crate::gateway::kept::twin_file;
 use crate::hypervisor::{LaunchTemplate, LaunchVariables};
@@ -34,6 +34,8 @@ enum Request {
     Start { number: u64, what: Start },
     /// A file is to be made for a disk that comes with a migration.
     Make { number: u64, migration: MigrationId, place: DiskPlace },
+    /// One of the files that are no secret is to be opened, by its place in the list.
+    Open { number: u64, file: usize },
     /// The VMM of this number is to be ended, and all that it has started.
     End { number: u64 },
 }
@@ -51,6 +53,15 @@ enum Answer {
         number: u64,
         /// Of an attempt that came to nothing.
         kept: bool,
+    },
+    /// The file comes along.
+    Opened {
+        number: u64,
+    },
+    /// The file cannot be opened, as the system says it.
+    NotOpened {
+        number: u64,
+        errno: i32,
     },
     Refused {
         number: u64,
@@ -71,6 +82,8 @@ struct Registration {
     templates: BTreeMap<String, Registered>,
     /// With the longest that they may be.
     disks: Vec<DiskPlace>,
+    /// Certificates, roots and CRLs: what lies beside keys, and a gateway may still see.
+    files: Vec<PathBuf>,
 }
 
 /// One template of the configuration.
@@ -109,6 +122,7 @@ impl Registration {
             runtime_directory: std::path::absolute(&config.gateway.runtime_directory).unwrap_or_default(),
             user: config.gateway.user.clone(),
             templates: incoming.chain(named).collect(),
+            files: config.identity.trust.iter().flat_map(Trust::files).chain([&config.identity.certificate]).cloned().collect(),
             disks: config.vms.iter().flat_map(|vm| &vm.disks).filter_map(longest).collect(),
         }
     }

@@ -1,14 +1,17 @@
 //! The launcher's side: a process with one thread, its socket on standard output.
 
 use std::collections::BTreeMap;
-use std::io;
+use std::fs::OpenOptions;
+use std::io::{self, IoSlice};
+use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
 use std::process::Child;
 
 use rustix::event::{PollFd, PollFlags, poll};
-use rustix::net::{RecvFlags, SendFlags, recv, send};
+use rustix::net::{RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, recv, send, sendmsg};
 use rustix::process::{Pid, PidfdFlags, Signal, kill_process_group, pidfd_open};
 
 use super::{Answer, Registration, Request, Start};
@@ -70,17 +73,18 @@ struct Process {
     runtime: PathBuf,
     templates: BTreeMap<String, (LaunchTemplate, u64)>,
     disks: Vec<DiskPlace>,
+    files: Vec<PathBuf>,
     running: BTreeMap<u64, Running>,
 }
 
 impl Process {
     fn begin(socket: OwnedFd, registration: Registration) -> Result<Self, Problem> {
         let templates = registration.templates()?;
-        let Registration { runtime_directory, user, disks, .. } = registration;
+        let Registration { runtime_directory, user, disks, files, .. } = registration;
         if let Some(user) = user {
             become_user(&Account::find(&user)?)?;
         }
-        let process = Self { socket, runtime: runtime_directory, templates, disks, running: BTreeMap::new() };
+        let process = Self { socket, runtime: runtime_directory, templates, disks, files, running: BTreeMap::new() };
         process.say(&Answer::Ready).map_err(|error| Problem::new(ErrorClass::Local, error.to_string()))?;
         Ok(process)
     }
@@ -114,6 +118,7 @@ impl Process {
                     let made = self.make(migration, &place);
                     self.answer(number, made.map(|kept| Answer::Made { number, kept }))?;
                 }
+                Some(Request::Open { number, file }) => self.open(number, file)?,
                 Some(Request::End { number }) => self.end(number)?,
             }
         }
@@ -156,6 +161,26 @@ impl Process {
             }
         };
         Ok(pid)
+    }
+
+    /// INVARIANT(templates-once): one of the files that were named at the start, whatever is there now.
+    fn open(&self, number: u64, file: usize) -> io::Result<()> {
+        let flags = (rustix::fs::OFlags::NONBLOCK | rustix::fs::OFlags::CLOEXEC).bits().cast_signed();
+        let path = self.files.get(file).ok_or(io::ErrorKind::NotFound);
+        let opened = path.map_err(Into::into).and_then(|path| OpenOptions::new().read(true).custom_flags(flags).open(path));
+        let opened = match opened {
+            Ok(opened) => opened,
+            Err(error) => {
+                return self
+                    .say(&Answer::NotOpened { number, errno: error.raw_os_error().unwrap_or(rustix::io::Errno::NOENT.raw_os_error()) });
+            }
+        };
+        let (bytes, descriptors) = (serde_json::to_vec(&Answer::Opened { number })?, [opened.as_fd()]);
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut control = SendAncillaryBuffer::new(&mut space);
+        control.push(SendAncillaryMessage::ScmRights(&descriptors));
+        rustix::io::retry_on_intr(|| sendmsg(&self.socket, &[IoSlice::new(&bytes)], &mut control, SendFlags::NOSIGNAL))?;
+        Ok(())
     }
 
     /// INVARIANT(own-children-only): a number that is not of one is nothing.

@@ -19,7 +19,13 @@ fn registration(runtime: &Path) -> Registration {
     let missing = Registered { command: vec!["/no/such/vmm".to_owned(), "{socket}".to_owned()], max_memory_bytes: 4096 };
     let templates = TEMPLATES.into_iter().map(command).chain([("missing".to_owned(), missing)]).collect();
     let disks = vec![disk(runtime, DiskFormat::Raw)];
-    Registration { runtime_directory: runtime.to_owned(), user: None, templates, disks }
+    Registration {
+        runtime_directory: runtime.to_owned(),
+        user: None,
+        templates,
+        disks,
+        files: vec![runtime.join("a.crl"), runtime.join("b.crl")],
+    }
 }
 
 /// The longest that may be made.
@@ -35,7 +41,7 @@ fn sockets() -> (OwnedFd, OwnedFd) {
 fn launcher(runtime: &Path) -> (Launcher, JoinHandle<Result<(), Problem>>) {
     let (own, its) = sockets();
     let registration = registration(runtime);
-    (Launcher::over(own, runtime.to_owned()), std::thread::spawn(|| process::serve(its, registration)))
+    (Launcher::over(own, runtime.to_owned(), registration.files.clone()), std::thread::spawn(|| process::serve(its, registration)))
 }
 
 fn start(template: &str, number: u8) -> Start {
@@ -134,6 +140,34 @@ fn files_of_disks_are_made_where_the_configuration_has_them_and_nowhere_else() {
 }
 
 #[test]
+fn the_files_that_are_listed_are_opened_as_they_are_now_and_no_others() {
+    use crate::identity::OpenFiles;
+    use std::io::{ErrorKind, Read};
+    let directory = tempfile::tempdir().unwrap();
+    let (launcher, serving) = launcher(directory.path());
+    let path = |name: &str| directory.path().join(name);
+    let read = |name: &str| {
+        let mut text = String::new();
+        launcher.open(&path(name)).map(|mut file| file.read_to_string(&mut text).unwrap()).map(|_| text)
+    };
+    assert_eq!(read("b.crl").unwrap_err().kind(), ErrorKind::NotFound);
+    for text in ["one", "another"] {
+        std::fs::write(path("new"), text).unwrap();
+        std::fs::rename(path("new"), path("b.crl")).unwrap();
+        assert_eq!(read("b.crl").unwrap(), text);
+    }
+    std::fs::write(path("key.pem"), "secret").unwrap();
+    assert_eq!(read("key.pem").unwrap_err().kind(), ErrorKind::PermissionDenied, "the gateway's end");
+    let asked = launcher.open_number(7).unwrap_err();
+    assert_eq!(asked.kind(), ErrorKind::NotFound, "the launcher's: {asked}");
+    // A pipe is waited for by nobody.
+    rustix::fs::mknodat(rustix::fs::CWD, path("a.crl"), rustix::fs::FileType::Fifo, 0o600.into(), 0).unwrap();
+    launcher.open(&path("a.crl")).unwrap();
+    drop(launcher);
+    serving.join().unwrap().unwrap();
+}
+
+#[test]
 fn what_is_not_said_as_it_should_be_ends_the_launcher() {
     let directory = tempfile::tempdir().unwrap();
     let long = vec![b' '; crate::limits::LAUNCHER_MESSAGE_BYTES_MAX + 1];
@@ -152,7 +186,7 @@ fn what_is_not_said_as_it_should_be_ends_the_launcher() {
 #[test]
 fn a_launcher_that_has_ended_is_named_by_what_depended_on_it() {
     let (own, its) = sockets();
-    let launcher = Launcher::over(own, PathBuf::new());
+    let launcher = Launcher::over(own, PathBuf::new(), Vec::new());
     assert!(!launcher.has_ended());
     drop(its);
     assert!(launcher.has_ended());
@@ -171,6 +205,7 @@ fn all_that_a_configuration_has_and_nothing_else_is_registered() {
     let registration = Registration::of(&crate::config::parse(text, Path::new("/etc/sealane/gateway.toml")).unwrap());
     let names: Vec<_> = registration.templates().unwrap().into_keys().collect();
     assert_eq!(names, [INCOMING, "pc"]);
+    assert_eq!(registration.files, ["l", "r", "c"].map(|file| Path::new("/etc/sealane").join(file)), "what is no secret");
     assert_eq!(registration.disks.iter().map(|disk| (disk.file.to_str(), disk.bytes)).collect::<Vec<_>>(), [(Some("/disks/a"), 1 << 20)]);
     let read: Registration = serde_json::from_slice(&serde_json::to_vec(&registration).unwrap()).unwrap();
     assert_eq!((read.templates.len(), read.disks), (2, registration.disks));

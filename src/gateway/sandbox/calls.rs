@@ -109,12 +109,40 @@ fn errno(code: i32) -> SeccompAction {
 /// From here on this thread, and all that it starts, make these calls and no others: those fail with `EPERM`. `libraries`: whether the C
 /// library loads some of its own yet.
 pub(super) fn confine(libraries: bool) -> Result<(), String> {
-    let compiled = || {
-        let listed = program(rules(libraries)?, errno(c::EPERM), SeccompAction::Allow)?;
-        // Its flags are in memory, where a filter cannot look. The C library then uses `clone`.
-        let clone3 = program([(c::SYS_clone3, Vec::new())].into(), SeccompAction::Allow, errno(c::ENOSYS))?;
-        Ok([clone3, listed])
-    };
-    let filters = compiled().map_err(|error: BackendError| error.to_string())?;
+    // Its flags are in memory, where a filter cannot look. The C library then uses `clone`.
+    let clone3 = || program([(c::SYS_clone3, Vec::new())].into(), SeccompAction::Allow, errno(c::ENOSYS));
+    apply(|| Ok(vec![clone3()?, program(rules(libraries)?, errno(c::EPERM), SeccompAction::Allow)?]))
+}
+
+/// The calls of a process that reads a key, hears, signs and answers.
+#[rustfmt::skip]
+const HOLDER: &[c::c_long] = &[
+    c::SYS_recvfrom, c::SYS_sendto, c::SYS_read, c::SYS_close, c::SYS_fstat, c::SYS_newfstatat, c::SYS_statx, c::SYS_lseek, c::SYS_fcntl,
+    c::SYS_munmap, c::SYS_mremap, c::SYS_madvise, c::SYS_brk, c::SYS_futex, c::SYS_getrandom, c::SYS_clock_gettime, c::SYS_sched_yield,
+    c::SYS_rt_sigaction, c::SYS_rt_sigprocmask, c::SYS_rt_sigreturn, c::SYS_sigaltstack, c::SYS_restart_syscall, c::SYS_geteuid,
+    c::SYS_exit, c::SYS_exit_group,
+];
+
+fn holder_rules() -> Result<Rules, BackendError> {
+    use SeccompCmpOp::Eq;
+    let mut rules: Rules = HOLDER.iter().map(|call| (*call, Vec::new())).collect();
+    // Files are read, and nothing is written but last words.
+    let writing = c::O_ACCMODE | c::O_CREAT | c::O_TRUNC;
+    rules.insert(c::SYS_openat, vec![when(&[(2, masked(writing), 0)])?]);
+    rules.insert(c::SYS_write, vec![when(&[(0, Eq, 2)])?]);
+    for call in [c::SYS_mmap, c::SYS_mprotect] {
+        rules.insert(call, vec![when(&[(2, masked(c::PROT_EXEC), 0)])?]);
+    }
+    rules.insert(c::SYS_prctl, vec![when(&[(0, Eq, word(c::PR_SET_VMA))])?]);
+    Ok(rules)
+}
+
+/// From here on a process that holds a key makes the calls of [`HOLDER`] and no others.
+pub(super) fn confine_holder() -> Result<(), String> {
+    apply(|| Ok(vec![program(holder_rules()?, errno(c::EPERM), SeccompAction::Allow)?]))
+}
+
+fn apply(compiled: impl FnOnce() -> Result<Vec<BpfProgram>, BackendError>) -> Result<(), String> {
+    let filters = compiled().map_err(|error| error.to_string())?;
     filters.iter().try_for_each(|filter| seccompiler::apply_filter(filter)).map_err(|error| error.to_string())
 }

@@ -8,7 +8,7 @@ use landlock::{
     RulesetCreatedAttr, RulesetStatus, Scope, make_bitflags,
 };
 
-use crate::config::{self, Config, KeyFile, Policies};
+use crate::config::{Config, Policies};
 
 /// Rights that are denied wherever no rule gives them. What later kernels can deny besides is not asked for: connecting to the sockets
 /// of VMMs is among it, and would need rules that nobody has tried.
@@ -39,12 +39,6 @@ pub(super) fn allowed(config: &Config) -> Allowed {
     allow(&gateway.runtime_directory, WRITE | AccessFs::MakeSock);
     for socket in [Some(&gateway.control_socket), gateway.view_socket.as_ref()].into_iter().flatten() {
         allow(around(socket), BIND);
-    }
-    let identity = &config.identity;
-    let keys = [&identity.key, &identity.signing_key].into_iter().filter_map(KeyFile::path);
-    let trust = identity.trust.iter().flat_map(config::Trust::files);
-    for file in trust.chain([&identity.certificate]).cloned().chain(keys) {
-        named(&file, &mut allow);
     }
     match &config.policy {
         // What is in it changes, and where it is a link, what that points to.
@@ -79,6 +73,13 @@ pub(super) fn allowed(config: &Config) -> Allowed {
 /// Whether the C library is asked for addresses.
 pub(super) fn names_are_resolved(config: &Config) -> bool {
     config.peers.iter().any(|peer| peer.address.is_name())
+}
+
+/// For who holds a key: the directory around its file, which is replaced when the key is another.
+pub(super) fn around_key(key: &Path) -> Allowed {
+    let mut allowed = Allowed::new();
+    named(key, &mut |path, right| allowed.push((path.to_owned(), right)));
+    allowed
 }
 
 /// A file or directory that people replace: the directory around it can be read, and the one around what it points to now.

@@ -9,12 +9,13 @@ mod calls;
 mod files;
 mod user;
 
+use std::fs::File;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::Path;
 
 pub(super) use user::{Account, become_user};
 
-use crate::config::{Config, Sandboxing};
+use crate::config::{Config, KeyFile, Sandboxing};
 use crate::control::SandboxView;
 use crate::gateway::IMAGES;
 use crate::telemetry::Problem;
@@ -38,13 +39,25 @@ pub(super) fn enter(config: &Config, account: Option<&Account>) -> Result<Sandbo
     given_up.map_err(|error| Problem::new(ErrorClass::Local, format!("privileges cannot be given up: {error}")))?;
     match files::confine(&files::allowed(config)) {
         Ok(abi) => view.landlock_abi = Some(abi),
-        Err(why) => missing(config, "Landlock", &why)?,
+        Err(why) => missing(config.gateway.sandbox, "Landlock", &why)?,
     }
     match calls::confine(files::names_are_resolved(config)) {
         Ok(()) => view.seccomp = true,
-        Err(why) => missing(config, "seccomp", &why)?,
+        Err(why) => missing(config.gateway.sandbox, "seccomp", &why)?,
     }
+    view.keys_readable = view.landlock_abi.is_some() && keys_are_readable(config);
     Ok(view)
+}
+
+/// Whether this process can read the keys that it does not need: Landlock knows directories, and theirs may be one of those it needs.
+fn keys_are_readable(config: &Config) -> bool {
+    let identity = &config.identity;
+    let readable = [&identity.key, &identity.signing_key].into_iter().filter_map(KeyFile::path).find(|key| File::open(key).is_ok());
+    if let Some(key) = &readable {
+        let why = "its directory is also one of policies, of disks, of the gateway's own, or of what resolves names of peers (`/etc`)";
+        tracing::warn!(key = %key.display(), why, "a gateway that is taken over can read this key: keep it in a directory of its own");
+    }
+    readable.is_some()
 }
 
 /// Has no capabilities and gets none, leaves no memory behind when it dies, and is not looked into: what a companion of the gateway's
@@ -52,7 +65,6 @@ pub(super) fn enter(config: &Config, account: Option<&Account>) -> Result<Sandbo
 ///
 /// # Errors
 /// Something cannot be given up.
-#[cfg(feature = "pkcs11")]
 pub(super) fn without_privileges() -> std::io::Result<()> {
     rustix::thread::set_no_new_privs(true)?;
     user::clear_capabilities(rustix::thread::CapabilitySet::empty())?;
@@ -61,8 +73,29 @@ pub(super) fn without_privileges() -> std::io::Result<()> {
     Ok(rustix::process::setrlimit(rustix::process::Resource::Core, none)?)
 }
 
-fn missing(config: &Config, what: &str, why: &str) -> Result<(), Problem> {
-    if config.gateway.sandbox == Sandboxing::Require {
+/// What a process gives up that holds the key of a file, and does nothing but read that and sign: all files but those around it, all
+/// system calls but a few, and more descriptors than it needs.
+///
+/// # Errors
+/// Something cannot be given up, and the configuration does not want to do without.
+pub(super) fn hold_key(setting: Sandboxing, key: &Path) -> Result<(), Problem> {
+    if setting == Sandboxing::Off {
+        return Ok(());
+    }
+    let few = rustix::process::Rlimit { current: Some(16), maximum: Some(16) };
+    let lowered = rustix::process::setrlimit(rustix::process::Resource::Nofile, few);
+    lowered.map_err(|error| Problem::new(ErrorClass::Local, format!("privileges cannot be given up: {error}")))?;
+    if let Err(why) = files::confine(&files::around_key(key)) {
+        missing(setting, "Landlock", &why)?;
+    }
+    if let Err(why) = calls::confine_holder() {
+        missing(setting, "seccomp", &why)?;
+    }
+    Ok(())
+}
+
+fn missing(setting: Sandboxing, what: &str, why: &str) -> Result<(), Problem> {
+    if setting == Sandboxing::Require {
         let problem = Problem::new(ErrorClass::Local, format!("no sandbox: {what}: {why}")).with_code("sandbox");
         return Err(problem.with_hint("`gateway.sandbox = \"auto\"` does without what this kernel does not have"));
     }

@@ -96,6 +96,8 @@ fn files_outside_are_out_of_reach() {
         fs::write(root.join("gw/run/a"), "x").unwrap();
         let linked = fs::hard_link(root.join("gw/run/a"), root.join("gw/state/a")).unwrap_err();
         assert_eq!(linked.kind(), ErrorKind::CrossesDevices, "no file of one directory in another");
+        denied("read a key", fs::read(root.join("pki/key.pem")).map(drop));
+        denied("read what lies beside keys", fs::read_dir(root.join("pki")).map(drop));
         denied("write beside keys", fs::write(root.join("pki/new.pem"), "x"));
         denied("write policy", fs::write(root.join("policy.d/b.cedar"), "permit(principal, action, resource);"));
         denied("the host's users", fs::read("/etc/passwd").map(drop));
@@ -109,7 +111,6 @@ fn what_a_gateway_needs_is_within_reach() {
     let place = place("");
     let root = place.directory.path().to_owned();
     inside(&place, || {
-        assert_eq!(fs::read(root.join("pki/key.pem")).unwrap(), b"secret");
         assert_eq!(fs::read_dir(root.join("policy.d")).unwrap().count(), 1);
         for directory in ["state", "audit", "run"] {
             let directory = root.join("gw").join(directory);
@@ -132,10 +133,10 @@ fn what_a_gateway_needs_is_within_reach() {
     let counted = || fs::read("/proc/thread-self/schedstat").is_ok();
     let outside = counted();
     inside(&place, || assert_eq!(std::thread::spawn(counted).join().unwrap(), outside));
-    // What replaces a key is read as well.
-    fs::write(root.join("pki/new"), "newer").unwrap();
-    fs::rename(root.join("pki/new"), root.join("pki/key.pem")).unwrap();
-    inside(&place, || assert_eq!(fs::read(root.join("pki/key.pem")).unwrap(), b"newer"));
+    // What replaces a policy is read as well.
+    fs::write(root.join("new"), "newer").unwrap();
+    fs::rename(root.join("new"), root.join("policy.d/a.cedar")).unwrap();
+    inside(&place, || assert_eq!(fs::read(root.join("policy.d/a.cedar")).unwrap(), b"newer"));
 }
 
 const DISK: &str = "
@@ -259,14 +260,56 @@ fn only_what_the_configuration_names_is_allowed() {
         assert_eq!(allowed.iter().any(|path| path.ends_with("etc")), resolves, "{address}");
         let own: Vec<_> = allowed.iter().filter_map(|path| path.strip_prefix(root).ok()).collect();
         assert!(allowed.contains(&PathBuf::from("/proc/self/task")) && !allowed.iter().any(|path| path.starts_with("/dev")));
-        assert_eq!(own, ["gw/audit", "gw/run", "gw/state", "pki", "policy.d"].map(Path::new), "{address}");
+        assert_eq!(own, ["gw/audit", "gw/run", "gw/state", "policy.d"].map(Path::new), "{address}");
     }
     // What surrounds a file in the root directory would be everything.
-    let place = place("");
-    let mut config = place.config;
-    config.identity.key = crate::config::KeyFile::File("/key.pem".into());
-    let allowed = files::allowed(&config);
+    let allowed = files::around_key(Path::new("/key.pem"));
     assert!(allowed.iter().all(|(path, _)| path != Path::new("/")) && allowed.iter().any(|(path, _)| path == Path::new("/key.pem")));
+}
+
+#[test]
+fn who_holds_a_key_reads_what_is_around_it_and_what_replaces_it_and_nothing_else() {
+    let place = place("");
+    let root = place.directory.path().to_owned();
+    let key = root.join("pki/key.pem");
+    // Asked without what is tested.
+    if inside(&place, || ()).is_none() {
+        return;
+    }
+    std::thread::scope(|scope| {
+        let held = scope.spawn(|| {
+            files::confine(&files::around_key(&key)).unwrap();
+            calls::confine_holder().unwrap();
+            assert_eq!(fs::read(&key).unwrap(), b"secret");
+            assert_eq!(fs::read(root.join("policy.d/a.cedar")).unwrap_err().kind(), ErrorKind::PermissionDenied);
+            assert_eq!(fs::write(&key, "x").unwrap_err().kind(), ErrorKind::PermissionDenied);
+            assert_eq!(fs::remove_file(&key).unwrap_err().kind(), ErrorKind::PermissionDenied);
+            assert!(UdpSocket::bind("127.0.0.1:0").is_err() && UnixStream::pair().is_err());
+            assert!(std::thread::Builder::new().spawn(|| ()).is_err(), "no thread");
+            assert!(Command::new("/bin/true").status().is_err(), "no program");
+        });
+        held.join().unwrap();
+    });
+    fs::write(root.join("pki/new"), "newer").unwrap();
+    fs::rename(root.join("pki/new"), &key).unwrap();
+    std::thread::scope(|scope| {
+        let held = scope.spawn(|| {
+            files::confine(&files::around_key(&key)).unwrap();
+            fs::read(&key).unwrap()
+        });
+        assert_eq!(held.join().unwrap(), b"newer");
+    });
+}
+
+#[test]
+fn keys_that_lie_where_a_gateway_needs_other_files_are_said_to_be_readable() {
+    let mut place = place("");
+    let Some(apart) = inside(&place, || keys_are_readable(&place.config)) else { return };
+    assert!(!apart);
+    let beside_policies = place.directory.path().join("policy.d/key.pem");
+    fs::write(&beside_policies, "secret").unwrap();
+    place.config.identity.key = crate::config::KeyFile::File(beside_policies);
+    assert_eq!(inside(&place, || keys_are_readable(&place.config)), Some(true));
 }
 
 #[test]
@@ -274,7 +317,7 @@ fn a_gateway_that_requires_what_the_kernel_has_not_does_not_start() {
     let mut place = place("");
     for (setting, starts) in [(Sandboxing::Require, false), (Sandboxing::Auto, true)] {
         place.config.gateway.sandbox = setting;
-        let without = missing(&place.config, "Landlock", "it is not there");
+        let without = missing(place.config.gateway.sandbox, "Landlock", "it is not there");
         assert_eq!(without.is_ok(), starts, "{setting}");
     }
     place.config.gateway.sandbox = Sandboxing::Off;

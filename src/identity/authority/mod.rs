@@ -28,7 +28,7 @@ use serde::{Deserialize, Serialize};
 
 use super::error::IdentityError;
 use super::files;
-use super::keys::{read_bounded, read_private};
+use super::keys::{Own, read_bounded, read_private};
 use super::leaf::{hex, unhex};
 use crate::types::{PeerName, SpiffeId};
 use crate::{limits, types};
@@ -291,7 +291,7 @@ fn read_issuer(dir: &Path) -> Result<Issuer<'static, KeyPair>, IdentityError> {
     let (key_path, certificate_path) = (dir.join(CA_KEY), dir.join(CA_CERTIFICATE));
     let key = text(read_private(&key_path, "root key")?, "root key", &key_path)?;
     let key = KeyPair::from_pem(&key).map_err(|_| IdentityError::Malformed { what: "root key", path: key_path, expected: "PEM" })?;
-    let bytes = read_bounded(&certificate_path, "root certificate", limits::PEM_FILE_BYTES_MAX)?;
+    let bytes = read_bounded(&Own, &certificate_path, "root certificate", limits::PEM_FILE_BYTES_MAX)?;
     let certificate = text(bytes, "root certificate", &certificate_path)?;
     Issuer::from_ca_cert_pem(&certificate, key).map_err(|_| IdentityError::Malformed {
         what: "root certificate",
@@ -302,7 +302,7 @@ fn read_issuer(dir: &Path) -> Result<Issuer<'static, KeyPair>, IdentityError> {
 
 fn read_index(dir: &Path) -> Result<Index, IdentityError> {
     let path = dir.join(INDEX);
-    let bytes = read_bounded(&path, "index", limits::CRL_FILE_BYTES_MAX)?;
+    let bytes = read_bounded(&Own, &path, "index", limits::CRL_FILE_BYTES_MAX)?;
     match serde_json::from_slice::<Index>(&bytes) {
         Ok(index) if index.schema == SCHEMA && types::is_trust_domain(&index.trust_domain) => Ok(index),
         _ => Err(IdentityError::Malformed { what: "index", path, expected: "the index of an authority, `sealane.authority/1`" }),

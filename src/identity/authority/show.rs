@@ -12,7 +12,7 @@ use x509_parser::revocation_list::CertificateRevocationList;
 use x509_parser::time::ASN1Time;
 
 use crate::identity::error::IdentityError;
-use crate::identity::keys::read_bounded;
+use crate::identity::keys::{Own, read_bounded};
 use crate::identity::leaf::{hex, sha256};
 use crate::identity::time::{Stamp, from_seconds};
 use crate::limits;
@@ -38,7 +38,7 @@ impl fmt::Display for Described {
 /// # Errors
 /// The file cannot be read, or an object in it cannot be parsed.
 pub fn show(path: &Path) -> Result<Vec<Described>, IdentityError> {
-    let bytes = read_bounded(path, "file", limits::CRL_FILE_BYTES_MAX)?;
+    let bytes = read_bounded(&Own, path, "file", limits::CRL_FILE_BYTES_MAX)?;
     let malformed = |expected| IdentityError::Malformed { what: "file", path: path.to_owned(), expected };
     let mut all = Vec::new();
     for section in <(SectionKind, Vec<u8>)>::pem_slice_iter(&bytes) {

@@ -24,7 +24,7 @@ fn credentials(authority: &AuthorityFiles, gateway: &GatewayFiles) -> Arc<Creden
 }
 
 fn chain(gateway: &GatewayFiles) -> Vec<rustls::pki_types::CertificateDer<'static>> {
-    crate::identity::trust::read_certificates(&gateway.certificate, "certificate", 7).unwrap()
+    crate::identity::trust::read_certificates(&crate::identity::keys::Own, &gateway.certificate, "certificate", 7).unwrap()
 }
 
 fn code(credentials: &Credentials, gateway: &GatewayFiles) -> Result<(), &'static str> {
@@ -220,7 +220,7 @@ fn openssl_agrees_about_certificates_revocation_and_signatures() {
     let signer = credentials(&place.files, &a).signer();
     let made: [u8; 64] = fs::read(&signature).unwrap().try_into().unwrap();
     assert!(verify_signature(&signer.public_key(), b"evidence", &made));
-    assert_eq!(signer.sign(b"evidence"), made);
+    assert_eq!(signer.sign(b"evidence").unwrap(), made);
     let verify = ["pkeyutl", "-verify", "-rawin", "-pubin", "-inkey", &public, "-in", &input, "-sigfile", &output];
     assert!(openssl(&verify).unwrap().0);
 }

@@ -24,16 +24,16 @@ use tempfile::TempDir;
 
 use super::*;
 
-static WORLD: LazyLock<World> = LazyLock::new(World::new);
+pub(super) static WORLD: LazyLock<World> = LazyLock::new(World::new);
 
 /// A directory with the trust of [`WORLD`] and the gateways made in it.
-struct Place {
-    dir: TempDir,
+pub(super) struct Place {
+    pub(super) dir: TempDir,
     trust: Vec<TrustDomainConfig>,
 }
 
 impl Place {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
         let trust = WORLD.write_trust(dir.path()).into_iter();
         let trust = trust
@@ -42,7 +42,7 @@ impl Place {
         Self { dir, trust }
     }
 
-    fn config(&self, name: &str, leaf: &Leaf) -> IdentityConfig {
+    pub(super) fn config(&self, name: &str, leaf: &Leaf) -> IdentityConfig {
         let files = write_gateway(self.dir.path(), name, leaf);
         IdentityConfig {
             certificate: files.certificate,
@@ -53,7 +53,7 @@ impl Place {
         }
     }
 
-    fn gateway(&self, name: &str, leaf: &Leaf) -> Arc<Credentials> {
+    pub(super) fn gateway(&self, name: &str, leaf: &Leaf) -> Arc<Credentials> {
         Credentials::load(self.config(name, leaf)).unwrap()
     }
 
@@ -68,13 +68,13 @@ impl Place {
 }
 
 /// What both ends of a handshake made of it.
-struct Shaken {
-    client: Result<ClientConnection, rustls::Error>,
-    server: Result<ServerConnection, rustls::Error>,
+pub(super) struct Shaken {
+    pub(super) client: Result<ClientConnection, rustls::Error>,
+    pub(super) server: Result<ServerConnection, rustls::Error>,
 }
 
 /// Carries bytes between two connections until neither has anything to say.
-fn shake(client: &Arc<ClientConfig>, server: &Arc<ServerConfig>) -> Shaken {
+pub(super) fn shake(client: &Arc<ClientConfig>, server: &Arc<ServerConfig>) -> Shaken {
     let name = ServerName::try_from("any.name.at.all").unwrap();
     let mut client = ClientConnection::new(Arc::clone(client), name).unwrap();
     let mut server = ServerConnection::new(Arc::clone(server)).unwrap();

@@ -1,7 +1,4 @@
-//! The process that speaks to a token, by the library of whoever made it.
-
-use std::io;
-use std::os::fd::OwnedFd;
+//! Keys in a token, by the library of whoever made it.
 
 use cryptoki::context::{CInitializeArgs, CInitializeFlags, Pkcs11};
 use cryptoki::error::{Error, RvError};
@@ -13,14 +10,17 @@ use cryptoki::session::{Session, UserType};
 use cryptoki::slot::{Slot, TokenInfo};
 use cryptoki::types::AuthPin;
 use ring::digest;
-use rustix::net::{RecvFlags, SendFlags, recv, send};
+use ring::rand::{SecureRandom, SystemRandom};
 use rustls::SignatureScheme;
+use rustls::pki_types::SubjectPublicKeyInfoDer;
 
-use super::{Answer, Request, TokenPlan};
+use super::{Keys, Refusal, TokenPlace, kind_of};
 use crate::identity::IdentityError;
 use crate::identity::keys::read_private;
+use crate::identity::strength;
 use crate::limits;
 use crate::types::TokenUri;
+use crate::wire::ErrorClass;
 
 /// Why a token cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -50,9 +50,6 @@ pub enum ModuleError {
     /// A key of the gateway's that is not there, or a scheme that nobody speaks.
     #[error("cannot sign: {0}")]
     Cannot(&'static str),
-    /// The socket to the gateway.
-    #[error("the gateway's socket")]
-    Socket(#[from] io::Error),
 }
 
 /// A token that was found, and its keys.
@@ -74,8 +71,8 @@ impl std::fmt::Debug for Opened {
 ///
 /// # Errors
 /// The file cannot be read, or others than its owner may.
-pub fn read_pin(plan: &TokenPlan) -> Result<Option<AuthPin>, ModuleError> {
-    let Some(path) = &plan.pin else { return Ok(None) };
+pub fn read_pin(place: &TokenPlace) -> Result<Option<AuthPin>, ModuleError> {
+    let Some(path) = &place.pin else { return Ok(None) };
     let bytes = read_private(path, "PIN of a token")?;
     let wrong = || IdentityError::Malformed { what: "PIN of a token", path: path.clone(), expected: "one line of text" };
     let text = String::from_utf8(bytes).map_err(|_| wrong())?;
@@ -91,49 +88,12 @@ impl Opened {
     ///
     /// # Errors
     /// It cannot be loaded, or there is not one such token with such a key.
-    pub fn begin(plan: &TokenPlan, pin: Option<AuthPin>) -> Result<Self, ModuleError> {
-        let library = Pkcs11::new(&plan.module)?;
+    pub fn begin(place: &TokenPlace, pin: Option<AuthPin>) -> Result<Self, ModuleError> {
+        let library = Pkcs11::new(&place.module)?;
         library.initialize(CInitializeArgs::new(CInitializeFlags::OS_LOCKING_OK))?;
-        let mut opened = Self { library, uri: plan.uri.clone(), pin, pin_refused: false, open: None };
+        let mut opened = Self { library, uri: place.uri.clone(), pin, pin_refused: false, open: None };
         opened.keys()?;
         Ok(opened)
-    }
-
-    /// Serves the gateway at the other end of a socket until that ends.
-    ///
-    /// # Errors
-    /// The socket fails, or the gateway says what it cannot mean.
-    pub fn serve(mut self, socket: &OwnedFd) -> Result<(), ModuleError> {
-        say(socket, &Answer::Ready)?;
-        let mut bytes = vec![0; limits::TOKEN_MESSAGE_BYTES_MAX];
-        loop {
-            let (_, length) =
-                rustix::io::retry_on_intr(|| recv(socket, bytes.as_mut_slice(), RecvFlags::TRUNC)).map_err(io::Error::from)?;
-            let request = match bytes.get(..length) {
-                Some([]) => return Ok(()),
-                Some(message) => serde_json::from_slice(message).map_err(io::Error::from)?,
-                None => return Err(io::Error::from(io::ErrorKind::InvalidData).into()),
-            };
-            let (number, answer) = match request {
-                Request::Find { number } => (number, self.found(number)),
-                Request::Sign { number, key, scheme, message } => {
-                    let signed = self.sign(key, SignatureScheme::from(scheme), &message);
-                    (number, signed.map(|signature| Answer::Signed { number, signature }))
-                }
-            };
-            let refused = |error: ModuleError| {
-                let why = error.to_string().chars().take(limits::REASON_BYTES_MAX).collect();
-                Answer::Refused { number, why }
-            };
-            say(socket, &answer.unwrap_or_else(refused))?;
-        }
-    }
-
-    fn found(&mut self, number: u64) -> Result<Answer, ModuleError> {
-        // Keys may have been added since.
-        self.open = None;
-        let keys = self.keys()?.1.len();
-        Ok(Answer::Found { number, keys: u16::try_from(keys).unwrap_or(u16::MAX) })
     }
 
     /// The session and the keys that the URI names, found anew where something went wrong before.
@@ -201,18 +161,6 @@ impl Opened {
         }
     }
 
-    /// Signs; a session that has gone with its token is opened anew once.
-    fn sign(&mut self, key: u16, scheme: SignatureScheme, message: &[u8]) -> Result<Vec<u8>, ModuleError> {
-        let first = self.try_sign(key, scheme, message);
-        match first {
-            Err(ModuleError::Library(_)) => {
-                self.open = None;
-                self.try_sign(key, scheme, message)
-            }
-            other => other,
-        }
-    }
-
     fn try_sign(&mut self, key: u16, scheme: SignatureScheme, message: &[u8]) -> Result<Vec<u8>, ModuleError> {
         let (session, keys) = self.keys()?;
         let key = *keys.get(usize::from(key)).ok_or(ModuleError::Cannot("there is no such key"))?;
@@ -244,11 +192,56 @@ impl Opened {
     }
 }
 
-fn say(socket: &OwnedFd, answer: &Answer) -> Result<(), ModuleError> {
-    let bytes = serde_json::to_vec(answer).map_err(io::Error::from)?;
-    // A gateway that has died is no reason to die of a signal.
-    rustix::io::retry_on_intr(|| send(socket, &bytes, SendFlags::NOSIGNAL)).map_err(io::Error::from)?;
-    Ok(())
+impl Opened {
+    fn refusal(&self, error: &ModuleError) -> Refusal {
+        Refusal::new(ErrorClass::Local, format!("key `{}`: {error}", self.uri))
+    }
+
+    /// The number of the key that belongs to a public key, which it shows by a signature.
+    fn find(&mut self, public: &[u8]) -> Result<Option<u16>, ModuleError> {
+        // Keys may have been added since.
+        self.open = None;
+        let count = self.keys()?.1.len();
+        let public = SubjectPublicKeyInfoDer::from(public);
+        let (Some((_, [first, ..])), Ok(owner)) = (kind_of(&public), webpki::RawPublicKeyEntity::try_from(&public)) else {
+            return Ok(None);
+        };
+        let mut challenge = b"sealane: is this the key of the certificate? ".to_vec();
+        let mut random = [0; 32];
+        SystemRandom::new().fill(&mut random).map_err(|_| ModuleError::Cannot("no random numbers"))?;
+        challenge.extend(random);
+        let all = strength::algorithms();
+        let fitting: Vec<_> = all.mapping.iter().filter(|(known, _)| known == first).flat_map(|(_, all)| all.iter()).collect();
+        for key in 0..u16::try_from(count).unwrap_or(u16::MAX) {
+            // A key of another kind cannot do what is asked.
+            let Ok(signature) = self.try_sign(key, *first, &challenge) else { continue };
+            if fitting.iter().any(|algorithm| owner.verify_signature(**algorithm, &challenge, &signature).is_ok()) {
+                return Ok(Some(key));
+            }
+        }
+        Ok(None)
+    }
+}
+
+impl Keys for Opened {
+    fn open(&mut self, wanted: Option<&[u8]>) -> Result<Option<(u16, Vec<u8>)>, Refusal> {
+        let public = wanted.unwrap_or_default();
+        let found = self.find(public).map_err(|error| self.refusal(&error))?;
+        Ok(found.map(|key| (key, public.to_vec())))
+    }
+
+    /// Which there are is the token's concern.
+    fn forget(&mut self, _: u16) {}
+
+    /// A session that has gone with its token is opened anew once.
+    fn sign(&mut self, key: u16, scheme: SignatureScheme, message: &[u8]) -> Result<Vec<u8>, Refusal> {
+        let mut signed = self.try_sign(key, scheme, message);
+        if let Err(ModuleError::Library(_)) = signed {
+            self.open = None;
+            signed = self.try_sign(key, scheme, message);
+        }
+        signed.map_err(|error| self.refusal(&error))
+    }
 }
 
 /// An ECDSA signature as TLS has it, from two numbers of one length as PKCS#11 has them.
