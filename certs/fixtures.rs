@@ -396,6 +396,8 @@ impl World {
         self.refuse("empty-certificate", empty, "malformed-certificate");
         self.refuse("not-der", garbage, "malformed-certificate");
         self.refuse("tampered-signature", tampered, "bad-signature");
+        let twice = [self.good_a.chain.clone(), self.good_a.chain[..1].to_vec()].concat();
+        self.refuse("leaf-twice", Leaf { chain: twice, ..self.good_a.clone() }, "malformed-certificate");
         for (name, behind) in [("garbage-behind-the-leaf", &b"\x30\x03\x02\x01\x01"[..]), ("nothing-behind-the-leaf", &[])] {
             let chain = [self.good_a.chain.clone(), vec![behind.to_vec().into()]].concat();
             self.refuse(name, Leaf { chain, ..self.good_a.clone() }, "malformed-certificate");

@@ -152,6 +152,16 @@ pub fn leaves(ca: &Ca, issuer: &str) -> Vec<(&'static str, Leaf, &'static str)> 
     });
     add("time-with-offset", "malformed-certificate", &|c| c.not_before = tlv(0x17, &[b"250101000000+0100"]));
     add("time-in-month-13", "malformed-certificate", &|c| c.not_before = tlv(0x17, &[b"251301000000Z"]));
+    // RFC 5280 section 4.1.2.5, and X.690 section 11.5: what is so without a word is not written.
+    add("generalized-time-before-2050", "malformed-certificate", &|c| c.not_before = tlv(0x18, &[b"20250101000000Z"]));
+    add("generalized-time-in-2049", "malformed-certificate", &|c| c.not_after = tlv(0x18, &[b"20491231235959Z"]));
+    add("critical-false-written-out", "malformed-certificate", &|c| {
+        c.extensions.push(tlv(SEQUENCE, &[&tlv(6, &[UNKNOWN]), b"\x01\x01\x00", b"\x04\x02\x05\x00"]));
+    });
+    add("ca-false-written-out", "malformed-certificate", &|c| c.extensions[0] = extension(b"\x55\x1d\x13", true, b"\x30\x03\x01\x01\x00"));
+    add("key-usage-with-zeros-behind", "malformed-certificate", &|c| {
+        c.extensions[1] = extension(b"\x55\x1d\x0f", true, b"\x03\x03\x07\x80\x00")
+    });
     add("unique-id", "malformed-certificate", &|c| c.unique_id = b"\x82\x03\x00ab");
     add("unknown-extension-twice", "malformed-certificate", &|c| {
         c.extensions.extend([extension(UNKNOWN, false, b"\x05\x00"), extension(UNKNOWN, false, b"\x05\x00")]);
@@ -272,6 +282,16 @@ pub fn crls(ca: &Ca, issuer: &str) -> Vec<(&'static str, Vec<u8>, &'static str)>
         ("with a critical extension of an entry", of(vec![entry(UNKNOWN, true, b"\x05\x00")]), "no critical extension"),
         ("with reason 7", of(vec![entry(REASON, false, b"\x0a\x01\x07")]), "reasons for revocation"),
         ("with a serial number in a longer form", of(vec![tlv(SEQUENCE, &[b"\x02\x02\x00\x05", &utc(days(-1))])]), "shortest form"),
+        (
+            "with FALSE written out",
+            with(vec![number(), tlv(SEQUENCE, &[&tlv(6, &[UNKNOWN]), b"\x01\x01\x00", b"\x04\x00"])]),
+            "nothing that says FALSE",
+        ),
+        (
+            "with a GeneralizedTime of 2049",
+            Crl { next: tlv(0x18, &[b"20491231235959Z"]), ..good.clone() },
+            "no GeneralizedTime before 2050",
+        ),
         ("with half an entry", of(vec![b"\x30\x03\x02\x01".to_vec()]), "expected"),
     ];
     let mut made: Vec<_> = all.into_iter().map(|(what, crl, words)| (what, crl.signed(ca, &name(issuer)), words)).collect();

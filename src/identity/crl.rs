@@ -14,6 +14,7 @@ use x509_parser::certificate::X509Certificate;
 use x509_parser::prelude::FromDer;
 use x509_parser::revocation_list::CertificateRevocationList;
 
+use super::der;
 use super::error::IdentityError;
 use super::files;
 use super::keys::{OpenFiles, Own, read_bounded};
@@ -121,6 +122,7 @@ fn parse(der: &[u8], path: &Path, issuers: &[X509Certificate<'_>], now: SystemTi
     let malformed = |expected| IdentityError::Malformed { what: "CRL", path: path.to_owned(), expected };
     let list = webpki::OwnedCertRevocationList::from_der(der).map_err(|error| malformed(expected(&error)))?;
     let (_, fields) = CertificateRevocationList::from_der(der).map_err(|_| malformed("a version 2 CRL with a nextUpdate"))?;
+    der::check(fields.tbs_cert_list.as_ref()).map_err(|_| malformed(WRITTEN))?;
     fields.tbs_cert_list.extensions_map().map_err(|_| malformed("each extension once"))?;
     let number = fields.crl_number().ok_or_else(|| malformed("a CRL number"))?;
     let age = Age { number: CrlNumber::new(&number.to_bytes_be()), this_update: from_seconds(fields.last_update().timestamp()) };
@@ -166,6 +168,7 @@ fn expected(error: &webpki::Error) -> &'static str {
     }
 }
 
+const WRITTEN: &str = "DER, with nothing that says FALSE and no GeneralizedTime before 2050";
 const PARTITION: &str = "a CRL of everything its issuer issued, not a partition";
 
 /// A CRL that names an issuer that is known must be signed by it, or a forged one with a high number would displace the real one. Those of
@@ -185,12 +188,19 @@ fn check_signature(crl: &CertificateRevocationList<'_>, path: &Path, issuers: &[
     }
 }
 
-/// The newest CRL seen of each issuer in each trust domain, so that an old one is never accepted again.
+/// The newest CRL seen of each issuer in each trust domain, so that an old one is never accepted again, nor another one of the same age.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Ratchet {
-    seen: BTreeMap<(String, Vec<u8>), Age>,
+    seen: BTreeMap<(String, Vec<u8>), Seen>,
     /// Where it is remembered across restarts.
     path: Option<PathBuf>,
+}
+
+/// How old it is, and its digest, where that was remembered.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Seen {
+    age: Age,
+    sha256: Option<[u8; 32]>,
 }
 
 /// One line of the ratchet file.
@@ -201,6 +211,9 @@ struct Remembered {
     issuer: String,
     number: String,
     this_update_seconds: i64,
+    /// Lines of earlier versions have none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    sha256: Option<String>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -231,18 +244,23 @@ impl Ratchet {
         for line in file.seen {
             let (Some(issuer), Some(number)) = (unhex(&line.issuer), unhex(&line.number)) else { return Err(malformed()) };
             let age = Age { number: CrlNumber::new(&number), this_update: from_seconds(line.this_update_seconds) };
-            seen.insert((line.trust_domain, issuer), age);
+            let sha256 = match line.sha256 {
+                None => None,
+                Some(text) => Some(unhex(&text).and_then(|bytes| bytes.try_into().ok()).ok_or_else(malformed)?),
+            };
+            seen.insert((line.trust_domain, issuer), Seen { age, sha256 });
         }
         Ok(Self { seen, path: Some(path) })
     }
 
     fn save(&self) -> Result<(), IdentityError> {
         let Some(path) = &self.path else { return Ok(()) };
-        let line = |((domain, issuer), age): (&(String, Vec<u8>), &Age)| Remembered {
+        let line = |((domain, issuer), Seen { age, sha256 }): (&(String, Vec<u8>), &Seen)| Remembered {
             trust_domain: domain.clone(),
             issuer: hex(issuer),
             number: age.number.text(),
             this_update_seconds: to_seconds(age.this_update),
+            sha256: sha256.as_ref().map(|digest| hex(digest)),
         };
         let file = RatchetFile { schema: RATCHET_SCHEMA.to_owned(), seen: self.seen.iter().map(line).collect() };
         let bytes = serde_json::to_vec_pretty(&file).map_err(|error| IdentityError::File {
@@ -258,11 +276,16 @@ impl Ratchet {
     pub(super) fn advance<'a>(&mut self, crls: impl Iterator<Item = (&'a str, &'a Crl)>) -> Result<(), IdentityError> {
         let mut next = self.clone();
         for (domain, crl) in crls {
-            if let Some(seen) = self.seen.get(&(domain.to_owned(), crl.issuer_der.clone())).filter(|seen| crl.age < **seen) {
-                let (found, expected) = (crl.age.number.text(), seen.number.text());
+            let seen = self.seen.get(&(domain.to_owned(), crl.issuer_der.clone()));
+            if let Some(Seen { age, .. }) = seen.filter(|seen| crl.age < seen.age) {
+                let (found, expected) = (crl.age.number.text(), age.number.text());
                 return Err(IdentityError::CrlRollback { path: crl.path.clone(), found, expected });
             }
-            next.seen.insert((domain.to_owned(), crl.issuer_der.clone()), crl.age.clone());
+            if seen.is_some_and(|seen| crl.age == seen.age && seen.sha256.is_some_and(|digest| digest != crl.sha256)) {
+                return Err(IdentityError::CrlConflict { path: crl.path.clone(), number: crl.age.number.text() });
+            }
+            let seen = Seen { age: crl.age.clone(), sha256: Some(crl.sha256) };
+            next.seen.insert((domain.to_owned(), crl.issuer_der.clone()), seen);
         }
         if next.seen != self.seen {
             next.save()?;

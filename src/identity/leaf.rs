@@ -8,9 +8,10 @@ use rustls::pki_types::CertificateDer;
 use std::time::SystemTime;
 use x509_parser::certificate::X509Certificate;
 use x509_parser::extensions::GeneralName;
-use x509_parser::oid_registry::OID_X509_EXT_SUBJECT_ALT_NAME;
+use x509_parser::oid_registry::{OID_X509_EXT_BASIC_CONSTRAINTS, OID_X509_EXT_KEY_USAGE, OID_X509_EXT_SUBJECT_ALT_NAME};
 use x509_parser::prelude::FromDer;
 
+use super::der;
 use super::error::RefusalReason;
 use super::strength;
 use super::time::from_seconds;
@@ -35,7 +36,7 @@ pub(super) struct Leaf {
 /// Reads a leaf and applies every rule that needs no trust.
 pub(super) fn read(der: &CertificateDer<'_>) -> Result<Leaf, RefusalReason> {
     let certificate = parse(der)?;
-    check_form(&certificate).map_err(malformed)?;
+    check_presented(&certificate).map_err(malformed)?;
     let spiffe = spiffe_id(&certificate)?;
     check_basic_constraints(&certificate)?;
     check_key_usage(&certificate)?;
@@ -83,7 +84,9 @@ pub(super) fn public_key(der: &CertificateDer<'_>) -> Result<Vec<u8>, RefusalRea
 /// Whether a certificate that is presented behind the leaf is one at all.
 pub(super) fn check_issuer(der: &CertificateDer<'_>) -> Result<(), RefusalReason> {
     match X509Certificate::from_der(der) {
-        Ok(([], _)) => Ok(()),
+        Ok(([], issuer)) => {
+            check_presented(&issuer).map_err(|_| malformed("what is presented behind it is not written as RFC 5280 and DER want it"))
+        }
         _ => Err(malformed("what is presented behind it is no X.509 certificate")),
     }
 }
@@ -98,6 +101,26 @@ pub(super) fn check_form(certificate: &X509Certificate<'_>) -> Result<(), &'stat
     // Some authorities do not count the byte that is there for the sign.
     let bytes = serial.strip_prefix(&[0]).unwrap_or(serial).len();
     if positive && is_shortest(serial) && bytes <= SERIAL_BYTES_MAX { Ok(()) } else { Err("serialNumber") }
+}
+
+/// The same, and how it is written: for certificates that peers present.
+fn check_presented(certificate: &X509Certificate<'_>) -> Result<(), &'static str> {
+    check_form(certificate)?;
+    der::check(certificate.tbs_certificate.as_ref())?;
+    // X.690 sections 11.5 and 11.2.2: no `cA` that is FALSE, and a list of named bits ends with one that is set.
+    for extension in certificate.extensions() {
+        let value = extension.value;
+        if extension.oid == OID_X509_EXT_BASIC_CONSTRAINTS && der::split(value).is_some_and(|(limits, _)| limits.starts_with(der::FALSE)) {
+            return Err("basicConstraints: FALSE is written out");
+        }
+        if let [_, _, unused, .., last] = value
+            && extension.oid == OID_X509_EXT_KEY_USAGE
+            && last.checked_shr(u32::from(*unused)).is_none_or(|bits| bits & 1 == 0)
+        {
+            return Err("keyUsage");
+        }
+    }
+    Ok(())
 }
 
 /// RFC 5280, section 4.1.2.2.
@@ -119,25 +142,11 @@ fn malformed(detail: &'static str) -> RefusalReason {
 
 /// Whether the list of names, and each of them, says its length in as few bytes as DER does.
 fn has_short_lengths(names: &[u8]) -> bool {
-    let Some((mut names, [])) = split_shortest(names) else { return false };
-    while let Some((_, rest)) = split_shortest(names) {
+    let Some((mut names, [])) = der::split(names) else { return false };
+    while let Some((_, rest)) = der::split(names) {
         names = rest;
     }
     names.is_empty()
-}
-
-/// The contents of the first element, and what stands behind it; nothing where its length is written otherwise than DER wants it.
-fn split_shortest(element: &[u8]) -> Option<(&[u8], &[u8])> {
-    let (first, rest) = element.get(1..)?.split_first()?;
-    let (length, rest) = match first {
-        0..=0x7f => (usize::from(*first), rest),
-        0x81 => rest.split_first().filter(|(length, _)| **length > 0x7f).map(|(length, rest)| (usize::from(*length), rest))?,
-        0x82 => {
-            rest.split_first_chunk().filter(|([high, _], _)| *high > 0).map(|(length, rest)| (u16::from_be_bytes(*length).into(), rest))?
-        }
-        _ => return None,
-    };
-    rest.split_at_checked(length)
 }
 
 fn spiffe_id(certificate: &X509Certificate<'_>) -> Result<SpiffeId, RefusalReason> {

@@ -18,6 +18,7 @@
 pub mod authority;
 mod credentials;
 mod crl;
+mod der;
 mod error;
 mod files;
 mod holder;

@@ -114,6 +114,9 @@ impl TrustState {
         let leaf = leaf::read(end_entity)?;
         // Also those that path validation has no need of.
         intermediates.iter().try_for_each(leaf::check_issuer)?;
+        if (1..chain.len()).any(|at| chain.iter().take(at).any(|before| Some(before) == chain.get(at))) {
+            return Err(RefusalReason::MalformedCertificate { detail: "its chain has a certificate twice" });
+        }
         let name = leaf.spiffe.trust_domain().to_owned();
         let Some(domain) = self.domains.get(&name) else {
             return Err(RefusalReason::UnknownTrustDomain { domain: name });

@@ -104,6 +104,32 @@ fn crl_numbers_never_go_back() {
 }
 
 #[test]
+fn another_crl_of_the_same_number_and_date_is_refused_also_after_a_restart() {
+    let place = Place::new();
+    let ratchet = place.dir.path().join("ratchet.json");
+    let load = || Credentials::load_remembering(place.config("a", &WORLD.good_a), ratchet.clone(), None);
+    let (since, until) = (fixtures::days(0), fixtures::days(30));
+    let [first, other] =
+        [&[WORLD.good_b.serial.as_slice()] as &[&[u8]], &[]].map(|revoked| WORLD.root.crl_with(400, since, until, revoked, None));
+    place.write_crl("root.crl", &first);
+    let a = load().unwrap();
+    a.reload().unwrap();
+    place.write_crl("root.crl", &other);
+    for refused in [a.reload().map(drop), load().map(drop)] {
+        assert!(matches!(&refused, Err(IdentityError::CrlConflict { number, .. }) if number == "0190"), "{refused:?}");
+    }
+    assert_eq!(code(&a, &WORLD.good_b), Err("revoked"));
+    // What an earlier version has remembered knows of no digest.
+    let remembered: serde_json::Value = serde_json::from_slice(&fs::read(&ratchet).unwrap()).unwrap();
+    let mut earlier = remembered.clone();
+    for line in earlier["seen"].as_array_mut().unwrap() {
+        assert!(line.as_object_mut().unwrap().remove("sha256").is_some());
+    }
+    fs::write(&ratchet, serde_json::to_vec(&earlier).unwrap()).unwrap();
+    load().unwrap();
+}
+
+#[test]
 fn the_newest_crl_of_an_issuer_wins_wherever_it_stands() {
     for newest_first in [true, false] {
         let mut place = Place::new();
