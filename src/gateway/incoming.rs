@@ -505,7 +505,14 @@ impl Gateway {
         if self.kept.has(migration) {
             return link.session.close(Some(ErrorClass::PeerUnreachable), "a source comes back to its twin with RESUME");
         }
-        let _turn = self.registry.resolving(migration).await;
+        let _turn = match self.registry.resolving_at_once(migration) {
+            Some(turn) => turn,
+            // Both came at once, each with its own turn and waiting for the other: one of the two says so, and it is always the same.
+            None if self.credentials.own_id() < link.peer.spiffe => {
+                return link.session.close(Some(ErrorClass::PeerUnreachable), "it is being settled in a session of the other direction");
+            }
+            None => self.registry.resolving(migration).await,
+        };
         match engine::answer(&self.evidence(), &self.host(), &link, signed).await {
             Ok(resolved) => {
                 tracing::info!(%migration, ?resolved, peer = %link.peer.spiffe, "interrupted handoff taken up");

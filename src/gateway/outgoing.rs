@@ -211,7 +211,10 @@ impl Gateway {
         self.registry.reserve(&vm.name, migration).map_err(|busy| {
             let problem = match busy {
                 Busy::Vm(other) => Problem::new(ErrorClass::Misuse, format!("VM `{}` is moving already, in migration `{other}`", vm.name))
-                    .with_code("vm-is-moving"),
+                    .with_code("vm-is-moving")
+                    .with_hint(format!(
+                        "`sealane watch {other}` ends when that does, which is also for a VM that has just arrived; then ask again"
+                    )),
                 Busy::Full => Problem::new(ErrorClass::Bug, "a departure that waits needs no room"),
                 Busy::Id => Problem::new(ErrorClass::Bug, format!("migration `{migration}` exists already")),
                 Busy::Closing => Problem::new(ErrorClass::Local, "the gateway is shutting down"),

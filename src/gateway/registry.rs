@@ -272,6 +272,13 @@ impl Registry {
         Turn { registry: Arc::clone(self), migration, guard }
     }
 
+    /// The same turn, if nobody has it.
+    pub(super) fn resolving_at_once(self: &Arc<Self>, migration: MigrationId) -> Option<Turn> {
+        let turn = Arc::clone(self.lock().resolving.entry(migration).or_default());
+        let guard = turn.try_lock_owned().ok()?;
+        Some(Turn { registry: Arc::clone(self), migration, guard: Some(guard) })
+    }
+
     /// Whether a run of this process has a migration in hand: then only its own session speaks for it. One that an earlier
     /// process left open is shown as active too, and is exactly what a peer may come back for.
     pub(super) fn is_under_way(&self, migration: MigrationId) -> bool {

@@ -124,9 +124,10 @@ fn build(config: Arc<Config>, transport: TransportConfig, companions: Companions
 
 /// A forged CRL is refused when it is read only where its issuer is known.
 fn warn_of_unverified(credentials: &Credentials) {
-    for path in credentials.unverified_crls() {
-        let why = "nobody knows its issuer here, so its signature is checked with each peer's chain";
-        tracing::warn!(crl = %path.display(), why, "`intermediates` of its `[[identity.trust]]` says who the issuer is");
+    let unverified: Vec<_> = credentials.unverified_crls().iter().map(|path| path.display().to_string()).collect();
+    if !unverified.is_empty() {
+        let why = "nobody knows their issuers here, so their signatures are checked with each peer's chain";
+        tracing::warn!(crls = ?unverified, why, "`intermediates` of their `[[identity.trust]]` says who the issuers are");
     }
 }
 

@@ -132,7 +132,7 @@ pub enum DecodeError {
         got: usize,
     },
     /// The source counted something else than came here.
-    #[error("totals of lane {lane} differ: expected {expected:?}, got {got:?}")]
+    #[error("totals of lane {lane} differ: expected {expected}, got {got}")]
     Totals {
         /// The lane.
         lane: LaneIndex,

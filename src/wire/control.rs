@@ -199,6 +199,13 @@ pub struct LaneTotals {
     pub digest: u128,
 }
 
+impl std::fmt::Display for LaneTotals {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { frames, pages, bytes, digest } = self;
+        write!(f, "{frames} frames, {pages} pages, {bytes} bytes (digest {digest:032x})")
+    }
+}
+
 /// The end of a round at the source.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RoundEnd {

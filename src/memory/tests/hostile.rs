@@ -234,7 +234,7 @@ fn refuses_totals_that_are_not_what_came() {
         LaneTotals { digest: 0, ..nothing() },
     ];
     for lie in lies {
-        assert_eq!(verdict(&[mark(lie)]).unwrap(), format!("totals of lane 0 differ: expected {:?}, got {lie:?}", nothing()));
+        assert_eq!(verdict(&[mark(lie)]).unwrap(), format!("totals of lane 0 differ: expected {}, got {lie}", nothing()));
     }
     assert!(verdict(&[pages(&[zero(0, 1)]), Raw { sequence: 1, ..mark(nothing()) }]).unwrap().starts_with("totals of lane 0 differ"));
 }
