@@ -55,6 +55,9 @@ struct Shared {
 struct Clock {
     at_open_ns: u64,
     opened: Instant,
+    /// Seconds by which the wall clock is wrong.
+    #[cfg(test)]
+    step: std::sync::atomic::AtomicI64,
 }
 
 impl Clock {
@@ -64,12 +67,20 @@ impl Clock {
         let (seconds, hundredths) = uptime.split([' ', '\n']).next().and_then(|text| text.split_once('.')).unwrap_or(("0", "0"));
         let number = |text: &str| text.parse::<u64>().unwrap_or(0);
         let at_open_ns = number(seconds).saturating_mul(1_000_000_000).saturating_add(number(hundredths).saturating_mul(10_000_000));
-        Self { at_open_ns, opened: Instant::now() }
+        Self {
+            at_open_ns,
+            opened: Instant::now(),
+            #[cfg(test)]
+            step: std::sync::atomic::AtomicI64::default(),
+        }
     }
 
     fn now(&self) -> When {
         let elapsed = u64::try_from(self.opened.elapsed().as_nanos()).unwrap_or(u64::MAX);
-        When { time: jiff::Timestamp::now(), monotonic_ns: self.at_open_ns.saturating_add(elapsed) }
+        let time = jiff::Timestamp::now();
+        #[cfg(test)]
+        let time = time + jiff::SignedDuration::from_secs(self.step.load(std::sync::atomic::Ordering::SeqCst));
+        When { time, monotonic_ns: self.at_open_ns.saturating_add(elapsed) }
     }
 }
 
@@ -163,6 +174,11 @@ impl AuditLog {
                 writer.publish_tiles();
             }
         });
+    }
+
+    #[cfg(test)]
+    pub(super) fn step_clock(&self, seconds: i64) {
+        self.inner.clock.step.store(seconds, std::sync::atomic::Ordering::SeqCst);
     }
 
     pub(super) fn inner(&self) -> &Inner {

@@ -120,7 +120,7 @@ impl NoPermit {
         let problem = Problem::new(self.class(), crate::telemetry::chain(self));
         match self {
             Self::Denied { .. } => problem.with_hint("`sealane policy explain` shows which policy decided"),
-            Self::Audit(_) => problem.with_hint("nothing is moved without evidence; see the audit directory's disk"),
+            Self::Audit(error) => problem.with_hint(crate::gateway::report::without_evidence(error)),
             Self::Identity(_) => problem.with_hint("the certificate or its CRL changed since the session began"),
         }
     }

@@ -2,6 +2,7 @@
 
 use std::time::{Duration, SystemTime};
 
+use crate::audit::AuditError;
 use crate::engine::{DiskFigures, EngineError, Figures};
 use crate::migration;
 use crate::telemetry::{DiskReport, DowntimeBreakdown, Outcome, PostCopyReport, Problem, Report, RunningOn, chain};
@@ -102,6 +103,18 @@ pub(super) fn settled(migration: MigrationId, vm: &VmName, outcome: migration::O
     report
 }
 
+/// What to do about an entry that was not recorded.
+pub(super) fn without_evidence(error: &AuditError) -> &'static str {
+    match error {
+        AuditError::Disk { .. } => "nothing is moved without evidence; make room on the audit directory's disk and try again",
+        AuditError::Failed { .. } => {
+            "nothing is moved without evidence; see to the audit directory's disk, restart the gateway, and try again"
+        }
+        AuditError::Unsigned { .. } => "nothing is moved without evidence; `sealane status` says whether the gateway has to be restarted",
+        _ => "nothing is moved without evidence; `sealane audit verify` looks at the log",
+    }
+}
+
 pub(super) fn problem(error: &EngineError, running_on: RunningOn) -> Problem {
     let problem = Problem::new(error.class(), chain(error)).with_running_on(running_on);
     match error {
@@ -114,7 +127,7 @@ pub(super) fn problem(error: &EngineError, running_on: RunningOn) -> Problem {
         EngineError::Lacking { .. } => problem.with_code("lacks-pages").with_hint(
             "the gateways go on with what is missing as soon as both are there; do not start the VM at the source, and end neither QEMU",
         ),
-        EngineError::Audit(_) => problem.with_hint("nothing is moved without evidence; make room on the gateway's disk and try again"),
+        EngineError::Audit(error) => problem.with_hint(without_evidence(error)),
         EngineError::Journal(_) => {
             problem.with_hint("nothing is moved without its journal; see to the gateway's disk, restart the gateway, and try again")
         }

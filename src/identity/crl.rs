@@ -133,7 +133,7 @@ fn parse(der: &[u8], path: &Path, issuers: &[X509Certificate<'_>], now: SystemTi
         return Err(malformed(PARTITION));
     }
     if age.this_update > now {
-        return Err(IdentityError::CrlFromFuture { path: path.to_owned(), this_update: age.this_update });
+        return Err(IdentityError::CrlFromFuture { path: path.to_owned(), this_update: age.this_update, now });
     }
     if !fields.iter_revoked_certificates().all(|entry| leaf::is_shortest(entry.raw_serial())) {
         return Err(malformed("every serial number in its shortest form"));

@@ -393,12 +393,14 @@ pub enum IdentityError {
         path: PathBuf,
     },
     /// A CRL of the future.
-    #[error("CRL `{path}` is issued in the future, at {}", Stamp(*this_update))]
+    #[error("CRL `{path}` is issued in the future, at {}: this host's clock says {}", Stamp(*this_update), Stamp(*now))]
     CrlFromFuture {
         /// The file.
         path: PathBuf,
         /// Its thisUpdate.
         this_update: SystemTime,
+        /// What it was compared with.
+        now: SystemTime,
     },
     /// A CRL that its issuer, a root or an intermediate that is known, did not sign.
     #[error("CRL `{path}` is not signed by the issuer it names")]

@@ -1,6 +1,7 @@
 //! The log under ordinary use.
 
 use std::os::unix::fs::PermissionsExt as _;
+use std::sync::atomic::AtomicBool;
 use std::sync::mpsc::{SyncSender, sync_channel};
 use std::sync::{Arc, Mutex};
 
@@ -181,7 +182,7 @@ fn one_commit_serves_everybody_who_waits() {
     assert_eq!(numbers(dir.path()).len(), WAITING + 1);
 }
 
-struct Panicking(Arc<TestSigner>, std::sync::atomic::AtomicBool);
+struct Panicking(Arc<TestSigner>, AtomicBool);
 
 impl Signer for Panicking {
     fn sign(&self, bytes: &[u8]) -> Result<[u8; 64], String> {
@@ -207,6 +208,63 @@ fn a_signer_that_panics_fails_the_log_and_hangs_nobody() {
     assert!(matches!(log.record(&entry(1)), Err(AuditError::Failed { .. })));
     drop(log);
     assert!(verify(dir.path(), &pinned()).is_ok());
+}
+
+/// The same key, which does not sign while it is told so.
+struct Unwilling(Arc<TestSigner>, AtomicBool);
+
+impl Signer for Unwilling {
+    fn sign(&self, bytes: &[u8]) -> Result<[u8; 64], String> {
+        if self.1.load(Ordering::SeqCst) { Err("the process that holds it has ended".to_owned()) } else { self.0.sign(bytes) }
+    }
+    fn public_key(&self) -> [u8; 32] {
+        self.0.public_key()
+    }
+    fn name(&self) -> &str {
+        self.0.name()
+    }
+}
+
+#[test]
+fn what_is_not_signed_is_not_recorded_and_the_log_goes_on_when_it_is_again() {
+    let dir = tempdir();
+    let signer = Arc::new(Unwilling(TestSigner::new(1), AtomicBool::new(false)));
+    let log = AuditLog::open(dir.path(), ORIGIN, Arc::clone(&signer) as Arc<dyn Signer>).unwrap();
+    log.record(&entry(0)).unwrap();
+    let before = std::fs::read(segment(dir.path())).unwrap();
+    signer.1.store(true, Ordering::SeqCst);
+    for refused in [log.record(&entry(1)), log.record_critical(&entry(2))] {
+        assert!(matches!(&refused, Err(AuditError::Unsigned { why, .. }) if why.contains("has ended")), "{refused:?}");
+    }
+    assert_eq!(std::fs::read(segment(dir.path())).unwrap(), before);
+    signer.1.store(false, Ordering::SeqCst);
+    assert_eq!(log.record(&entry(3)).unwrap().index(), 2);
+    drop(log);
+    assert_eq!(numbers(dir.path()), [0, 3]);
+    assert!(verify(dir.path(), &pinned()).is_ok());
+}
+
+#[test]
+fn a_clock_that_is_stepped_by_a_year_either_way_changes_no_order_and_no_verdict() {
+    const YEAR: i64 = 366 * 86_400;
+    let dir = tempdir();
+    for steps in [[0, YEAR, -YEAR, 0], [-YEAR, YEAR, 0, -YEAR]] {
+        let log = open(dir.path());
+        for step in steps {
+            log.step_clock(step);
+            log.record(&entry(usize::try_from(log.head().size).unwrap())).unwrap();
+        }
+    }
+    let entries: Vec<_> =
+        read(dir.path(), Filter { event: Some(Event::Decision), ..Filter::default() }).unwrap().map(Result::unwrap).collect();
+    assert_eq!(entries.len(), 8);
+    assert!(entries.is_sorted_by_key(|entry| entry.index) && entries.is_sorted_by_key(|entry| entry.monotonic_ns));
+    assert!(!entries.is_sorted_by_key(|entry| entry.time), "the times are those of the clock");
+    assert!(verify(dir.path(), &pinned()).is_ok());
+    // What is asked for by its time is found by what the clock said.
+    let since = Some(jiff::Timestamp::now() + jiff::SignedDuration::from_secs(YEAR / 2));
+    let found = read(dir.path(), Filter { event: Some(Event::Decision), since, ..Filter::default() }).unwrap();
+    assert_eq!(found.count(), 2);
 }
 
 #[test]
