@@ -240,6 +240,8 @@ pub const QMP_LINE_BYTES_MAX: usize = 1 << 20;
 pub const QEMU_DEVICES_MAX: usize = 1024;
 /// LIMIT: blocks of memory in a QEMU's stream: a guest's DIMMs, and a ROM or two of each device.
 pub const QEMU_BLOCKS_MAX: usize = 2048;
+/// LIMIT: channels on which a QEMU hands over pages: each is a thread of QEMU's, and a socket with what is held of it here.
+pub const QEMU_CHANNELS_MAX: u16 = 16;
 /// LIMIT: vCPUs of the reference VMM.
 pub const VCPUS_MAX: u32 = 8;
 /// LIMIT: JSON header of an attach message; the largest carries a machine description.

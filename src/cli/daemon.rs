@@ -201,6 +201,7 @@ fn request(flags: &MigrationFlags) -> MigrateRequest {
     request.throttle = flags.throttle;
     request.compress = flags.compress;
     request.lanes = flags.lanes;
+    request.channels = flags.channels;
     request
 }
 

@@ -234,6 +234,12 @@ pub struct MigrationFlags {
     /// Without it: one for every 256 MiB of the VM's memory, at most the number in the gateway's configuration.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=i64::from(crate::limits::LANES_MAX)))]
     pub lanes: Option<u16>,
+    /// Channels on which a QEMU hands its guest's pages to this gateway.
+    ///
+    /// With 1 they are in QEMU's one stream; with more, QEMU reads memory with so many threads (`multifd`). The other end sees no
+    /// difference. Without it: the number in the gateway's configuration. Not with `--mode postcopy` or `hybrid`.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=i64::from(crate::limits::QEMU_CHANNELS_MAX)))]
+    pub channels: Option<u16>,
     /// The gateway to ask.
     #[command(flatten)]
     pub daemon: DaemonFlags,

@@ -4,6 +4,7 @@
 //! *Never:* I/O, async, a byte of the stream that is changed: what comes out is what went in.
 //!
 //! ```text
+//! several channels ─> Gather ─> stream
 //! stream ─> Walk ─> Condenser ─> parcels ═══> Expander ─> Walk ─> stream
 //!                      Past                      Past
 //! what is asked for <─ BackWalk <──────────── BackWalk <─ what the other hypervisor writes
@@ -13,12 +14,13 @@
 //! decide what is remembered), `walked-first` (no byte leaves an end before that end has walked over it), `past-bound` (what is remembered has a
 //! fixed size, which a peer cannot name beyond its limit), `whole-tail` (device sections leave together, once all of them are there
 //! and are those that the stream itself lists).
-//! *Read first:* `walk.rs`, `parcel.rs`, `past.rs`, `condenser.rs`, `expander.rs`, `tail.rs`, `back.rs`.
+//! *Read first:* `walk.rs`, `parcel.rs`, `past.rs`, `condenser.rs`, `expander.rs`, `tail.rs`, `back.rs`, `gather.rs`.
 
 mod back;
 mod condenser;
 mod digest;
 mod expander;
+mod gather;
 mod look;
 mod parcel;
 mod past;
@@ -32,6 +34,7 @@ pub use back::{AgainWalk, BackWalk, FOLLOWED_BYTES_MAX, Follow};
 pub use condenser::{Condenser, PAST_KEY_BYTES, Split};
 pub use digest::StreamDigest;
 pub use expander::Expander;
+pub use gather::Gather;
 pub use parcel::Parcel;
 pub use walk::{Expected, Grammar, RamBlock};
 

@@ -3,7 +3,9 @@
 //! The form is that of `migration/savevm.c` and `migration/ram.c` of QEMU, the same from 7.2 to 10.0 for what is followed here.
 
 mod commands;
+mod gathered;
 
+pub(super) use gathered::{Spot, word_of};
 use serde::{Deserialize, Serialize};
 
 use super::Unsound;
@@ -117,6 +119,8 @@ pub(super) struct Walk {
     /// Whether the guest can run at the destination.
     split: bool,
     why_opaque: Option<&'static str>,
+    /// Why nothing in it may be unknown, if nothing may.
+    needs: Option<&'static str>,
 }
 
 impl Walk {
@@ -126,7 +130,9 @@ impl Walk {
             Grammar::Qemu(expected) => (Some(expected), State::Magic),
         };
         let why_opaque = expected.is_none().then_some("a hypervisor whose streams are not known here");
-        Self { expected, state, at: 0, uuid_seen: false, ram: None, blocks: Vec::new(), last: None, split: false, why_opaque }
+        let split = expected.as_ref().is_some_and(|expected| expected.post_copy);
+        let needs = split.then_some("a stream that is known to its end, as post-copy needs");
+        Self { expected, state, at: 0, uuid_seen: false, ram: None, blocks: Vec::new(), last: None, split: false, why_opaque, needs }
     }
 
     /// The rest of a stream that was split, which begins anew because a gateway was.
@@ -155,14 +161,10 @@ impl Walk {
                 // Another state looks at the same bytes.
                 Ok(None) => {}
                 Err(Stop::Short) => return Ok(None),
-                Err(Stop::Unknown(why)) if self.may_split() => {
-                    let expected = "a stream that is known to its end, as post-copy needs";
-                    return Err(Unsound { at: self.at, expected, got: why.to_owned() });
-                }
-                Err(Stop::Unknown(why)) => {
-                    self.why_opaque = Some(why);
-                    self.state = State::Opaque;
-                }
+                Err(Stop::Unknown(why)) => match self.needs {
+                    Some(expected) => return Err(Unsound { at: self.at, expected, got: why.to_owned() }),
+                    None => (self.why_opaque, self.state) = (Some(why), State::Opaque),
+                },
                 Err(Stop::Unsound(unsound)) => return Err(unsound),
             }
         }
@@ -413,8 +415,8 @@ const MAGIC: u64 = 0x5145_564d_0000_0003;
 /// Types of sections.
 pub(super) const EOF: u8 = 0;
 const START: u8 = 1;
-const PART: u8 = 2;
-const END: u8 = 3;
+pub(super) const PART: u8 = 2;
+pub(super) const END: u8 = 3;
 pub(super) const FULL: u8 = 4;
 const SUBSECTION: u8 = 5;
 pub(super) const DESCRIPTION: u8 = 6;
@@ -424,14 +426,16 @@ pub(super) const FOOTER: u8 = 0x7e;
 const RAM_VERSION: u32 = 4;
 /// What stands in the low bits of a page's offset.
 const FLAGS: u64 = PAGE_BYTES as u64 - 1;
-const ZERO: u64 = 0x02;
+pub(super) const ZERO: u64 = 0x02;
 const MEM_SIZE: u64 = 0x04;
-const PAGE: u64 = 0x08;
-const EOS: u64 = 0x10;
+pub(super) const PAGE: u64 = 0x08;
+pub(super) const EOS: u64 = 0x10;
 const CONTINUE: u64 = 0x20;
 const XBZRLE: u64 = 0x40;
 const HOOK: u64 = 0x80;
 const COMPRESS: u64 = 0x100;
+/// All channels wait for each other, where there are several.
+pub(super) const MULTIFD_FLUSH: u64 = 0x200;
 const PAGE_BITS: u32 = 12;
 const NAME_BYTES_MAX: u32 = 255;
 /// Of which QEMU has some thirty.

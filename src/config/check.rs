@@ -10,7 +10,9 @@ use super::problem::ConfigError;
 use super::raw::{FileKind, FileMention, Located, Reader, Section};
 use super::settings::{Config, Gateway, Incoming, Limits, Migration, Operator, PLACEHOLDERS, Peer, Policies, PolicyBundle, Template, Vm};
 use super::{ByteSize, Classification, Compression, Durability, Label, Role, Sandboxing, TimeSpan};
-use crate::limits::{HISTORY_COUNT_MAX, LANES_MAX, MIGRATIONS_MAX, RAM_BYTES_MAX, SOCKET_PATH_BYTES_MAX, TABLE_BYTES, TABLE_BYTES_MAX};
+use crate::limits::{
+    HISTORY_COUNT_MAX, LANES_MAX, MIGRATIONS_MAX, QEMU_CHANNELS_MAX, RAM_BYTES_MAX, SOCKET_PATH_BYTES_MAX, TABLE_BYTES, TABLE_BYTES_MAX,
+};
 use crate::policy::bundle::BundleTrust;
 use crate::types::{PeerName, SpiffeId, Verify, VmName, VmUuid};
 
@@ -172,6 +174,8 @@ fn migration(r: &mut Reader, top: &mut Section<'_, '_>) -> Migration {
     let mut s = r.section(top, "migration");
     let lanes = r.or(&mut s, "lanes", 2_u16);
     between(r, &s, "lanes", &lanes, 1, LANES_MAX);
+    let channels = r.or(&mut s, "channels", 1_u16);
+    between(r, &s, "channels", &channels, 1, QEMU_CHANNELS_MAX);
     let compression = r.or(&mut s, "compression", Compression::Auto).value;
     let max_downtime = r.or(&mut s, "max_downtime", TimeSpan { duration: Duration::from_millis(300) });
     let timeout = r.or(&mut s, "timeout", TimeSpan { duration: Duration::from_secs(3600) });
@@ -196,6 +200,7 @@ fn migration(r: &mut Reader, top: &mut Section<'_, '_>) -> Migration {
     r.finish(s);
     Migration {
         lanes: lanes.value,
+        channels: channels.value,
         compression,
         max_downtime: max_downtime.value,
         timeout: timeout.value,

@@ -166,6 +166,8 @@ pub struct PolicyBundle {
 pub struct Migration {
     /// Lanes wanted.
     pub lanes: u16,
+    /// Channels on which a QEMU hands over pages.
+    pub channels: u16,
     /// Codec of page batches.
     pub compression: Compression,
     /// Longest pause wanted.

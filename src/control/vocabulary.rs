@@ -79,6 +79,9 @@ pub struct MigrateRequest {
     /// Lanes wanted.
     #[serde(default)]
     pub lanes: Option<u16>,
+    /// Channels on which a QEMU hands over pages; the gateway's default when absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub channels: Option<u16>,
 }
 
 impl MigrateRequest {
@@ -100,6 +103,7 @@ impl MigrateRequest {
             dry_run: false,
             compress: None,
             lanes: None,
+            channels: None,
         }
     }
 }

@@ -14,8 +14,9 @@ use crate::engine::{self, EngineError, Link, Manner, Placement, SourceEnd, Sourc
 use crate::gateway::departures::Note;
 use crate::gateway::disks::{self, DiskWish};
 use crate::gateway::judge::{Case, NoPermit};
+use crate::gateway::kept::twin_file;
 use crate::gateway::machine::{check_machine, machine_digest};
-use crate::gateway::modes::{not_split, split_at_all};
+use crate::gateway::modes::{channels, lanes_for, not_split, split_at_all};
 use crate::gateway::policies::{compression, default_terms, operator_id, zstd_level};
 use crate::gateway::queue::QueueFull;
 use crate::gateway::registry::{Busy, Claim, Migration};
@@ -49,6 +50,8 @@ pub(super) struct Departure {
     pub(super) operator: u32,
     /// Whether the request names a number of lanes.
     pub(super) lanes_asked: bool,
+    /// Channels on which a QEMU hands over its guest's pages.
+    pub(super) channels: u16,
     pub(super) claim: Claim,
 }
 
@@ -144,6 +147,7 @@ impl Gateway {
         }
         carried(&vm, &Address::parse(&address), &terms)?;
         split_at_all(&vm, &Address::parse(&address), request)?;
+        let channels = channels(&vm, &Address::parse(&address), request, defaults.channels)?;
         let disks = disks::wished(&vm, &address, request)?;
         let verify = request.verify.unwrap_or(defaults.verify);
         terms.verify = verify != Verify::No;
@@ -177,6 +181,7 @@ impl Gateway {
             outage_max,
             operator,
             lanes_asked: request.lanes.is_some(),
+            channels,
             claim,
         })
     }
@@ -479,6 +484,8 @@ impl Gateway {
         departure.has_memory(guest.machine().regions.iter().map(|region| region.bytes).sum());
         if let Leaving::Stream(guest) = &mut guest {
             guest.move_as(departure.case.mode).map_err(|error| not_split(&error))?;
+            let at = twin_file(&self.config.gateway.runtime_directory, departure.migration, "channels");
+            guest.use_channels(departure.channels, at);
             disks::take_along(&departure.vm, guest, departure.disks)?;
             departure.case.disks = DiskWish::asked(departure.disks, &guest.machine().disks);
         }
@@ -567,12 +574,6 @@ pub(super) async fn show_monotone(mut raw: watch::Receiver<Progress>, shown: wat
     }
 }
 
-/// Lanes for a VM whose request names none: at most the configured ones, and none for memory that is not there.
-fn lanes_for(configured: u16, memory_bytes: u64) -> u16 {
-    let wanted = u16::try_from(memory_bytes / limits::LANE_RAM_BYTES).unwrap_or(u16::MAX);
-    wanted.clamp(1, configured.max(1))
-}
-
 #[expect(clippy::needless_pass_by_value, reason = "used as a function for map_err")]
 pub(super) fn bug(error: tokio::task::JoinError) -> Problem {
     Problem::new(ErrorClass::Bug, format!("a task of the gateway ended: {error}"))
@@ -582,18 +583,4 @@ fn new_migration() -> Result<MigrationId, Problem> {
     let mut id = [0; 16];
     SystemRandom::new().fill(&mut id).map_err(|_| Problem::new(ErrorClass::Local, "the system's random numbers cannot be read"))?;
     Ok(MigrationId(id))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_lane_is_for_256_mib() {
-        for (configured, mebibytes, lanes) in
-            [(4, 0, 1), (4, 64, 1), (4, 511, 1), (4, 512, 2), (4, 1024, 4), (4, 1 << 20, 4), (1, 1024, 1), (16, 64 << 20, 16)]
-        {
-            assert_eq!(lanes_for(configured, mebibytes << 20), lanes, "{mebibytes} MiB");
-        }
-    }
 }

@@ -102,6 +102,7 @@ impl Gateway {
             outage_max: order.outage_max,
             operator: note.operator,
             lanes_asked: true,
+            channels: 1,
             claim,
         };
         let ticket = self.registry.pass_queue(&departure.peer.name);

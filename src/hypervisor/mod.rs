@@ -303,6 +303,15 @@ pub struct StreamGoal {
     pub throttle: bool,
 }
 
+/// Where a stream is read from.
+#[derive(Debug)]
+pub struct Streams {
+    /// All of it, or what frames it.
+    pub main: UnixStream,
+    /// Pages of it, where it has channels of their own for them.
+    pub others: Vec<UnixStream>,
+}
+
 /// What a hypervisor says of its stream.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct StreamProgress {
@@ -374,7 +383,7 @@ pub trait StreamSource: Guest + Exports {
     ///
     /// # Errors
     /// The hypervisor is gone or refuses.
-    fn begin(&mut self, goal: StreamGoal) -> Result<UnixStream, HypervisorError>;
+    fn begin(&mut self, goal: StreamGoal) -> Result<Streams, HypervisorError>;
     /// How far it has come, from now on. Ends with the driver.
     fn stages(&self) -> watch::Receiver<StreamStage>;
     /// Lets a guest that is [`Stopped`](StreamStage::Stopped) be sent to its end.

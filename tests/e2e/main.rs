@@ -46,6 +46,7 @@ mod peers;
 mod picky_vmm;
 mod policy;
 mod qemu;
+mod qemu_channels;
 mod qemu_disks;
 mod qemu_network;
 mod qemu_split;

@@ -75,14 +75,25 @@ impl Qemus {
 
     /// `here` is A's QEMU; `there` changes how B starts one.
     pub fn start_with(setup: Setup, here: &str, there: fn(Vec<String>) -> Vec<String>) -> Option<Self> {
+        Self::start_as(setup, [here, QEMU], |arguments| arguments, there)
+    }
+
+    /// The QEMUs of A and B, what changes both, and what changes B's alone.
+    pub fn start_as(
+        setup: Setup,
+        [here, program_there]: [&str; 2],
+        both: fn(Vec<String>) -> Vec<String>,
+        there: fn(Vec<String>) -> Vec<String>,
+    ) -> Option<Self> {
         let rom = rom()?;
+        let arguments = |rom: &Path| both(arguments(rom));
         let template = |program: &str, arguments: Vec<String>| {
             let waits = ["-incoming", "defer", "-S"].map(str::to_owned).to_vec();
             let command = [vec![program.to_owned()], arguments, waits].concat();
             format!("\n[[template]]\nname = \"small\"\ncommand = {command:?}\nmax_memory = \"1GiB\"\n")
         };
         let program = here;
-        let (here, there) = (template(program, arguments(&rom)), template(QEMU, there(arguments(&rom))));
+        let (here, there) = (template(program, arguments(&rom)), template(program_there, there(arguments(&rom))));
         let setup = setup
             .replace(A, "socket = \"run/guest.sock\"\n", "qmp = \"run/first.qmp\"\ntemplate = \"small\"\n")
             .edit(A, move |text| text + &here)

@@ -8,7 +8,7 @@ use std::path::Path;
 use std::sync::{Arc, LazyLock};
 
 use sealane::condense::{
-    AgainWalk, BackWalk, Condenser, Expander, Expected, FOLLOWED_BYTES_MAX, Follow, Grammar, PAST_KEY_BYTES, RamBlock,
+    AgainWalk, BackWalk, Condenser, Expander, Expected, FOLLOWED_BYTES_MAX, Follow, Gather, Grammar, PAST_KEY_BYTES, RamBlock,
 };
 use sealane::control::{GatewayView, MigrateRequest, MigrationView, Problem, ResolveRequest, SetRequest};
 use sealane::engine::Placement;
@@ -46,6 +46,7 @@ pub const TARGETS: &[Target] = &[
     Target { name: "pages-stream", run: |bytes| pages(bytes, STREAM), seeds: || frames(STREAM, Effort::Zstd(3)), share: 25 },
     Target { name: "stream", run: stream, seeds: streams, share: 25 },
     Target { name: "split-stream", run: split_stream, seeds: split_streams, share: 25 },
+    Target { name: "channels", run: channels, seeds: channels_together, share: 25 },
     Target { name: "way-back", run: way_back, seeds: ways_back, share: 100 },
     Target { name: "rest-of-stream", run: rest_of_stream, seeds: rests_of_streams, share: 100 },
     Target { name: "parcel", run: parcel, seeds: parcels, share: 25 },
@@ -174,6 +175,63 @@ fn split_streams() -> Vec<Vec<u8>> {
     let split = [stream, head, package, rest.to_vec()].concat();
     assert!(condensed(&split, grammar_of(true)).is_some());
     vec![split]
+}
+
+/// Pieces of channels: which, how long, and what it says. What comes out of them is followed to where it stops.
+fn channels(bytes: &[u8]) {
+    let Grammar::Qemu(expected) = grammar() else { panic!("no grammar") };
+    let mut gather = Gather::new(*expected, 2);
+    let (mut held, mut out, mut rest) = (vec![Vec::new(); 3], Vec::new(), bytes);
+    while let Some((head, more)) = rest.split_first_chunk::<3>() {
+        let piece = &more[..more.len().min(usize::from(u16::from_le_bytes([head[1], head[2]])))];
+        rest = &more[piece.len()..];
+        held[usize::from(head[0]) % 3].extend_from_slice(piece);
+        loop {
+            let mut taken = 0;
+            for (index, held) in held.iter_mut().enumerate() {
+                let took = if index == 0 { gather.take_main(held) } else { gather.take_channel(index - 1, held) };
+                let Ok(took) = took else { return };
+                held.drain(..took);
+                taken += took;
+            }
+            out.append(gather.gathered());
+            if taken == 0 {
+                break;
+            }
+        }
+    }
+    let mut condenser = Condenser::new(grammar(), [1 << 20, 1 << 18], Box::new([7; PAST_KEY_BYTES]));
+    condenser.take_in(&out).expect("a stream as it may be");
+}
+
+fn channels_together() -> Vec<Vec<u8>> {
+    let packet = |sync: u8, pages: &[u64]| {
+        let count = u8::try_from(pages.len()).unwrap();
+        let mut bytes =
+            [b"\x11\x22\x33\x44\0\0\0\x01\0\0\0".as_slice(), &[sync, 0, 0, 0, 128, 0, 0, 0, count, 0, 0, count * 16, 0]].concat();
+        // A number, and one page of zeroes.
+        bytes.extend_from_slice(b"\0\0\0\0\0\0\0\x07\0\0\0\x01");
+        bytes.resize(64, 0);
+        bytes.extend_from_slice(b"pc.ram");
+        bytes.resize(320, 0);
+        pages.iter().chain(&[33]).for_each(|page| bytes.extend_from_slice(&(page * 4096).to_be_bytes()));
+        bytes.resize(1344 + pages.len() * PAGE_BYTES, 5);
+        bytes
+    };
+    let sync = || [b"\x11\x22\x33\x44\0\0\0\x01\0\0\0\x01".as_slice(), &[0; 1332]].concat();
+    let greeting = |id: u8| [b"\x11\x22\x33\x44\0\0\0\x01".as_slice(), &[7; 16], &[id], &[0; 39]].concat();
+    // Four sections, at whose ends all of them wait.
+    let first = [greeting(0), sync(), packet(0, &[21, 22]), packet(1, &[23]), sync(), sync()].concat();
+    let second = [greeting(1), sync(), packet(1, &[24, 25, 26]), sync(), packet(0, &[27]), sync()].concat();
+    let pieces = |pieces: &[(u8, &[u8])]| {
+        let piece = |(channel, bytes): &(u8, &[u8])| {
+            let cut = bytes.chunks(20_000).map(|part| [&[*channel][..], &u16::try_from(part.len()).unwrap().to_le_bytes(), part].concat());
+            cut.collect::<Vec<_>>().concat()
+        };
+        pieces.iter().map(piece).collect::<Vec<_>>().concat()
+    };
+    let main = streams().remove(0);
+    vec![pieces(&[(0, &main), (1, &first), (2, &second)]), pieces(&[(2, &second), (1, &first), (0, &main)])]
 }
 
 fn way_back(bytes: &[u8]) {

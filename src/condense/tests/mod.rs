@@ -1,6 +1,7 @@
 //! Streams go through parcels and come out as they were; what is not sound comes to nobody.
 
 mod back;
+mod gather;
 mod sound;
 mod split;
 mod streams;

@@ -49,8 +49,11 @@ impl Stream {
     }
 
     pub(super) fn ram(self) -> Self {
-        let section = self.put(&[b"\x01\0\0\0\x02"]).name("ram").put(&[b"\0\0\0\0\0\0\0\x04"]);
-        section.blocks().end()
+        self.ram_open().end()
+    }
+
+    pub(super) fn ram_open(self) -> Self {
+        self.put(&[b"\x01\0\0\0\x02"]).name("ram").put(&[b"\0\0\0\0\0\0\0\x04"]).blocks()
     }
 
     pub(super) fn blocks(self) -> Self {

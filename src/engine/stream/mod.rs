@@ -17,6 +17,7 @@
 mod back;
 mod destination;
 mod inflow;
+mod intake;
 mod kept;
 mod lanes;
 mod outflow;

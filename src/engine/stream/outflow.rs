@@ -1,12 +1,11 @@
 //! What was read of a hypervisor's stream and is not with the other hypervisor yet.
 
-use std::io;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
-use tokio::net::unix::OwnedReadHalf;
 use tokio::sync::{Notify, watch};
 
+use super::intake::Intake;
 use super::kept::{Kept, Piece};
 use super::{Broken, Whole};
 use crate::condense::{Condenser, Parcel, Split};
@@ -44,14 +43,14 @@ impl Outflow {
     }
 
     /// Reads the hypervisor's stream to its end, no faster than there is room for what becomes of it.
-    pub(super) async fn read_from(&self, stream: OwnedReadHalf, condenser: &std::sync::Mutex<Condenser>) -> Result<Whole, Broken> {
+    pub(super) async fn read_from(&self, mut stream: Intake, condenser: &std::sync::Mutex<Condenser>) -> Result<Whole, Broken> {
         let condenser = || condenser.lock().unwrap_or_else(PoisonError::into_inner);
         let mut held = vec![0; READ_BYTES];
         let mut filled = 0;
         loop {
-            match stream.try_read(held.get_mut(filled..).unwrap_or_default()) {
-                Ok(0) => break,
-                Ok(count) => {
+            match stream.try_read(held.get_mut(filled..).unwrap_or_default())? {
+                Some(0) => break,
+                Some(count) => {
                     filled += count;
                     let taken = condenser().take_in(held.get(..filled).unwrap_or_default())?;
                     held.copy_within(taken..filled, 0);
@@ -63,7 +62,7 @@ impl Outflow {
                     // What there is to read may have no end, and others want this thread too.
                     tokio::task::yield_now().await;
                 }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                None => {
                     condenser().let_tail_go()?;
                     // A parcel that is not full is worth a lane that has nothing else.
                     let idle = self.is_idle();
@@ -73,7 +72,6 @@ impl Outflow {
                         () = self.idle.notified(), if !idle => {}
                     }
                 }
-                Err(error) => return Err(error.into()),
             }
         }
         condenser().end(held.get(..filled).unwrap_or_default())?;
@@ -240,7 +238,7 @@ mod tests {
         let reading = tokio::spawn({
             let flow = std::sync::Arc::clone(&flow);
             let condenser = std::sync::Mutex::new(Condenser::new(crate::condense::Grammar::Opaque, [0, 0], Box::new([0; 192])));
-            async move { flow.read_from(ours.into_split().0, &condenser).await.unwrap() }
+            async move { flow.read_from(Intake::One(ours.into_split().0), &condenser).await.unwrap() }
         });
         let piece = vec![1; 64 * 1024];
         let writing = tokio::spawn(async move {

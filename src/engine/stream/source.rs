@@ -13,10 +13,11 @@ use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 
+use super::intake::Intake;
 use super::lanes::{SendShared, send_lane};
 use super::outflow::Outflow;
 use super::{Broken, Whole};
-use crate::condense::Condenser;
+use crate::condense::{Condenser, Grammar};
 use crate::engine::commit_question::CommitQuestion;
 use crate::engine::error::may_be_forgotten;
 use crate::engine::frames::Frames;
@@ -28,7 +29,7 @@ use crate::engine::search::{self, Outage};
 use crate::engine::source::{Command, Redial, SourceEnd, SourceOrder, SourcePorts};
 use crate::engine::witness::Exchange;
 use crate::engine::{EngineError, Link};
-use crate::hypervisor::{HypervisorError, StreamGoal, StreamProgress, StreamSource, StreamStage};
+use crate::hypervisor::{HypervisorError, StreamGoal, StreamProgress, StreamSource, StreamStage, Streams};
 use crate::limits;
 use crate::migration::{Outcome, SourceStep, StreamSource as Machine, StreamSourceAction, StreamSourceEvent};
 use crate::telemetry::{Phase, Progress, chain};
@@ -512,22 +513,29 @@ impl Run {
             rate_max.map_or(Ok(()), |rate| guest.set_path_rate(rate))?;
             guest.begin(goal)
         });
-        let stream = begun.await?;
+        let Streams { main, others } = begun.await?;
         let local = |source| {
             let what = "cannot read the hypervisor's stream";
             EngineError::Hypervisor(HypervisorError::Local { vm: self.order.vm.to_string(), what, source })
         };
-        stream.set_nonblocking(true).map_err(local)?;
-        let stream = tokio::net::UnixStream::from_std(stream).map_err(local)?;
+        let usable = |stream: std::os::unix::net::UnixStream| {
+            stream.set_nonblocking(true)?;
+            tokio::net::UnixStream::from_std(stream)
+        };
+        let (read, write) = usable(main).map_err(local)?.into_split();
+        let others = others.into_iter().map(usable).collect::<Result<Vec<_>, _>>().map_err(local)?;
+        let intake = match lock(&self.guest).grammar() {
+            Grammar::Qemu(expected) if !others.is_empty() => Intake::several(read, others, *expected),
+            _ => Intake::One(read),
+        };
         let (flow, condenser) = (Arc::clone(&self.flow), Arc::clone(&self.condenser));
-        let (read, write) = stream.into_split();
         // Without a way back it is kept as long as there is something to read.
         let unused = match &mut self.way_back {
             Some(way_back) => way_back.open(write),
             None => Some(write),
         };
         self.reading = Some(tokio::spawn(async move {
-            let read = flow.read_from(read, &condenser).await;
+            let read = flow.read_from(intake, &condenser).await;
             drop(unused);
             read
         }));

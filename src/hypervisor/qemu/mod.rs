@@ -1,7 +1,8 @@
 //! The driver for an unmodified QEMU: its monitor, and the stream in which it sends its guest.
 //!
 //! *Owns:* QMP, what of two QEMUs has to be equal, the order of QEMU's own migration. *Never:* what is in the stream, decisions
-//! about a migration. QEMU gets one end of a socket pair by its monitor, so no path exists that others could connect to.
+//! about a migration. QEMU gets one end of a socket pair by its monitor, so no path exists that others could connect to; but for a source
+//! that is told to use several channels, which takes a path only (`channels.rs`).
 //!
 //! ```text
 //! source                                                  destination
@@ -23,8 +24,9 @@
 //!
 //! *Invariants:* `no-self-start` (a destination is told to stop before it gets a byte, so that it is paused once loaded),
 //! `as-it-was` (what was set at a source is set back when its guest goes on there, and no job, node or export of ours is left).
-//! *Read first:* `qmp.rs`, `facts.rs`, `monitor.rs`, `source.rs`, `destination.rs`, `disks.rs`, `revive.rs`.
+//! *Read first:* `qmp.rs`, `facts.rs`, `monitor.rs`, `source.rs`, `destination.rs`, `disks.rs`, `revive.rs`, `channels.rs`.
 
+mod channels;
 mod destination;
 mod disks;
 mod facts;

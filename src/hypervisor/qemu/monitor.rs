@@ -126,6 +126,13 @@ impl Monitor {
         Ok(before)
     }
 
+    /// How QEMU packs what it sends on several channels, if it does.
+    pub(super) fn packs_channels(&self) -> Result<Option<String>, HypervisorError> {
+        let parameters: BTreeMap<String, Value> = self.qmp.ask("query-migrate-parameters", Value::Null)?;
+        let packed = parameters.get("multifd-compression").and_then(Value::as_str).filter(|how| *how != "none");
+        Ok(packed.map(str::to_owned))
+    }
+
     /// Hands QEMU one end of a new stream and tells it to use it; the other end.
     pub(super) fn stream(&self, command: &'static str, splits: bool) -> Result<UnixStream, HypervisorError> {
         self.stream_with(

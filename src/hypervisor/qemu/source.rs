@@ -1,18 +1,19 @@
 //! A running QEMU whose guest leaves.
 
 use std::os::unix::net::UnixStream;
-use std::path::Path;
-use std::time::Duration;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use tokio::sync::watch;
 
+use super::channels::Channels;
 use super::monitor::{Migration, Monitor};
 use super::{ANSWER_WITHIN, disks, facts};
 use crate::condense::Grammar;
 use crate::hypervisor::{
     Disk, Exports, Guest, GuestStatus, HypervisorError, Machine, MirrorProgress, RunState, StreamGoal, StreamProgress, StreamSource,
-    StreamStage,
+    StreamStage, Streams,
 };
 use crate::types::{Mode, Side};
 
@@ -23,8 +24,9 @@ const CAPABILITIES: [(&str, bool); 15] = [
     ("pause-before-switchover", true),
     ("late-block-activate", false),
     ("validate-uuid", true),
-    ("multifd", false),
     ("postcopy-preempt", false),
+    // Not over the sockets of a host.
+    ("zero-copy-send", false),
     ("switchover-ack", false),
     ("release-ram", false),
     ("x-ignore-shared", false),
@@ -38,6 +40,10 @@ const CAPABILITIES: [(&str, bool); 15] = [
 ];
 /// The gateway limits the rate; QEMU's own limit of 128 MiB/s would only be in the way.
 const BANDWIDTH: u64 = 1 << 40;
+/// Between two looks whether a channel has come.
+const CHANNEL_PAUSE: Duration = Duration::from_millis(1);
+/// How often it is asked meanwhile whether they come at all.
+const LOOK_EVERY: Duration = Duration::from_millis(100);
 /// What `downtime-limit` may be, milliseconds.
 const DOWNTIME_MAX: u64 = 2_000_000;
 
@@ -56,6 +62,8 @@ pub struct QemuSource {
     untouched: bool,
     /// Disks that are mirrored.
     mirrors: usize,
+    /// How many channels it has for pages besides its main one, and where it connects to for them.
+    channels: Option<(u16, PathBuf)>,
 }
 
 impl QemuSource {
@@ -75,6 +83,7 @@ impl QemuSource {
             begun: false,
             untouched: false,
             mirrors: 0,
+            channels: None,
         })
     }
 
@@ -112,6 +121,16 @@ impl QemuSource {
         Ok(())
     }
 
+    /// Its pages come on so many channels of their own, for which it connects to `at`; of one that cannot be sent like that, in its one
+    /// stream.
+    pub fn use_channels(&mut self, count: u16, at: PathBuf) {
+        let able = !self.machine.mode.may_split() && facts::grammar(&self.machine) != Grammar::Opaque;
+        if count > 1 && !able {
+            tracing::warn!(vm = self.monitor.qmp.vm(), "several channels need blocks of memory that QEMU names, and no post-copy");
+        }
+        self.channels = (count > 1 && able).then_some((count, at));
+    }
+
     /// These disks move with it, or alone.
     pub fn move_disks(&mut self, disks: Vec<Disk>, only: bool) {
         (self.machine.disks, self.machine.disks_only) = (disks, only);
@@ -121,6 +140,36 @@ impl QemuSource {
     fn ensure_free(&mut self, request: &'static str) -> Result<(), HypervisorError> {
         self.untouched = true;
         self.blocked()?.map_or(Ok(()), |why| Err(self.monitor.qmp.refused(request, &why)))
+    }
+
+    /// Begins to send, once all channels are there.
+    fn begin_on(&mut self, count: u16, at: &Path) -> Result<Streams, HypervisorError> {
+        if let Some(packed) = self.monitor.packs_channels()? {
+            let why = format!("several channels: expected `multifd-compression` to be `none`, got `{packed}`");
+            return Err(self.monitor.qmp.refused("migrate", &why));
+        }
+        self.set("multifd-channels", u64::from(count))?;
+        let vm = self.monitor.qmp.vm().to_owned();
+        let local = |source| HypervisorError::Local { vm: vm.clone(), what: "cannot take the hypervisor's channels", source };
+        let mut channels = Channels::listen(at).map_err(local)?;
+        self.monitor.qmp.execute("migrate", json!({ "uri": format!("unix:{}", at.display()) }))?;
+        let until = Instant::now() + ANSWER_WITHIN;
+        let mut looked = Instant::now();
+        loop {
+            if let Some(mut taken) = channels.take(usize::from(count) + 1).map_err(local)? {
+                return Ok(Streams { main: taken.remove(0), others: taken });
+            }
+            if looked.elapsed() > LOOK_EVERY {
+                looked = Instant::now();
+                if self.monitor.migration()?.status.as_deref() == Some("failed") {
+                    return Err(self.monitor.failure("migrate"));
+                }
+            }
+            if Instant::now() >= until {
+                return Err(self.monitor.qmp.refused("migrate", &format!("expected {count} channels besides the main one, got fewer")));
+            }
+            std::thread::sleep(CHANNEL_PAUSE);
+        }
     }
 
     /// Sets one parameter, and keeps what it was before anything was set.
@@ -136,7 +185,7 @@ impl QemuSource {
         let mut capabilities: Vec<(&str, bool)> = self.capabilities.iter().map(|(name, state)| (name.as_str(), *state)).collect();
         if capabilities.is_empty() {
             // WHY: with it left on, the next migration of somebody else would wait for ever before its switch.
-            capabilities.extend([("pause-before-switchover", false), ("postcopy-ram", false), ("return-path", false)]);
+            capabilities.extend([("pause-before-switchover", false), ("postcopy-ram", false), ("return-path", false), ("multifd", false)]);
         }
         let parameters: Vec<(&str, u64)> = self.parameters.iter().map(|(name, value)| (name.as_str(), *value)).collect();
         let restored = self.monitor.set_capabilities(&capabilities).and_then(|_| self.monitor.set_parameters(&parameters));
@@ -251,17 +300,21 @@ impl StreamSource for QemuSource {
         facts::grammar(&self.machine)
     }
 
-    fn begin(&mut self, goal: StreamGoal) -> Result<UnixStream, HypervisorError> {
+    fn begin(&mut self, goal: StreamGoal) -> Result<Streams, HypervisorError> {
         self.ensure_free("migrate")?;
         self.untouched = false;
         let splits = self.machine.mode.may_split();
-        let more = [("auto-converge", goal.throttle && !splits), ("return-path", splits), ("postcopy-ram", splits)];
+        let multifd = self.channels.is_some();
+        let more = [("auto-converge", goal.throttle && !splits), ("return-path", splits), ("postcopy-ram", splits), ("multifd", multifd)];
         let wanted: Vec<(&str, bool)> = CAPABILITIES.into_iter().chain(more).collect();
         self.capabilities = self.monitor.set_capabilities(&wanted)?;
         let wanted = [("max-bandwidth", BANDWIDTH), ("downtime-limit", downtime(goal)), ("avail-switchover-bandwidth", self.path_rate)];
         self.parameters = self.monitor.set_parameters(&wanted)?;
         self.begun = true;
-        self.monitor.stream("migrate", splits)
+        match self.channels.clone() {
+            Some((count, at)) => self.begin_on(count, &at),
+            None => Ok(Streams { main: self.monitor.stream("migrate", splits)?, others: Vec::new() }),
+        }
     }
 
     fn stages(&self) -> watch::Receiver<StreamStage> {

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
 use super::super::*;
-use crate::hypervisor::{Guest, HypervisorError, RunState, StreamDestination, StreamGoal, StreamSource, StreamStage};
+use crate::hypervisor::{Guest, HypervisorError, RunState, StreamDestination, StreamGoal, StreamSource, StreamStage, Streams};
 use crate::types::{Mode, VmUuid};
 
 const UUID: &str = "00000000-0000-4000-8000-000000000001";
@@ -80,7 +80,7 @@ fn until(stages: &tokio::sync::watch::Receiver<StreamStage>, wanted: StreamStage
 
 /// A guest that was sent and loaded, both ends paused.
 fn moved(source: &mut QemuSource, destination: &mut QemuDestination) {
-    let mut from = source.begin(GOAL).unwrap();
+    let mut from = source.begin(GOAL).unwrap().main;
     let mut to = destination.begin().unwrap();
     let pump = std::thread::spawn(move || {
         let mut bytes = vec![0; 64 * 1024];
@@ -136,7 +136,7 @@ fn a_guest_that_stays_is_as_it_was() {
     let Some(a) = Qemu::start(&[]) else { return };
     let before = settings(&a);
     let mut source = a.source();
-    let mut stream = source.begin(GOAL).unwrap();
+    let mut stream = source.begin(GOAL).unwrap().main;
     let drain = std::thread::spawn(move || while stream.read(&mut [0; 65536]).is_ok_and(|count| count > 0) {});
     source.set_path_rate(1 << 30).unwrap();
     source.set_goal(StreamGoal { downtime_max: Duration::from_millis(77), throttle: true }).unwrap();
@@ -148,11 +148,58 @@ fn a_guest_that_stays_is_as_it_was() {
     assert_eq!(settings(&a), before);
 }
 
+/// What a guest is sent on comes while it is read, and it is as it was when it stays.
+#[test]
+fn a_guest_that_is_sent_on_several_channels_and_stays_is_as_it_was() {
+    let Some(a) = Qemu::start(&[]) else { return };
+    let before = settings(&a);
+    let mut source = a.source();
+    let at = a.directory.path().join("channels");
+    source.use_channels(3, at.clone());
+    let Streams { main, others } = source.begin(GOAL).unwrap();
+    assert!(others.len() == 3 && !at.exists());
+    let drains: Vec<_> = std::iter::once(main)
+        .chain(others)
+        .map(|mut stream| {
+            std::thread::spawn(move || {
+                let (mut bytes, mut first) = (vec![0; 65536], Vec::new());
+                while let Ok(count @ 1..) = stream.read(&mut bytes) {
+                    first.extend_from_slice(&bytes[..count.min(4)]);
+                    first.truncate(4);
+                }
+                first
+            })
+        })
+        .collect();
+    until(&source.stages(), StreamStage::Stopped);
+    source.wake().unwrap();
+    let firsts: Vec<_> = drains.into_iter().map(|drain| drain.join().unwrap()).collect();
+    assert_eq!(firsts[0], b"QEVM");
+    assert!(firsts[1..].iter().all(|first| first == b"\x11\x22\x33\x44"), "{firsts:?}");
+    drop(source);
+    assert_eq!(a.state(), RunState::Running);
+    assert_eq!(settings(&a), before);
+}
+
+#[test]
+fn what_qemu_packs_on_its_channels_is_refused() {
+    let Some(a) = Qemu::start(&[]) else { return };
+    let monitor = super::super::monitor::Monitor::connect(&a.path(), "vm-1", WITHIN).unwrap();
+    monitor.qmp.execute("migrate-set-parameters", serde_json::json!({ "multifd-compression": "zlib" })).unwrap();
+    drop(monitor);
+    let mut source = a.source();
+    source.use_channels(2, a.directory.path().join("channels"));
+    let refused = source.begin(GOAL).unwrap_err().to_string();
+    assert!(refused.contains("expected `multifd-compression` to be `none`, got `zlib`"), "{refused}");
+    source.wake().unwrap();
+    assert_eq!(source.status().unwrap().state, RunState::Running);
+}
+
 #[test]
 fn a_gateway_that_dies_in_the_switch_leaves_a_guest_that_can_be_woken() {
     let Some(a) = Qemu::start(&[]) else { return };
     let mut source = a.source();
-    let mut stream = source.begin(GOAL).unwrap();
+    let mut stream = source.begin(GOAL).unwrap().main;
     let drain = std::thread::spawn(move || {
         let mut bytes = [0; 65536];
         while stream.read(&mut bytes).is_ok_and(|count| count > 0) {}
@@ -210,7 +257,7 @@ fn split() -> Option<Pair> {
     }
     let mut destination = QemuDestination::prepare(&b.path(), "vm-1", source.machine(), None, WITHIN).unwrap();
     source.set_path_rate(1 << 20).unwrap();
-    let (from, to) = (source.begin(GOAL).unwrap(), destination.begin().unwrap());
+    let (from, to) = (source.begin(GOAL).unwrap().main, destination.begin().unwrap());
     let pump = |mut from: std::os::unix::net::UnixStream, mut to: std::os::unix::net::UnixStream, pause: Duration| {
         std::thread::spawn(move || {
             let (mut bytes, mut carried) = (vec![0; 16 * 1024], 0);

@@ -1,0 +1,267 @@
+//! Several channels of a QEMU's stream (`multifd`), gathered into the stream of one, which says the same.
+//!
+//! Its main channel frames the stream; pages come on the others, in packets. Between two places where QEMU has all channels wait for each
+//! other, each page comes once, so what order they take does not matter. What comes out has its own sections with pages: QEMU may keep
+//! the end of one back until it has got rid of pages.
+
+mod channel;
+
+use super::look::{Look, Stop};
+use super::walk::{END, EOS, Expected, Item, MULTIFD_FLUSH, PAGE, PART, Place, Spot, Walk, ZERO};
+use super::{Unsound, walk};
+use crate::types::PAGE_BYTES;
+use channel::Channel;
+
+/// Gathers.
+#[derive(Debug)]
+pub struct Gather {
+    walk: Walk,
+    channels: Vec<Channel>,
+    meets: Meets,
+    /// Whether they have done so.
+    met: bool,
+    out: Out,
+}
+
+/// Where all channels wait for each other.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Meets {
+    /// What comes first of the two shows it.
+    Unknown,
+    /// At the end of each section with pages: machine types before 8.1.
+    Sections,
+    /// Where the stream says so.
+    Rounds,
+}
+
+/// The stream of one channel.
+#[derive(Debug, Default)]
+struct Out {
+    bytes: Vec<u8>,
+    /// The section with pages that is open, and whether it is the last.
+    open: Option<bool>,
+    /// The block of the last page in it.
+    block: Option<u16>,
+}
+
+impl Gather {
+    /// For so many channels besides the main one.
+    #[must_use]
+    pub fn new(expected: Expected, channels: usize) -> Self {
+        let uuid = expected.uuid;
+        let walk = Walk::known(Box::new(expected), "a stream that is known to its end, as several channels need");
+        let channels = (0..channels).map(|_| Channel::new(uuid)).collect();
+        Self { walk, channels, meets: Meets::Unknown, met: false, out: Out::default() }
+    }
+
+    /// Takes the beginning of what the main channel has, as much as may come out now; how much that is.
+    ///
+    /// # Errors
+    /// It is not sound.
+    pub fn take_main(&mut self, bytes: &[u8]) -> Result<usize, Unsound> {
+        let mut at = 0;
+        loop {
+            let rest = bytes.get(at..).unwrap_or_default();
+            match (self.walk.word(rest), self.meets) {
+                (Some(MULTIFD_FLUSH), Meets::Unknown | Meets::Rounds) => {
+                    self.meets = Meets::Rounds;
+                    if !self.let_all_go_on() {
+                        return Ok(at);
+                    }
+                    at += self.walk.skip_word();
+                    continue;
+                }
+                (Some(EOS), Meets::Unknown | Meets::Sections) => {
+                    self.meets = Meets::Sections;
+                    if !self.let_all_go_on() {
+                        return Ok(at);
+                    }
+                }
+                _ => {}
+            }
+            let before = self.walk.spot();
+            let Some(item) = self.walk.next(rest)? else { return Ok(at) };
+            at += match item {
+                Item::Framing(count) => self.framing(before, rest.get(..count).unwrap_or_default()),
+                Item::Header { bytes, .. } => bytes,
+                Item::Zero { bytes, .. } => {
+                    if let Some(place) = self.walk.last() {
+                        self.page(place, None);
+                    }
+                    bytes
+                }
+                Item::Page(place) => {
+                    self.page(place, rest.first_chunk());
+                    PAGE_BYTES
+                }
+                Item::Tail if rest.is_empty() => return Ok(at),
+                // What follows is sent on the main channel alone.
+                Item::Tail | Item::Split(_) | Item::Opaque => {
+                    self.out.bytes.extend_from_slice(rest);
+                    rest.len()
+                }
+            };
+        }
+    }
+
+    /// The same of what another channel has.
+    ///
+    /// # Errors
+    /// It is not sound, or there is no such channel.
+    pub fn take_channel(&mut self, index: usize, bytes: &[u8]) -> Result<usize, Unsound> {
+        let mut at = 0;
+        loop {
+            let Some(channel) = self.channels.get_mut(index) else {
+                return Err(Unsound { at: 0, expected: "a channel that was asked for", got: format!("channel {index}") });
+            };
+            let rest = bytes.get(at..).unwrap_or_default();
+            let Some(packet) = &mut channel.packet else {
+                if channel.waits {
+                    return Ok(at);
+                }
+                let begun = channel.id.is_some();
+                match channel.next(rest, &self.walk) {
+                    Ok(count) => at += count,
+                    Err(Stop::Short) => return Ok(at),
+                    Err(Stop::Unsound(unsound)) => return Err(unsound),
+                    Err(Stop::Unknown(why)) => return Err(channel.unsound("packets of pages as they are", why)),
+                }
+                if !begun {
+                    self.ensure_once(index)?;
+                }
+                continue;
+            };
+            let Some((place, zero)) = packet.first() else {
+                channel.waits = packet.waits;
+                channel.packet = None;
+                continue;
+            };
+            match self.walk.spot() {
+                Spot::Pages { .. } | Spot::Gap | Spot::Footer { last: false } => {}
+                Spot::Ahead | Spot::Setup if self.met => return Ok(at),
+                Spot::Ahead | Spot::Setup => return Err(channel.unsound("to wait for the others in front of the first page", "a page")),
+                Spot::Footer { last: true } | Spot::Behind => return Err(channel.unsound("no page behind the last section", "one")),
+            }
+            let content = rest.first_chunk::<PAGE_BYTES>();
+            if !zero && content.is_none() {
+                return Ok(at);
+            }
+            packet.pop();
+            if !zero {
+                channel.at += PAGE_BYTES as u64;
+                at += PAGE_BYTES;
+            }
+            self.page(place, content.filter(|_| !zero));
+        }
+    }
+
+    /// What has come out since this was asked last.
+    pub fn gathered(&mut self) -> &mut Vec<u8> {
+        &mut self.out.bytes
+    }
+
+    /// Whether a channel has come where it waits for the others.
+    #[must_use]
+    pub fn waits(&self, index: usize) -> bool {
+        self.channels.get(index).is_some_and(|channel| channel.waits)
+    }
+
+    /// The main channel has ended, with so many bytes that were not taken.
+    ///
+    /// # Errors
+    /// It may not end here.
+    pub fn end_main(&self, left: usize) -> Result<(), Unsound> {
+        self.walk.may_end()?;
+        if left > 0 {
+            return Err(Unsound { at: 0, expected: "the end of the stream", got: format!("{left} bytes more") });
+        }
+        Ok(())
+    }
+
+    /// Another channel has ended, with so many bytes that were not taken.
+    ///
+    /// # Errors
+    /// It may not end here.
+    pub fn end_channel(&self, index: usize, left: usize) -> Result<(), Unsound> {
+        let Some(channel) = self.channels.get(index) else { return Ok(()) };
+        let over = matches!(self.walk.spot(), Spot::Footer { last: true } | Spot::Behind);
+        if over && left == 0 && channel.packet.is_none() {
+            return Ok(());
+        }
+        Err(channel.unsound("pages until the last section has ended", &format!("the end of the channel, and {left} bytes in front of it")))
+    }
+
+    /// A channel that has said which it is, is no other.
+    fn ensure_once(&self, index: usize) -> Result<(), Unsound> {
+        let Some(channel) = self.channels.get(index) else { return Ok(()) };
+        let twice = self.channels.iter().filter(|other| other.id == channel.id).count() > 1;
+        if twice { Err(channel.unsound("channels, each once", "it twice")) } else { Ok(()) }
+    }
+
+    /// Whether all channels had come here; then they go on.
+    fn let_all_go_on(&mut self) -> bool {
+        let all = self.channels.iter().all(|channel| channel.waits);
+        if all {
+            self.met = true;
+            self.channels.iter_mut().for_each(|channel| channel.waits = false);
+        }
+        all
+    }
+
+    /// What frames the main channel; what of it comes out.
+    fn framing(&mut self, before: Spot, bytes: &[u8]) -> usize {
+        match (before, self.walk.spot()) {
+            // Sections with pages begin with their first page, and end as one.
+            (Spot::Gap, Spot::Pages { last: false }) | (Spot::Footer { .. }, _) => {}
+            (_, Spot::Footer { .. }) => {
+                self.out.bytes.extend_from_slice(if before == Spot::Setup { bytes } else { &[] });
+                self.out.close(before == Spot::Setup, self.walk.ram());
+            }
+            (Spot::Gap, Spot::Pages { last: true }) => {
+                self.out.close(false, self.walk.ram());
+                self.out.begin(true, self.walk.ram());
+            }
+            _ => {
+                self.out.close(false, self.walk.ram());
+                self.out.bytes.extend_from_slice(bytes);
+            }
+        }
+        bytes.len()
+    }
+
+    /// A page, or one of zeroes, in the section that is open.
+    fn page(&mut self, place: Place, content: Option<&[u8; PAGE_BYTES]>) {
+        if self.out.open.is_none() {
+            self.out.begin(false, self.walk.ram());
+        }
+        let goes_on = self.out.block.replace(place.block) == Some(place.block);
+        let kind = if content.is_some() { PAGE } else { ZERO };
+        let word = walk::word_of(place, kind, goes_on);
+        self.out.bytes.extend_from_slice(&word.to_be_bytes());
+        if !goes_on {
+            let name = self.walk.block_name(place.block);
+            self.out.bytes.push(u8::try_from(name.len()).unwrap_or(0));
+            self.out.bytes.extend_from_slice(name.as_bytes());
+        }
+        self.out.bytes.extend_from_slice(content.map_or(&[0], <[u8; PAGE_BYTES]>::as_slice));
+    }
+}
+
+impl Out {
+    fn begin(&mut self, last: bool, ram: u32) {
+        self.bytes.push(if last { END } else { PART });
+        self.bytes.extend_from_slice(&ram.to_be_bytes());
+        (self.open, self.block) = (Some(last), None);
+    }
+
+    /// Ends the section that is open, or that of the setup.
+    fn close(&mut self, setup: bool, ram: u32) {
+        if self.open.take().is_some() {
+            self.bytes.extend_from_slice(&EOS.to_be_bytes());
+        } else if !setup {
+            return;
+        }
+        self.bytes.push(walk::FOOTER);
+        self.bytes.extend_from_slice(&ram.to_be_bytes());
+    }
+}
