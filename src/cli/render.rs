@@ -103,7 +103,7 @@ pub(super) fn vms(out: Out, vms: &[VmView]) -> String {
             VmState::Running | VmState::Leaving => Tone::Good,
             VmState::Gone => Tone::Quiet,
             VmState::Paused | VmState::Arriving | VmState::Ended => Tone::Doubtful,
-            VmState::Unreachable | VmState::InDoubt | VmState::Cold => Tone::Bad,
+            VmState::Unreachable | VmState::LacksPages | VmState::InDoubt | VmState::Cold => Tone::Bad,
         };
         vec![
             Cell::plain(vm.name.as_str()),

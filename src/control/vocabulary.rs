@@ -295,6 +295,8 @@ pub enum VmState {
     Ended,
     /// Its VMM does not answer.
     Unreachable,
+    /// Here, and it gets no further than to the first page of its memory that it lacks.
+    LacksPages,
     /// An operator must decide where it runs.
     InDoubt,
     /// It belongs here, and no memory of it is left: it has to be started from its disks.

@@ -168,6 +168,7 @@ MC4CAQAwBQYDK2VwBCIEINTuctv5E1hK1bbY8fdp+K06/nwoy/HU++CXqI9EdVhC
             look: Arc::new(|address, _| Err(gone(address))),
             rebuild: Arc::new(|address, _| Err(gone(address))),
             rebuilt_at: Arc::new(|migration| format!("{migration}.sock")),
+            pace: Arc::new(|_| None),
         }
     }
 

@@ -44,6 +44,8 @@ pub struct Host {
     pub rebuild: Rebuild,
     /// Where the guest of a migration is that had to be built from its image.
     pub rebuilt_at: Arc<dyn Fn(MigrationId) -> String + Send + Sync>,
+    /// How many bytes a second may be sent of what a guest lacks that was split, if that is bounded.
+    pub pace: Arc<dyn Fn(MigrationId) -> Option<u64> + Send + Sync>,
 }
 
 impl std::fmt::Debug for Host {

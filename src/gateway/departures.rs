@@ -1,7 +1,7 @@
 //! What is written about an offer while it is open, and how its destination is told when it has ended here unheard.
 
 use std::os::unix::fs::OpenOptionsExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Instant, SystemTime};
 
@@ -39,6 +39,11 @@ impl From<&Note> for Withdrawal {
 const NOTE: &str = "departure";
 const LEDGER: &str = "ledger";
 
+/// What was noted of a departure, in this directory.
+pub(super) fn noted(runtime: &Path, migration: MigrationId) -> Option<Note> {
+    serde_json::from_slice(&std::fs::read(twin_file(runtime, migration, NOTE)).ok()?).ok()
+}
+
 impl Gateway {
     /// Where the source's ledger of a migration is.
     pub(super) fn ledger(&self, migration: MigrationId) -> PathBuf {
@@ -58,8 +63,7 @@ impl Gateway {
     }
 
     pub(super) fn departure(&self, migration: MigrationId) -> Option<Note> {
-        let path = twin_file(&self.config.gateway.runtime_directory, migration, NOTE);
-        serde_json::from_slice(&std::fs::read(path).ok()?).ok()
+        noted(&self.config.gateway.runtime_directory, migration)
     }
 
     /// Offers that an earlier gateway made and of which the journal says nothing: that gateway ended before they were answered.
@@ -71,7 +75,8 @@ impl Gateway {
             match engine::interruption(&self.evidence(), migration) {
                 // Nothing was journaled, or ABORT was and may not have been heard.
                 Ok(None | Some(Interruption { outcome: Some(Outcome::Stayed), side: Side::Source, .. })) => self.tell_later(migration),
-                // What is open the journal goes on with; what has ended otherwise was heard.
+                // What is open the journal goes on with, no faster than this says; what has ended otherwise was heard.
+                Ok(Some(Interruption { outcome: None, side: Side::Source, .. })) => {}
                 Ok(Some(_)) => self.forget_departure(migration),
                 Err(error) => tracing::error!(%migration, error = %chain(&error), "an old offer is not withdrawn"),
             }

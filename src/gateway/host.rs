@@ -7,6 +7,7 @@ use std::time::Duration;
 use crate::config;
 use crate::engine::Host;
 use crate::gateway::Gateway;
+use crate::gateway::departures::noted;
 use crate::gateway::kept::twin_file;
 use crate::gateway::launcher::{INCOMING, Launcher, Start};
 use crate::hypervisor::attach::{self, AttachedDestination, AttachedSource, Timeouts};
@@ -20,6 +21,7 @@ pub(super) const LAUNCH: Duration = Duration::from_secs(10);
 impl Gateway {
     pub(super) fn host(&self) -> Host {
         let runtime: Arc<Path> = self.config.gateway.runtime_directory.clone().into();
+        let (notes, usual) = (Arc::clone(&runtime), self.config.migration.bandwidth.map(|limit| limit.bytes_per_second));
         let launcher = self.config.incoming.is_some().then(|| self.launcher.clone());
         Host {
             attach: Arc::new(|address, vm| {
@@ -31,6 +33,7 @@ impl Gateway {
             look: Arc::new(|address, vm| observe(&Address::parse(address), vm.as_str())),
             rebuild: Arc::new(move |address, head| rebuild(launcher.as_ref(), Path::new(address), head)),
             rebuilt_at: Arc::new(move |migration| twin_file(&runtime, migration, "sock").display().to_string()),
+            pace: Arc::new(move |migration| noted(&notes, migration).map_or(usual, |note| note.order.pace())),
         }
     }
 }
@@ -49,11 +52,11 @@ pub(super) fn observe(address: &Address, vm: &str) -> Result<RunState, Hyperviso
     }
 }
 
-/// The same, and what the guest is made of, where the VMM tells.
-pub(super) fn inspect(address: &Address, vm: &str) -> Result<(Option<Machine>, GuestStatus), HypervisorError> {
+/// The same, and what the guest is made of, where the VMM tells; and whether it was split and lacks pages that nobody sends.
+pub(super) fn inspect(address: &Address, vm: &str) -> Result<(Option<Machine>, GuestStatus, bool), HypervisorError> {
     match address {
-        Address::Attach(path) => attach::inspect(path, vm, Timeouts::default()),
-        Address::Qemu(path) => qemu::inspect(path, vm, qemu::LOOK_WITHIN).map(|(machine, status)| (Some(machine), status)),
+        Address::Attach(path) => attach::inspect(path, vm, Timeouts::default()).map(|(machine, status)| (machine, status, false)),
+        Address::Qemu(path) => qemu::inspect(path, vm, qemu::LOOK_WITHIN).map(|(machine, status, lacks)| (Some(machine), status, lacks)),
     }
 }
 

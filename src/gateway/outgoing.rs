@@ -457,10 +457,11 @@ impl Gateway {
         report.policy.decision = Some(report::decision(end.error.as_ref()));
         report.policy.policy_ids = note.policy_ids;
         self.refresh_place(&departure.vm.name);
-        if end.told {
-            self.forget_departure(departure.migration);
-        } else {
-            self.tell_later(departure.migration);
+        match end.outcome {
+            // Whoever settles it sends no faster than this one.
+            None if end.told => {}
+            _ if end.told => self.forget_departure(departure.migration),
+            _ => self.tell_later(departure.migration),
         }
         if end.outcome.is_none() || !end.woken {
             self.resolve_later(departure.migration, None, Some(departure.claim));

@@ -239,7 +239,10 @@ impl Gateway {
             claim.wait();
         }
         tokio::spawn(async move {
-            let mut pause = FIRST_PAUSE;
+            // Behind a crash of both, each would wait for the other's answer while it asks itself.
+            let source_asks =
+                matches!(engine::interruption(&gateway.evidence(), migration), Ok(Some(about)) if about.side == Side::Destination);
+            let mut pause = if source_asks { FIRST_PAUSE * 5 } else { FIRST_PAUSE };
             loop {
                 // The peer may come first.
                 let _ = tokio::time::timeout(pause, gateway.taken_up.notified()).await;
@@ -249,6 +252,7 @@ impl Gateway {
                     gateway.settle_disks(migration);
                     drop(claim);
                     gateway.settled(migration, ended).await;
+                    gateway.forget_departure(migration);
                     gateway.close_proposal(migration).await;
                     return;
                 }

@@ -125,7 +125,8 @@ pub(super) fn problem(error: &EngineError, running_on: RunningOn) -> Problem {
             "the gateway keeps asking the destination; if it is gone for good, see `sealane resolve`; do not start the VM by hand",
         ),
         EngineError::Lacking { .. } => problem.with_code("lacks-pages").with_hint(
-            "the gateways go on with what is missing as soon as both are there; do not start the VM at the source, and end neither QEMU",
+            "the gateways go on with what is missing as soon as both are there; do not start the VM at the source, and end neither QEMU; \
+             where the source's QEMU is gone, what is missing is lost: `sealane vms` at the destination says what to do",
         ),
         EngineError::Audit(error) => problem.with_hint(without_evidence(error)),
         EngineError::Journal(_) => {

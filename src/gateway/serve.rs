@@ -235,6 +235,10 @@ async fn vms(State(gateway): Shared, ConnectInfo(caller): ConnectInfo<Caller>) -
     Ok(Json(VmList { schema: Default::default(), vms: views }))
 }
 
+/// What is said of a guest that was split and gets no pages.
+const LACKS_PAGES: &str = "it was split, and lacks pages of its memory that its source has: they follow as soon as both gateways and both QEMUs \
+    are there; if the source's QEMU is gone they are lost, and the VM has to be started from its disks, once this QEMU has ended";
+
 fn vm_view(gateway: &Gateway, vm: &crate::config::Vm, standing: Option<&Standing>) -> VmView {
     let moving = gateway.registry.moving(&vm.name);
     let mut view = VmView {
@@ -257,19 +261,21 @@ fn vm_view(gateway: &Gateway, vm: &crate::config::Vm, standing: Option<&Standing
             let busy = moving.is_some() && matches!(Address::parse(&address), Address::Qemu(_));
             match inspect(&Address::parse(&address), vm.name.as_str()) {
                 Err(_) if busy => view.state = VmState::Leaving,
-                Ok((machine, status)) => {
+                Ok((machine, status, lacks_pages)) => {
                     if let Some(machine) = machine {
                         view.memory_bytes = Some(machine.regions.iter().map(|region| region.bytes).sum());
                         view.vcpus = Some(machine.vcpus);
                         view.driver = machine.kind;
                     }
                     view.state = match (status.state, moving) {
+                        (RunState::Running | RunState::Incoming, _) if lacks_pages => VmState::LacksPages,
                         (RunState::Running, Some(_)) => VmState::Leaving,
                         (RunState::Running, None) => VmState::Running,
                         (RunState::Paused | RunState::Incoming, _) => VmState::Paused,
                         (RunState::Ended, _) => VmState::Ended,
                     };
-                    view.why = status.exit_code.map(|code| format!("the guest ended with code {code}"));
+                    let lacks = (view.state == VmState::LacksPages).then(|| LACKS_PAGES.to_owned());
+                    view.why = lacks.or_else(|| status.exit_code.map(|code| format!("the guest ended with code {code}")));
                 }
                 Err(error) => {
                     view.state = VmState::Unreachable;

@@ -13,6 +13,8 @@ use crate::relay::Conditions;
 
 /// Slower than the guest writes.
 const SLOW: [&str; 4] = ["--compress", "none", "--bandwidth", "2MiB/s"];
+/// Slow enough for what it lacks to be a while on its way.
+const SLOWER: [&str; 4] = ["--compress", "none", "--bandwidth", "1MiB/s"];
 const SPLIT: [&str; 2] = ["--mode", "postcopy"];
 
 fn start(setup: Setup) -> Option<Qemus> {
@@ -49,20 +51,6 @@ fn was_split(report: &Value, mode: &str) {
 }
 
 #[test]
-fn a_guest_that_is_split_misses_no_beat() {
-    let Some(mut qemus) = start(Setup::new()) else { return };
-    let watch = OneCopy::watch(&qemus.lab);
-    let report = moved(&qemus.lab.migrate(A, &[&SLOW[..], &SPLIT].concat()));
-    watch.end();
-    was_split(&report, "postcopy");
-    qemus.is_only_at(B);
-    // And back, as any other.
-    let report = qemus.lab.migrate(B, &[]).expect_moved();
-    assert_eq!((&report["mode"], &report["post_copy"]), (&"precopy".into(), &Value::Null));
-    qemus.is_only_at(A);
-}
-
-#[test]
 fn hybrid_splits_only_a_guest_that_does_not_get_there() {
     let Some(mut qemus) = start(Setup::new()) else { return };
     let report = qemus.lab.migrate(A, &["--mode", "hybrid", "--max-downtime", "2s"]).expect_moved();
@@ -72,12 +60,40 @@ fn hybrid_splits_only_a_guest_that_does_not_get_there() {
     was_split(&report, "hybrid");
     assert!(report["rounds"].as_u64().unwrap() >= 3, "{report}");
     qemus.is_only_at(A);
+    what_a_source_that_dies_takes_along_is_said(&mut qemus);
 }
 
-/// Longer than a session lives.
+/// The guest is the destination's by then, so nobody starts it at the source, and nobody says that it is well.
+#[track_caller]
+fn what_a_source_that_dies_takes_along_is_said(qemus: &mut Qemus) {
+    let watch = OneCopy::watch(&qemus.lab);
+    let mut running = qemus.lab.start_migrate(A, &[&SLOW[..], &SPLIT].concat());
+    until_split(qemus, &mut running);
+    for pid in qemus.monitors(A).iter().flat_map(|monitor| processes_with(&monitor.with_extension(""))) {
+        rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
+    }
+    let said = running.finish();
+    said.expect(6, &["lacks pages", "does not answer"]);
+    assert_eq!((&said.json()["running_on"], &said.json()["error"]["code"]), (&"destination".into(), &"lacks-pages".into()), "{said:?}");
+    let there = wait_for("a guest that lacks pages", || {
+        let view = qemus.lab.vm(B);
+        (view["state"] == "lacks-pages").then_some(view)
+    });
+    assert!(there["why"].as_str().unwrap().contains("has to be started from its disks"), "{there}");
+    wait_for("a source that has given it", || (qemus.lab.vm(A)["state"] == "gone").then_some(()));
+    // Also not by one that is started anew.
+    qemus.lab.gateway_mut(A).kill();
+    qemus.lab.gateway_mut(A).start();
+    assert_eq!(qemus.lab.vm(A)["state"], "gone");
+    watch.end();
+    assert_eq!(qemus.states(A), []);
+}
+
+/// The cut is longer than a session lives.
 #[test]
-fn a_cut_behind_the_split_is_waited_out() {
+fn a_guest_that_is_split_misses_no_beat_and_a_cut_behind_that_is_waited_out() {
     let Some(mut qemus) = start(Setup::new().through_relay(Conditions::default())) else { return };
+    let watch = OneCopy::watch(&qemus.lab);
     let mut running = qemus.lab.start_migrate(A, &[&SLOW[..], &SPLIT].concat());
     until_split(&qemus, &mut running);
     qemus.lab.cut();
@@ -85,9 +101,14 @@ fn a_cut_behind_the_split_is_waited_out() {
     running.must_go_on();
     qemus.lab.restore();
     let report = moved(&running.finish());
+    watch.end();
     was_split(&report, "postcopy");
     assert!(report["reconnects"].as_u64().unwrap() >= 1, "{report}");
     qemus.is_only_at(B);
+    // And back, as any other.
+    let report = qemus.lab.migrate(B, &[]).expect_moved();
+    assert_eq!((&report["mode"], &report["post_copy"]), (&"precopy".into(), &Value::Null));
+    qemus.is_only_at(A);
 }
 
 #[test]
@@ -104,41 +125,43 @@ fn a_guest_that_was_split_and_stays_goes_on() {
     }
 }
 
-#[test]
-fn a_twin_that_dies_before_the_split_is_given_leaves_the_guest() {
-    let Some(mut qemus) = start(Setup::new()) else { return };
-    let records = Records::begin(&qemus.lab, A);
-    let mut running = qemus.lab.start_migrate(A, &[&["--compress", "none", "--bandwidth", "200KiB/s"], &SPLIT[..]].concat());
-    let twin = wait_for("the twin's process", || {
-        running.must_go_on();
-        qemus.monitors(B).iter().flat_map(|monitor| processes_with(monitor)).next()
-    });
-    while !records.have("offer") && !running.has_ended() {
-        std::thread::sleep(Duration::from_micros(100));
-    }
-    rustix::process::kill_process(twin, rustix::process::Signal::KILL).unwrap();
-    running.finish().expect_stayed(1, &[]);
-    qemus.is_only_at(A);
-}
-
-/// Behind RUN the guest is the destination's, and both QEMUs have lost their streams: the gateways give them new ones.
+/// Behind RUN the guest is the destination's, and both QEMUs have lost their streams: the gateways give them new ones. Once that is cut too,
+/// for longer than a session lives.
 #[test]
 fn a_gateway_killed_behind_the_split_goes_on_with_what_is_missing() {
     for killed in [&[B][..], &[A, B]] {
-        let Some(mut qemus) = start(Setup::new()) else { return };
+        let Some(mut qemus) = start(Setup::new().through_relay(Conditions::default())) else { return };
         let watch = OneCopy::watch(&qemus.lab);
-        let mut running = qemus.lab.start_migrate(A, &[&SLOW[..], &SPLIT].concat());
+        let slow = if killed == [B] { SLOW } else { SLOWER };
+        let mut running = qemus.lab.start_migrate(A, &[&slow[..], &SPLIT].concat());
         until_split(&qemus, &mut running);
         killed.iter().for_each(|name| qemus.lab.gateway_mut(*name).kill());
         killed.iter().for_each(|name| qemus.lab.gateway_mut(*name).start());
-        let said = running.finish();
         if killed == [B] {
+            let said = running.finish();
             said.expect(6, &["lacks pages"]);
             assert_eq!(said.json()["running_on"], "destination");
+        } else {
+            until_sent_again(&qemus, 1);
+            std::thread::sleep(Duration::from_secs(1));
+            qemus.lab.cut();
+            std::thread::sleep(Duration::from_secs(14));
+            wait_for("a guest that lacks pages", || (qemus.lab.vm(B)["state"] == "lacks-pages").then_some(()));
+            qemus.lab.restore();
+            until_sent_again(&qemus, 2);
+            drop(running.finish());
         }
         qemus.is_only_at(B);
         watch.end();
     }
+}
+
+/// What the guest lacks is on its way for so many times.
+#[track_caller]
+fn until_sent_again(qemus: &Qemus, times: usize) {
+    wait_for("pages that are sent again", || {
+        (qemus.lab.gateway(A).log().matches("lacks pages of the guest, which follow now").count() >= times).then_some(())
+    });
 }
 
 #[test]
@@ -157,12 +180,22 @@ fn both_policies_are_asked_of_the_mode() {
 }
 
 #[test]
-fn what_cannot_be_split_is_refused_before_anything_is_sent() {
+fn what_cannot_be_split_stays_and_so_does_a_guest_whose_twin_dies_before_it_is_given() {
     let lab = Lab::start();
     lab.migrate(A, &SPLIT).expect_stayed(2, &["`--mode precopy` is the only one that is built for it"]);
     lab.runs_only_on(A);
     let Some(mut qemus) = start(Setup::new()) else { return };
-    qemus.lab.migrate(A, &[&SPLIT[..], &["--storage", "all"]].concat()).expect_stayed(2, &["to move with its disks"]);
+    let records = Records::begin(&qemus.lab, A);
+    let mut running = qemus.lab.start_migrate(A, &[&["--compress", "none", "--bandwidth", "200KiB/s"], &SPLIT[..]].concat());
+    let twin = wait_for("the twin's process", || {
+        running.must_go_on();
+        qemus.monitors(B).iter().flat_map(|monitor| processes_with(monitor)).next()
+    });
+    while !records.have("offer") && !running.has_ended() {
+        std::thread::sleep(Duration::from_micros(100));
+    }
+    rustix::process::kill_process(twin, rustix::process::Signal::KILL).unwrap();
+    running.finish().expect_stayed(1, &[]);
     qemus.is_only_at(A);
 }
 

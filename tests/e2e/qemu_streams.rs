@@ -175,7 +175,7 @@ fn a_source_that_sends_streams_that_lie_is_refused() {
     qemus.stays("a whole stream");
     let stream = between.was.lock().unwrap().clone();
     between.set(Change::Nothing);
-    let (machine, _) = qemu::inspect(&run.join("first.qmp.look"), "first", LOOK).unwrap();
+    let (machine, ..) = qemu::inspect(&run.join("first.qmp.look"), "first", LOOK).unwrap();
     qemus.lab.gateway_mut(A).stop();
 
     let (forger, mut wrong) = (Forger::new(&qemus.lab, machine), Vec::new());

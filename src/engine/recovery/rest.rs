@@ -45,13 +45,17 @@ impl Interrupted {
             let (vm, reason) = (self.binding.vm.to_string(), "its hypervisor has no stream of its own".to_owned());
             EngineError::Hypervisor(HypervisorError::Refused { vm, request: "migrate", reason })
         })?;
-        Rest::open((self.binding.migration, self.binding.vm.clone(), side), stream, grammar)
+        let pace = if side == Side::Source { (self.host.pace)(self.binding.migration) } else { None };
+        Rest::open((self.binding.migration, self.binding.vm.clone(), side), stream, grammar, pace)
     }
 
     /// Whether the destination's guest lacks what this copy has. One that is gone has nothing.
     async fn is_lacked(&self) -> Result<bool, EngineError> {
         match self.ask(|guest| guest.is_lacked()).await {
-            Err(EngineError::Hypervisor(HypervisorError::Unreachable { source, .. })) if is_gone(&source) => Ok(false),
+            Err(EngineError::Hypervisor(HypervisorError::Unreachable { source, .. })) if is_gone(&source) => {
+                tracing::warn!(vm = %self.binding.vm, "its hypervisor is gone: what the destination's guest may lack is lost with it");
+                Ok(false)
+            }
             asked => asked,
         }
     }

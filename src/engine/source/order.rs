@@ -67,6 +67,12 @@ impl SourceOrder {
         wanted.filter(|bytes| *bytes > 0).into_iter().chain(self.bandwidth_max).min()
     }
 
+    /// What it is sent with at most, bytes a second, if that is bounded.
+    #[must_use]
+    pub fn pace(&self) -> Option<u64> {
+        self.limited(self.bandwidth)
+    }
+
     /// Keeps a limit that the destination's policy asks for as well, from here on.
     pub(in crate::engine) fn limit_too(&mut self, most: Option<NonZeroU64>, limiter: &Limiter) {
         self.bandwidth_max = self.bandwidth_max.into_iter().chain(most.map(NonZeroU64::get)).min();

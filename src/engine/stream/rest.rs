@@ -3,6 +3,7 @@
 
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::task::JoinHandle;
 
@@ -11,6 +12,7 @@ use super::back::{BackIn, BackOut};
 use crate::condense::{AgainWalk, BackWalk, Grammar};
 use crate::engine::EngineError;
 use crate::engine::handoff::joined;
+use crate::engine::limiter::Limiter;
 use crate::engine::link::send_within;
 use crate::limits;
 use crate::transport::Session;
@@ -25,6 +27,8 @@ pub(in crate::engine) struct Rest {
     back: Arc<BackIn>,
     reading: Option<JoinHandle<Result<(), Broken>>>,
     writing: Option<JoinHandle<Result<(), Broken>>>,
+    /// What may be sent.
+    limiter: Limiter,
 }
 
 impl Drop for Rest {
@@ -36,7 +40,7 @@ impl Drop for Rest {
 }
 
 impl Rest {
-    /// Between the session and the hypervisor of this side, the other end of whose stream this is.
+    /// Between the session and the hypervisor of this side, the other end of whose stream this is. At most `pace` bytes a second are sent.
     ///
     /// # Errors
     /// The stream cannot be used.
@@ -44,6 +48,7 @@ impl Rest {
         (migration, vm, side): (MigrationId, VmName, Side),
         stream: UnixStream,
         grammar: Grammar,
+        pace: Option<u64>,
     ) -> Result<Self, EngineError> {
         let local = |source: std::io::Error| Broken::from(source).of_hypervisor(&vm, "cannot use the hypervisor's stream");
         stream.set_nonblocking(true).map_err(local)?;
@@ -57,7 +62,7 @@ impl Rest {
         let back = Arc::new(back);
         let writer = Arc::clone(&back);
         let writing = tokio::spawn(async move { writer.write_to(write).await });
-        Ok(Self { migration, vm, out, back, reading: Some(reading), writing: Some(writing) })
+        Ok(Self { migration, vm, out, back, reading: Some(reading), writing: Some(writing), limiter: Limiter::new(pace, None) })
     }
 
     /// Carries both directions until the peer says something else, which is given back; or, where that ends it, until the hypervisor has
@@ -71,13 +76,22 @@ impl Rest {
         first: Option<StreamBack>,
         ends_with_stream: bool,
     ) -> Result<Option<Message>, EngineError> {
-        let mut given = self.back.given();
+        let (mut given, mut still) = (self.back.given(), tokio::time::Instant::now() + STILL_MAX);
         if let Some(piece) = first {
             self.back.take_in(piece.offset, &piece.bytes)?;
         }
         loop {
             let said = tokio::select! {
-                (offset, bytes) = self.out.next() => Message::StreamBack(StreamBack { migration: self.migration, offset, bytes }),
+                // A hypervisor that does not go on may do so with other streams.
+                () = tokio::time::sleep_until(still), if ends_with_stream => {
+                    let why = format!("nothing was sent of them for {} s", STILL_MAX.as_secs());
+                    return Err(EngineError::Lacking { vm: self.vm.clone(), why });
+                }
+                (offset, bytes) = self.out.next() => {
+                    // Pieces are small: what comes meanwhile waits for one at most.
+                    self.limiter.acquire(bytes.len()).await;
+                    Message::StreamBack(StreamBack { migration: self.migration, offset, bytes })
+                }
                 Ok(()) = given.changed() => {
                     let bytes = *given.borrow_and_update();
                     self.back.acknowledge(bytes);
@@ -105,6 +119,7 @@ impl Rest {
             };
             let sent = send_within(session, &said, limits::SEND_WITHIN).await;
             sent.map_err(|source| EngineError::Transport { migration: self.migration, source })?;
+            still = tokio::time::Instant::now() + STILL_MAX;
         }
     }
 
@@ -128,6 +143,9 @@ impl Rest {
         Ok(None)
     }
 }
+
+/// How long nothing may be sent. WHY: longer than a piece waits at the slowest rate that makes sense.
+const STILL_MAX: Duration = Duration::from_secs(60);
 
 async fn ended(task: &mut Option<JoinHandle<Result<(), Broken>>>) -> Result<Result<(), Broken>, tokio::task::JoinError> {
     match task {

@@ -222,12 +222,18 @@ pub(super) fn status(qmp: &Qmp) -> Result<GuestStatus, HypervisorError> {
         "running" => RunState::Running,
         "inmigrate" => RunState::Incoming,
         // It was split, and lacks pages that nobody sends any more: no guest that could be run.
-        "paused" if migration_state(qmp)?.as_deref() == Some("postcopy-paused") => RunState::Incoming,
+        "paused" if lacks_pages(qmp)? => RunState::Incoming,
         "shutdown" | "guest-panicked" | "internal-error" => RunState::Ended,
         // `paused`, `postmigrate`, `finish-migrate`, `io-error`, and what later versions add: no vCPU executes.
         _ => RunState::Paused,
     };
     Ok(GuestStatus { state, exit_code: None, last_line: None, generation: None })
+}
+
+/// Whether its guest is one that was split and whose stream is lost, at the destination.
+pub(super) fn lacks_pages(qmp: &Qmp) -> Result<bool, HypervisorError> {
+    let here = matches!(run_state(qmp)?.as_str(), "running" | "paused");
+    Ok(here && migration_state(qmp)?.as_deref() == Some("postcopy-paused"))
 }
 
 /// QEMU's own word for how its migration is.

@@ -363,13 +363,13 @@ impl StreamSource for QemuSource {
     }
 }
 
-/// How the guest behind a monitor is, and what it is made of.
+/// How the guest behind a monitor is, what it is made of, and whether it was split and lacks pages that nobody sends.
 ///
 /// # Errors
 /// QEMU is gone, or another client has its monitor.
-pub fn inspect(path: &Path, vm: &str, within: Duration) -> Result<(Machine, GuestStatus), HypervisorError> {
+pub fn inspect(path: &Path, vm: &str, within: Duration) -> Result<(Machine, GuestStatus, bool), HypervisorError> {
     let monitor = Monitor::connect(path, vm, within)?;
-    Ok((facts::machine(&monitor.qmp)?, monitor.status()?))
+    Ok((facts::machine(&monitor.qmp)?, monitor.status()?, facts::lacks_pages(&monitor.qmp)?))
 }
 
 /// How the guest behind a monitor is.
