@@ -348,8 +348,8 @@ impl Gateway {
         if machine.uuid != offer.uuid || machine.regions != offer.regions || machine.kind != offer.hypervisor {
             return Err(Refusal::new(ErrorClass::PeerMisbehaved, "the machine description contradicts the offer"));
         }
-        if machine.mode.may_split() && (machine.kind != QEMU_KIND || !machine.disks.is_empty()) {
-            return Err(Refusal::new(ErrorClass::PeerMisbehaved, "only a QEMU's guest whose disks stay is split"));
+        if machine.mode.may_split() && (machine.kind != QEMU_KIND || machine.disks_only) {
+            return Err(Refusal::new(ErrorClass::PeerMisbehaved, "only a QEMU's guest that moves is split"));
         }
         if offer.epoch.next() == offer.epoch {
             return Err(Refusal::new(ErrorClass::PeerMisbehaved, "there is no epoch after the offer's"));

@@ -29,12 +29,12 @@ pub(super) fn channels(vm: &config::Vm, address: &Address, request: &MigrateRequ
     }
 }
 
-/// Only a hypervisor that sends its guest itself can split it, and disks have to be at both ends before that.
+/// Only a hypervisor that sends its guest itself can split it, and not one that stays.
 pub(super) fn split_at_all(vm: &config::Vm, address: &Address, request: &MigrateRequest) -> Result<(), Problem> {
     let why = match address {
         _ if !request.mode.may_split() => return Ok(()),
         Address::Attach(_) => "no QEMU's: `--mode precopy` is the only one that is built for it",
-        Address::Qemu(_) if request.storage != Storage::None => "to move with its disks: with `--mode precopy` only is that built",
+        Address::Qemu(_) if request.storage == Storage::Only => "to stay: its disks alone are copied with `--mode precopy`",
         Address::Qemu(_) => return Ok(()),
     };
     Err(Problem::new(ErrorClass::Misuse, format!("VM `{}` is {why}", vm.name)).with_code("not-built").with_running_on(RunningOn::Source))

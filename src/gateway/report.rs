@@ -150,7 +150,7 @@ pub(crate) fn put_figures(report: &mut Report, figures: &Figures) {
     report.stream_opaque = figures.opaque.map(str::to_owned);
     report.verified = figures.verified;
     report.post_copy = figures.split.map(|split| PostCopyReport { seconds: split.took.as_secs_f64(), faults: split.faults });
-    report.disks = (figures.disks.count > 0).then(|| disk_report(&figures.disks, figures.verified));
+    report.disks = (figures.disks.count > 0).then(|| disk_report(&figures.disks, report.state == Outcome::Completed));
     report.downtime_seconds = figures.downtime.map(|downtime| downtime.as_secs_f64());
     report.audit.destination_head.clone_from(&figures.peer_audit_head);
     if figures.downtime.is_some() {

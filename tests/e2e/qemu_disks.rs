@@ -132,6 +132,28 @@ fn a_guest_moves_with_its_disk_into_another_format_and_back() {
     disks.disk_is_whole();
 }
 
+/// Its disk is whole before it is split: where the guest goes on, whichever end that is, it has all that it wrote.
+#[test]
+fn a_guest_that_is_split_has_its_disk_there_or_here() {
+    const SPLIT: [&str; 6] = ["--storage", "all", "--mode", "postcopy", "--compress", "lz4"];
+    let plan = || Plan { filled: MIB, ..Plan::small("qcow2", "raw") };
+    let Some(mut disks) = Disks::start(Setup::new().without_policy(B, "commit"), plan()) else { return };
+    disks.lab.migrate(A, &[&SPLIT[..], &["--bandwidth", "2MiB/s"]].concat()).expect_stayed(3, &["commit"]);
+    disks.is_only_at(A);
+    disks.disk_is_whole();
+    let Some(mut disks) = Disks::start(Setup::new(), plan()) else { return };
+    let said = disks.lab.migrate(A, &[&SPLIT[..], &["--bandwidth", "2MiB/s", "--verify-disks"]].concat());
+    said.expect(0, &[]);
+    let report = said.json();
+    moved(&report, 64 * MIB);
+    assert_eq!((&report["disks"]["verified"], &report["mode"]), (&true.into(), &"postcopy".into()), "{report}");
+    let (behind, pause) = (report["post_copy"]["seconds"].as_f64().unwrap(), report["downtime_seconds"].as_f64().unwrap());
+    assert!(report["post_copy"]["faults"].as_u64().unwrap() > 0 && behind > 0.0 && pause > 0.0, "{report}");
+    disks.is_only_at(B);
+    println!("split with its disk: pause {pause} s, {behind} s behind it");
+    disks.disk_is_whole();
+}
+
 #[test]
 fn two_disks_move_each_into_its_own_place() {
     let Some(mut disks) = Disks::start(Setup::new(), Plan { second: true, ..Plan::small("raw", "qcow2") }) else { return };
