@@ -124,7 +124,9 @@ fn build(config: Arc<Config>, transport: TransportConfig, companions: Companions
 
 /// A forged CRL is refused when it is read only where its issuer is known.
 fn warn_of_unverified(credentials: &Credentials) {
-    let unverified: Vec<_> = credentials.unverified_crls().iter().map(|path| path.display().to_string()).collect();
+    let mut unverified: Vec<_> = credentials.unverified_crls().iter().map(|path| path.display().to_string()).collect();
+    // A file can have several.
+    unverified.dedup();
     if !unverified.is_empty() {
         let why = "nobody knows their issuers here, so their signatures are checked with each peer's chain";
         tracing::warn!(crls = ?unverified, why, "`intermediates` of their `[[identity.trust]]` says who the issuers are");
