@@ -239,10 +239,7 @@ impl Gateway {
             claim.wait();
         }
         tokio::spawn(async move {
-            // Behind a crash of both, each would wait for the other's answer while it asks itself.
-            let source_asks =
-                matches!(engine::interruption(&gateway.evidence(), migration), Ok(Some(about)) if about.side == Side::Destination);
-            let mut pause = if source_asks { FIRST_PAUSE * 5 } else { FIRST_PAUSE };
+            let mut pause = FIRST_PAUSE;
             loop {
                 // The peer may come first.
                 let _ = tokio::time::timeout(pause, gateway.taken_up.notified()).await;
