@@ -8,6 +8,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use nix::fcntl::Flock;
+use rustix::time::{ClockId, clock_gettime};
 
 use crate::audit::commit::{Committed, Queued, Writer};
 use crate::audit::disk::{Disk, RealDisk};
@@ -62,13 +63,10 @@ struct Clock {
 
 impl Clock {
     fn start() -> Self {
-        // `/proc/uptime` has hundredths of a second; from there on `Instant` counts.
-        let uptime = std::fs::read_to_string("/proc/uptime").unwrap_or_default();
-        let (seconds, hundredths) = uptime.split([' ', '\n']).next().and_then(|text| text.split_once('.')).unwrap_or(("0", "0"));
-        let number = |text: &str| text.parse::<u64>().unwrap_or(0);
-        let at_open_ns = number(seconds).saturating_mul(1_000_000_000).saturating_add(number(hundredths).saturating_mul(10_000_000));
+        let since_boot = clock_gettime(ClockId::Boottime);
+        let number = |part: i64| u64::try_from(part).unwrap_or(0);
         Self {
-            at_open_ns,
+            at_open_ns: number(since_boot.tv_sec).saturating_mul(1_000_000_000).saturating_add(number(since_boot.tv_nsec)),
             opened: Instant::now(),
             #[cfg(test)]
             step: std::sync::atomic::AtomicI64::default(),
