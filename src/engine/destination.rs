@@ -388,14 +388,14 @@ impl Run {
                 let lanes = self.rounds.applied.iter().map(|(_, totals)| *totals).collect();
                 crate::failpoint::hit!("destination.round-complete");
                 self.say(Message::RoundApplied(RoundApplied { migration: self.order.migration, round, lanes })).await?;
-                if self.machine.name() == "receiving" && self.room.as_ref().is_none_or(tokio::task::JoinHandle::is_finished) {
-                    // The pause comes behind a later round, and the disk need not be waited for in it. Others use room up meanwhile.
-                    let journal = Arc::clone(&self.evidence.journal);
-                    self.room = Some(tokio::task::spawn_blocking(move || journal.reserve()));
-                }
-                if let Some(kept_up) = self.kept_up.as_ref().filter(|_| self.machine.name() == "receiving") {
-                    // What fails fails again in the pause, and is said there.
-                    drop(tokio::spawn(kept_up.refresh()));
+                if self.machine.name() == "receiving" {
+                    // The pause comes behind a later round, and neither the disk nor memory that came already need be waited for in it.
+                    // Others use room up meanwhile.
+                    if self.room.as_ref().is_none_or(tokio::task::JoinHandle::is_finished) {
+                        let journal = Arc::clone(&self.evidence.journal);
+                        self.room = Some(tokio::task::spawn_blocking(move || journal.reserve()));
+                    }
+                    self.kept_up.iter().for_each(KeptUp::hurry);
                 }
                 crate::failpoint::hit!("destination.round-confirmed");
                 Ok(self.final_when_ready())

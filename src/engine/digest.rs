@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use tokio::sync::Notify;
 use tokio::task::JoinSet;
 
 use crate::engine::EngineError;
@@ -36,6 +37,7 @@ pub(super) fn totals_differ(source: &[LaneTotals], destination: &[LaneTotals]) -
 pub(super) struct KeptUp {
     digests: Arc<KeptDigests>,
     ram: Arc<GuestRam>,
+    wake: Arc<Notify>,
     /// Ends with this.
     _follows: JoinSet<()>,
 }
@@ -44,10 +46,11 @@ impl KeptUp {
     pub(super) fn start(ram: &Arc<GuestRam>) -> Self {
         let digests = Arc::new(KeptDigests::new(ram.pages()));
         let mut follows = JoinSet::new();
-        let (kept, read) = (Arc::clone(&digests), Arc::clone(ram));
+        let wake = Arc::<Notify>::default();
+        let (kept, read, woken) = (Arc::clone(&digests), Arc::clone(ram), Arc::clone(&wake));
         follows.spawn(async move {
             loop {
-                tokio::time::sleep(FOLLOW).await;
+                let _ = tokio::time::timeout(FOLLOW, woken.notified()).await;
                 if let Err(error) = refresh(Arc::clone(&kept), Arc::clone(&read)).await {
                     // Whoever asks for the digest has the same error.
                     tracing::warn!(%error, "guest memory is not read ahead of the switch");
@@ -55,7 +58,7 @@ impl KeptUp {
                 }
             }
         });
-        Self { digests, ram: Arc::clone(ram), _follows: follows }
+        Self { digests, ram: Arc::clone(ram), wake, _follows: follows }
     }
 
     pub(super) fn digests(&self) -> Arc<KeptDigests> {
@@ -64,6 +67,11 @@ impl KeptUp {
 
     pub(super) fn touched(&self, pages: &PageSet) {
         self.digests.touched_all(pages);
+    }
+
+    /// Has what was touched read now, beside whatever the caller does next.
+    pub(super) fn hurry(&self) {
+        self.wake.notify_one();
     }
 
     /// Catches up.
