@@ -44,6 +44,11 @@ pub trait Arbiter: std::fmt::Debug + Send + Sync {
     /// May this change be made? The record is written only when the answer is [`Ruling::Won`]; a change that was won and not
     /// written is asked for again, so the same answer has to be given twice.
     fn rule(&self, transfer: &Transfer) -> Ruling;
+
+    /// Whether it may wait. One that does not is asked where it is needed.
+    fn waits(&self) -> bool {
+        true
+    }
 }
 
 /// The journals decide alone.
@@ -53,6 +58,10 @@ pub struct NoArbiter;
 impl Arbiter for NoArbiter {
     fn rule(&self, _: &Transfer) -> Ruling {
         Ruling::Won
+    }
+
+    fn waits(&self) -> bool {
+        false
     }
 }
 
@@ -79,13 +88,14 @@ mod tests {
 
     use super::*;
     use crate::audit::{self, AuditLog};
-    use crate::engine::{Decision, EngineError, Evidence, Host, Resolved, decide, resolve, standing};
+    use crate::engine::handoff::Failed;
+    use crate::engine::{Ahead, Decision, EngineError, Evidence, Host, Resolved, decide, resolve, standing};
     use crate::hypervisor::HypervisorError;
-    use crate::identity::Signer;
+    use crate::identity::{Signer, verify_signature};
     use crate::journal::Journal;
     use crate::migration::{OfferRecord, Outcome};
     use crate::types::Incarnation;
-    use crate::wire::{Durability, ErrorClass, FinalDigest};
+    use crate::wire::{Durability, ErrorClass, FinalDigest, Handoff};
 
     /// The key of RFC 8410 section 10.3.
     const KEY: &[u8] = b"-----BEGIN PRIVATE KEY-----
@@ -127,6 +137,7 @@ MC4CAQAwBQYDK2VwBCIEINTuctv5E1hK1bbY8fdp+K06/nwoy/HU++CXqI9EdVhC
             signer: Arc::new(signer()),
             arbiter,
             images: directory.into(),
+            ahead: Ahead::default(),
         }
     }
 
@@ -145,8 +156,10 @@ MC4CAQAwBQYDK2VwBCIEINTuctv5E1hK1bbY8fdp+K06/nwoy/HU++CXqI9EdVhC
         }
     }
 
+    const DIGEST: FinalDigest = FinalDigest { state: [0; 32], lanes: [0; 32], memory: 0 };
+
     fn commit() -> SourceRecord {
-        SourceRecord::Commit { digest: FinalDigest { state: [0; 32], lanes: [0; 32], memory: 0 }, position: 1 }
+        SourceRecord::Commit { digest: DIGEST, position: 1 }
     }
 
     /// A source in doubt.
@@ -212,6 +225,16 @@ MC4CAQAwBQYDK2VwBCIEINTuctv5E1hK1bbY8fdp+K06/nwoy/HU++CXqI9EdVhC
         assert!(standing(&evidence, ID).unwrap().unwrap().open, "it is in doubt as before");
     }
 
+    #[test]
+    fn what_somebody_else_owns_is_left_alone_and_what_failed_to_be_durable_is_told_to_the_machine() {
+        let lost = EngineError::Lost { vm: "web".parse().unwrap(), migration: ID, owner: "gw-c at epoch 9".into() };
+        let other = EngineError::Bug("a disk".into());
+        let of =
+            |error| [(false, false), (true, false), (false, true), (true, true)].map(|(durable, owed)| Failed::of(error, durable, owed));
+        assert_eq!(of(&lost), [Failed::Owed, Failed::Owed, Failed::Owed, Failed::Owed]);
+        assert_eq!(of(&other), [Failed::Attempt, Failed::Durable, Failed::Owed, Failed::Durable]);
+    }
+
     #[tokio::test]
     async fn an_interrupted_offer_stays_as_it_is_when_the_arbiter_says_that_somebody_else_has_the_vm() {
         let directory = tempfile::tempdir().unwrap();
@@ -221,6 +244,25 @@ MC4CAQAwBQYDK2VwBCIEINTuctv5E1hK1bbY8fdp+K06/nwoy/HU++CXqI9EdVhC
         let error = resolve(&evidence, &nobody(), ID, None).await.unwrap_err();
         assert!(matches!(error, EngineError::Lost { .. }), "{error:?}");
         assert_eq!(evidence.journal.records(ID).unwrap().len(), 1, "no ABORT, and so nothing that lets the guest go on");
+    }
+
+    #[tokio::test]
+    async fn what_follows_a_record_is_signed_with_it_and_used_only_if_it_is_what_is_said() {
+        let directory = tempfile::tempdir().unwrap();
+        let evidence = evidence(directory.path(), Arc::new(NoArbiter));
+        let said = |position, binding: &Binding| evidence.message(position, binding, Handoff::Commit { digest: DIGEST });
+        let binding = committed(&evidence).await;
+        let message = said(evidence.journal.position(), &binding);
+        let signature = evidence.ahead.take(&message).expect("signed with the record").await.unwrap().unwrap();
+        assert!(verify_signature(&evidence.signer.public_key(), &message.signed_bytes(), &signature));
+        assert!(evidence.ahead.take(&message).is_none(), "said once, signed once");
+
+        evidence.record(&binding, commit()).await.unwrap();
+        assert!(evidence.ahead.take(&said(evidence.journal.position() + 1, &binding)).is_none(), "another position is another message");
+        evidence.record(&binding, commit()).await.unwrap();
+        evidence.record(&binding, SourceRecord::Done).await.unwrap();
+        let other = Binding { epoch: binding.epoch.next(), ..binding };
+        assert!(evidence.ahead.take(&said(evidence.journal.position() - 1, &other)).is_none(), "another handoff is another message");
     }
 
     #[tokio::test]

@@ -15,8 +15,8 @@ use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
 
 use crate::engine::commit_question::CommitQuestion;
-use crate::engine::digest::{KeptUp, digest_kept, digest_totals, sha256, totals_differ};
-use crate::engine::handoff::{Binding, Evidence, blocking, joined};
+use crate::engine::digest::{KeptUp, digest_kept, digest_totals, totals_differ};
+use crate::engine::handoff::{Binding, Evidence, Failed, blocking, joined};
 use crate::engine::lanes::{Applied, Decoders, LaneReport, ReceiveShared, Seal, decoders, decoders_after_restart, receive_lane};
 use crate::engine::link::send_within;
 use crate::engine::source::Command;
@@ -341,6 +341,9 @@ impl Run {
         }
         if last {
             self.seal.close();
+            // The guest stands still, its memory is here, and what it has to be is on its way yet.
+            self.kept_up.iter().for_each(KeptUp::hurry);
+            self.commit_question.ask_ahead(&self.link.session);
         }
         Some(DestinationEvent::RoundComplete { round, last })
     }
@@ -354,31 +357,26 @@ impl Run {
     async fn perform_all(&mut self, actions: Vec<DestinationAction>, events: &mut VecDeque<DestinationEvent>) {
         for action in actions {
             let durable = matches!(&action, DestinationAction::Handoff(step) if step.is_durable());
-            match self.perform(action).await {
-                Ok(event) => events.extend(event),
-                // Not a disk that failed: whose the VM is, is not for this end to say. The guest stays as it is.
-                Err(error @ EngineError::Lost { .. }) => {
+            let error = match self.perform(action).await {
+                Ok(event) => {
+                    events.extend(event);
+                    continue;
+                }
+                Err(error) => error,
+            };
+            match Failed::of(&error, durable, self.machine.name() == "running") {
+                Failed::Owed => {
                     self.error = Some(error);
                     self.ended = Some(None);
-                    return;
                 }
-                Err(error) if durable => {
+                Failed::Durable => {
                     tracing::error!(migration = %self.order.migration, error = %crate::telemetry::chain(&error), "not durable");
                     self.error.get_or_insert(error);
                     events.push_back(DestinationEvent::Handoff(DestinationStep::Failed));
-                    return;
                 }
-                Err(error) if self.machine.name() == "running" => {
-                    // RUN is on disk: the guest is started when this gateway starts again.
-                    self.error = Some(error);
-                    self.ended = Some(None);
-                    return;
-                }
-                Err(error) => {
-                    events.extend(self.broken(error).await);
-                    return;
-                }
+                Failed::Attempt => events.extend(self.broken(error).await),
             }
+            return;
         }
     }
 
@@ -416,7 +414,7 @@ impl Run {
         crate::failpoint::hit!("destination.compare");
         let totals: Vec<LaneTotals> = self.rounds.applied.iter().map(|(_, totals)| *totals).collect();
         let (twin, ram, vm) = (Arc::clone(&self.twin), Arc::clone(&self.ram), self.order.vm.clone());
-        let (state, kept) = (std::mem::take(&mut self.state.bytes), self.kept_up.as_ref().map(KeptUp::digests));
+        let ((state, state_digest), kept) = (self.state.take(), self.kept_up.as_ref().map(KeptUp::digests));
         let image = (self.order.stream.durability != Durability::None).then(|| {
             let head = Evidence::image_head(&self.binding, &said, self.order.machine.clone());
             (self.evidence.image_path(self.binding.migration), head)
@@ -426,7 +424,7 @@ impl Run {
             let began = Instant::now();
             let memory = kept.map_or(Ok(0), |kept| digest_kept(&kept, &ram))?;
             let digested = began.elapsed();
-            let held = FinalDigest { state: sha256(&state), lanes: digest_totals(&totals), memory };
+            let held = FinalDigest { state: state_digest, lanes: digest_totals(&totals), memory };
             // Nothing that was not signed for reaches the hypervisor.
             for (same, what) in [
                 (held.state == said.state, "device state"),

@@ -13,7 +13,10 @@ use crate::types::LaneIndex;
 use crate::wire::LaneTotals;
 
 pub(super) fn sha256(bytes: &[u8]) -> [u8; 32] {
-    let digest = ring::digest::digest(&ring::digest::SHA256, bytes);
+    digest_bytes(&ring::digest::digest(&ring::digest::SHA256, bytes))
+}
+
+pub(super) fn digest_bytes(digest: &ring::digest::Digest) -> [u8; 32] {
     let mut out = [0; 32];
     out.copy_from_slice(digest.as_ref());
     out

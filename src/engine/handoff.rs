@@ -1,15 +1,16 @@
 //! Journal, wire and effect in the right order, for running migrations and for restarted gateways.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use serde::{Deserialize, Serialize};
+use tokio::task::JoinHandle;
 
 use crate::audit::{AuditLog, Entry, Event, Outcome as AuditOutcome};
 use crate::engine::EngineError;
 use crate::engine::arbiter::{Arbiter, Ruling, transfer};
 use crate::engine::link::send_within;
-use crate::identity::{Signer, verify_signature};
+use crate::identity::{HolderError, Signer, verify_signature};
 use crate::journal::Journal;
 use crate::limits;
 use crate::migration::{DestinationRecord, OfferRecord, PreparedRecord, SourceRecord};
@@ -31,6 +32,26 @@ pub struct Evidence {
     pub images: Arc<Path>,
     /// Who is asked before a VM changes its owner.
     pub arbiter: Arc<dyn Arbiter>,
+    /// What this handoff says next; empty at first, and for one handoff only.
+    pub ahead: Ahead,
+}
+
+/// The message that follows a record, signed while the record is written: the guest stands still for both, and the key is in another
+/// process. It leaves when the machine says so, if it is still that message, and is forgotten otherwise.
+#[derive(Debug, Clone, Default)]
+pub struct Ahead(Arc<Mutex<Option<SignedAhead>>>);
+
+type SignedAhead = (HandoffMessage, JoinHandle<Result<[u8; 64], HolderError>>);
+
+impl Ahead {
+    fn put(&self, signed: SignedAhead) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(signed);
+    }
+
+    pub(super) fn take(&self, message: &HandoffMessage) -> Option<JoinHandle<Result<[u8; 64], HolderError>>> {
+        let (signed, signature) = self.0.lock().unwrap_or_else(PoisonError::into_inner).take()?;
+        (signed == *message).then_some(signature)
+    }
 }
 
 /// A record as it lies in the journal: of the side that this gateway was.
@@ -76,6 +97,16 @@ impl JournalRecord {
             Self::Source(SourceRecord::Done) => Placement::Away { peer, epoch: given },
             Self::Destination(DestinationRecord::Run) => Placement::Here { address, epoch: given, attempt },
             Self::Destination(_) => return None,
+        })
+    }
+
+    /// The message that follows while the guest stands still, if one does.
+    fn said_next(&self) -> Option<Handoff> {
+        Some(match self {
+            Self::Destination(DestinationRecord::Prepared(prepared)) => Handoff::Prepared { digest: prepared.digest },
+            Self::Source(SourceRecord::Commit { digest, .. }) => Handoff::Commit { digest: *digest },
+            Self::Destination(DestinationRecord::Run) => Handoff::Running,
+            _ => return None,
         })
     }
 
@@ -254,6 +285,11 @@ impl Evidence {
         entry.detail.insert("epoch".into(), binding.epoch.0.into());
         let undone = entry.clone().outcome(AuditOutcome::Failed);
         let audit = self.audit.clone();
+        if let Some(step) = record.said_next() {
+            // What the position will be if no other handoff is recorded at the same moment; if one is, it is signed again.
+            let message = self.message(self.journal.position().saturating_add(1), binding, step);
+            self.ahead.put((message.clone(), self.sign(&message)));
+        }
         let audited = tokio::task::spawn_blocking(move || {
             crate::failpoint::hit!("audit.{name}.before");
             let audited = audit.record_critical(&entry);
@@ -290,7 +326,9 @@ impl Evidence {
     async fn win(&self, binding: &Binding, record: &JournalRecord) -> Result<(), EngineError> {
         let Some(change) = transfer(record, binding) else { return Ok(()) };
         let arbiter = Arc::clone(&self.arbiter);
-        match joined(tokio::task::spawn_blocking(move || arbiter.rule(&change)).await)? {
+        let ruling =
+            if arbiter.waits() { joined(tokio::task::spawn_blocking(move || arbiter.rule(&change)).await)? } else { arbiter.rule(&change) };
+        match ruling {
             Ruling::Won => Ok(()),
             Ruling::Lost(owner) => Err(EngineError::Lost { vm: binding.vm.clone(), migration: binding.migration, owner }),
         }
@@ -306,16 +344,10 @@ impl Evidence {
         #[cfg(feature = "failpoints")]
         let name = crate::migration::handoff_name(&step);
         crate::failpoint::hit!("send.{name}.before");
-        let message = HandoffMessage {
-            migration: binding.migration,
-            uuid: binding.uuid,
-            epoch: binding.epoch,
-            sender: self.journal.incarnation(),
-            receiver: binding.peer_incarnation,
-            position,
-            step,
-        };
-        let signature = match self.signer.sign(&message.signed_bytes()) {
+        let message = self.message(position, binding, step);
+        let signing = self.ahead.take(&message).unwrap_or_else(|| self.sign(&message));
+        let signed = signing.await.map_err(|error| error.to_string()).and_then(|signed| signed.map_err(|error| error.to_string()));
+        let signature = match signed {
             Ok(signature) => signature,
             // As if it had been lost on the way: it is said again, or a restart says it.
             Err(error) => {
@@ -328,6 +360,23 @@ impl Evidence {
             tracing::debug!(migration = %binding.migration, error = %error, "handoff message not sent");
         }
         crate::failpoint::hit!("send.{name}.after");
+    }
+
+    pub(super) fn message(&self, position: u64, binding: &Binding, step: Handoff) -> HandoffMessage {
+        HandoffMessage {
+            migration: binding.migration,
+            uuid: binding.uuid,
+            epoch: binding.epoch,
+            sender: self.journal.incarnation(),
+            receiver: binding.peer_incarnation,
+            position,
+            step,
+        }
+    }
+
+    fn sign(&self, message: &HandoffMessage) -> JoinHandle<Result<[u8; 64], HolderError>> {
+        let (signer, bytes) = (Arc::clone(&self.signer), message.signed_bytes());
+        tokio::task::spawn_blocking(move || signer.sign(&bytes))
     }
 
     /// Where the final image of a migration is.
@@ -420,6 +469,30 @@ impl Evidence {
     pub(super) fn records(&self, migration: MigrationId) -> Result<Vec<JournalRecord>, EngineError> {
         let records = self.journal.records(migration)?;
         records.iter().map(|(_, bytes)| serde_json::from_slice(bytes).map_err(|source| EngineError::Record { migration, source })).collect()
+    }
+}
+
+/// What failed with an action of a migration, and so what is still to be done.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Failed {
+    /// This end must not decide: it is not to say whose the VM is, or COMMIT or RUN is on its disk, and what is owed is done when a
+    /// session or a restart comes. The guest stays as it is.
+    Owed,
+    /// Something had to be durable first: the machine knows what that means.
+    Durable,
+    /// The attempt.
+    Attempt,
+}
+
+impl Failed {
+    /// `durable`: whether others count on the action; `owed`: whether COMMIT at the source, or RUN at the destination, is on disk.
+    pub(super) fn of(error: &EngineError, durable: bool, owed: bool) -> Self {
+        match error {
+            EngineError::Lost { .. } => Self::Owed,
+            _ if durable => Self::Durable,
+            _ if owed => Self::Owed,
+            _ => Self::Attempt,
+        }
     }
 }
 

@@ -36,7 +36,7 @@ pub use common_path::{CommonPath, CommonPaths};
 pub use destination::{DestinationEnd, DestinationOrder, Return, run_destination};
 pub use disks::DiskOrder;
 pub use error::EngineError;
-pub use handoff::{Binding, Evidence, JournalRecord, Placement};
+pub use handoff::{Ahead, Binding, Evidence, JournalRecord, Placement};
 pub use limiter::{Share, TotalBandwidth};
 pub use link::{Link, PeerFacts, greet};
 pub use meter::{DiskFigures, Figures, Meter};

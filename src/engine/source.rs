@@ -19,7 +19,7 @@ use tokio::task::JoinHandle;
 use crate::engine::commit_question::CommitQuestion;
 use crate::engine::digest::KeptUp;
 use crate::engine::error::may_be_forgotten;
-use crate::engine::handoff::{Binding, Evidence, blocking, joined};
+use crate::engine::handoff::{Binding, Evidence, Failed, blocking, joined};
 use crate::engine::lanes::{LaneReport, LaneRound, Packing, SourceLane};
 use crate::engine::limiter::Limiter;
 use crate::engine::link::send_within;
@@ -328,7 +328,7 @@ impl Run {
             finals = finals => {
                 self.finals = None;
                 match joined(finals).and_then(|result| result) {
-                    Ok(finals) => self.saved(finals).await,
+                    Ok(finals) => self.saved(Arc::new(finals)).await,
                     Err(error) => Some(self.give_up(error)),
                 }
             }
@@ -378,30 +378,26 @@ impl Run {
     async fn perform_all(&mut self, actions: Vec<SourceAction>, committed: bool, events: &mut VecDeque<SourceEvent>) {
         for action in actions {
             let durable = matches!(&action, SourceAction::Handoff(step) if step.is_durable());
-            match self.perform(action).await {
-                Ok(event) => events.extend(event),
-                // Not a disk that failed: whose the VM is, is not for this end to say. The guest stays as it is.
-                Err(error @ EngineError::Lost { .. }) => {
+            let error = match self.perform(action).await {
+                Ok(event) => {
+                    events.extend(event);
+                    continue;
+                }
+                Err(error) => error,
+            };
+            match Failed::of(&error, durable, committed || self.machine.is_committed()) {
+                Failed::Owed => {
                     self.error = Some(error);
                     self.ended = Some(None);
-                    return;
                 }
-                Err(error) if durable => {
+                Failed::Durable => {
                     tracing::error!(migration = %self.order.migration, error = %crate::telemetry::chain(&error), "not durable");
                     self.error.get_or_insert(error);
                     events.push_back(SourceEvent::Handoff(SourceStep::Failed));
-                    return;
                 }
-                Err(error) => {
-                    if committed || self.machine.is_committed() {
-                        self.error = Some(error);
-                        self.ended = Some(None);
-                    } else {
-                        events.push_back(self.broken(error));
-                    }
-                    return;
-                }
+                Failed::Attempt => events.push_back(self.broken(error)),
             }
+            return;
         }
     }
 

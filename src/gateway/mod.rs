@@ -57,7 +57,7 @@ use std::sync::Arc;
 use crate::audit::{AuditLog, Entry, Event, Outcome};
 use crate::config::Config;
 use crate::control::SandboxView;
-use crate::engine::{CommonPaths, Evidence, NoArbiter, TotalBandwidth};
+use crate::engine::{Ahead, CommonPaths, Evidence, NoArbiter, TotalBandwidth};
 use crate::identity::{Apart, Credentials, PeerRole, Refusal};
 use crate::journal::Journal;
 use crate::telemetry;
@@ -103,6 +103,7 @@ impl Gateway {
             audit: self.audit.clone(),
             signer: self.credentials.signer(),
             arbiter: Arc::new(NoArbiter),
+            ahead: Ahead::default(),
             images: self.config.gateway.state_directory.join(IMAGES).into(),
         }
     }

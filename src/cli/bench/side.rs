@@ -10,7 +10,7 @@ use ring::rand::{SecureRandom, SystemRandom};
 use tokio::runtime::Runtime;
 
 use crate::audit::AuditLog;
-use crate::engine::{EngineError, Evidence, NoArbiter};
+use crate::engine::{Ahead, EngineError, Evidence, NoArbiter};
 use crate::gateway;
 use crate::identity::authority;
 use crate::identity::{Credentials, IdentityConfig, IdentityError, PostQuantum, TrustDomainConfig};
@@ -148,7 +148,7 @@ impl Side {
         };
         let images = directory.join("images").into();
         let (journal, signer, arbiter) = (Arc::new(journal), credentials.signer(), Arc::new(NoArbiter));
-        let evidence = Evidence { journal, audit, signer, images, arbiter };
+        let evidence = Evidence { journal, audit, signer, images, arbiter, ahead: Ahead::default() };
         Ok(Self { credentials, evidence, endpoint, runtime })
     }
 

@@ -2,8 +2,11 @@
 
 use std::sync::Arc;
 
+use ring::digest::{Context, SHA256};
+
 use super::{Run, lock};
 use crate::engine::EngineError;
+use crate::engine::digest::digest_bytes;
 use crate::engine::handoff::{Heard, blocking};
 use crate::limits;
 use crate::migration::{DestinationEvent, DestinationStep};
@@ -11,10 +14,17 @@ use crate::transport::TransportError;
 use crate::wire::{Handoff, Message, StateChunk};
 
 /// Device state as it arrives, in order and bounded.
-#[derive(Default)]
 pub(super) struct StateBuffer {
-    pub(super) bytes: Vec<u8>,
+    bytes: Vec<u8>,
     total: Option<u64>,
+    /// WHY: SHA-256 of it takes a part of the pause, and while it arrives nothing else is done.
+    hash: Context,
+}
+
+impl Default for StateBuffer {
+    fn default() -> Self {
+        Self { bytes: Vec::new(), total: None, hash: Context::new(&SHA256) }
+    }
 }
 
 impl Run {
@@ -37,13 +47,7 @@ impl Run {
                 self.round_complete()
             }
             Message::StateChunk(chunk) if chunk.migration == self.order.migration => match self.state.take_in(&chunk) {
-                Ok(()) => {
-                    if chunk.offset == 0 {
-                        // The guest stands still, and what has to be compared is on its way yet.
-                        self.commit_question.ask_ahead(&self.link.session);
-                    }
-                    self.final_when_ready()
-                }
+                Ok(()) => self.final_when_ready(),
                 Err(error) => Some(self.give_up(error)),
             },
             Message::Handoff(signed) => match self.evidence.check(&self.binding, &signed) {
@@ -91,7 +95,14 @@ impl StateBuffer {
             return refuse(format!("{} bytes at {}", chunk.bytes.len(), chunk.offset));
         }
         self.bytes.extend_from_slice(&chunk.bytes);
+        self.hash.update(&chunk.bytes);
         Ok(())
+    }
+
+    /// The state and its SHA-256; nothing is left.
+    pub(super) fn take(&mut self) -> (Vec<u8>, [u8; 32]) {
+        let Self { bytes, hash, .. } = std::mem::take(self);
+        (bytes, digest_bytes(&hash.finish()))
     }
 
     pub(super) fn is_complete(&self) -> bool {

@@ -33,7 +33,7 @@ pub(super) struct RoundUnderWay {
 /// What the pause yields besides pages.
 #[derive(Debug)]
 pub(super) struct Finals {
-    pub(super) state: Vec<u8>,
+    pub(super) state: Arc<[u8]>,
     state_digest: [u8; 32],
     memory: u128,
 }
@@ -119,16 +119,19 @@ impl Run {
         self.lap("state");
         self.owe(&dirty)?;
         self.limiter.set_final(true);
+        let state: Arc<[u8]> = state.into();
         let (ram, verify, kept) = (Arc::clone(&self.ram), self.order.stream.verify, self.kept_up.as_ref().map(KeptUp::digests));
+        let saved = Arc::clone(&state);
         self.finals = Some(tokio::task::spawn_blocking(move || {
             let memory = match kept {
                 Some(kept) => digest_kept(&kept, &ram)?,
                 None if verify => digest_memory(&ram)?,
                 None => 0,
             };
-            Ok(Finals { state_digest: sha256(&state), state, memory })
+            Ok(Finals { state_digest: sha256(&saved), state: saved, memory })
         }));
-        self.send_round(round, true).await
+        self.send_round(round, true).await?;
+        self.send_state(&state).await
     }
 
     /// The lanes were lost behind FINAL: the paused guest is as it was, and what did not arrive of it goes out again.
@@ -136,7 +139,8 @@ impl Run {
         self.digest = None;
         self.send_round(round, true).await?;
         let finals = self.paused.clone().ok_or_else(|| EngineError::Bug("FINAL was said of a guest that was not saved".into()))?;
-        Ok(self.send_state(&finals).await)
+        self.send_state(&finals.state).await?;
+        Ok(self.saved(finals).await)
     }
 
     /// From here on the guest's memory is read ahead, unless all of it is to be read in the pause.
@@ -155,26 +159,24 @@ impl Run {
         self.write_owed()
     }
 
-    pub(super) async fn saved(&mut self, finals: Finals) -> Option<SourceEvent> {
-        let finals = Arc::new(finals);
-        self.paused = Some(Arc::clone(&finals));
-        self.send_state(&finals).await
+    /// State and memory have their digests.
+    pub(super) async fn saved(&mut self, finals: Arc<Finals>) -> Option<SourceEvent> {
+        self.lap("digest");
+        self.digest = Some(FinalDigest { state: finals.state_digest, lanes: [0; 32], memory: finals.memory });
+        self.paused = Some(finals);
+        self.finalised().await
     }
 
-    async fn send_state(&mut self, finals: &Finals) -> Option<SourceEvent> {
-        let total = finals.state.len() as u64;
+    async fn send_state(&mut self, state: &[u8]) -> Result<(), EngineError> {
+        let total = state.len() as u64;
         let mut offset = 0;
-        for piece in finals.state.chunks(limits::STATE_CHUNK_BYTES_MAX) {
+        for piece in state.chunks(limits::STATE_CHUNK_BYTES_MAX) {
             let chunk = StateChunk { migration: self.order.migration, offset, total, bytes: piece.to_vec() };
             offset += piece.len() as u64;
-            if let Err(error) = self.say(Message::StateChunk(chunk)).await {
-                return Some(self.broken(error));
-            }
+            self.say(Message::StateChunk(chunk)).await?;
         }
-        self.lap("digest");
         crate::failpoint::hit!("source.state-sent");
-        self.digest = Some(FinalDigest { state: finals.state_digest, lanes: [0; 32], memory: finals.memory });
-        self.finalised().await
+        Ok(())
     }
 
     pub(super) async fn lane_reported(&mut self, report: LaneReport) -> Option<SourceEvent> {

@@ -21,7 +21,7 @@ use super::{Broken, Whole};
 use crate::condense::Expander;
 use crate::engine::commit_question::CommitQuestion;
 use crate::engine::destination::{DestinationEnd, DestinationOrder, Return, Watch};
-use crate::engine::handoff::{Binding, Evidence, blocking, joined};
+use crate::engine::handoff::{Binding, Evidence, Failed, blocking, joined};
 use crate::engine::link::send_within;
 use crate::engine::source::Command;
 use crate::engine::witness::Exchange;
@@ -434,31 +434,26 @@ impl Run {
     async fn perform_all(&mut self, actions: Vec<StreamDestinationAction>, events: &mut VecDeque<StreamDestinationEvent>) {
         for action in actions {
             let durable = matches!(&action, StreamDestinationAction::Handoff(step) if step.is_durable());
-            match self.perform(action).await {
-                Ok(event) => events.extend(event),
-                // Not a disk that failed: whose the VM is, is not for this end to say. The guest stays as it is.
-                Err(error @ EngineError::Lost { .. }) => {
+            let error = match self.perform(action).await {
+                Ok(event) => {
+                    events.extend(event);
+                    continue;
+                }
+                Err(error) => error,
+            };
+            match Failed::of(&error, durable, self.machine.is_running()) {
+                Failed::Owed => {
                     self.error = Some(error);
                     self.ended = Some(None);
-                    return;
                 }
-                Err(error) if durable => {
+                Failed::Durable => {
                     tracing::error!(migration = %self.order.migration, error = %chain(&error), "not durable");
                     self.error.get_or_insert(error);
                     events.push_back(StreamDestinationEvent::Handoff(DestinationStep::Failed));
-                    return;
                 }
-                Err(error) if self.machine.is_running() => {
-                    // RUN is on disk: the guest is started when this gateway starts again.
-                    self.error = Some(error);
-                    self.ended = Some(None);
-                    return;
-                }
-                Err(error) => {
-                    events.extend(self.broken(error).await);
-                    return;
-                }
+                Failed::Attempt => events.extend(self.broken(error).await),
             }
+            return;
         }
     }
 }

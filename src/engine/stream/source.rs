@@ -21,7 +21,7 @@ use crate::condense::{Condenser, Grammar};
 use crate::engine::commit_question::CommitQuestion;
 use crate::engine::error::may_be_forgotten;
 use crate::engine::frames::Frames;
-use crate::engine::handoff::{Binding, Evidence, blocking, joined};
+use crate::engine::handoff::{Binding, Evidence, Failed, blocking, joined};
 use crate::engine::limiter::Limiter;
 use crate::engine::link::send_within;
 use crate::engine::meter::{Figures, Meter, Stopwatch};
@@ -452,30 +452,26 @@ impl Run {
     async fn perform_all(&mut self, actions: Vec<StreamSourceAction>, committed: bool, events: &mut VecDeque<StreamSourceEvent>) {
         for action in actions {
             let durable = matches!(&action, StreamSourceAction::Handoff(step) if step.is_durable());
-            match self.perform(action).await {
-                Ok(event) => events.extend(event),
-                // Not a disk that failed: whose the VM is, is not for this end to say. The guest stays as it is.
-                Err(error @ EngineError::Lost { .. }) => {
+            let error = match self.perform(action).await {
+                Ok(event) => {
+                    events.extend(event);
+                    continue;
+                }
+                Err(error) => error,
+            };
+            match Failed::of(&error, durable, committed || self.machine.is_committed()) {
+                Failed::Owed => {
                     self.error = Some(error);
                     self.ended = Some(None);
-                    return;
                 }
-                Err(error) if durable => {
+                Failed::Durable => {
                     tracing::error!(migration = %self.order.migration, error = %chain(&error), "not durable");
                     self.error.get_or_insert(error);
                     events.push_back(StreamSourceEvent::Handoff(SourceStep::Failed));
-                    return;
                 }
-                Err(error) => {
-                    if committed || self.machine.is_committed() {
-                        self.error = Some(error);
-                        self.ended = Some(None);
-                    } else {
-                        events.push_back(self.broken(error));
-                    }
-                    return;
-                }
+                Failed::Attempt => events.push_back(self.broken(error)),
             }
+            return;
         }
     }
 
