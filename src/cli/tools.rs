@@ -327,7 +327,7 @@ pub struct PolicyExplainFlags {
     #[arg(value_name = "DIR")]
     pub directory: PathBuf,
     /// A question in the form of one test of tests.json, without `name` and `expect`, instead of a VM and a peer.
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["vm", "peer", "operator", "action", "peer_ip", "at"])]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["vm", "peer", "operator", "action", "memory", "storage", "disks", "disk_size", "peer_ip", "at"])]
     pub request: Option<PathBuf>,
     /// Configuration that describes VMs, peers and operators.
     #[arg(long, value_name = "FILE", required_unless_present = "request")]

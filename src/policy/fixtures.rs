@@ -27,6 +27,7 @@ use crate::limits;
 use crate::policy::ask::{Adjust, Answer, Explanation, Question, why};
 use crate::policy::entities::Entities;
 use crate::policy::load::PolicySet;
+use crate::policy::{MigrationContext, RequestContext, ResolveContext, written};
 use crate::types::{SpiffeId, VmUuid};
 
 /// What became of one test.
@@ -89,6 +90,20 @@ pub struct Verdict {
 }
 
 impl WrittenQuestion {
+    /// From a text.
+    ///
+    /// # Errors
+    /// The first field that is wrong, and what was expected there.
+    pub fn read(text: &str) -> Result<Self, String> {
+        written::read(text)
+    }
+
+    /// Whether it says itself what is known of gateways, operators and VMs.
+    #[must_use]
+    pub fn has_entities(&self) -> bool {
+        self.entities.is_some()
+    }
+
     /// What `set` answers. Entities of the question replace those of the set.
     ///
     /// # Errors
@@ -128,9 +143,9 @@ pub fn run_tests(set: &PolicySet, text: &str) -> Vec<TestOutcome> {
     if text.len() > limits::POLICY_BYTES_MAX {
         return broken(format!("longer than {} bytes", limits::POLICY_BYTES_MAX));
     }
-    let file: File = match serde_json::from_str(text) {
+    let file: File = match written::read(text) {
         Ok(file) => file,
-        Err(error) => return broken(error.to_string()),
+        Err(error) => return broken(error),
     };
     if file.tests.is_empty() {
         return broken("no test in `tests`, expected at least one".to_owned());
@@ -187,28 +202,33 @@ fn with_question<T>(
     own: &Map<String, Value>,
     ask: impl FnOnce(&Question<'_>) -> T,
 ) -> Result<T, String> {
-    let peer = || principal.parse::<SpiffeId>().map_err(|error| error.to_string());
-    let migration = || context(defaults, own, &["now", "route", "channel", "stream", "memoryMiB", "diskCount", "diskMiB"]);
+    let peer = || principal.parse::<SpiffeId>().map_err(|error| format!("`principal`: {error}"));
+    let migration = || -> Result<MigrationContext, String> {
+        let context = context(defaults, own, &["now", "route", "channel", "stream", "memoryMiB", "diskCount", "diskMiB"])?;
+        written::possible(&context)?;
+        Ok(context)
+    };
     match action {
         "request" => {
-            let context = context(defaults, own, &["now", "route", "stream", "changeTicket"])?;
+            let context: RequestContext = context(defaults, own, &["now", "route", "stream", "changeTicket"])?;
+            written::possible_stream(&context.stream)?;
             Ok(ask(&Question::Request(principal, &context)))
         }
         "release" => Ok(ask(&Question::Release(&peer()?, &migration()?))),
         "accept" => Ok(ask(&Question::Accept(&peer()?, &migration()?))),
         "commit" => Ok(ask(&Question::Commit(&peer()?, &migration()?))),
         "resolveInDoubt" => {
-            let context = context(defaults, own, &["now", "approvers", "fenceEvidence"])?;
+            let context: ResolveContext = context(defaults, own, &["now", "approvers", "fenceEvidence"])?;
             Ok(ask(&Question::Resolve(principal, &context)))
         }
-        other => Err(format!("unknown action `{other}`, expected `request`, `release`, `accept`, `commit` or `resolveInDoubt`")),
+        other => Err(format!("`action`: unknown `{other}`, expected `request`, `release`, `accept`, `commit` or `resolveInDoubt`")),
     }
 }
 
 fn context<T: serde::de::DeserializeOwned>(defaults: &Map<String, Value>, own: &Map<String, Value>, fields: &[&str]) -> Result<T, String> {
     let mut merged: Map<String, Value> = defaults.iter().filter(|(name, _)| fields.contains(&name.as_str())).map(own_pair).collect();
     overlay(&mut merged, own);
-    serde_json::from_value(Value::Object(merged)).map_err(|error| format!("context: {error}"))
+    written::read_value("context", Value::Object(merged))
 }
 
 fn own_pair((name, value): (&String, &Value)) -> (String, Value) {

@@ -42,6 +42,7 @@ mod shape;
 mod shapes;
 #[cfg(test)]
 mod tests;
+mod written;
 
 pub use ask::{Denial, EvaluationFailure, Explanation, MatchedPolicy, Question};
 pub use entities::{Entities, GatewayEntity, OperatorEntity, VmEntity};

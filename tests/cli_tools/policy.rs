@@ -83,9 +83,70 @@ fn explain_answers_a_request_from_a_file() {
         (&object["question"]["decision"], &object["question"]["policies"][0]["id"]),
         (&"allow".into(), &"p1-acme-dc1-to-dc2".into())
     );
-    request(serde_json::json!("many")).says(2, &["request.json", "context"]);
+    assert_eq!((&object["question"]["principal_known"], &object["question"]["vm_known"]), (&true.into(), &true.into()));
+    request(serde_json::json!("many")).says(2, &["request.json", "`context.stream.lanes`: expected a whole number", "got string \"many\""]);
     std::fs::write(dir.path().join("request.json"), "{}").unwrap();
     sealane(dir.path(), &format!("policy explain {policies} --request request.json")).says(2, &["missing field"]);
+}
+
+/// A change of a request, and words of what is said of it.
+const BAD_REQUESTS: [(&str, &str, &str); 17] = [
+    ("/context/stream/lanes", "0", "`context.stream.lanes`: expected 1 to 16, got `0`"),
+    ("/context/stream/lanes", "17", "`context.stream.lanes`: expected 1 to 16, got `17`"),
+    ("/context/stream/lanes", "-1", "`context.stream.lanes`: expected a whole number from 0 to 65535, got integer `-1`"),
+    ("/context/stream/lanes", "1.5", "`context.stream.lanes`: expected a whole number"),
+    ("/context/stream/mode", "\"fast\"", "`context.stream.mode`: unknown variant `fast`, expected one of `precopy`"),
+    ("/context/stream/lengthPadding", "\"no\"", "`context.stream.lengthPadding`: expected true or false, got string"),
+    ("/context/stream", "[]", "`context.stream`: "),
+    ("/context/route", "\"dc1\"", "`context.route`: expected an object, got string \"dc1\""),
+    ("/context/route/peerIp", "\"here\"", "`context.route.peerIp`: "),
+    ("/context/now", "\"noon\"", "`context.now`: `noon` is no RFC 3339 time"),
+    ("/context/now", "7", "`context.now`: expected a text, got integer `7`"),
+    ("/context/memoryMiB", "1e30", "`context.memoryMiB`: expected a whole number"),
+    ("/context/memoryMiB", "70368744177664", "`context.memoryMiB`: expected at most"),
+    ("/context/channel/crlFresh", "null", "`context.channel.crlFresh`: expected true or false, got nothing"),
+    ("/principal", "\"gw-b\"", "`principal`: "),
+    ("/resource", "\"web-1\"", "`resource`: "),
+    ("/action", "\"steal\"", "`action`: unknown `steal`, expected `request`"),
+];
+
+#[test]
+fn a_request_that_makes_no_sense_is_refused_with_its_field() {
+    let dir = here();
+    let policies = example("policy.d");
+    let tests: Value = serde_json::from_str(&std::fs::read_to_string(example("policy.d/tests.json")).unwrap()).unwrap();
+    let mut good = serde_json::json!({
+        "action": "release", "principal": "spiffe://dc2.example.net/gateway/gw-b", "resource": "00000000-0000-0000-0000-000000000001",
+        "context": tests["context"],
+    });
+    let fields = ["now", "route", "channel", "stream", "memoryMiB"];
+    good["context"].as_object_mut().unwrap().retain(|name, _| fields.contains(&name.as_str()));
+    let explain = |request: &Value, more: &str| {
+        std::fs::write(dir.path().join("request.json"), request.to_string()).unwrap();
+        sealane(dir.path(), &format!("policy explain {policies} --request request.json {more}"))
+    };
+    for (field, value, words) in BAD_REQUESTS {
+        let mut bad = good.clone();
+        *bad.pointer_mut(field).unwrap_or_else(|| panic!("no {field}")) = serde_json::from_str(value).unwrap();
+        explain(&bad, "").says(2, &["`request.json` is no question: ", words]);
+    }
+    for (field, value, words) in [
+        ("diskCount", 2, "`context.diskCount`: expected 0 where `context.stream.storage` is `none`"),
+        ("diskMiB", 2, "`context.diskMiB`: expected 0 where `context.diskCount` is"),
+        ("colour", 2, "`context.colour`: unknown field `colour`"),
+    ] {
+        let mut bad = good.clone();
+        bad["context"][field] = value.into();
+        explain(&bad, "").says(2, &[words]);
+    }
+    // The least is known of what nobody has described, and that is said.
+    explain(&good, "")
+        .says(3, &["gw-b` is unknown", "VM `00000000-0000-0000-0000-000000000001` is unknown", "nothing is known of gateways"]);
+    std::fs::copy(example("gateway.toml"), dir.path().join("gateway.toml")).unwrap();
+    let object = explain(&good, "--config gateway.toml --json").says(3, &[]).json();
+    assert_eq!((&object["question"]["principal_known"], &object["question"]["vm_known"]), (&true.into(), &false.into()), "{object}");
+    // What else describes a question is not for one that is written down.
+    explain(&good, "--memory 4GiB").says(2, &["cannot be used with"]);
 }
 
 #[test]

@@ -24,7 +24,7 @@ struct Object {
     schema: DiffSchema,
     /// Decisions that were asked again.
     asked: usize,
-    /// Decisions whose entries do not say what they were made from.
+    /// Decisions whose entries do not say what they were made from, or say what cannot be.
     skipped: usize,
     changed: Vec<Changed>,
 }
@@ -61,12 +61,13 @@ pub(super) fn diff(old: &Path, new: &Path, log: &Path, out: Out) -> Ending {
     let (mut asked, mut skipped, mut changed) = (0, 0, Vec::new());
     for entry in audit::read(log, filter).map_err(|error| unreadable(&error))? {
         let entry = entry.map_err(|error| unreadable(&error).with_hint("`sealane audit verify` says what is wrong with the log"))?;
-        let Some(question) = question(&entry) else {
-            skipped += 1;
-            continue;
-        };
-        asked += 1;
-        changed.extend(compare(&entry, &question, &sets)?);
+        match question(&entry).and_then(|question| compare(&entry, &question, &sets).ok()) {
+            Some(difference) => {
+                asked += 1;
+                changed.extend(difference);
+            }
+            None => skipped += 1,
+        }
     }
     let count = changed.len();
     let talk = format!("{count} of {asked} {} would change", plural(asked, "decision", "decisions"));
@@ -77,7 +78,7 @@ pub(super) fn diff(old: &Path, new: &Path, log: &Path, out: Out) -> Ending {
         out.talk(&talk);
     }
     if skipped > 0 {
-        out.talk(&format!("{skipped} could not be asked again: their entries do not say what they were made from"));
+        out.talk(&format!("{skipped} could not be asked again: their entries do not say what they were made from, or say what cannot be"));
     }
     Ok(if count == 0 { Exit::Done } else { Exit::Failed })
 }
@@ -96,9 +97,8 @@ fn question(entry: &StoredEntry) -> Option<WrittenQuestion> {
     serde_json::from_value(question).ok()
 }
 
-fn compare(entry: &StoredEntry, question: &WrittenQuestion, (old, new): &(PolicySet, PolicySet)) -> Result<Option<Changed>, Problem> {
-    let failed = |what: String| Problem::new(ErrorClass::Misuse, format!("entry {} of the log: {what}", entry.index)).with_code("audit");
-    let (old, new) = (question.ask(old).map_err(failed)?, question.ask(new).map_err(failed)?);
+fn compare(entry: &StoredEntry, question: &WrittenQuestion, (old, new): &(PolicySet, PolicySet)) -> Result<Option<Changed>, String> {
+    let (old, new) = (question.ask(old)?, question.ask(new)?);
     if old.allowed == new.allowed {
         return Ok(None);
     }

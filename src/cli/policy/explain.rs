@@ -14,6 +14,7 @@ use crate::control::Exit;
 use crate::gateway::{address_of, channel_in_order, default_stream, entities, operator_id, read_policy_text};
 use crate::policy::{Explanation, MigrationContext, PolicySet, Question, RequestContext, Route, Storage, Stream, WrittenQuestion};
 use crate::telemetry::{ErrorClass, Problem, schema_tag};
+use crate::types::VmUuid;
 
 schema_tag!(
     /// Schema of `policy explain --json`.
@@ -48,6 +49,10 @@ pub(super) fn explain(flags: &PolicyExplainFlags, out: Out) -> Ending {
     let config = config::load_text(file)?;
     let vm = config.vm(vm).ok_or_else(|| unknown(file, "VM", vm.as_str(), config.vms.iter().map(|vm| vm.name.as_str())))?;
     let peer = config.peer(peer).ok_or_else(|| unknown(file, "peer", peer.as_str(), config.peers.iter().map(|peer| peer.name.as_str())))?;
+    if flags.storage == StorageAsked::None && (flags.disks > 0 || flags.disk_size.bytes > 0) {
+        let problem = Problem::new(ErrorClass::Misuse, "--disks and --disk-size are about disks that move, and --storage is none");
+        return Err(problem.with_hint("--storage all, or only"));
+    }
     let operator = operator(flags, &config)?;
     let set = load_or_refuse(&flags.directory, &entities(&config))?;
     let facts = Facts { flags, config: &config, vm, peer, operator: operator.as_deref() };
@@ -81,13 +86,16 @@ fn written(flags: &PolicyExplainFlags, file: &Path, out: Out) -> Ending {
     let known = flags.config.as_deref().map(config::load_text).transpose()?.map(|config| entities(&config)).unwrap_or_default();
     let set = load_or_refuse(&flags.directory, &known)?;
     let text = read_policy_text(file).map_err(|error| misuse(format!("cannot read `{}`: {error}", file.display())))?;
-    let asked = serde_json::from_str::<WrittenQuestion>(&text).map_err(|error| error.to_string());
-    let explanation = asked.and_then(|asked| asked.explain(&set));
-    let explanation = explanation.map_err(|what| misuse(format!("`{}` is no question: {what}", file.display())))?;
+    let no_question = |what: String| misuse(format!("`{}` is no question: {what}", file.display()));
+    let asked = WrittenQuestion::read(&text).map_err(no_question)?;
+    let explanation = asked.explain(&set).map_err(no_question)?;
     if out.json {
         out.object(&WrittenObject { schema: ExplainSchema, question: QuestionObject::new(None, &explanation) });
     } else {
         out.data(&question(out, &explanation));
+    }
+    if !asked.has_entities() && flags.config.is_none() {
+        out.talk("nothing is known of gateways, operators and VMs: give the request `entities`, or the command --config");
     }
     Ok(if explanation.allowed { Exit::Done } else { Exit::Refused })
 }
@@ -263,7 +271,10 @@ fn question(out: Out, explanation: &Explanation) -> String {
         let _ = writeln!(text, "            {}", printable(&error.to_string()));
     }
     if !explanation.principal_known {
-        let _ = writeln!(text, "            `{}` is not in the configuration", printable(&explanation.principal));
+        let _ = writeln!(text, "            `{}` is unknown: it is judged as nobody's", printable(&explanation.principal));
+    }
+    if !explanation.vm_known {
+        let _ = writeln!(text, "            VM `{}` is unknown: it is judged as one that is restricted and may not move", explanation.vm);
     }
     text
 }
@@ -303,6 +314,10 @@ struct QuestionObject {
     direction: Option<Direction>,
     action: &'static str,
     principal: String,
+    /// Whether it is in the configuration, or among the entities of the request.
+    principal_known: bool,
+    vm: VmUuid,
+    vm_known: bool,
     decision: &'static str,
     why: String,
     policies: Vec<PolicyObject>,
@@ -334,6 +349,9 @@ impl QuestionObject {
             direction,
             action: explanation.action,
             principal: explanation.principal.clone(),
+            principal_known: explanation.principal_known,
+            vm: explanation.vm,
+            vm_known: explanation.vm_known,
             decision: if explanation.allowed { "allow" } else { "deny" },
             why: explanation.why.clone(),
             policies: policies.collect(),
