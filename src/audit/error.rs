@@ -89,6 +89,14 @@ impl AuditError {
         Self::Io { what, path: path.to_owned(), source: Arc::new(source) }
     }
 
+    /// With what is behind it, on one line.
+    pub(super) fn in_full(&self) -> String {
+        match self {
+            Self::Io { source, .. } => format!("{self}: {source}"),
+            other => other.to_string(),
+        }
+    }
+
     pub(super) fn damaged(file: &Path, index: u64, why: impl Into<String>) -> Self {
         Self::Damaged { file: file.to_owned(), index, why: why.into() }
     }

@@ -27,7 +27,7 @@ pub trait Signer: Send + Sync {
     fn sign(&self, bytes: &[u8]) -> Result<[u8; 64], String>;
     /// The key that verifies it.
     fn public_key(&self) -> [u8; 32];
-    /// The key's name, for checkpoints: no spaces, no `+`.
+    /// The key's name, for what it signs as a witness: no spaces, no `+`.
     fn name(&self) -> &str;
 }
 
@@ -69,14 +69,13 @@ fn is_key_name(name: &str) -> bool {
     is_origin(name) && !name.contains('+')
 }
 
-/// Signs a head.
+/// Signs a head. The log's key has the name of the log.
 pub(super) fn sign(signer: &dyn Signer, origin: &str, head: Head) -> Result<Checkpoint, String> {
-    let name = signer.name();
-    if !is_key_name(name) {
-        return Err(format!("key name `{}` has spaces or `+`, or is too long", name.escape_debug()));
+    if !is_key_name(origin) {
+        return Err(format!("key name `{}` has spaces or `+`, or is too long", origin.escape_debug()));
     }
     let body = format!("{origin}\n{}\n{}\n", head.size, base64(&head.root));
-    let line = signature_line(Kind::Log, name, &signer.public_key(), &signer.sign(body.as_bytes())?);
+    let line = signature_line(Kind::Log, origin, &signer.public_key(), &signer.sign(body.as_bytes())?);
     Ok(Checkpoint { origin: origin.to_owned(), size: head.size, root: head.root, text: format!("{body}\n{line}") })
 }
 
@@ -172,10 +171,10 @@ impl<'a> Note<'a> {
         Ok((origin, Head { size, root }))
     }
 
-    /// What the key signed as `kind`; the first line that names it.
-    fn signature_of(&self, kind: Kind, public_key: &[u8; 32]) -> Option<&[u8]> {
+    /// What the key signed as `kind`, and under which name; the first line that names it.
+    fn signature_of(&self, kind: Kind, public_key: &[u8; 32]) -> Option<(&str, &[u8])> {
         let by = |(name, id, _): &&(&str, [u8; 4], Vec<u8>)| *id == key_id(kind, name, public_key);
-        self.signatures.iter().find(by).map(|(_, _, signature)| signature.as_slice())
+        self.signatures.iter().find(by).map(|(name, _, signature)| (*name, signature.as_slice()))
     }
 }
 
@@ -202,12 +201,16 @@ pub(super) fn open_bare(text: &str, public_key: &[u8; 32]) -> Result<Checkpoint,
 fn open_counting(text: &str, public_key: &[u8; 32]) -> Result<(Checkpoint, usize), String> {
     let note = Note::parse(text)?;
     let (origin, head) = note.head()?;
-    let signed = note.signature_of(Kind::Log, public_key).ok_or_else(|| {
+    let (name, signed) = note.signature_of(Kind::Log, public_key).ok_or_else(|| {
         let names: Vec<&str> = note.signatures.iter().map(|(name, ..)| *name).collect();
         format!("is signed by another key than expected, under the name `{}`", names.join("`, `"))
     })?;
     if !verifies(public_key, note.body.as_bytes(), signed) {
         return Err("has a bad signature".to_owned());
+    }
+    // The name is not signed, so anybody can write another one. A log's key has the name of the log.
+    if name != origin {
+        return Err(format!("is signed under the name `{name}`, and is of log `{origin}`"));
     }
     let checkpoint = Checkpoint { origin: origin.to_owned(), size: head.size, root: head.root, text: text.to_owned() };
     Ok((checkpoint, note.signatures.len()))
@@ -216,7 +219,7 @@ fn open_counting(text: &str, public_key: &[u8; 32]) -> Result<(Checkpoint, usize
 /// When the owner of `public_key` cosigned the checkpoint, in seconds since the epoch; nothing if it did not.
 pub(super) fn cosigned_at(text: &str, public_key: &[u8; 32]) -> Result<Option<u64>, String> {
     let note = Note::parse(text)?;
-    let Some(blob) = note.signature_of(Kind::Cosignature, public_key) else { return Ok(None) };
+    let Some((_, blob)) = note.signature_of(Kind::Cosignature, public_key) else { return Ok(None) };
     let (seconds, signature) = blob.split_first_chunk::<8>().ok_or("has a cosignature that is too short")?;
     let seconds = u64::from_be_bytes(*seconds);
     // The format's own limit.

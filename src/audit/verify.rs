@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::fs::File;
+use std::io;
 use std::path::{Path, PathBuf};
 
 use nix::fcntl::{Flock, FlockArg};
@@ -103,8 +104,13 @@ pub fn verify(dir: &Path, options: &VerifyOptions) -> VerifyReport {
     let live = is_live(dir);
     // First the checkpoint: a live log only grows beyond it.
     let own = read_checkpoint(dir);
-    let own = own.map_err(|error| error.to_string()).and_then(|text| text.ok_or_else(|| "there is no checkpoint".to_owned()));
+    let nothing = matches!(own, Ok(None));
+    let own = own.map_err(|error| error.in_full()).and_then(|text| text.ok_or_else(|| "there is no checkpoint".to_owned()));
     let mut walk = match Walk::new(dir) {
+        Ok(walk) if nothing && !walk.has_segments() => {
+            let source = io::Error::new(io::ErrorKind::NotFound, "neither entries nor a checkpoint are there");
+            return unreadable(&AuditError::io("find an audit log in", dir, source), own);
+        }
         Ok(walk) => walk,
         Err(error) => return unreadable(&error, own),
     };
@@ -127,7 +133,7 @@ pub fn verify(dir: &Path, options: &VerifyOptions) -> VerifyReport {
     let content = match damage {
         Some(error) if !(unfinished && is_torn(&error)) => {
             let entry = if let AuditError::Damaged { index, .. } = &error { *index } else { walk.signed() };
-            Verdict::bad(Some(entry), error.to_string())
+            Verdict::bad(Some(entry), error.in_full())
         }
         _ => read.content(&walk),
     };
@@ -145,7 +151,7 @@ pub fn verify(dir: &Path, options: &VerifyOptions) -> VerifyReport {
 }
 
 fn unreadable(error: &AuditError, own: Result<String, String>) -> VerifyReport {
-    let why = error.to_string();
+    let why = error.in_full();
     let open = || Verdict::Open("the log cannot be read".to_owned());
     let origin = own.ok().and_then(|text| note::read(&text).ok()).map(|checkpoint| checkpoint.origin);
     let root = hex(&Head::EMPTY.root);

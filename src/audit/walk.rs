@@ -92,6 +92,11 @@ impl Walk {
         })
     }
 
+    /// Whether there is any file with entries.
+    pub(super) fn has_segments(&self) -> bool {
+        !self.segments.is_empty()
+    }
+
     /// Asks for the root at a size, before it is passed.
     pub(super) fn want(&mut self, size: u64) {
         self.wanted.insert(size, (size == 0).then_some(Head::EMPTY.root));

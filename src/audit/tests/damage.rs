@@ -309,7 +309,7 @@ const CASES: &[Case] = &[
         blob[0] ^= 1;
         v.behind(33, &good, &note::base64(&blob));
     }),
-    ("a key's name changed", BadSigner, Some(33), "another key", |v| v.behind(33, "— spiffe://dc1", "— spiffe://dc9")),
+    ("a key's name changed", BadSigner, Some(33), "another key", |v| v.behind(33, "— sealane/dc1", "— sealane/dc9")),
     ("an origin changed", BadSigner, Some(33), "bad signature", |v| v.behind(33, "sealane/dc1", "sealane/dc9")),
     ("a second signature", BadSigner, Some(33), "has 2 signatures", |v| {
         let line = format!("{}\\n", v.checkpoint(33).trim_end().rsplit('\n').next().unwrap());

@@ -133,9 +133,9 @@ proptest! {
 }
 
 fn verifier(kind: u8, seed: u8) -> signed_note::StandardVerifier {
-    let (name, key) = (TestSigner::new(seed).name().to_owned(), TestSigner::new(seed).public_key());
+    let (name, key) = (ORIGIN, TestSigner::new(seed).public_key());
     let blob = [&[kind], key.as_slice()].concat();
-    let vkey = format!("{name}+{:08x}+{}", signed_note::key_id(&name, &blob), note::base64(&blob));
+    let vkey = format!("{name}+{:08x}+{}", signed_note::key_id(name, &blob), note::base64(&blob));
     signed_note::StandardVerifier::new(&vkey).unwrap()
 }
 

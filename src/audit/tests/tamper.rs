@@ -171,6 +171,63 @@ fn a_given_checkpoint_of_another_log_or_key_proves_nothing() {
     }
 }
 
+/// The name of a signature is not signed itself. Under another one it would be none for other programs.
+#[test]
+fn a_signature_under_another_name_is_none() {
+    let dir = written(4);
+    let (path, published) = (segment(dir.path()), segment::checkpoint_path(dir.path()));
+    let renamed = |text: &str| {
+        let id = |name: &str| {
+            let key = [name.as_bytes(), b"\n\x01", &TestSigner::new(1).public_key()].concat();
+            ring::digest::digest(&ring::digest::SHA256, &key).as_ref()[..4].to_vec()
+        };
+        let (body, line) = text.trim_end().split_once("\n\n").unwrap();
+        let blob = note::unbase64(line.rsplit(' ').next().unwrap()).unwrap();
+        assert_eq!(blob[..4], id(ORIGIN));
+        format!("{body}\n\n— elsewhere {}\n", note::base64(&[&id("elsewhere"), &blob[4..]].concat()))
+    };
+    let (log, own) = (std::fs::read_to_string(&path).unwrap(), std::fs::read_to_string(&published).unwrap());
+    let lines = log.lines().map(|line| match serde_json::from_str::<serde_json::Value>(line).unwrap() {
+        mut commit if is_checkpoint_line(line.as_bytes()) => {
+            commit["checkpoint"] = renamed(commit["checkpoint"].as_str().unwrap()).into();
+            commit.to_string() + "\n"
+        }
+        _ => line.to_owned() + "\n",
+    });
+    let other: String = lines.collect();
+    assert_ne!(other, log);
+    let wrong = |what: &str, report: &VerifyReport| {
+        let all = [&report.content, &report.signer, &report.completeness];
+        assert!(
+            all.iter().any(|verdict| verdict.is_bad() && verdict.to_string().contains("under the name `elsewhere`")),
+            "{what}: {report:#?}"
+        );
+    };
+    std::fs::write(&path, other).unwrap();
+    wrong("all commits", &verify(dir.path(), &pinned()));
+    wrong("all commits, no key", &verify(dir.path(), &VerifyOptions::default()));
+    std::fs::write(&path, &log).unwrap();
+    std::fs::write(&published, renamed(&own)).unwrap();
+    wrong("what is published", &verify(dir.path(), &pinned()));
+    std::fs::write(&published, &own).unwrap();
+    wrong("what was kept", &verify(dir.path(), &VerifyOptions { checkpoint: Some(renamed(&own)), ..pinned() }));
+    assert!(verify(dir.path(), &pinned()).is_ok());
+}
+
+#[test]
+fn a_directory_without_a_log_is_none_and_what_cannot_be_read_is_said_with_its_reason() {
+    let report = verify(tempdir().path(), &VerifyOptions::default());
+    assert!(report.content.is_bad() && report.content.to_string().contains("neither entries nor a checkpoint"), "{report:#?}");
+    let dir = written(2);
+    std::fs::write(segment::checkpoint_path(dir.path()), "x".repeat(1 << 20)).unwrap();
+    let report = verify(dir.path(), &pinned());
+    assert!(report.signer.is_bad() && report.signer.to_string().contains("longer than"), "{report:#?}");
+    std::fs::remove_file(segment(dir.path())).unwrap();
+    std::os::unix::fs::symlink("/dev/zero", segment(dir.path())).unwrap();
+    let report = verify(dir.path(), &pinned());
+    assert!(report.content.is_bad() && report.content.to_string().contains("symbolic links"), "{report:#?}");
+}
+
 #[test]
 fn missing_files_and_links_are_refused() {
     let dir = written(2);
