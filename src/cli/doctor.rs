@@ -183,8 +183,8 @@ fn configuration(file: &Path) -> Vec<Check> {
             checks.push(revocation_list(&format!("CRL of {}", trust.domain), crl, now));
         }
     }
-    checks.extend(crate::gateway::check_token(&config).map(|found| match found {
-        Ok(()) => check("key in a token", CheckVerdict::Pass, format!("{} is there", config.identity.key), None),
+    checks.extend(crate::gateway::check_tokens(&config).into_iter().map(|(key, found)| match found {
+        Ok(()) => check("key in a token", CheckVerdict::Pass, format!("{key} is there"), None),
         Err(problem) => check("key in a token", CheckVerdict::Fail, problem.message, problem.hint.as_deref()),
     }));
     checks.extend(directories(&config));

@@ -26,11 +26,8 @@ pub(super) fn identity(r: &mut Reader, top: &mut Section<'_, '_>) -> Option<Iden
         let hint = "the TLS key and the key that signs handoffs are two keys; `sealane pki issue` makes both".to_owned();
         r.problem(signing_key.at, &s.key("signing_key"), "the same file as `identity.key`".to_owned(), Some(hint));
     }
-    if let Some(Located { value: KeyFile::Token(_), at }) = &signing_key {
-        let hint = "`sealane pki issue` makes a file for it; the TLS key may be in a token".to_owned();
-        r.problem(*at, &s.key("signing_key"), "the key that signs handoffs cannot be in a token".to_owned(), Some(hint));
-    }
-    let (pkcs11_module, pkcs11_pin) = token(r, &mut s, key.as_ref());
+    let in_token = |key: &Option<Located<KeyFile>>| key.as_ref().filter(|key| matches!(key.value, KeyFile::Token(_))).map(|key| key.at);
+    let (pkcs11_module, pkcs11_pin) = token(r, &mut s, in_token(&key).or_else(|| in_token(&signing_key)));
     let require_post_quantum = r.or(&mut s, "require_post_quantum", false).value;
     let mut domains = HashMap::new();
     let mut trust = Vec::new();
@@ -77,18 +74,18 @@ fn trust_domain(r: &mut Reader, mut t: Section<'_, '_>, seen: &mut HashMap<Strin
     Some(Trust { domain: domain?.value, roots: roots?.value, crls: crls?.value, intermediates })
 }
 
-/// The library that speaks to the token of a key, and the file with its PIN.
-fn token(r: &mut Reader, s: &mut Section<'_, '_>, key: Option<&Located<KeyFile>>) -> (Option<PathBuf>, Option<KeyFile>) {
+/// The library that speaks to the tokens of keys, and the file with their PIN. `key`: the place of one that is in a token.
+fn token(r: &mut Reader, s: &mut Section<'_, '_>, key: Option<usize>) -> (Option<PathBuf>, Option<KeyFile>) {
     let module = r.optional::<PathBuf>(s, "pkcs11_module");
     let pin = r.optional::<KeyFile>(s, "pkcs11_pin");
-    let in_token = matches!(key, Some(Located { value: KeyFile::Token(_), .. }));
-    if let (true, Some(key), None) = (in_token, key, &module) {
+    if let (Some(at), None) = (key, &module) {
         let hint = "the library of the token's maker, e.g. `/usr/lib/softhsm/libsofthsm2.so`".to_owned();
-        r.problem(key.at, &s.key("pkcs11_module"), "missing: the key is in a token".to_owned(), Some(hint));
+        r.problem(at, &s.key("pkcs11_module"), "missing: the key is in a token".to_owned(), Some(hint));
     }
     let needless = [("pkcs11_module", module.as_ref().map(|it| it.at)), ("pkcs11_pin", pin.as_ref().map(|it| it.at))];
-    for (name, at) in needless.into_iter().filter_map(|(name, at)| Some((name, at.filter(|_| !in_token)?))) {
-        r.problem(at, &s.key(name), "`key` is in no token".to_owned(), Some("`key = \"pkcs11:token=…;object=…\"`".to_owned()));
+    for (name, at) in needless.into_iter().filter_map(|(name, at)| Some((name, at.filter(|_| key.is_none())?))) {
+        let hint = "`key = \"pkcs11:token=…;object=…\"`, or `signing_key`".to_owned();
+        r.problem(at, &s.key(name), "neither `key` nor `signing_key` is in a token".to_owned(), Some(hint));
     }
     match &pin {
         Some(Located { value: KeyFile::Token(_), at }) => {

@@ -103,11 +103,11 @@ pub struct Identity {
     pub certificate: PathBuf,
     /// PEM: the leaf's private key; or which key of which token.
     pub key: KeyFile,
-    /// The library that speaks to the token, where the key is in one.
+    /// The library that speaks to tokens, where one of the keys is in one.
     pub pkcs11_module: Option<PathBuf>,
     /// The file with the token's PIN; none where the token asks for it by itself, or wants none.
     pub pkcs11_pin: Option<KeyFile>,
-    /// PEM: the Ed25519 key that signs handoff messages and checkpoints.
+    /// PEM: the Ed25519 key that signs handoff messages and checkpoints; or which key of which token.
     pub signing_key: KeyFile,
     /// Whether a peer that cannot do X25519MLKEM768 is refused.
     pub require_post_quantum: bool,

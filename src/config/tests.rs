@@ -451,13 +451,22 @@ fn a_key_in_a_token_is_named_with_the_library_that_speaks_to_it() {
         (in_token("pkcs11_module = \"nowhere.so\"\n"), "cannot read"),
         (in_token("pkcs11_module = \".\"\n"), "is not a library"),
         (in_token("pkcs11_module = \"pin\"\npkcs11_pin = \"pkcs11:token=a;object=b\"\n"), "expected a file, or a credential"),
-        (problems("key = \"key.pem\"", "key = \"key.pem\"\npkcs11_module = \"pin\"\n"), "`key` is in no token"),
-        (problems("key = \"key.pem\"", "key = \"key.pem\"\npkcs11_pin = \"pin\"\n"), "`key` is in no token"),
+        (problems("key = \"key.pem\"", "key = \"key.pem\"\npkcs11_module = \"pin\"\n"), "neither `key` nor `signing_key`"),
+        (problems("key = \"key.pem\"", "key = \"key.pem\"\npkcs11_pin = \"pin\"\n"), "neither `key` nor `signing_key`"),
         (problems("key = \"key.pem\"", "key = \"pkcs11:token=a\"\n"), "identity.key"),
-        (problems("key = \"signing.pem\"", "key = \"pkcs11:token=a;object=b\""), "cannot be in a token"),
+        (problems("key = \"signing.pem\"", "key = \"pkcs11:token=a;object=b\""), "identity.pkcs11_module: missing"),
     ] {
         assert!(found.iter().any(|line| line.contains(words)), "`{words}`: {found:#?}");
     }
+    // The signing key alone, and both; the one key is not for both.
+    let signing = |more: &str| problems("signing_key = \"signing.pem\"", &format!("signing_key = \"pkcs11:token=a;object=c\"\n{more}"));
+    assert_eq!(signing("pkcs11_module = \"pin\"\npkcs11_pin = \"pin\"\n"), Vec::<String>::new());
+    let both = |object: &str| {
+        let keys = format!("key = \"pkcs11:token=a;object=b\"\npkcs11_module = \"pin\"\nsigning_key = \"pkcs11:token=a;object={object}\"");
+        problems("key = \"key.pem\"\nsigning_key = \"signing.pem\"", &keys)
+    };
+    assert_eq!(both("c"), Vec::<String>::new());
+    assert!(both("b").iter().any(|line| line.contains("the same file as `identity.key`")));
     std::fs::set_permissions(&pin, std::fs::Permissions::from_mode(0o640)).unwrap();
     let open = in_token("pkcs11_module = \"pin\"\npkcs11_pin = \"pin\"\n");
     assert!(open.iter().any(|line| line.contains("mode 640")), "{open:#?}");

@@ -69,6 +69,10 @@ pub(super) fn begin(config: &Config, launcher: &Launcher) -> Result<Apart, Probl
     let origin = own.map_err(|error| Problem::new(error.class(), chain(&error)).with_code("identity"))?.to_string();
     let witnessed = config.peers.iter().map(|peer| peer.spiffe.to_string()).collect();
     let tls = start(config, "key", &identity.key, Purpose::Handshakes)?;
+    if matches!(identity.key, KeyFile::Token(_)) {
+        // WHY: the other one may use the same PIN. A wrong one is tried once.
+        ready("key", &tls)?;
+    }
     let signing = start(config, "signing_key", &identity.signing_key, Purpose::Evidence { origin, witnessed })?;
     ready("key", &tls)?;
     ready("signing_key", &signing)?;
@@ -182,11 +186,13 @@ fn hold_token(socket: &OwnedFd, plan: &Plan, place: &TokenPlace) -> Result<(), P
     Ok(())
 }
 
-/// For `doctor`: whether the token is there and has the key; nothing where the key is in a file.
-pub(crate) fn check_token(config: &Config) -> Option<Result<(), Problem>> {
-    let file = &config.identity.key;
-    let started = || start(config, "key", file, Purpose::Handshakes).and_then(|holder| ready("key", &holder));
-    matches!(file, KeyFile::Token(_)).then(started)
+/// For `doctor`: of each key that is in a token, which it is, and whether the token is there and has it.
+pub(crate) fn check_tokens(config: &Config) -> Vec<(String, Result<(), Problem>)> {
+    let evidence = Purpose::Evidence { origin: String::new(), witnessed: Vec::new() };
+    let keys = [("key", &config.identity.key, Purpose::Handshakes), ("signing_key", &config.identity.signing_key, evidence)];
+    let in_tokens = keys.into_iter().filter(|(_, file, _)| matches!(file, KeyFile::Token(_)));
+    let check = |(key, file, purpose)| (format!("{file}"), start(config, key, file, purpose).and_then(|holder| ready(key, &holder)));
+    in_tokens.map(check).collect()
 }
 
 impl Gateway {

@@ -44,7 +44,7 @@ pub use start::run;
 
 // For `sealane policy` and `sealane bench`, which ask and report as the daemon does.
 pub(crate) use bundles::{read_bundle, verify_bundle};
-pub(crate) use keys::check_token;
+pub(crate) use keys::check_tokens;
 pub(crate) use policies::{
     address_of, channel_in_order, compression, default_stream, entities, operator_id, read_policies, read_policy_text, zstd_level,
 };

@@ -1,4 +1,4 @@
-//! Gateways whose TLS keys are in PKCS#11 tokens: SoftHSM2 in a token's place, in processes of their own.
+//! Gateways whose keys are in PKCS#11 tokens: SoftHSM2 in a token's place, in processes of their own.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -27,7 +27,7 @@ fn module() -> Option<&'static str> {
     found
 }
 
-/// Puts a gateway's key into a token, and nowhere else.
+/// Puts both keys of a gateway into a token, and nowhere else.
 fn into_token(lab: &mut Lab, name: Name, module: &str) {
     let directory = lab.gateway(name).directory().to_owned();
     let (tokens, conf, pin) = (directory.join("tokens"), directory.join("softhsm2.conf"), directory.join("pin"));
@@ -44,10 +44,15 @@ fn into_token(lab: &mut Lab, name: Name, module: &str) {
         let path = key(of);
         softhsm(&["--import", path.to_str().unwrap(), "--token", "sealane", "--label", "gateway", "--id", id, "--pin", "1234"]);
     }
+    let signing = lab.pki().join(format!("{}-signing-key.pem", name.gateway()));
+    let signing = signing.to_str().unwrap();
+    softhsm(&["--import", signing, "--token", "sealane", "--label", "evidence", "--id", "03", "--pin", "1234"]);
     let path = lab.gateway(name).config();
     let text = fs::read_to_string(&path).unwrap();
     let in_token = format!("key = \"pkcs11:token=sealane;object=gateway\"\npkcs11_module = \"{module}\"\npkcs11_pin = \"pin\"\n");
     let text = replaced(&text, &format!("key = \"../pki/{}-key.pem\"\n", name.gateway()), &in_token);
+    let file = format!("signing_key = \"../pki/{}-signing-key.pem\"", name.gateway());
+    let text = replaced(&text, &file, "signing_key = \"pkcs11:token=sealane;object=evidence\"");
     fs::write(&path, text).unwrap();
 }
 
@@ -65,7 +70,9 @@ fn lab_with_tokens(module: &str) -> Lab {
         into_token(&mut lab, name, module);
     }
     for name in [A, B] {
-        fs::remove_file(lab.pki().join(format!("{}-key.pem", name.gateway()))).unwrap();
+        for key in ["key", "signing-key"] {
+            fs::remove_file(lab.pki().join(format!("{}-{key}.pem", name.gateway()))).unwrap();
+        }
     }
     lab.start_guest();
     for name in [A, B] {
@@ -94,9 +101,18 @@ fn a_guest_moves_between_gateways_whose_keys_are_in_tokens() {
     assert_ne!(said.code, 0);
     wait_for("a log that says which key", || lab.gateway(B).log().contains("pkcs11:token=sealane;object=gateway").then_some(()));
     lab.settled_on(A);
+    // Both logs are signed by the keys that are in no file any more.
     for name in [A, B] {
-        lab.gateway(name).audit_verifies();
+        let public = lab.pki().join(format!("{}-signing-pub.pem", name.gateway()));
+        let log = lab.gateway(name).directory().join("audit");
+        let arguments = ["audit".as_ref(), "verify".as_ref(), log.as_os_str(), "--key".as_ref(), public.as_os_str()];
+        crate::command::run(lab.directory(), &arguments).expect(0, &["verified"]);
     }
+    // Nothing leaves that cannot be recorded.
+    lab.gateway(A).end_companion("signing_key");
+    let said = lab.migrate(A, &[]);
+    said.expect_stayed(said.code, &["its checkpoint is not signed"]);
+    assert_ne!(said.code, 0);
 }
 
 /// A gateway starts only when a signature of the token fits its certificate. P-256 is what guests move with above.
@@ -149,6 +165,25 @@ fn a_gateway_does_not_start_without_its_token_and_says_why() {
     in_vain(&["0 private keys"]);
     with("object=gateway", "object=gateway;id=%01");
     in_vain(&["does not belong to"]);
+    // Which key signs evidence shows by its public half, beside it under the same name.
+    let directory = lab.gateway(A).directory().to_owned();
+    let import = |key: &str, label: &str, id: &str, more: &[&str]| {
+        run("openssl", &directory, &["genpkey", "-algorithm", "ED25519", "-out", key]);
+        let arguments = ["--import", key, "--token", "sealane", "--label", label, "--id", id, "--pin", "1234"];
+        run("softhsm2-util", &directory, &[&arguments, more].concat());
+    };
+    import("half.pem", "half", "04", &["--no-public-key"]);
+    import("other.pem", "evidence", "05", &[]);
+    for (object, words) in [
+        ("another", "0 private keys"),
+        ("gateway;id=%02", "0 Ed25519 keys with both halves"),
+        ("half", "0 Ed25519 keys with both halves"),
+        ("evidence", "2 Ed25519 keys with both halves"),
+    ] {
+        with("object=evidence", &format!("object={object}"));
+        in_vain(&[&format!("token=sealane;object={object}"), words]);
+    }
+    let good = replaced(&good, "object=evidence", "object=evidence;id=%03");
     fs::write(&path, &good).unwrap();
     fs::set_permissions(&pin, fs::Permissions::from_mode(0o644)).unwrap();
     in_vain(&["pin", "mode 644"]);

@@ -9,6 +9,8 @@
 #[cfg(feature = "pkcs11")]
 mod module;
 mod process;
+#[cfg(any(test, feature = "pkcs11"))]
+mod raw;
 #[cfg(test)]
 mod tests;
 

@@ -5,7 +5,7 @@ use cryptoki::error::{Error, RvError};
 use cryptoki::mechanism::eddsa::{EddsaParams, EddsaSignatureScheme};
 use cryptoki::mechanism::rsa::{PkcsMgfType, PkcsPssParams};
 use cryptoki::mechanism::{Mechanism, MechanismType};
-use cryptoki::object::{Attribute, ObjectClass, ObjectHandle};
+use cryptoki::object::{Attribute, AttributeType, ObjectClass, ObjectHandle};
 use cryptoki::session::{Session, UserType};
 use cryptoki::slot::{Slot, TokenInfo};
 use cryptoki::types::AuthPin;
@@ -14,9 +14,10 @@ use ring::rand::{SecureRandom, SystemRandom};
 use rustls::SignatureScheme;
 use rustls::pki_types::SubjectPublicKeyInfoDer;
 
-use super::{Keys, Refusal, TokenPlace, kind_of};
+use super::process::InUse;
+use super::{Keys, Refusal, TokenPlace, kind_of, raw};
 use crate::identity::IdentityError;
-use crate::identity::keys::read_private;
+use crate::identity::keys::{ED25519_SPKI, read_private};
 use crate::identity::strength;
 use crate::limits;
 use crate::types::TokenUri;
@@ -58,7 +59,10 @@ pub struct Opened {
     uri: TokenUri,
     pin: Option<AuthPin>,
     pin_refused: bool,
+    /// A session, and all private keys that the URI names.
     open: Option<(Session, Vec<ObjectHandle>)>,
+    /// Those that the gateway signs with; none where a session has ended since one was found.
+    used: InUse<Option<ObjectHandle>>,
 }
 
 impl std::fmt::Debug for Opened {
@@ -91,7 +95,7 @@ impl Opened {
     pub fn begin(place: &TokenPlace, pin: Option<AuthPin>) -> Result<Self, ModuleError> {
         let library = Pkcs11::new(&place.module)?;
         library.initialize(CInitializeArgs::new(CInitializeFlags::OS_LOCKING_OK))?;
-        let mut opened = Self { library, uri: place.uri.clone(), pin, pin_refused: false, open: None };
+        let mut opened = Self { library, uri: place.uri.clone(), pin, pin_refused: false, open: None, used: InUse::new() };
         opened.keys()?;
         Ok(opened)
     }
@@ -111,15 +115,26 @@ impl Opened {
         if token.login_required() {
             self.log_in(&session, &token)?;
         }
-        let mut wanted = vec![Attribute::Class(ObjectClass::PRIVATE_KEY)];
-        wanted.extend(self.uri.attribute("object").map(|label| Attribute::Label(label.to_vec())));
-        wanted.extend(self.uri.attribute("id").map(|id| Attribute::Id(id.to_vec())));
-        let keys = session.find_objects(&wanted)?;
+        let keys = session.find_objects(&self.named(ObjectClass::PRIVATE_KEY))?;
         if keys.is_empty() || keys.len() > usize::from(limits::TOKEN_KEYS_MAX) {
             let found = format!("{} private keys", keys.len());
             return Err(ModuleError::Count { uri: self.uri.clone(), found, expected: "at least one, and few" });
         }
         Ok((session, keys))
+    }
+
+    /// What an object of the URI has.
+    fn named(&self, class: ObjectClass) -> Vec<Attribute> {
+        let mut wanted = vec![Attribute::Class(class)];
+        wanted.extend(self.uri.attribute("object").map(|label| Attribute::Label(label.to_vec())));
+        wanted.extend(self.uri.attribute("id").map(|id| Attribute::Id(id.to_vec())));
+        wanted
+    }
+
+    /// Ends the session: keys may have been added since, or it has gone with its token.
+    fn close(&mut self) {
+        self.open = None;
+        self.used.each().for_each(|key| *key = None);
     }
 
     fn token(&self) -> Result<(Slot, TokenInfo), ModuleError> {
@@ -161,13 +176,13 @@ impl Opened {
         }
     }
 
-    fn try_sign(&mut self, key: u16, scheme: SignatureScheme, message: &[u8]) -> Result<Vec<u8>, ModuleError> {
-        let (session, keys) = self.keys()?;
-        let key = *keys.get(usize::from(key)).ok_or(ModuleError::Cannot("there is no such key"))?;
+    fn sign_with(&mut self, key: ObjectHandle, scheme: SignatureScheme, message: &[u8]) -> Result<Vec<u8>, ModuleError> {
+        let (session, _) = self.keys()?;
         let pss = |hash_alg, mgf, bytes: u64| PkcsPssParams { hash_alg, mgf, s_len: bytes.into() };
         let of_digest = |algorithm| {
             let digest = digest::digest(algorithm, message);
-            der_of(&session.sign(&Mechanism::Ecdsa, key, digest.as_ref())?)
+            let raw = session.sign(&Mechanism::Ecdsa, key, digest.as_ref())?;
+            raw::ecdsa_der(&raw).ok_or(ModuleError::Cannot("a signature of another length than the curve's"))
         };
         match scheme {
             SignatureScheme::ECDSA_NISTP256_SHA256 => of_digest(&digest::SHA256),
@@ -197,89 +212,97 @@ impl Opened {
         Refusal::new(ErrorClass::Local, format!("key `{}`: {error}", self.uri))
     }
 
-    /// The number of the key that belongs to a public key, which it shows by a signature.
-    fn find(&mut self, public: &[u8]) -> Result<Option<u16>, ModuleError> {
-        // Keys may have been added since.
-        self.open = None;
-        let count = self.keys()?.1.len();
+    /// The key that belongs to a public key, which it shows by a signature.
+    fn find(&mut self, public: &[u8]) -> Result<Option<ObjectHandle>, ModuleError> {
+        let keys = self.keys()?.1.clone();
         let public = SubjectPublicKeyInfoDer::from(public);
         let (Some((_, [first, ..])), Ok(owner)) = (kind_of(&public), webpki::RawPublicKeyEntity::try_from(&public)) else {
             return Ok(None);
         };
-        let mut challenge = b"sealane: is this the key of the certificate? ".to_vec();
+        let mut challenge = b"sealane: is this the key that is meant? ".to_vec();
         let mut random = [0; 32];
         SystemRandom::new().fill(&mut random).map_err(|_| ModuleError::Cannot("no random numbers"))?;
         challenge.extend(random);
         let all = strength::algorithms();
         let fitting: Vec<_> = all.mapping.iter().filter(|(known, _)| known == first).flat_map(|(_, all)| all.iter()).collect();
-        for key in 0..u16::try_from(count).unwrap_or(u16::MAX) {
+        for key in keys {
             // A key of another kind cannot do what is asked.
-            let Ok(signature) = self.try_sign(key, *first, &challenge) else { continue };
+            let Ok(signature) = self.sign_with(key, *first, &challenge) else { continue };
             if fitting.iter().any(|algorithm| owner.verify_signature(**algorithm, &challenge, &signature).is_ok()) {
                 return Ok(Some(key));
             }
         }
         Ok(None)
     }
+
+    /// The one Ed25519 key that the URI names, by the public half that has to lie beside it: there is no certificate that says which.
+    fn only_ed25519(&mut self) -> Result<(Vec<u8>, ObjectHandle), ModuleError> {
+        let wanted = self.named(ObjectClass::PUBLIC_KEY);
+        let (session, _) = self.keys()?;
+        let mut halves = Vec::new();
+        for object in session.find_objects(&wanted)?.into_iter().take(limits::TOKEN_KEYS_MAX.into()) {
+            for attribute in session.get_attributes(object, &[AttributeType::EcPoint])? {
+                let Attribute::EcPoint(point) = attribute else { continue };
+                halves.extend(raw::ed25519_half(&point).map(|half| [ED25519_SPKI, half].concat()));
+            }
+        }
+        halves.sort_unstable();
+        halves.dedup();
+        let mut found = Vec::new();
+        for half in halves {
+            found.extend(self.find(&half)?.map(|key| (half, key)));
+        }
+        match found.pop() {
+            Some(one) if found.is_empty() => Ok(one),
+            last => {
+                let found = format!("{} Ed25519 keys with both halves", found.len().saturating_add(usize::from(last.is_some())));
+                Err(ModuleError::Count { uri: self.uri.clone(), found, expected: "one, private and public key" })
+            }
+        }
+    }
+
+    fn try_open(&mut self, wanted: Option<&[u8]>) -> Result<Option<(Vec<u8>, ObjectHandle)>, ModuleError> {
+        self.close();
+        match wanted {
+            Some(public) => Ok(self.find(public)?.map(|key| (public.to_vec(), key))),
+            None => self.only_ed25519().map(Some),
+        }
+    }
+
+    fn try_sign(&mut self, number: u16, scheme: SignatureScheme, message: &[u8]) -> Result<Vec<u8>, ModuleError> {
+        let gone = || ModuleError::Cannot("there is no such key");
+        let (public, known) = self.used.get(number).map(|(public, key)| (public.to_vec(), *key)).ok_or_else(gone)?;
+        let key = match known {
+            Some(key) => key,
+            None => self.find(&public)?.ok_or_else(gone)?,
+        };
+        if let Some((_, used)) = self.used.get(number) {
+            *used = Some(key);
+        }
+        self.sign_with(key, scheme, message)
+    }
 }
 
 impl Keys for Opened {
     fn open(&mut self, wanted: Option<&[u8]>) -> Result<Option<(u16, Vec<u8>)>, Refusal> {
-        let public = wanted.unwrap_or_default();
-        let found = self.find(public).map_err(|error| self.refusal(&error))?;
-        Ok(found.map(|key| (key, public.to_vec())))
+        let found = self.try_open(wanted).map_err(|error| self.refusal(&error))?;
+        let Some((public, key)) = found else { return Ok(None) };
+        let name = format!("key `{}`", self.uri);
+        let number = self.used.open(&public, Some(key), &name)?;
+        Ok(Some((number, public)))
     }
 
-    /// Which there are is the token's concern.
-    fn forget(&mut self, _: u16) {}
+    fn forget(&mut self, key: u16) {
+        self.used.forget(key);
+    }
 
     /// A session that has gone with its token is opened anew once.
     fn sign(&mut self, key: u16, scheme: SignatureScheme, message: &[u8]) -> Result<Vec<u8>, Refusal> {
         let mut signed = self.try_sign(key, scheme, message);
         if let Err(ModuleError::Library(_)) = signed {
-            self.open = None;
+            self.close();
             signed = self.try_sign(key, scheme, message);
         }
         signed.map_err(|error| self.refusal(&error))
-    }
-}
-
-/// An ECDSA signature as TLS has it, from two numbers of one length as PKCS#11 has them.
-fn der_of(raw: &[u8]) -> Result<Vec<u8>, ModuleError> {
-    if !matches!(raw.len(), 64 | 96) {
-        return Err(ModuleError::Cannot("a signature of another length than the curve's"));
-    }
-    let (r, s) = raw.split_at(raw.len() / 2);
-    let body = [integer(r), integer(s)].concat();
-    // At most 2 × 51 bytes: the short form of a length.
-    let length = u8::try_from(body.len()).map_err(|_| ModuleError::Cannot("a signature that is too long"))?;
-    Ok([&[0x30, length], body.as_slice()].concat())
-}
-
-fn integer(number: &[u8]) -> Vec<u8> {
-    let zeros = number.iter().take_while(|byte| **byte == 0).count().min(number.len().saturating_sub(1));
-    let digits = number.get(zeros..).unwrap_or(number);
-    // Positive, so its first bit is none of the number's.
-    let sign: &[u8] = if digits.first().is_some_and(|first| *first >= 0x80) { &[0] } else { &[] };
-    let length = u8::try_from(sign.len().saturating_add(digits.len())).unwrap_or(u8::MAX);
-    [&[0x02, length], sign, digits].concat()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn ecdsa_signatures_are_written_as_tls_has_them() {
-        let mut raw = [0; 64];
-        raw[0] = 0x80;
-        raw[63] = 7;
-        let der = der_of(&raw).unwrap();
-        assert_eq!(der[..5], [0x30, 38, 0x02, 33, 0]);
-        assert_eq!(der[5..7], [0x80, 0]);
-        assert_eq!(der[der.len() - 3..], [0x02, 1, 7]);
-        assert_eq!(der_of(&[0; 64]).unwrap(), [0x30, 6, 2, 1, 0, 2, 1, 0]);
-        assert!(der_of(&[0; 63]).is_err() && der_of(&[]).is_err() && der_of(&[0xff; 128]).is_err());
-        assert_eq!(der_of(&[0xff; 96]).unwrap().len(), 2 + 2 * 51);
     }
 }

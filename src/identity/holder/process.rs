@@ -127,22 +127,74 @@ pub fn is_handshake(message: &[u8]) -> Result<(), &'static str> {
     digest.filter(|digest| matches!(digest.len(), 32 | 48)).map(drop).ok_or("handshakes of TLS 1.3")
 }
 
+/// Keys that somebody signs with, each with a number for as long as it is used: the one public key has one number.
+pub(super) struct InUse<K> {
+    last: u16,
+    keys: Vec<Used<K>>,
+}
+
+struct Used<K> {
+    number: u16,
+    public: Vec<u8>,
+    key: K,
+    /// How often it was opened and not forgotten.
+    opened: usize,
+}
+
+impl<K> InUse<K> {
+    pub(super) const fn new() -> Self {
+        Self { last: 0, keys: Vec::new() }
+    }
+
+    /// Gives out a number once more. `name` is for the error: too many others are in use.
+    pub(super) fn open(&mut self, public: &[u8], key: K, name: &str) -> Result<u16, Refusal> {
+        if let Some(used) = self.keys.iter_mut().find(|used| used.public == public) {
+            used.opened = used.opened.saturating_add(1);
+            used.key = key;
+            return Ok(used.number);
+        }
+        if self.keys.len() >= limits::HELD_KEYS_MAX {
+            let why = format!("{name}: {} others before it are in use by migrations yet", self.keys.len());
+            return Err(Refusal::new(ErrorClass::Local, why));
+        }
+        // Those in use are few, so one of the next numbers is free.
+        loop {
+            self.last = self.last.wrapping_add(1);
+            if self.keys.iter().all(|used| used.number != self.last) {
+                break;
+            }
+        }
+        self.keys.push(Used { number: self.last, public: public.to_vec(), key, opened: 1 });
+        Ok(self.last)
+    }
+
+    pub(super) fn forget(&mut self, number: u16) {
+        self.keys.retain_mut(|used| {
+            used.opened = used.opened.saturating_sub(usize::from(used.number == number));
+            used.opened > 0
+        });
+    }
+
+    /// The public half, and the key.
+    pub(super) fn get(&mut self, number: u16) -> Option<(&[u8], &mut K)> {
+        let used = self.keys.iter_mut().find(|used| used.number == number)?;
+        Some((&used.public, &mut used.key))
+    }
+
+    /// All of them.
+    #[cfg(feature = "pkcs11")]
+    pub(super) fn each(&mut self) -> impl Iterator<Item = &mut K> {
+        self.keys.iter_mut().map(|used| &mut used.key)
+    }
+}
+
 /// The key in a file, as it is now and as it was for those who began with it.
 pub struct FileKeys {
     path: PathBuf,
     /// What it is, for errors.
     what: &'static str,
     evidence: bool,
-    last: u16,
-    open: Vec<OpenKey>,
-}
-
-struct OpenKey {
-    number: u16,
-    public: Vec<u8>,
-    key: Arc<dyn SigningKey>,
-    /// How often it was opened and not forgotten.
-    opened: usize,
+    used: InUse<Arc<dyn SigningKey>>,
 }
 
 impl fmt::Debug for FileKeys {
@@ -155,13 +207,13 @@ impl FileKeys {
     /// The key of handshakes.
     #[must_use]
     pub fn of_handshakes(path: PathBuf) -> Self {
-        Self { path, what: "private key", evidence: false, last: 0, open: Vec::new() }
+        Self { path, what: "private key", evidence: false, used: InUse::new() }
     }
 
     /// The key of evidence, which is Ed25519.
     #[must_use]
     pub fn of_evidence(path: PathBuf) -> Self {
-        Self { path, what: "signing key", evidence: true, last: 0, open: Vec::new() }
+        Self { path, what: "signing key", evidence: true, used: InUse::new() }
     }
 
     fn read(&self) -> Result<(Vec<u8>, Arc<dyn SigningKey>), IdentityError> {
@@ -181,36 +233,20 @@ impl FileKeys {
 impl Keys for FileKeys {
     fn open(&mut self, _: Option<&[u8]>) -> Result<Option<(u16, Vec<u8>)>, Refusal> {
         let (public, key) = self.read()?;
-        if let Some(open) = self.open.iter_mut().find(|open| open.public == public) {
-            open.opened = open.opened.saturating_add(1);
-            return Ok(Some((open.number, public)));
-        }
-        if self.open.len() >= limits::HELD_KEYS_MAX {
-            let why = format!("{} `{}`: {} others before it are in use by migrations yet", self.what, self.path.display(), self.open.len());
-            return Err(Refusal::new(ErrorClass::Local, why));
-        }
-        // Those in use are few, so one of the next numbers is free.
-        loop {
-            self.last = self.last.wrapping_add(1);
-            if self.open.iter().all(|open| open.number != self.last) {
-                break;
-            }
-        }
-        self.open.push(OpenKey { number: self.last, public: public.clone(), key, opened: 1 });
-        Ok(Some((self.last, public)))
+        let name = format!("{} `{}`", self.what, self.path.display());
+        let number = self.used.open(&public, key, &name)?;
+        Ok(Some((number, public)))
     }
 
     fn forget(&mut self, key: u16) {
-        self.open.retain_mut(|open| {
-            open.opened = open.opened.saturating_sub(usize::from(open.number == key));
-            open.opened > 0
-        });
+        self.used.forget(key);
     }
 
     fn sign(&mut self, key: u16, scheme: SignatureScheme, message: &[u8]) -> Result<Vec<u8>, Refusal> {
-        let cannot = |why: &str| Refusal::new(ErrorClass::Bug, format!("{} `{}`: {why}", self.what, self.path.display()));
-        let open = self.open.iter().find(|open| open.number == key).ok_or_else(|| cannot("it is not open"))?;
-        let signer = open.key.choose_scheme(&[scheme]).ok_or_else(|| cannot("it signs otherwise"))?;
+        let (what, path) = (self.what, self.path.display());
+        let cannot = |why: &str| Refusal::new(ErrorClass::Bug, format!("{what} `{path}`: {why}"));
+        let (_, key) = self.used.get(key).ok_or_else(|| cannot("it is not open"))?;
+        let signer = key.choose_scheme(&[scheme]).ok_or_else(|| cannot("it signs otherwise"))?;
         signer.sign(message).map_err(|error| cannot(&error.to_string()))
     }
 }
