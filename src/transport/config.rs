@@ -8,6 +8,7 @@ use quinn::congestion::{BbrConfig, ControllerFactory, CubicConfig};
 use quinn::{AckFrequencyConfig, EndpointConfig, IdleTimeout, MtuDiscoveryConfig, NoneTokenLog, NoneTokenStore, VarInt};
 
 use super::congestion::{Member, RateFactory};
+use super::doorstep::TOKEN_LIFETIME;
 use super::error::TransportError;
 use super::handshake::QUIC_VERSION;
 use super::steer::{self, SteeredIds};
@@ -151,7 +152,8 @@ impl TransportConfig {
         config
             .transport_config(Arc::new(transport))
             .validation_token_config(tokens)
-            .retry_token_lifetime(Duration::from_secs(5))
+            .token_key(tls.tokens())
+            .retry_token_lifetime(TOKEN_LIFETIME)
             .max_incoming(limits::INCOMING_MAX)
             .incoming_buffer_size(limits::INCOMING_BUFFER_BYTES)
             .incoming_buffer_size_total(limits::INCOMING_BUFFERS_BYTES)

@@ -1,11 +1,11 @@
 //! Who may begin a handshake: bounds on what strangers can make us hold.
 
-use std::collections::HashMap;
 use std::collections::hash_map::Entry;
+use std::collections::{HashMap, HashSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use quinn::{Connecting, Incoming};
+use quinn::{Connecting, ConnectionId, Incoming};
 
 use super::error::{Refused, TransportError};
 use crate::limits;
@@ -20,7 +20,8 @@ pub(super) struct Door {
 /// forged, so it never uses up the share of its true owner, nor all the room there is.
 #[derive(Debug, Default)]
 struct HalfOpen {
-    unproven: usize,
+    /// By the connection IDs that they began with.
+    unproven: HashSet<ConnectionId>,
     proven: usize,
     by_origin: HashMap<Prefix, usize>,
 }
@@ -56,7 +57,7 @@ enum Verdict {
 impl HalfOpen {
     fn verdict(&self, address: IpAddr, proven: bool) -> Verdict {
         if !proven {
-            return if self.unproven < limits::HALF_OPEN_BEFORE_RETRY { Verdict::Admit } else { Verdict::Retry };
+            return if self.unproven.len() < limits::HALF_OPEN_BEFORE_RETRY { Verdict::Admit } else { Verdict::Retry };
         }
         let of_origin = |(prefix, most)| self.by_origin.get(&prefix).is_some_and(|count| *count >= most);
         let full = self.proven >= limits::HALF_OPEN_MAX || origins(address).into_iter().any(of_origin);
@@ -68,10 +69,27 @@ impl HalfOpen {
 #[derive(Debug)]
 pub(super) struct Pass {
     door: Arc<Door>,
-    proven: Option<IpAddr>,
+    whose: Whose,
+}
+
+/// Whose handshake it is.
+#[derive(Debug, Clone, Copy)]
+enum Whose {
+    Proven(IpAddr),
+    Unproven(ConnectionId),
 }
 
 impl Door {
+    /// Whether a newcomer has to prove its address first.
+    pub(super) fn is_crowded(&self) -> bool {
+        self.lock().unproven.len() >= limits::HALF_OPEN_BEFORE_RETRY
+    }
+
+    /// Whether a handshake goes on that began with this connection ID, so that more of it may come.
+    pub(super) fn knows(&self, id: &ConnectionId) -> bool {
+        self.lock().unproven.contains(id)
+    }
+
     /// Begins a handshake, or turns the newcomer away.
     pub(super) fn admit(self: &Arc<Self>, incoming: Incoming) -> Option<Result<(Connecting, Pass), Refused>> {
         let peer_address = incoming.remote_address();
@@ -83,7 +101,8 @@ impl Door {
             // Only fails for an address that is validated already, and those are never told to retry.
             Verdict::Retry => drop(incoming.retry()),
             Verdict::Admit => {
-                let pass = self.enter(proven.then_some(address));
+                let whose = if proven { Whose::Proven(address) } else { Whose::Unproven(incoming.orig_dst_cid()) };
+                let pass = self.enter(whose);
                 let begun = incoming.accept().map_err(|error| Refused {
                     peer_address,
                     peer: None,
@@ -95,19 +114,22 @@ impl Door {
         None
     }
 
-    fn enter(self: &Arc<Self>, proven: Option<IpAddr>) -> Pass {
+    fn enter(self: &Arc<Self>, whose: Whose) -> Pass {
         let mut half_open = self.lock();
-        if let Some(address) = proven {
-            half_open.proven = half_open.proven.saturating_add(1);
-            for (prefix, _) in origins(address) {
-                let count = half_open.by_origin.entry(prefix).or_default();
-                *count = count.saturating_add(1);
+        match whose {
+            Whose::Proven(address) => {
+                half_open.proven = half_open.proven.saturating_add(1);
+                for (prefix, _) in origins(address) {
+                    let count = half_open.by_origin.entry(prefix).or_default();
+                    *count = count.saturating_add(1);
+                }
             }
-        } else {
-            half_open.unproven = half_open.unproven.saturating_add(1);
+            Whose::Unproven(id) => {
+                half_open.unproven.insert(id);
+            }
         }
         drop(half_open);
-        Pass { door: Arc::clone(self), proven }
+        Pass { door: Arc::clone(self), whose }
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, HalfOpen> {
@@ -118,9 +140,12 @@ impl Door {
 impl Drop for Pass {
     fn drop(&mut self) {
         let mut half_open = self.door.lock();
-        let Some(address) = self.proven else {
-            half_open.unproven = half_open.unproven.saturating_sub(1);
-            return;
+        let address = match self.whose {
+            Whose::Proven(address) => address,
+            Whose::Unproven(id) => {
+                half_open.unproven.remove(&id);
+                return;
+            }
         };
         half_open.proven = half_open.proven.saturating_sub(1);
         for (prefix, _) in origins(address) {
@@ -141,7 +166,8 @@ mod tests {
     const OWNER: [u8; 4] = [192, 0, 2, 1];
 
     fn enter(door: &Arc<Door>, proven: Option<[u8; 4]>, times: usize) -> Vec<Pass> {
-        (0..times).map(|_| door.enter(proven.map(IpAddr::from))).collect()
+        let unproven = |number: usize| Whose::Unproven(ConnectionId::new(&number.to_be_bytes()));
+        (0..times).map(|number| door.enter(proven.map_or_else(|| unproven(number), |address| Whose::Proven(address.into())))).collect()
     }
 
     #[test]
@@ -151,12 +177,16 @@ mod tests {
         let passes = enter(&door, None, limits::HALF_OPEN_BEFORE_RETRY);
         assert_eq!(door.lock().verdict(OWNER.into(), false), Verdict::Retry);
         assert_eq!(door.lock().verdict(OWNER.into(), true), Verdict::Admit);
+        // What belongs to those who are inside is none of the crowd.
+        let (inside, outside) = [0usize, limits::HALF_OPEN_BEFORE_RETRY].map(|number| ConnectionId::new(&number.to_be_bytes())).into();
+        assert!(door.is_crowded() && door.knows(&inside) && !door.knows(&outside));
         drop(passes);
+        assert!(!door.is_crowded() && !door.knows(&inside));
         assert_eq!(door.lock().verdict(OWNER.into(), false), Verdict::Admit);
     }
 
     fn from(door: &Arc<Door>, addresses: impl Iterator<Item = IpAddr>) -> Vec<Pass> {
-        addresses.map(|address| door.enter(Some(address))).collect()
+        addresses.map(|address| door.enter(Whose::Proven(address))).collect()
     }
 
     #[test]

@@ -108,7 +108,9 @@ impl Endpoint {
             admitted: admitted_sender,
         });
         let server = shared.config.server(Purpose::Session, &shared.tls);
-        let listener = socket::endpoint(shared.config.endpoint(SESSION_DATAGRAM_BYTES, 0), Some(server), group.session)
+        let door = Arc::new(Door::default());
+        let greeting = shared.tls.greeting(Arc::clone(&door), 0);
+        let listener = socket::listener(shared.config.endpoint(SESSION_DATAGRAM_BYTES, 0), server, group.session, greeting)
             .map_err(TransportError::socket("drive", address))?;
         let local_address = listener.local_addr().map_err(TransportError::socket("read address of", address))?;
         let endpoint = Self {
@@ -125,7 +127,7 @@ impl Endpoint {
             let thread = worker::start(index, socket, Arc::clone(&shared))?;
             endpoint.workers.lock().unwrap_or_else(PoisonError::into_inner).push(thread);
         }
-        endpoint.runtime.spawn(accept_sessions(listener, shared));
+        endpoint.runtime.spawn(accept_sessions(listener, door, shared));
         Ok(endpoint)
     }
 
@@ -220,7 +222,7 @@ impl Endpoint {
         let socket =
             steer::client_socket(address, self.shared.config.socket_buffer_bytes).map_err(TransportError::socket("open", address))?;
         let config = self.shared.config.endpoint(SESSION_DATAGRAM_BYTES, steer::SESSION_BYTE);
-        let endpoint = socket::endpoint(config, None, socket).map_err(TransportError::socket("drive", address))?;
+        let endpoint = socket::endpoint(config, socket).map_err(TransportError::socket("drive", address))?;
         Ok(slot.insert(endpoint).clone())
     }
 
@@ -236,8 +238,7 @@ impl Drop for Endpoint {
 }
 
 /// Takes newcomers at the session socket, each handshake in a task of its own.
-async fn accept_sessions(listener: quinn::Endpoint, shared: Arc<Shared>) {
-    let door = Arc::new(Door::default());
+async fn accept_sessions(listener: quinn::Endpoint, door: Arc<Door>, shared: Arc<Shared>) {
     let mut stop = shared.stop();
     let mut handshakes = JoinSet::new();
     loop {

@@ -22,7 +22,8 @@
 //!
 //! QUIC's own "migration" is called *path change* here.
 //!
-//! *Read first:* `endpoint.rs`, `session.rs`, `lane.rs`, `join.rs`; then `steer.rs` and `worker.rs`; `congestion.rs` stands alone.
+//! *Read first:* `endpoint.rs`, `session.rs`, `lane.rs`, `join.rs`; then `steer.rs` and `worker.rs`; `door.rs` and `doorstep.rs` are
+//! about strangers; `congestion.rs` stands alone.
 
 #![deny(clippy::indexing_slicing)]
 
@@ -30,6 +31,7 @@ mod buffers;
 mod config;
 mod congestion;
 mod door;
+mod doorstep;
 mod endpoint;
 mod error;
 mod gather;

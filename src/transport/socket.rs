@@ -11,6 +11,7 @@ use quinn::udp::{RecvMeta, Transmit};
 use quinn::{AsyncUdpSocket, Runtime as _, TokioRuntime, UdpPoller};
 use rustix::net::sockopt;
 
+use super::doorstep::{Doorstep, Greeting};
 use super::gather::Gathering;
 
 /// The largest UDP payload that the route to `peer` carries, as far as this host knows; nothing when it knows no route.
@@ -26,14 +27,22 @@ pub(super) fn route_payload(peer: SocketAddr) -> Option<u16> {
     Some(u16::try_from(mtu.ok()?).unwrap_or(u16::MAX).saturating_sub(HEADERS_BYTES))
 }
 
-/// Drives `socket`, inside a runtime. Datagrams in both directions have at most as many bytes as `config` lets peers send.
-pub(super) fn endpoint(
+/// Drives `socket`, inside a runtime, for whoever only opens connections. Datagrams in both directions have at most as many bytes as
+/// `config` lets peers send.
+pub(super) fn endpoint(config: quinn::EndpointConfig, socket: UdpSocket) -> io::Result<quinn::Endpoint> {
+    let inner = TokioRuntime.wrap_udp_socket(socket)?;
+    drive(config, None, inner)
+}
+
+/// As [`endpoint`], for whoever listens.
+pub(super) fn listener(
     config: quinn::EndpointConfig,
-    server: Option<quinn::ServerConfig>,
+    server: quinn::ServerConfig,
     socket: UdpSocket,
+    greeting: Greeting,
 ) -> io::Result<quinn::Endpoint> {
     let inner = TokioRuntime.wrap_udp_socket(socket)?;
-    drive(config, server, inner)
+    drive(config, Some(server), Arc::new(Doorstep::new(inner, greeting)))
 }
 
 /// As [`endpoint`], for whoever sends bulk bytes: as many datagrams at once as the kernel takes.

@@ -7,6 +7,8 @@ use std::time::Duration;
 
 use rustls_pki_types::CertificateDer;
 
+use super::door::Door;
+use super::doorstep::{Greeting, TokenKey};
 use super::error::TransportError;
 use super::handshake::{self, Agreed};
 use crate::identity::{Credentials, PeerIdentity};
@@ -17,6 +19,7 @@ pub(super) struct QuicTls {
     credentials: Arc<Credentials>,
     client: Arc<handshake::Client>,
     server: Arc<handshake::Server>,
+    tokens: Arc<TokenKey>,
 }
 
 impl fmt::Debug for QuicTls {
@@ -43,7 +46,8 @@ impl QuicTls {
         }
         let (client, server) =
             handshake::both_ends(client, server).ok_or_else(|| unfit("TLS_AES_128_GCM_SHA256 for QUIC's first packets"))?;
-        Ok(Self { credentials, client, server })
+        let tokens = TokenKey::new().ok_or_else(|| unfit("random numbers of the system"))?;
+        Ok(Self { credentials, client, server, tokens })
     }
 
     pub(super) fn client(&self) -> Arc<handshake::Client> {
@@ -52,6 +56,15 @@ impl QuicTls {
 
     pub(super) fn server(&self) -> Arc<handshake::Server> {
         Arc::clone(&self.server)
+    }
+
+    pub(super) fn tokens(&self) -> Arc<TokenKey> {
+        Arc::clone(&self.tokens)
+    }
+
+    /// What a crowd at the door of one of our sockets is told.
+    pub(super) fn greeting(&self, door: Arc<Door>, socket: u8) -> Greeting {
+        Greeting { door, server: self.server(), tokens: self.tokens(), socket }
     }
 
     /// Who is at the other end. TLS has verified the chain already; this names it.

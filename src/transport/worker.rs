@@ -32,14 +32,15 @@ pub(super) fn start(index: u8, socket: UdpSocket, shared: Arc<Shared>) -> Result
     let thread = std::thread::Builder::new().name(name).spawn(move || {
         let listening = Builder::new_current_thread().enable_all().build().and_then(|runtime| {
             let _inside = runtime.enter();
-            let endpoint = listen(index, socket, &shared)?;
+            let door = Arc::new(Door::default());
+            let endpoint = listen(index, socket, &door, &shared)?;
             drop(_inside);
-            Ok((runtime, endpoint))
+            Ok((runtime, endpoint, door))
         });
         match listening {
-            Ok((runtime, endpoint)) => {
+            Ok((runtime, endpoint, door)) => {
                 let _ = started_sender.send(Ok(()));
-                LocalSet::new().block_on(&runtime, serve(&endpoint, &shared));
+                LocalSet::new().block_on(&runtime, serve(&endpoint, &door, &shared));
             }
             Err(error) => drop(started_sender.send(Err(error))),
         }
@@ -51,13 +52,13 @@ pub(super) fn start(index: u8, socket: UdpSocket, shared: Arc<Shared>) -> Result
     }
 }
 
-fn listen(index: u8, socket: UdpSocket, shared: &Shared) -> io::Result<quinn::Endpoint> {
+fn listen(index: u8, socket: UdpSocket, door: &Arc<Door>, shared: &Shared) -> io::Result<quinn::Endpoint> {
     let server = shared.config.server(Purpose::Lane, &shared.tls);
-    socket::endpoint(shared.config.endpoint(shared.config.lane_payload(), index), Some(server), socket)
+    let greeting = shared.tls.greeting(Arc::clone(door), index);
+    socket::listener(shared.config.endpoint(shared.config.lane_payload(), index), server, socket, greeting)
 }
 
-async fn serve(endpoint: &quinn::Endpoint, shared: &Arc<Shared>) {
-    let door = Arc::new(Door::default());
+async fn serve(endpoint: &quinn::Endpoint, door: &Arc<Door>, shared: &Arc<Shared>) {
     let mut stop = shared.stop();
     let mut lanes = JoinSet::new();
     loop {

@@ -12,9 +12,14 @@ use serde_json::Value;
 /// Nothing here takes a tenth of it on an idle machine.
 const PATIENCE: Duration = Duration::from_secs(120);
 
-/// The program under test, deaf to the environment of whoever runs the tests.
+/// The program under test: what was built with the tests, unless `SEALANE_PROGRAM` says another build, to measure.
+pub fn program() -> PathBuf {
+    std::env::var_os("SEALANE_PROGRAM").map_or_else(|| env!("CARGO_BIN_EXE_sealane").into(), PathBuf::from)
+}
+
+/// Runs it, deaf to the environment of whoever runs the tests.
 pub fn sealane() -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_sealane"));
+    let mut command = Command::new(program());
     for name in ["SEALANE_CONFIG", "SEALANE_SOCKET", "SEALANE_LOG", "NO_COLOR"] {
         command.env_remove(name);
     }

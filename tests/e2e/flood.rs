@@ -1,4 +1,12 @@
 //! A crowd of strangers who begin handshakes and never go on, from addresses that nobody answers at.
+//!
+//! How much of a long migration's throughput a flood takes, and how much of that is only whoever floods, who needs processor time of the
+//! same machine:
+//!
+//! ```text
+//! SEALANE_FLOOD=10000 SEALANE_FLOOD_RUNS=5 SEALANE_FLOOD_MEMORY_MIB=2048 [SEALANE_FLOOD_BANDWIDTH=96MiB/s] \
+//!   [SEALANE_PROGRAM=target/release/sealane] cargo test --test e2e -- --nocapture flood::
+//! ```
 
 use std::io::{self, IoSliceMut};
 use std::net::{SocketAddr, UdpSocket};
@@ -13,7 +21,8 @@ use quinn::udp::{RecvMeta, Transmit};
 use quinn::{AsyncUdpSocket, UdpPoller};
 
 use crate::gateway::{A, B};
-use crate::lab::Setup;
+use crate::guest::{Kind, Shape};
+use crate::lab::{Lab, Setup};
 use crate::random::number;
 use crate::soak::Sample;
 use crate::stranger;
@@ -78,12 +87,13 @@ fn initials(target: SocketAddr) -> Vec<Vec<u8>> {
     })
 }
 
-/// What went to and fro.
+/// What went to and fro, and the processor time that it took the crowd.
 #[derive(Debug, Default, Clone, Copy)]
 struct Counted {
     datagrams: u64,
     sent_bytes: u64,
     answered_bytes: u64,
+    cpu_seconds: f64,
 }
 
 struct Flood {
@@ -115,6 +125,8 @@ impl Flood {
                 }
                 std::thread::sleep(Duration::from_millis(1));
             }
+            let cpu = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
+            counted.cpu_seconds = cpu.tv_sec as f64 + cpu.tv_nsec as f64 / 1e9;
             // The last answers.
             std::thread::sleep(Duration::from_millis(200));
             for socket in &sockets {
@@ -133,27 +145,131 @@ impl Flood {
     }
 }
 
+/// Whom the crowd calls on while a guest moves.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum At {
+    Nobody,
+    /// A socket that takes datagrams and is not read: what it costs to be a crowd.
+    Sink,
+    Gateway,
+}
+
+const ALL: [At; 3] = [At::Nobody, At::Sink, At::Gateway];
+
+/// One guest there and back, with a crowd or without.
+#[derive(Debug)]
+struct Moves {
+    at: At,
+    /// How long each way took, and processor time of both gateways in it.
+    seconds: [f64; 2],
+    cpu_seconds: [[f64; 2]; 2],
+    crowd: Option<(Counted, f64)>,
+}
+
+struct Measured {
+    lab: Lab,
+    rate: u64,
+    flags: Vec<String>,
+    sink: UdpSocket,
+}
+
+impl Measured {
+    fn there_and_back(&self, at: At) -> Moves {
+        let target = match at {
+            At::Nobody => None,
+            At::Sink => Some(self.sink.local_addr().unwrap()),
+            At::Gateway => Some(self.lab.address(B).parse().unwrap()),
+        };
+        let flood = target.map(|target| (Flood::start(target, self.rate), Instant::now()));
+        std::thread::sleep(Duration::from_millis(if flood.is_some() { 1000 } else { 0 }));
+        let flags: Vec<_> = self.flags.iter().map(String::as_str).collect();
+        let moved = [A, B].map(|from| {
+            let before = self.cpu_seconds();
+            let seconds = self.lab.migrate(from, &flags).expect_moved()["duration_seconds"].as_f64().unwrap();
+            let after = self.cpu_seconds();
+            (seconds, [0, 1].map(|gateway| after[gateway] - before[gateway]))
+        });
+        let crowd = flood.map(|(flood, began)| (flood.end(), began.elapsed().as_secs_f64()));
+        Moves { at, seconds: moved.map(|(seconds, _)| seconds), cpu_seconds: moved.map(|(_, cpu)| cpu), crowd }
+    }
+
+    /// Processor time of both gateways until now.
+    fn cpu_seconds(&self) -> [f64; 2] {
+        [A, B].map(|name| {
+            let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.lab.gateway(name).process_id())).unwrap();
+            // Behind the name in brackets: user time is the twelfth field, system time the next, in hundredths.
+            let fields = stat.rsplit_once(')').unwrap().1.split_whitespace().skip(11).take(2);
+            fields.map(|ticks| ticks.parse::<f64>().unwrap() / 100.0).sum()
+        })
+    }
+}
+
+impl Moves {
+    fn say(&self) {
+        let [there, back] = [0, 1].map(|way| {
+            let [a, b] = self.cpu_seconds[way];
+            format!("{:.2} s (gw-a {a:.2}, gw-b {b:.2} s of processor)", self.seconds[way])
+        });
+        let crowd = self.crowd.map_or_else(String::new, |(counted, seconds)| {
+            let Counted { datagrams, sent_bytes, answered_bytes, cpu_seconds } = counted;
+            format!(
+                "; {:.0} datagrams/s, {sent_bytes} bytes sent, {answered_bytes} answered, the crowd took {:.1} % of a processor",
+                datagrams as f64 / seconds,
+                100.0 * cpu_seconds / seconds
+            )
+        });
+        println!("flood at {:?}: there {there}, back {back}{crowd}", self.at);
+    }
+}
+
+fn median(mut of: Vec<f64>) -> f64 {
+    of.sort_by(f64::total_cmp);
+    of[of.len() / 2]
+}
+
 #[test]
 fn a_flood_of_strangers_costs_neither_memory_nor_the_guest() {
-    let memory_mib = number("SEALANE_FLOOD_MEMORY_MIB").unwrap_or(32);
-    let lab = Setup::new().shape(|shape| shape.memory = format!("{memory_mib}MiB").leak()).start();
-    let there_and_back = || [A, B].map(|from| lab.migrate(from, &[]).expect_moved()["duration_seconds"].as_f64().unwrap());
-    there_and_back();
-    let without = there_and_back();
-    let before = Sample::of(&lab, B).rss_kib;
-    let rate = number("SEALANE_FLOOD").unwrap_or(2000);
-    let flood = Flood::start(lab.address(B).parse().unwrap(), rate);
-    std::thread::sleep(Duration::from_secs(1));
-    let with = there_and_back();
-    let after = Sample::of(&lab, B).rss_kib;
-    let Counted { datagrams, sent_bytes, answered_bytes } = flood.end();
-    println!(
-        "flood: {datagrams} datagrams at {rate}/s, {sent_bytes} bytes sent, {answered_bytes} answered; \
-         a migration of {memory_mib} MiB there and back took {without:?} s without and {with:?} s with it; gw-b {before} to {after} KiB"
-    );
-    assert!(datagrams > 500 && answered_bytes > 0, "that was no flood");
-    assert!(answered_bytes <= 3 * sent_bytes, "whoever forges an address has it sent more than that");
+    let memory_mib = number("SEALANE_FLOOD_MEMORY_MIB");
+    let setup = Setup::new().shape(|shape| match memory_mib {
+        None => {}
+        // All of it has contents, and nearly all of it stays as it is.
+        Some(mib) => *shape = Shape { kind: Kind::Synthetic, memory: format!("{mib}MiB").leak(), ..*shape },
+    });
+    let bandwidth = std::env::var("SEALANE_FLOOD_BANDWIDTH").ok();
+    let mut flags = vec!["--compress".to_owned(), "none".to_owned()];
+    flags.extend(bandwidth.iter().flat_map(|rate| ["--bandwidth".to_owned(), rate.clone()]));
+    let (rate, runs) = (number("SEALANE_FLOOD").unwrap_or(2000), number("SEALANE_FLOOD_RUNS").unwrap_or(1));
+    let measured = Measured { lab: setup.start(), rate, flags, sink: UdpSocket::bind("127.0.0.1:0").unwrap() };
+    measured.there_and_back(At::Nobody);
+    let before = Sample::of(&measured.lab, B).own_kib;
+    let mut all = Vec::new();
+    let mut order = ALL;
+    for _ in 0..runs {
+        for at in order {
+            let moves = measured.there_and_back(at);
+            moves.say();
+            all.push(moves);
+        }
+        order.rotate_left(1);
+    }
+    let after = Sample::of(&measured.lab, B).own_kib;
+    for (way, name) in ["there", "back"].into_iter().enumerate() {
+        let of = |at| median(all.iter().filter(|moves| moves.at == at).map(|moves| moves.seconds[way]).collect());
+        let [nobody, sink, gateway] = ALL.map(of);
+        let more = |than: f64| 100.0 * (gateway / than - 1.0);
+        println!(
+            "flood of {rate}/s, {runs} runs, {name}: median {nobody:.2} s without, {sink:.2} s beside a sink, {gateway:.2} s: \
+             {:.1} % longer than without, {:.1} % longer than beside a sink",
+            more(nobody),
+            more(sink)
+        );
+    }
+    println!("flood: gw-b {before} to {after} KiB of its own");
+    for (crowd, _) in all.iter().filter(|moves| moves.at == At::Gateway).filter_map(|moves| moves.crowd) {
+        assert!(crowd.datagrams > 500 && crowd.answered_bytes > 0, "that was no flood: {crowd:?}");
+        assert!(crowd.answered_bytes <= 3 * crowd.sent_bytes, "whoever forges an address has it sent more than that: {crowd:?}");
+    }
     assert!(after.saturating_sub(before) <= GROWTH_KIB, "{before} KiB before, {after} KiB after");
-    lab.gateway(B).audit_verifies();
-    lab.settled_on(A);
+    measured.lab.gateway(B).audit_verifies();
+    measured.lab.settled_on(A);
 }

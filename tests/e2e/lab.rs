@@ -376,7 +376,7 @@ fn config(name: Name, listen: &str, peer: &str) -> String {
     let (own, other, other_site) = (name.gateway(), name.other().gateway(), name.other().site());
     let site = name.site();
     let socket = if name == A { "socket = \"run/guest.sock\"\n" } else { "" };
-    let program = env!("CARGO_BIN_EXE_sealane");
+    let program = crate::command::program();
     format!(
         r#"[gateway]
 name = "{own}"

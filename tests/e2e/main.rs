@@ -2,8 +2,8 @@
 //!
 //! `lab.rs` makes two gateways and a guest; each test breaks one thing, and says where the guest has to run afterwards.
 //! `SEALANE_PINGPONG=100`, `SEALANE_SOAK=1000`, `SEALANE_CRASHES=500` and `SEALANE_OUTAGES=50` make the long runs long;
-//! `SEALANE_FLEET=100` sends off that many guests at once. `SEALANE_FLOOD=10000` is how many strangers a second a flood has, and
-//! `SEALANE_FLOOD_MEMORY_MIB=256` how large the guest is that moves through it. `SEALANE_SEED` repeats one.
+//! `SEALANE_FLEET=100` sends off that many guests at once. `SEALANE_FLOOD=10000` is how many strangers a second a flood has;
+//! `flood.rs` says how it is measured. `SEALANE_SEED` repeats one. `SEALANE_PROGRAM=target/release/sealane` is another build to test.
 //! `SEALANE_ROTATIONS=1000` is how often certificates and CRLs change under one migration.
 //! `SEALANE_DURABILITIES=none,dest,both` chooses what the crashes are run with.
 

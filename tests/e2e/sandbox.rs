@@ -125,9 +125,9 @@ fn a_gateway_that_root_started_becomes_its_user_and_so_do_its_vmms() {
         fs::set_permissions(directory, fs::Permissions::from_mode(0o755)).unwrap();
     }
     let program = root.join("sealane");
-    fs::copy(env!("CARGO_BIN_EXE_sealane"), &program).unwrap();
+    fs::copy(crate::command::program(), &program).unwrap();
     let config = fs::read_to_string(lab.gateway(B).config()).unwrap();
-    fs::write(lab.gateway(B).config(), replaced(&config, env!("CARGO_BIN_EXE_sealane"), program.to_str().unwrap())).unwrap();
+    fs::write(lab.gateway(B).config(), replaced(&config, crate::command::program().to_str().unwrap(), program.to_str().unwrap())).unwrap();
     give(lab.gateway(B).directory(), NOBODY);
     for key in ["gw-b-key.pem", "gw-b-signing-key.pem"] {
         give(&root.join("pki").join(key), NOBODY);

@@ -21,6 +21,8 @@ const GROWTH_KIB: i64 = 16 << 10;
 #[derive(Debug, Clone, Copy)]
 pub struct Sample {
     pub rss_kib: u64,
+    /// Of it what is the gateway's own, without guests' memory.
+    pub own_kib: u64,
     files: u64,
     threads: u64,
 }
@@ -35,7 +37,7 @@ impl Sample {
             line.split_whitespace().next().unwrap().parse::<u64>().unwrap()
         };
         let files = fs::read_dir(format!("{process}/fd")).unwrap().count() as u64;
-        Self { rss_kib: figure("VmRSS:"), files, threads: figure("Threads:") }
+        Self { rss_kib: figure("VmRSS:"), own_kib: figure("RssAnon:"), files, threads: figure("Threads:") }
     }
 }
 

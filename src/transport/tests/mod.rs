@@ -1,5 +1,6 @@
 //! Two gateways with real certificates and real UDP on loopback.
 
+mod crowd;
 mod hostile;
 mod key_exchange;
 mod lanes;
