@@ -207,6 +207,8 @@ pub const HALF_OPEN_BEFORE_RETRY: usize = 64;
 pub const HALF_OPEN_PER_HOST_MAX: usize = 32;
 /// LIMIT: handshakes going on from one proven network, which may be a site of gateways; no network takes all the room there is.
 pub const HALF_OPEN_PER_NETWORK_MAX: usize = 128;
+/// LIMIT: the epoch of an owner; the next owner gets the next one.
+pub const EPOCH_MAX: u64 = u64::MAX - 1;
 /// LIMIT: sessions at once; a gateway has tens of peers.
 pub const SESSIONS_MAX: usize = 256;
 /// LIMIT: admitted sessions and refusals that wait to be taken by the gateway.

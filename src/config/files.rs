@@ -98,18 +98,24 @@ fn private_key(path: &Path) -> Result<(), Wrong> {
     // A file that becomes shorter meanwhile has no such block either.
     let _ = file.read_exact(&mut bytes);
     // `BEGIN EC PRIVATE KEY` is a private key too.
-    let found = bytes
-        .split(|byte| *byte == b'\n')
-        .any(|line| line.starts_with(b"-----BEGIN ") && line.trim_ascii_end().ends_with(b"PRIVATE KEY-----"));
-    if found { Ok(()) } else { Err((format!("`{}` has no PEM block `PRIVATE KEY`", path.display()), None)) }
+    has_block(path, &bytes, "PRIVATE KEY")
+}
+
+/// Whether a PEM block begins whose label ends like this.
+fn has_block(path: &Path, bytes: &[u8], label: &str) -> Result<(), Wrong> {
+    let begins = |line: &[u8]| {
+        let named = line.strip_prefix(b"-----BEGIN ").and_then(|line| line.trim_ascii_end().strip_suffix(b"-----"));
+        named.is_some_and(|named| named.ends_with(label.as_bytes()))
+    };
+    let found = bytes.split(|byte| *byte == b'\n').any(begins);
+    if found { Ok(()) } else { Err((format!("`{}` has no PEM block `{label}`", path.display()), None)) }
 }
 
 /// The text of a PEM file that has at least one block of the kind.
 fn pem(path: &Path, label: &str) -> Result<String, Wrong> {
-    let shown = path.display();
-    let text = String::from_utf8_lossy(&start_of(path)?).into_owned();
-    let found = text.lines().any(|line| line.starts_with("-----BEGIN ") && line.trim_end().trim_end_matches('-').ends_with(label));
-    if found { Ok(text) } else { Err((format!("`{shown}` has no PEM block `{label}`"), None)) }
+    let bytes = start_of(path)?;
+    has_block(path, &bytes, label)?;
+    Ok(String::from_utf8_lossy(&bytes).into_owned())
 }
 
 /// The gateway's own identity must not be a peer's.

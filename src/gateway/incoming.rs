@@ -351,9 +351,6 @@ impl Gateway {
         if machine.mode.may_split() && (machine.kind != QEMU_KIND || machine.disks_only) {
             return Err(Refusal::new(ErrorClass::PeerMisbehaved, "only a QEMU's guest that moves is split"));
         }
-        if offer.epoch.next() == offer.epoch {
-            return Err(Refusal::new(ErrorClass::PeerMisbehaved, "there is no epoch after the offer's"));
-        }
         let vm = self
             .config
             .vm(&offer.vm)

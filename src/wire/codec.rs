@@ -429,11 +429,11 @@ fn put_offer(out: &mut Vec<u8>, offer: &Offer) {
 }
 
 fn offer(reader: &mut Reader<'_>) -> Result<Offer, WireError> {
-    let migration = migration(reader)?;
+    let migration = MigrationId(reader.drawn("migration")?);
     let vm = reader.text("VM name", limits::NAME_BYTES_MAX)?;
     let vm: VmName = vm.parse().map_err(|_| reader.malformed("VM name", "1 to 63 of `a-z A-Z 0-9 . _ -`", vm.as_bytes()))?;
     let uuid = VmUuid(reader.array("VM UUID")?);
-    let epoch = Epoch(reader.u64("epoch")?);
+    let epoch = Epoch(reader.u64("epoch").and_then(|epoch| reader.bounded("epoch", epoch, 1, limits::EPOCH_MAX))?);
     let hypervisor = reader.text("hypervisor", limits::HYPERVISOR_NAME_BYTES_MAX)?;
     if hypervisor.is_empty() || !hypervisor.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || matches!(b, b'-' | b'_')) {
         return Err(reader.malformed("hypervisor", "1 to 32 of `a-z 0-9 _ -`", hypervisor.as_bytes()));

@@ -49,6 +49,12 @@ impl<'a> Reader<'a> {
         self.array(field).map(u128::from_le_bytes)
     }
 
+    /// An id that is drawn at random; all zeroes stand for none where one has to be named.
+    pub(super) fn drawn(&mut self, field: &'static str) -> Result<[u8; 16], WireError> {
+        let id = self.array(field)?;
+        if id == [0; 16] { Err(self.malformed(field, "one that was drawn at random, not all zeroes", b"0")) } else { Ok(id) }
+    }
+
     /// Refuses a value outside `min..=max`.
     pub(super) fn bounded<T: Copy + Into<u64>>(&self, field: &'static str, got: T, min: u64, max: u64) -> Result<T, WireError> {
         let value = got.into();

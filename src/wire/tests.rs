@@ -225,7 +225,23 @@ fn refuses_hostile_fields() {
     let regions = hypervisor + 4 + 3;
     let machine = regions + 4 + 2 * 16;
     let terms = machine + 4 + 2;
-    let cases: [(&str, &Message, usize, &[u8], &str); 44] = [
+    let epoch = hypervisor - 8;
+    let cases: [(&str, &Message, usize, &[u8], &str); 47] = [
+        (
+            "migration",
+            offer,
+            0,
+            &[0; 16],
+            "`migration` of `offer` is malformed: expected one that was drawn at random, not all zeroes, got `0`",
+        ),
+        ("epoch zero", offer, epoch, &[0], "`epoch` of `offer` is out of bounds: expected 1 to 18446744073709551614, got 0"),
+        (
+            "epoch largest",
+            offer,
+            epoch,
+            &[0xff; 8],
+            "`epoch` of `offer` is out of bounds: expected 1 to 18446744073709551614, got 18446744073709551615",
+        ),
         ("no version", hello, 0, &[0, 0], "`versions` of `hello` is malformed: expected 1 <= lowest <= highest, got `0..=1`"),
         ("versions crossed", hello, 0, &[9, 0], "`versions` of `hello` is malformed: expected 1 <= lowest <= highest, got `9..=1`"),
         ("features", hello, 52, &[65, 0], "`features` of `hello` is out of bounds: expected 0 to 64, got 65"),

@@ -69,6 +69,7 @@ async fn an_offer_that_makes_no_sense_is_refused_before_anything_is_built() {
         ("no lanes", PeerMisbehaved, Box::new(|offer| offer.stream.lanes = 0)),
         ("too many lanes", PeerMisbehaved, Box::new(|offer| offer.stream.lanes = 17)),
         ("most lanes that can be written", PeerMisbehaved, Box::new(|offer| offer.stream.lanes = u16::MAX)),
+        ("the epoch before the first", PeerMisbehaved, Box::new(|offer| offer.epoch = Epoch(0))),
         ("the last epoch", PeerMisbehaved, Box::new(|offer| offer.epoch = Epoch(u64::MAX))),
         ("no regions", PeerMisbehaved, Box::new(|offer| machine(offer, |machine| machine.regions.clear()))),
         (

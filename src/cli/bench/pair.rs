@@ -119,7 +119,7 @@ impl Pair {
         let vm = VM.parse().map_err(|_| Problem::new(ErrorClass::Bug, format!("`{VM}` is no VM name")))?;
         let peer = peer_of(&source.credentials, DESTINATION)?;
         let uuid = image.machine().uuid;
-        Ok(Self { source, destination, peer, image, writes, vm, uuid, interrupts, epoch: Epoch(0), _directory: directory })
+        Ok(Self { source, destination, peer, image, writes, vm, uuid, interrupts, epoch: Epoch(1), _directory: directory })
     }
 
     /// Moves the memory once, into memory that is there already; making either is not timed.
