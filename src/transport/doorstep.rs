@@ -1,7 +1,7 @@
 //! What a crowd is told: RETRY, before QUIC's library looks at anything.
 //!
-//! WHY: the library derives eight keys from a stranger's first datagram before it asks [`Door`] whether to answer at all, which takes
-//! two thirds of what a flood costs, on the threads that receive guests. While so many wait that each newcomer has to prove its
+//! WHY: the library derives eight keys from a stranger's first datagram before it asks [`Door`] whether to answer at all, on the threads
+//! that receive guests; a flood cost up to twice as much. While so many wait that each newcomer has to prove its
 //! address first, that is said here, at the price of two hashes. Without a crowd nothing is different.
 //!
 //! A token is what the library would have written, so it takes whoever comes again with one.
