@@ -30,6 +30,8 @@ struct State {
     /// Parcels, which any lane may carry.
     kept: Kept,
     window: u64,
+    /// What is read at once and makes a piece, where a guest waits for pages.
+    piece: Option<usize>,
     /// Whether the window was full since somebody looked.
     was_full: bool,
 }
@@ -38,7 +40,7 @@ impl Outflow {
     /// For a path that takes at most so many bytes a second, where that is known.
     pub(super) fn new(rate_max: Option<u64>) -> Self {
         let window = rate_max.map_or(FIRST_WINDOW_BYTES, |rate| (rate / 10).clamp(WINDOW_BYTES_MIN, FIRST_WINDOW_BYTES));
-        let state = State { kept: Kept::default(), window, was_full: false };
+        let state = State { kept: Kept::default(), window, piece: None, was_full: false };
         Self { state: Mutex::new(state), ready: Notify::new(), room: Notify::new(), idle: Notify::new(), split: watch::Sender::new(None) }
     }
 
@@ -48,14 +50,20 @@ impl Outflow {
         let mut held = vec![0; READ_BYTES];
         let mut filled = 0;
         loop {
-            match stream.try_read(held.get_mut(filled..).unwrap_or_default())? {
+            let piece = self.lock().piece;
+            if let Some(bytes) = piece {
+                // Whatever is read here goes ahead of a page that the guest asks for meanwhile.
+                self.wait_for_room(bytes).await;
+            }
+            let end = piece.map_or(held.len(), |bytes| held.len().min(filled + bytes));
+            match stream.try_read(held.get_mut(filled..end).unwrap_or_default())? {
                 Some(0) => break,
                 Some(count) => {
                     filled += count;
                     let taken = condenser().take_in(held.get(..filled).unwrap_or_default())?;
                     held.copy_within(taken..filled, 0);
                     filled -= taken;
-                    self.put_all(|| condenser().parcels(false)).await;
+                    self.put_all(|| condenser().parcels(piece.is_some())).await;
                     if let Some(Split { bytes, digest }) = condenser().take_split() {
                         self.split.send_replace(Some(Whole::new(bytes, digest)));
                     }
@@ -100,7 +108,9 @@ impl Outflow {
             // Told or not since: whoever makes room leaves a permit.
             let room = {
                 let mut state = self.lock();
-                let room = state.window.saturating_sub(state.kept.under_way()) >= bytes as u64;
+                let under_way = state.kept.under_way();
+                // One that is larger than a window that became small goes alone.
+                let room = under_way == 0 || state.window.saturating_sub(under_way) >= bytes as u64;
                 state.was_full |= !room;
                 room
             };
@@ -168,6 +178,16 @@ impl Outflow {
         self.room.notify_one();
     }
 
+    /// The same, where a guest waits for pages: pieces of about so many bytes are taken, and a few may be on their way besides.
+    pub(super) fn set_split_window(&self, bytes: u64, piece: u64, pieces: u64) {
+        let piece = piece.clamp(PIECE_BYTES_MIN, limits::STREAM_CHUNK_BYTES_MAX as u64);
+        let mut state = self.lock();
+        state.piece = usize::try_from(piece).ok();
+        state.window = (bytes + pieces * piece).min(limits::STREAM_WINDOW_BYTES);
+        drop(state);
+        self.room.notify_one();
+    }
+
     /// Whether the window has held the hypervisor up since this was asked last.
     pub(super) fn was_full(&self) -> bool {
         std::mem::take(&mut self.lock().was_full)
@@ -183,6 +203,8 @@ impl Outflow {
 const FIRST_WINDOW_BYTES: u64 = 4 << 20;
 /// WHY: more than a socket holds, so that the hypervisor goes on writing while this is looked at.
 const READ_BYTES: usize = 512 * 1024;
+/// WHY: less costs more for each byte than it saves a page that waits behind it.
+const PIECE_BYTES_MIN: u64 = 16 * 1024;
 /// WHY: one piece.
 const WINDOW_BYTES_MIN: u64 = limits::STREAM_CHUNK_BYTES_MAX as u64;
 
@@ -273,5 +295,37 @@ mod tests {
         expected.update(&vec![1; 64 * 64 * 1024]);
         expected.update(&(64_u64 * 64 * 1024).to_le_bytes());
         assert_eq!(whole.framing, expected.finish().as_ref());
+    }
+
+    /// Where a guest waits for pages little is read ahead of them, in small pieces, and no window is too small for one of these.
+    #[tokio::test]
+    async fn little_goes_ahead_of_pages_that_are_waited_for() {
+        let (flow, ours, mut theirs) = filled(0).await;
+        let piece = PIECE_BYTES_MIN;
+        flow.set_split_window(2 * piece, 0, 2);
+        let flow = std::sync::Arc::new(flow);
+        let reading = tokio::spawn({
+            let flow = std::sync::Arc::clone(&flow);
+            let condenser = std::sync::Mutex::new(Condenser::new(crate::condense::Grammar::Opaque, [0, 0], Box::new([0; 192])));
+            async move { flow.read_from(Intake::One(ours.into_split().0), &condenser).await.unwrap() }
+        });
+        let writing = tokio::spawn(async move { theirs.write_all(&vec![1; 1 << 20]).await.unwrap() });
+        for _ in 0..1000 {
+            tokio::task::yield_now().await;
+        }
+        let read = flow.read_bytes();
+        assert!(read > 0 && read <= 4 * piece && !writing.is_finished() && flow.was_full(), "{read}");
+        // A window that is nothing at all lets one after the other go.
+        flow.set_split_window(0, 0, 0);
+        let mut sent = 0;
+        while !reading.is_finished() {
+            if let Ok(next) = tokio::time::timeout(std::time::Duration::from_millis(1), flow.next()).await {
+                assert!(next.bytes.len() as u64 <= piece + 64);
+                sent += next.bytes.len() as u64;
+            }
+            assert!(flow.applied(sent));
+        }
+        assert!(reading.await.unwrap().bytes > 1 << 20);
+        writing.await.unwrap();
     }
 }

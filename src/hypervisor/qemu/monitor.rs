@@ -21,7 +21,7 @@ const STREAM_NAME: &str = "sealane";
 /// ms on the fastest link.
 const STREAM_BUFFER_BYTES: usize = 1 << 20;
 /// WHY: what waits in it goes ahead of a page that a guest stands still for.
-const SPLIT_BUFFER_BYTES: usize = 128 << 10;
+const SPLIT_BUFFER_BYTES: usize = 32 << 10;
 /// WHY: devices of a guest that was split may wait for pages before they go on, and those wait for as long as an outage lasts.
 const PAGES_WITHIN: Duration = Duration::from_secs(24 * 3600);
 /// Between two looks at something that QEMU has no event for.

@@ -63,9 +63,7 @@ impl Run {
             let measured = now.applied.saturating_sub(before.applied) as f64 / (now.at - before.at).as_secs_f64().max(1e-3);
             // A single look may fall between two acknowledgements.
             self.path_rate = measured.max(self.path_rate * RATE_KEPT);
-            #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a rate of bytes; saturates")]
-            let window = (self.path_rate * self.on_its_way(rtt, now.rtt).as_secs_f64()) as u64;
-            self.flow.set_window(window);
+            self.fit_window(rtt, now.rtt);
             // What it writes is more than what becomes of it.
             // A stream that has just ended says 0: its digest was taken.
             let (taken, read) = (now.taken.saturating_sub(before.taken), now.read.saturating_sub(before.read));
@@ -100,9 +98,18 @@ impl Run {
         }
     }
 
-    /// How much time what is on its way is worth. Where a guest waits for pages, nothing waits in front of them that need not.
-    fn on_its_way(&self, rtt: Duration, shortest: Option<Duration>) -> Duration {
-        if self.phase == Phase::PostCopy { shortest.unwrap_or(rtt) + WINDOW_SLACK / 3 } else { rtt * 2 + WINDOW_SLACK }
+    /// As much is on its way as the path needs. Where a guest waits for pages, nothing waits in front of them that need not: then pieces are
+    /// small. WHY: each lane has one that it sends and one behind it, and a window without room for these would be a rate below the path's, which
+    /// makes the next window smaller.
+    fn fit_window(&self, rtt: Duration, shortest: Option<Duration>) {
+        #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a number of bytes; saturates")]
+        let bytes = |time: Duration| (self.path_rate * time.as_secs_f64()) as u64;
+        if self.phase == Phase::PostCopy {
+            let on_its_way = bytes(shortest.unwrap_or(rtt) + SPLIT_SLACK);
+            self.flow.set_split_window(on_its_way, bytes(PIECE_TIME), u64::from(self.lanes) * 2);
+        } else {
+            self.flow.set_window(bytes(rtt * 2 + WINDOW_SLACK));
+        }
     }
 
     /// Asks the hypervisor something. It may not answer before its socket takes more, so what the destination says is heard
@@ -148,6 +155,10 @@ const TELL_EVERY: Duration = Duration::from_millis(200);
 const RATE_KEPT: f64 = 0.8;
 /// WHY: acknowledgements are not sent for every piece, and hypervisors take some milliseconds for theirs.
 const WINDOW_SLACK: Duration = Duration::from_millis(30);
+/// The same, where a guest waits for pages.
+const SPLIT_SLACK: Duration = Duration::from_millis(10);
+/// How long a piece is on the path, where a guest waits for pages.
+const PIECE_TIME: Duration = Duration::from_millis(2);
 
 #[cfg(test)]
 mod tests {
