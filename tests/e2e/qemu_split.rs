@@ -8,7 +8,7 @@ use crate::command::{Running, Said, wait_for};
 use crate::crash::Records;
 use crate::gateway::{A, B};
 use crate::lab::{Lab, Setup};
-use crate::qemus::{OneCopy, Qemus, processes_with};
+use crate::qemus::{OneCopy, QEMU, Qemus, processes_with};
 use crate::relay::Conditions;
 
 /// Slower than the guest writes.
@@ -206,3 +206,28 @@ fn a_qemu_that_cannot_split_its_guest_says_so() {
     qemus.lab.migrate(A, &SPLIT).expect_stayed(4, &["expected QEMU 10.0 or later"]);
     qemus.is_only_at(A);
 }
+
+/// QEMU sends a huge page as one that is waited for, so a guest on them is not split; it moves all the same.
+#[test]
+fn a_guest_on_huge_pages_is_not_split_wherever_they_are() {
+    let free = std::fs::read_to_string("/proc/meminfo").unwrap();
+    let free = free.lines().find_map(|line| line.strip_prefix("HugePages_Free:")?.trim().parse::<u32>().ok()).unwrap_or(0);
+    if free < HUGE_PAGES {
+        return println!("SKIPPED: {free} huge pages are free, of {HUGE_PAGES} (`vm.nr_hugepages`)");
+    }
+    let huge: fn(Vec<String>) -> Vec<String> = |arguments| {
+        let on_them = |argument: String| if argument == "pc-i440fx-7.2" { format!("{argument},memory-backend=pc.ram") } else { argument };
+        let memory = ["-object", "memory-backend-memfd,id=pc.ram,size=64M,hugetlb=on,hugetlbsize=2M"].map(str::to_owned);
+        arguments.into_iter().map(on_them).chain(memory).collect()
+    };
+    let Some(mut qemus) = Qemus::start_as(Setup::new(), [QEMU, QEMU], |arguments| arguments, huge) else { return };
+    qemus.lab.migrate(A, &SPLIT).expect_stayed(4, &["expected pages of 4 KiB, got huge pages"]);
+    qemus.is_only_at(A);
+    qemus.lab.migrate(A, &[]).expect_moved();
+    qemus.is_only_at(B);
+    qemus.lab.migrate(B, &SPLIT).expect_stayed(4, &["expected memory in pages of 4 KiB, got huge pages"]);
+    qemus.is_only_at(B);
+}
+
+/// Two guests of 64 MiB.
+const HUGE_PAGES: u32 = 64;

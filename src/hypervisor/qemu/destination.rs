@@ -59,6 +59,9 @@ impl QemuDestination {
         if !machine.disks.is_empty() {
             lacks.extend(disks::lacks(&monitor.qmp, &machine.disks)?);
         }
+        if machine.mode.may_split() && facts::has_huge_pages(&monitor.qmp) {
+            lacks.push("memory for post-copy: expected pages of 4 KiB, got huge pages".to_owned());
+        }
         if !lacks.is_empty() {
             return Err(HypervisorError::Incompatible { vm: vm.to_owned(), lacks });
         }

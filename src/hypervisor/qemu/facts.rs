@@ -119,8 +119,12 @@ pub(super) fn not_split(qmp: &Qmp, machine: &Machine) -> Result<Option<String>, 
     if qmp.ask("qom-get", json!({ "path": "/machine", "property": "suppress-vmdesc" })).unwrap_or(false) {
         return Ok(Some("post-copy: expected a machine whose stream lists its devices, got one with `suppress-vmdesc=on`".to_owned()));
     }
-    let small = small_pages(&ramblock_text(qmp));
-    Ok((!small).then(|| "post-copy: expected memory in pages of 4 KiB, got huge pages".to_owned()))
+    Ok(has_huge_pages(qmp).then(|| "post-copy: expected memory in pages of 4 KiB, got huge pages".to_owned()))
+}
+
+/// Whether some of its memory is in pages that are larger than 4 KiB.
+pub(super) fn has_huge_pages(qmp: &Qmp) -> bool {
+    !small_pages(&ramblock_text(qmp))
 }
 
 /// Whether every block has pages of 4 KiB.
