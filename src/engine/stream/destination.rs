@@ -27,6 +27,7 @@ use crate::engine::source::Command;
 use crate::engine::witness::Exchange;
 use crate::engine::{EngineError, Link};
 use crate::hypervisor::{HypervisorError, StreamDestination, StreamStage};
+use crate::journal::JournalError;
 use crate::limits;
 use crate::migration::{DestinationStep, Outcome, StreamDestination as Machine, StreamDestinationAction, StreamDestinationEvent};
 use crate::telemetry::chain;
@@ -64,6 +65,10 @@ struct Run {
     writing: Option<JoinHandle<Result<Whole, Broken>>>,
     /// All of the stream, once the hypervisor was given it.
     whole: Option<Whole>,
+    /// Whether the hypervisor loads what it was given.
+    loads: watch::Receiver<bool>,
+    /// Makes room in the journal meanwhile.
+    reserving: Option<JoinHandle<Result<(), JournalError>>>,
     /// Waits until the hypervisor has loaded it.
     loading: Option<JoinHandle<Result<(), EngineError>>>,
     /// Waits until a guest that was split executes.
@@ -113,6 +118,8 @@ pub async fn run_stream_destination(order: DestinationOrder<dyn StreamDestinatio
         gate: None,
         given: flow.given(),
         split: flow.split(),
+        loads: flow.loads(),
+        reserving: None,
         cut_off: false,
         way_back: None,
         flow,
@@ -265,6 +272,7 @@ impl Run {
         let woken = wait(&mut self.waking);
         let given = changed(&mut self.given);
         let split = changed(&mut self.split);
+        let loads = changed(&mut self.loads);
         let staged = changed(&mut self.stages);
         let tells = async {
             match self.tells_at {
@@ -276,6 +284,10 @@ impl Run {
             happened = disks::happened(&mut self.disks) => self.disks_happened(happened).await,
             () = given => self.was_given().await,
             () = split => self.final_when_ready(),
+            () = loads => {
+                self.make_room();
+                None
+            }
             happened = split::happened(&mut self.way_back), if self.lost.is_none() => self.way_back_happened(happened).await,
             () = tells => self.tell_applied().await,
             () = staged => self.staged().await,
@@ -312,20 +324,24 @@ impl Run {
                 }
                 None => None,
             },
-            Some(command) = self.commands.recv() => match command {
-                // After PREPARED only the source decides, and it is about to.
-                Command::Cancel if !self.machine.is_prepared() && !self.machine.is_running() => {
-                    Some(self.give_up(EngineError::ShuttingDown { vm: self.order.vm.clone() }))
-                }
-                Command::CheckPeer if !self.machine.is_prepared() && !self.machine.is_running() => {
-                    self.link.admitted().err().map(|error| self.give_up(error))
-                }
-                Command::Superseded if self.lost.is_some() && self.machine.is_receiving() => {
-                    Some(self.give_up(EngineError::Cancelled { vm: self.order.vm.clone() }))
-                }
-                Command::Cancel | Command::CheckPeer | Command::Superseded => None,
-                Command::Bandwidth(_) | Command::DowntimeMax(_) => None,
-            },
+            Some(command) = self.commands.recv() => self.commanded(command),
+        }
+    }
+
+    fn commanded(&mut self, command: Command) -> Option<StreamDestinationEvent> {
+        match command {
+            // After PREPARED only the source decides, and it is about to.
+            Command::Cancel if !self.machine.is_prepared() && !self.machine.is_running() => {
+                Some(self.give_up(EngineError::ShuttingDown { vm: self.order.vm.clone() }))
+            }
+            Command::CheckPeer if !self.machine.is_prepared() && !self.machine.is_running() => {
+                self.link.admitted().err().map(|error| self.give_up(error))
+            }
+            Command::Superseded if self.lost.is_some() && self.machine.is_receiving() => {
+                Some(self.give_up(EngineError::Cancelled { vm: self.order.vm.clone() }))
+            }
+            Command::Cancel | Command::CheckPeer | Command::Superseded => None,
+            Command::Bandwidth(_) | Command::DowntimeMax(_) => None,
         }
     }
 

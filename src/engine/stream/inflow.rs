@@ -22,6 +22,8 @@ pub(super) struct Inflow {
     given: watch::Sender<u64>,
     /// What was given until the stream was split, if it was.
     split: watch::Sender<Option<Whole>>,
+    /// Whether the hypervisor was given the state of devices, and so loads the guest.
+    loads: watch::Sender<bool>,
 }
 
 #[derive(Debug, Default)]
@@ -33,7 +35,8 @@ struct State {
 
 impl Inflow {
     pub(super) fn new() -> Self {
-        Self { state: Mutex::default(), arrived: Notify::new(), given: watch::Sender::new(0), split: watch::Sender::new(None) }
+        let (given, split, loads) = (watch::Sender::new(0), watch::Sender::new(None), watch::Sender::new(false));
+        Self { state: Mutex::default(), arrived: Notify::new(), given, split, loads }
     }
 
     // SPEC: PROTOCOL.md#must-stream-window
@@ -89,7 +92,11 @@ impl Inflow {
             while let Some(bytes) = expander.expand()? {
                 stream.write_all(bytes).await?;
             }
-            stream.write_all(&expander.let_tail_go()?).await?;
+            let devices = expander.let_tail_go()?;
+            if !devices.is_empty() {
+                stream.write_all(&devices).await?;
+                self.loads.send_replace(true);
+            }
             let given = {
                 let mut state = self.lock();
                 state.given += count;
@@ -133,6 +140,11 @@ impl Inflow {
     /// Tells where the stream was split.
     pub(super) fn split(&self) -> watch::Receiver<Option<Whole>> {
         self.split.subscribe()
+    }
+
+    /// Tells when the hypervisor begins to load the guest, if that is known.
+    pub(super) fn loads(&self) -> watch::Receiver<bool> {
+        self.loads.subscribe()
     }
 
     /// Tells how much the hypervisor was given.

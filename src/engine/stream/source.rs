@@ -30,6 +30,7 @@ use crate::engine::source::{Command, Redial, SourceEnd, SourceOrder, SourcePorts
 use crate::engine::witness::Exchange;
 use crate::engine::{EngineError, Link};
 use crate::hypervisor::{HypervisorError, StreamGoal, StreamProgress, StreamSource, StreamStage, Streams};
+use crate::journal::JournalError;
 use crate::limits;
 use crate::migration::{Outcome, SourceStep, StreamSource as Machine, StreamSourceAction, StreamSourceEvent};
 use crate::telemetry::{Phase, Progress, chain};
@@ -61,6 +62,8 @@ struct Run {
     finalised: bool,
     stages: watch::Receiver<StreamStage>,
     reading: Option<JoinHandle<Result<Whole, Broken>>>,
+    /// Makes room in the journal while the hypervisor writes the rest of a guest that stands still.
+    reserving: Option<JoinHandle<Result<(), JournalError>>>,
     condenser: Arc<Mutex<Condenser>>,
     /// All of the stream, once it was read.
     whole: Option<Whole>,
@@ -112,8 +115,7 @@ pub async fn run_stream_source(order: SourceOrder, ports: SourcePorts<dyn Stream
     let (failures_in, failures) = mpsc::channel(usize::from(limits::LANES_MAX));
     let goal = StreamGoal { downtime_max: order.goal.downtime_max, throttle: order.goal.throttle };
     let guest_bytes = guest.machine().regions.iter().map(|region| region.bytes).sum();
-    let all = guest.machine().disks.clone();
-    let disks_only = guest.machine().disks_only;
+    let (all, disks_only) = (guest.machine().disks.clone(), guest.machine().disks_only);
     let disks = order.disks.clone().filter(|_| !all.is_empty()).map(|order| Disks::new(order, all, disks_only));
     let way_back = guest.machine().mode.may_split().then(|| WayBack::new(guest.machine().mode, guest.grammar()));
     let flow = Arc::new(Outflow::new(order.limited(order.bandwidth)));
@@ -134,6 +136,7 @@ pub async fn run_stream_source(order: SourceOrder, ports: SourcePorts<dyn Stream
         way_back,
         finalised: false,
         reading: None,
+        reserving: None,
         whole: None,
         goal,
         told: path::goal_in_round(goal, 0),
@@ -482,11 +485,12 @@ impl Run {
             StreamSourceAction::Mirror { lanes } => self.mirror(lanes).await.map(|()| None),
             StreamSourceAction::Settle => self.settle().map(|()| None),
             StreamSourceAction::GoOn => {
-                // A journal that cannot be written any more is found before COMMIT, behind which only a restart could tell who
-                // owns the guest.
                 let journal = Arc::clone(&self.evidence.journal);
-                joined(tokio::task::spawn_blocking(move || journal.reserve()).await)??;
-                self.beside(|guest| guest.go_on()).await?;
+                // In this order: there may be one thread for both.
+                let reserve = async { Some(tokio::task::spawn_blocking(move || journal.reserve())) };
+                let (gone_on, reserving) = tokio::join!(self.beside(|guest| guest.go_on()), reserve);
+                self.reserving = reserving;
+                gone_on?;
                 self.lap("pause");
                 Ok(None)
             }

@@ -226,7 +226,7 @@ pub(super) fn status(qmp: &Qmp) -> Result<GuestStatus, HypervisorError> {
         "running" => RunState::Running,
         "inmigrate" => RunState::Incoming,
         // It was split, and lacks pages that nobody sends any more: no guest that could be run.
-        "paused" if lacks_pages(qmp)? => RunState::Incoming,
+        "paused" if is_lost(qmp)? => RunState::Incoming,
         "shutdown" | "guest-panicked" | "internal-error" => RunState::Ended,
         // `paused`, `postmigrate`, `finish-migrate`, `io-error`, and what later versions add: no vCPU executes.
         _ => RunState::Paused,
@@ -237,7 +237,12 @@ pub(super) fn status(qmp: &Qmp) -> Result<GuestStatus, HypervisorError> {
 /// Whether its guest is one that was split and whose stream is lost, at the destination.
 pub(super) fn lacks_pages(qmp: &Qmp) -> Result<bool, HypervisorError> {
     let here = matches!(run_state(qmp)?.as_str(), "running" | "paused");
-    Ok(here && migration_state(qmp)?.as_deref() == Some("postcopy-paused"))
+    Ok(here && is_lost(qmp)?)
+}
+
+/// Whether it was split and its stream is lost.
+fn is_lost(qmp: &Qmp) -> Result<bool, HypervisorError> {
+    Ok(migration_state(qmp)?.as_deref() == Some("postcopy-paused"))
 }
 
 /// QEMU's own word for how its migration is.

@@ -25,12 +25,23 @@ impl Run {
                 self.commit_question.ask_ahead(&self.link.session);
                 self.loading = Some(tokio::spawn(load(Arc::clone(&self.twin), self.stages.clone())));
                 // What is promised has to be kept, also on a disk that fills up. Nothing is promised yet.
-                let journal = Arc::clone(&self.evidence.journal);
-                joined(tokio::task::spawn_blocking(move || journal.reserve()).await)??;
+                self.make_room();
+                if let Some(reserving) = self.reserving.take() {
+                    joined(reserving.await)??;
+                }
                 Ok(None)
             }
             StreamDestinationAction::Handoff(action) => self.handoff(action).await,
         }
+    }
+
+    /// WHY: it takes two syncs, and a guest that stands still waits for its hypervisor as long.
+    pub(super) fn make_room(&mut self) {
+        let journal = &self.evidence.journal;
+        self.reserving.get_or_insert_with(|| {
+            let journal = Arc::clone(journal);
+            tokio::task::spawn_blocking(move || journal.reserve())
+        });
     }
 
     /// `INVARIANT(loaded-before-prepared)`

@@ -108,6 +108,12 @@ impl Run {
                 return Some(self.give_up(error));
             }
         }
+        // A journal that cannot be written any more is found before COMMIT, behind which only a restart could tell who owns the guest.
+        if let Some(reserving) = self.reserving.take()
+            && let Err(error) = joined(reserving.await).and_then(|reserved| Ok(reserved?))
+        {
+            return Some(self.give_up(error));
+        }
         self.lap("last-pages");
         self.finalised = true;
         if let Some(whole) = self.whole
