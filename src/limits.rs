@@ -244,6 +244,8 @@ pub const QEMU_DEVICES_MAX: usize = 1024;
 pub const QEMU_BLOCKS_MAX: usize = 2048;
 /// LIMIT: channels on which a QEMU hands over pages: each is a thread of QEMU's, and a socket with what is held of it here.
 pub const QEMU_CHANNELS_MAX: u16 = 16;
+/// LIMIT: processes that connect where a QEMU's channels are waited for: QEMU, and a few that have no business there.
+pub const CHANNEL_PROCESSES_MAX: usize = 8;
 /// LIMIT: vCPUs of the reference VMM.
 pub const VCPUS_MAX: u32 = 8;
 /// LIMIT: JSON header of an attach message; the largest carries a machine description.

@@ -68,8 +68,9 @@ impl Changer {
             Change::Append(more) if ends => held.extend_from_slice(more),
             _ => {}
         }
-        // What is looked for may be cut in two.
-        let keep = if ends || self.cut || self.done { 0 } else { held.len().min(64) };
+        // What is looked for may be cut in two. Nothing else is held back: whoever waits for it may have to be first.
+        let looks = matches!(self.change, Change::Replace(_) | Change::CutBehind(_)) && !ends && !self.cut && !self.done;
+        let keep = if looks { held.len().min(64) } else { 0 };
         let ready: Vec<u8> = held.drain(..held.len() - keep).collect();
         self.passed += ready.len();
         ready
@@ -251,5 +252,37 @@ fn of_devices() -> Vec<Lie> {
         ends("its end in a device", Change::CutBehind(b"\x05timer".to_vec()), ""),
         ends("more behind its end", Change::Append(b"\x02\0\0\0\x02".to_vec()), "the end of the stream"),
         ends("another stream behind its end", Change::Append(b"QEVM\0\0\0\x03".to_vec()), "the end of the stream"),
+    ]
+}
+
+/// Of a channel with pages (multifd), one of two: it says which it is, and then packets.
+pub fn lies_of_a_channel() -> Vec<Lie> {
+    const PACKET: usize = 64;
+    // Behind the packet with which all wait for each other, which has no pages.
+    const PAGES: usize = PACKET + 1344;
+    let flip = |name, at, bit, expected| ends(name, Change::Flip(at, bit), expected);
+    // Of one that ends nothing is expected: its QEMU ends the others then, and which end is seen first is chance.
+    vec![
+        flip("another beginning", 0, 0, "the beginning of a channel"),
+        flip("another version", 7, 1, "the beginning of a channel"),
+        flip("another UUID", 8, 0, "the UUID of the VM"),
+        flip("the number of the other one", 24, 0, "channels, each once"),
+        ends("a part of what it is", Change::Cut(10), ""),
+        ends("nothing", Change::Cut(0), ""),
+        flip("no packet", PACKET, 0, "a packet of version 1"),
+        flip("a packet of another version", PACKET + 7, 1, "a packet of version 1"),
+        flip("packed pages", PACKET + 11, 1, "packets of pages as they are"),
+        flip("an unknown mark", PACKET + 8, 7, "packets of pages as they are"),
+        flip("pages before all are there", PACKET + 11, 0, "in front of the first page"),
+        flip("pages without end", PACKET + 16, 7, "a bounded number of pages"),
+        flip("zeroes without end", PACKET + 32, 7, "a bounded number of pages"),
+        flip("a page that there is no room for", PACKET + 19, 0, "a bounded number of pages"),
+        flip("more pages than there is room for", PAGES + 15, 7, "a bounded number of pages"),
+        flip("a page of no block", PAGES + 64, 0, "a block of RAM"),
+        flip("a page outside of its block", PAGES + 320, 6, "a page of its block"),
+        flip("a part of a page", PAGES + 327, 0, "a page of its block"),
+        ends("its end in a packet", Change::Cut(PAGES + 100), ""),
+        ends("its end behind some", Change::Cut(400_000), ""),
+        ends("more behind its end", Change::Append(b"more".to_vec()), "pages until the last section"),
     ]
 }

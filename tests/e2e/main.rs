@@ -22,6 +22,7 @@ mod fixtures;
 #[path = "../bundles/signing.rs"]
 mod signing;
 
+mod between;
 mod bundles;
 mod certificates;
 mod command;

@@ -4,9 +4,11 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
+use crate::between::{Between, Meddling};
 use crate::crash::Records;
 use crate::gateway::{A, B};
 use crate::lab::Setup;
+use crate::lies::{Change, Lie, lies_of_a_channel};
 use crate::qemus::{OneCopy, QEMU, Qemus, ask, processes_with};
 use crate::relay::Conditions;
 
@@ -115,4 +117,44 @@ fn several_channels_are_refused_where_they_cannot_be() {
     assert!(records.have("offer"));
     qemus.is_only_at(A);
     is_as_it_was(&qemus);
+}
+
+/// Somebody between a QEMU and its gateway changes what is said on a channel: whatever it is, the guest goes on and its QEMU is as it was.
+#[test]
+fn a_channel_that_lies_leaves_the_guest_where_it_is() {
+    let Some(mut qemus) = Qemus::start(Setup::new()) else { return };
+    let between = Between::put_before(&mut qemus);
+    let mut wrong = Vec::new();
+    let lies = lies_of_a_channel();
+    for Lie { name, change, expected } in &lies {
+        between.set(Meddling::Channel(change.clone()));
+        let said = qemus.lab.migrate(A, &["--channels", "2"]);
+        if said.code != 1 || !said.stderr.contains(expected) {
+            wrong.push(format!("{name}: expected `{expected}`, got {}: {}", said.code, said.stderr));
+        }
+        qemus.stays(name);
+        is_as_it_was(&qemus);
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+    println!("QEMU and channels that lie: {} refused", lies.len());
+    // And the main channel of several.
+    between.set(Meddling::Main(Change::Replace(vec![(b"QEVM".to_vec(), b"QIMG".to_vec())])));
+    qemus.lab.migrate(A, &CHANNELS).expect_stayed(1, &["version 3"]);
+    is_as_it_was(&qemus);
+    between.set(Meddling::Main(Change::Nothing));
+    moved(&qemus.lab.migrate(A, &CHANNELS).expect_moved());
+    qemus.is_only_at(B);
+}
+
+/// Another process connects first where channels are waited for.
+#[test]
+fn a_stranger_where_channels_are_waited_for_is_none_of_them() {
+    if std::process::Command::new("python3").arg("--version").output().is_err() {
+        return println!("SKIPPED: no python3");
+    }
+    let Some(mut qemus) = Qemus::start(Setup::new()) else { return };
+    let between = Between::put_before(&mut qemus);
+    between.set(Meddling::Stranger(2));
+    moved(&qemus.lab.migrate(A, &CHANNELS).expect_moved());
+    qemus.is_only_at(B);
 }

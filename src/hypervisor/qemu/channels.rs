@@ -10,14 +10,15 @@ use std::path::{Path, PathBuf};
 use rustix::net::sockopt::socket_peercred;
 use rustix::process::Pid;
 
-/// Takes connections of one process.
+use crate::limits;
+
+/// Takes connections of one process, the first that has made as many as are wanted: others may connect too, and are none of them.
 #[derive(Debug)]
 pub(super) struct Channels {
     listener: UnixListener,
     at: PathBuf,
-    taken: Vec<UnixStream>,
-    /// Whose they are.
-    process: Option<Pid>,
+    /// By process, each in their order.
+    taken: Vec<(Pid, Vec<UnixStream>)>,
 }
 
 impl Channels {
@@ -28,25 +29,44 @@ impl Channels {
         let listener = UnixListener::bind(at)?;
         fs::set_permissions(at, fs::Permissions::from_mode(0o600))?;
         listener.set_nonblocking(true)?;
-        Ok(Self { listener, at: at.to_owned(), taken: Vec::new(), process: None })
+        Ok(Self { listener, at: at.to_owned(), taken: Vec::new() })
     }
 
     /// Takes those that are there; all once there are so many, the main channel, which comes first, in front.
     pub(super) fn take(&mut self, wanted: usize) -> io::Result<Option<Vec<UnixStream>>> {
-        while self.taken.len() < wanted {
+        loop {
             let stream = match self.listener.accept() {
                 Ok((stream, _)) => stream,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(None),
                 Err(error) => return Err(error),
             };
             let process = socket_peercred(&stream)?.pid;
-            if *self.process.get_or_insert(process) != process {
-                tracing::warn!(?process, "a connection of another process is none of the hypervisor's channels");
+            let index = match self.taken.iter().position(|(known, _)| *known == process) {
+                Some(index) => index,
+                None if self.taken.len() >= limits::CHANNEL_PROCESSES_MAX => {
+                    tracing::warn!(?process, "connections of too many processes where a hypervisor's channels are waited for");
+                    continue;
+                }
+                None => {
+                    self.taken.push((process, Vec::new()));
+                    self.taken.len() - 1
+                }
+            };
+            let Some((_, taken)) = self.taken.get_mut(index) else { continue };
+            taken.push(stream);
+            if taken.len() < wanted {
                 continue;
             }
-            self.taken.push(stream);
+            let taken = std::mem::take(taken);
+            for (process, others) in self.taken.drain(..).filter(|(_, others)| !others.is_empty()) {
+                tracing::warn!(
+                    ?process,
+                    connections = others.len(),
+                    "connections of another process are none of the hypervisor's channels"
+                );
+            }
+            return Ok(Some(taken));
         }
-        Ok(Some(std::mem::take(&mut self.taken)))
     }
 }
 
@@ -84,20 +104,40 @@ mod tests {
         assert!(!at.exists());
     }
 
+    /// Also where they come first.
     #[test]
-    fn a_connection_of_another_process_is_not_taken() {
+    fn connections_of_another_process_are_not_taken() {
         let directory = tempfile::tempdir().unwrap();
         let at = directory.path().join("channels");
         let mut channels = Channels::listen(&at).unwrap();
-        let _first = UnixStream::connect(&at).unwrap();
-        assert!(channels.take(2).unwrap().is_none());
         let text = format!("import socket; s = socket.socket(socket.AF_UNIX); s.connect({at:?})");
-        let Ok(said) = std::process::Command::new("python3").args(["-c", &text]).status() else {
-            return println!("SKIPPED: no python3");
-        };
+        let stranger = || std::process::Command::new("python3").args(["-c", &text]).status();
+        let Ok(said) = stranger() else { return println!("SKIPPED: no python3") };
         assert!(said.success());
+        let mut first = UnixStream::connect(&at).unwrap();
+        assert!(channels.take(2).unwrap().is_none());
+        assert!(stranger().unwrap().success());
         assert!(channels.take(2).unwrap().is_none());
         let _second = UnixStream::connect(&at).unwrap();
-        assert_eq!(channels.take(2).unwrap().unwrap().len(), 2);
+        let mut taken = channels.take(2).unwrap().unwrap();
+        first.write_all(b"1").unwrap();
+        let mut byte = [0];
+        taken[0].read_exact(&mut byte).unwrap();
+        assert_eq!((taken.len(), byte), (2, *b"1"));
+    }
+
+    #[test]
+    fn connections_of_many_processes_are_bounded() {
+        let directory = tempfile::tempdir().unwrap();
+        let at = directory.path().join("channels");
+        let mut channels = Channels::listen(&at).unwrap();
+        let text = format!("import socket; s = socket.socket(socket.AF_UNIX); s.connect({at:?})");
+        for _ in 0..limits::CHANNEL_PROCESSES_MAX + 2 {
+            let Ok(said) = std::process::Command::new("python3").args(["-c", &text]).status() else {
+                return println!("SKIPPED: no python3");
+            };
+            assert!(said.success() && channels.take(2).unwrap().is_none());
+        }
+        assert_eq!(channels.taken.len(), limits::CHANNEL_PROCESSES_MAX);
     }
 }
