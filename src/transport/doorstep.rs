@@ -16,7 +16,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use quinn::crypto::{self, AeadKey, CryptoError, HandshakeTokenKey};
 use quinn::udp::{RecvMeta, Transmit};
-use quinn::{AsyncUdpSocket, ConnectionId, ConnectionIdGenerator as _, UdpPoller};
+use quinn::{AsyncUdpSocket, ConnectionId, UdpPoller};
 use ring::hmac;
 use ring::rand::SystemRandom;
 
@@ -166,7 +166,8 @@ impl Greeting {
     /// What to answer instead of letting QUIC's library look: nothing at all, for a token that is none.
     fn answer(&self, datagram: &[u8], from: SocketAddr, now: u64) -> Option<Option<Vec<u8>>> {
         let initial = Initial::read(datagram)?;
-        if self.door.knows(&ConnectionId::new(initial.original)) {
+        // Whoever has heard of us already speaks to an ID of ours, in the same datagram as what ends the handshake.
+        if self.door.knows(&ConnectionId::new(initial.original)) || SteeredIds::has_issued(initial.original) {
             return None;
         }
         match initial.token {
@@ -179,7 +180,7 @@ impl Greeting {
 
     /// RFC 9000 section 17.2.5.
     fn retry(&self, initial: &Initial<'_>, to: SocketAddr, now: u64) -> Vec<u8> {
-        let own = SteeredIds { socket: self.socket }.generate_cid();
+        let own = SteeredIds { socket: self.socket }.passing();
         let token = self.tokens.token(to, initial.original, now);
         let length = |id: &[u8]| u8::try_from(id.len()).unwrap_or(0);
         let mut packet = vec![0xf0];

@@ -146,28 +146,50 @@ pub(super) fn initial_connection_id(first_byte: u8) -> ConnectionId {
     ConnectionId::new(&id)
 }
 
-/// Issues connection IDs that lead back to one socket of the group.
+/// Issues connection IDs that lead back to one socket of the group: its index, what nobody can guess, and what only we can make of both.
 #[derive(Debug)]
 pub(super) struct SteeredIds {
     pub(super) socket: u8,
 }
+
+const ISSUED_BYTES: usize = 8;
 
 impl SteeredIds {
     /// A factory for [`quinn::EndpointConfig::cid_generator`].
     pub(super) fn factory(socket: u8) -> impl Fn() -> Box<dyn ConnectionIdGenerator> + Send + Sync + 'static {
         move || Box::new(Self { socket })
     }
+
+    /// Whether it is of a connection, of whichever socket. Whoever has one was answered.
+    pub(super) fn has_issued(id: &[u8]) -> bool {
+        <[u8; ISSUED_BYTES]>::try_from(id).is_ok_and(|id| id == signed(id))
+    }
+
+    /// One for whoever has to come again: it leads here, and is of no connection.
+    pub(super) fn passing(&self) -> ConnectionId {
+        let mut id = unpredictable();
+        id[0] = self.socket;
+        ConnectionId::new(&id)
+    }
+}
+
+/// The same beginning with what only we can make of it.
+fn signed(mut id: [u8; ISSUED_BYTES]) -> [u8; ISSUED_BYTES] {
+    let [beginning @ .., _, _, _, _] = id;
+    let [mac @ .., _, _, _, _] = KEYS.hash_one(beginning).to_le_bytes();
+    id[4..].copy_from_slice(&mac);
+    id
 }
 
 impl ConnectionIdGenerator for SteeredIds {
     fn generate_cid(&mut self) -> ConnectionId {
         let mut id = unpredictable();
         id[0] = self.socket;
-        ConnectionId::new(&id)
+        ConnectionId::new(&signed(id))
     }
 
     fn cid_len(&self) -> usize {
-        8
+        ISSUED_BYTES
     }
 
     fn cid_lifetime(&self) -> Option<Duration> {
@@ -175,10 +197,11 @@ impl ConnectionIdGenerator for SteeredIds {
     }
 }
 
+static KEYS: LazyLock<RandomState> = LazyLock::new(RandomState::new);
+
 /// Bytes that nobody outside can guess: SipHash of a counter under keys from the system's random source.
 /// Connection IDs need to be unlinkable, not secret.
 fn unpredictable() -> [u8; 8] {
-    static KEYS: LazyLock<RandomState> = LazyLock::new(RandomState::new);
     static COUNTER: AtomicU64 = AtomicU64::new(0);
     KEYS.hash_one(COUNTER.fetch_add(1, Ordering::Relaxed)).to_le_bytes()
 }
@@ -250,6 +273,22 @@ mod tests {
             assert_ne!(first, second);
             assert_eq!(first.len(), ids.cid_len());
             assert_eq!(receiver(&group, &[&[0x40], &first[..]].concat()), usize::from(socket));
+        }
+    }
+
+    #[test]
+    fn an_id_of_a_connection_is_known_and_no_other() {
+        for socket in 0..=4 {
+            let mut ids = SteeredIds { socket };
+            let id = ids.generate_cid();
+            assert!(SteeredIds::has_issued(&id));
+            assert!(!SteeredIds::has_issued(&ids.passing()) && ids.passing()[0] == socket);
+            for at in 0..id.len() {
+                let mut changed = id.to_vec();
+                changed[at] ^= 1;
+                assert!(!SteeredIds::has_issued(&changed) && !SteeredIds::has_issued(&id[..at]), "byte {at}");
+            }
+            assert!(!SteeredIds::has_issued(&[&id[..], &[0]].concat()));
         }
     }
 

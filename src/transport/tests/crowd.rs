@@ -43,6 +43,15 @@ impl Stranger {
         self.socket.send_to(datagram, to).unwrap();
     }
 
+    /// What it said, to the ID that it was answered with.
+    fn goes_on(&self, heard: &[u8]) -> Vec<u8> {
+        let id = |datagram: &[u8], at: usize| datagram[at..=at + usize::from(datagram[at])].to_vec();
+        let (original, own) = (id(&self.said, 5), id(heard, 5 + id(heard, 5).len()));
+        let mut goes_on = [&self.said[..5], &own, &self.said[5 + original.len()..]].concat();
+        goes_on.resize(self.said.len(), 0);
+        goes_on
+    }
+
     fn hears(&self) -> Option<Vec<u8>> {
         let mut bytes = vec![0; 2048];
         let length = tokio::task::block_in_place(|| self.socket.recv(&mut bytes)).ok()?;
@@ -68,10 +77,11 @@ async fn a_crowd_costs_whoever_means_it_one_round_trip_and_hears_little_itself()
     let mut crowds = Vec::new();
     for socket in [None, Some(0), Some(1)] {
         let crowd: Vec<Stranger> = (0..limits::HALF_OPEN_BEFORE_RETRY).map(|_| Stranger::new(&tls, socket, address)).collect();
-        assert!(crowd.iter().all(|one| one.hears().is_some_and(|heard| !is_retry(&heard))), "there is room: {socket:?}");
-        crowds.push((socket, crowd));
+        let heard: Vec<_> = crowd.iter().map(|one| one.hears().unwrap()).collect();
+        assert!(heard.iter().all(|heard| !is_retry(heard)), "there is room: {socket:?}");
+        crowds.push((socket, crowd, heard));
     }
-    for (socket, crowd) in &crowds {
+    for (socket, crowd, heard_inside) in &crowds {
         let late = Stranger::new(&tls, *socket, address);
         let heard = late.hears().unwrap();
         assert!(is_retry(&heard) && heard.len() * 3 < late.said.len(), "{socket:?}: {} bytes", heard.len());
@@ -79,6 +89,8 @@ async fn a_crowd_costs_whoever_means_it_one_round_trip_and_hears_little_itself()
         let inside = &crowd[0];
         while inside.hears().is_some() {}
         inside.say(&inside.said, address);
+        assert!(inside.hears().is_none_or(|heard| !is_retry(&heard)), "{socket:?}");
+        inside.say(&inside.goes_on(&heard_inside[0]), address);
         assert!(inside.hears().is_none_or(|heard| !is_retry(&heard)), "{socket:?}");
         // A token that is none is no reason to answer.
         let at = 6 + usize::from(late.said[5]) + 1 + usize::from(late.said[6 + usize::from(late.said[5])]);
