@@ -60,6 +60,8 @@ struct Run {
     split: watch::Receiver<Option<Whole>>,
     /// Whether FINAL was said.
     finalised: bool,
+    /// Whether a guest that was split lacks nothing, and that was said.
+    emptied: bool,
     stages: watch::Receiver<StreamStage>,
     reading: Option<JoinHandle<Result<Whole, Broken>>>,
     /// Makes room in the journal while the hypervisor writes the rest of a guest that stands still.
@@ -135,6 +137,7 @@ pub async fn run_stream_source(order: SourceOrder, ports: SourcePorts<dyn Stream
         disks,
         way_back,
         finalised: false,
+        emptied: false,
         reading: None,
         reserving: None,
         whole: None,

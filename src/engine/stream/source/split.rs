@@ -91,9 +91,9 @@ impl Run {
     pub(super) async fn finalised(&mut self) -> Option<StreamSourceEvent> {
         let stage = *self.stages.borrow();
         if self.finalised {
-            return (self.whole.is_some() && stage == StreamStage::Complete)
-                .then_some(StreamSourceEvent::Emptied)
-                .filter(|_| self.is_split());
+            // Whichever of the two came last, this is said once as well.
+            let all = self.whole.is_some() && stage == StreamStage::Complete && self.is_split();
+            return (all && !std::mem::replace(&mut self.emptied, all)).then_some(StreamSourceEvent::Emptied);
         }
         let split = *self.split.borrow();
         let whole = match split {
