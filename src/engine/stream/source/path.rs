@@ -49,6 +49,9 @@ impl Run {
 
     /// Fits the window to the path, and tells the hypervisor of a path that is slower than its socket seems.
     pub(super) async fn look_at_path(&mut self) {
+        if self.looked.at.elapsed() < LOOK_AFTER {
+            return;
+        }
         let now = Looked {
             at: Instant::now(),
             applied: self.flow.applied_bytes(),
@@ -151,6 +154,9 @@ pub(super) fn goal_in_round(goal: StreamGoal, round: u32) -> StreamGoal {
 const ASK_EVERY: Duration = Duration::from_secs(1);
 /// WHY: an estimate that changes faster is of no use to a hypervisor that decides ten times a second.
 const TELL_EVERY: Duration = Duration::from_millis(200);
+/// WHY: two looks that a busy processor brings close together show a burst and no path. A hypervisor that is told of it stops its guest, whose
+/// rest then takes seconds.
+const LOOK_AFTER: Duration = Duration::from_millis(100);
 /// What is left of a rate at the next look, if that shows less.
 const RATE_KEPT: f64 = 0.8;
 /// WHY: acknowledgements are not sent for every piece, and hypervisors take some milliseconds for theirs.
