@@ -177,11 +177,8 @@ pub async fn run_stream_source(order: SourceOrder, ports: SourcePorts<dyn Stream
         failures,
         failures_in,
     };
-    let mut events = VecDeque::new();
-    if let Err(error) = run.offer().await {
-        events.push_back(run.broken(error));
-    }
-    run.run(commands, events).await
+    let lost = run.offer().await.err().map(|error| run.broken(error));
+    run.run(commands, lost.into_iter().collect()).await
 }
 
 impl Run {
