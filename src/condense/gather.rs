@@ -120,7 +120,7 @@ impl Gather {
                     return Ok(at);
                 }
                 let begun = channel.id.is_some();
-                match channel.next(rest, &self.walk) {
+                match channel.next(rest, &self.walk, self.met) {
                     Ok(count) => at += count,
                     Err(Stop::Short) => return Ok(at),
                     Err(Stop::Unsound(unsound)) => return Err(unsound),
@@ -138,8 +138,7 @@ impl Gather {
             };
             match self.walk.spot() {
                 Spot::Pages { .. } | Spot::Gap | Spot::Footer { last: false } => {}
-                Spot::Ahead | Spot::Setup if self.met => return Ok(at),
-                Spot::Ahead | Spot::Setup => return Err(channel.unsound("to wait for the others in front of the first page", "a page")),
+                Spot::Ahead | Spot::Setup => return Ok(at),
                 Spot::Footer { last: true } | Spot::Behind => return Err(channel.unsound("no page behind the last section", "one")),
             }
             let content = rest.first_chunk::<PAGE_BYTES>();

@@ -53,12 +53,12 @@ impl Channel {
         Unsound { at: self.at, expected, got }
     }
 
-    /// Takes what stands in front of pages; how many bytes that is.
-    pub(super) fn next(&mut self, bytes: &[u8], walk: &Walk) -> Result<usize, Stop> {
+    /// Takes what stands in front of pages, of which there is none before all channels have `met`; how many bytes that is.
+    pub(super) fn next(&mut self, bytes: &[u8], walk: &Walk, met: bool) -> Result<usize, Stop> {
         let mut look = Look::new(bytes, self.at);
         match self.id {
             None => self.id = Some(self.greeting(&mut look)?),
-            Some(_) => self.packet = Some(packet(&mut look, walk)?),
+            Some(_) => self.packet = Some(packet(&mut look, walk, met)?),
         }
         self.at += look.at() as u64;
         Ok(look.at())
@@ -79,7 +79,7 @@ impl Channel {
 }
 
 /// What announces pages. QEMU gives it the same length always.
-fn packet(look: &mut Look<'_>, walk: &Walk) -> Result<Packet, Stop> {
+fn packet(look: &mut Look<'_>, walk: &Walk, met: bool) -> Result<Packet, Stop> {
     if (look.u32()?, look.u32()?) != (MAGIC, VERSION) {
         return Err(look.unsound("a packet of version 1", "another"));
     }
@@ -102,6 +102,9 @@ fn packet(look: &mut Look<'_>, walk: &Walk) -> Result<Packet, Stop> {
     let waits = flags & SYNC != 0;
     if count == 0 {
         return Ok(Packet { block: 0, pages: Vec::new(), zeroes: 0, waits });
+    }
+    if !met {
+        return Err(look.unsound("to wait for the others in front of the first page", "a page"));
     }
     let length = name.iter().position(|byte| *byte == 0).unwrap_or(name.len());
     let name = Look::new(name, 0).name(length)?.to_owned();

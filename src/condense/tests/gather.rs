@@ -208,6 +208,9 @@ fn channels_that_lie_are_refused() {
     gather.take_channel(0, &greeting(0)).unwrap();
     assert!(gather.end_channel(0, 0).unwrap_err().expected.contains("pages until the last section"));
     assert!(gather.take_channel(1, &[]).is_err());
+    // Pages in front of all else are what is wrong with them, also before their block is known.
+    let early = gather.take_channel(0, &packet(false, "pc.ram", &[], &[1])).unwrap_err();
+    assert!(early.expected.contains("in front of the first page"), "{early}");
 }
 
 #[test]

@@ -107,12 +107,16 @@ impl Several {
 
     /// Whether all channels have, in their places. Asked when nothing more can be taken.
     fn has_ended(&self) -> Result<bool, Broken> {
-        if self.main.ended {
+        // What the main channel has left waits for channels that have not come so far: nobody says that they come in this order.
+        let mut others = self.others.iter().enumerate();
+        let held_up = self.main.filled > 0 && others.any(|(index, other)| !other.ended && !self.gather.waits(index));
+        let main_ended = self.main.ended && !held_up;
+        if main_ended {
             self.gather.end_main(self.main.filled)?;
         }
         for (index, other) in self.others.iter().enumerate().filter(|(_, other)| other.ended) {
             // One that waits for the main channel may have nothing more to say.
-            if self.main.ended || !self.gather.waits(index) {
+            if main_ended || !self.gather.waits(index) {
                 self.gather.end_channel(index, other.filled)?;
             }
         }
@@ -219,6 +223,37 @@ mod tests {
         });
         let all = read(&mut intake).await.unwrap();
         assert!(writing.is_finished() && all.starts_with(HEAD) && all.ends_with(b"\x7e\0\0\0\x02devices"), "{}", all.escape_ascii());
+    }
+
+    /// Whoever passes them on may be slower with one than with another.
+    #[tokio::test]
+    async fn a_main_channel_that_has_ended_waits_for_the_others() {
+        let (mut intake, main, others) = several(2);
+        let end = [EOS, b"\x7e\0\0\0\x02\x03\0\0\0\x02", EOS, b"\x7e\0\0\0\x02devices"].concat();
+        main.try_write(&[HEAD, &end].concat()).unwrap();
+        drop(main);
+        let writing = tokio::spawn(async move {
+            for (id, other) in others.into_iter().enumerate() {
+                for part in [greeting(u8::try_from(id).unwrap()), sync(), sync()] {
+                    tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+                    other.try_write(&part).unwrap();
+                }
+            }
+        });
+        let all = read(&mut intake).await.unwrap();
+        assert!(writing.is_finished() && all.ends_with(b"\x7e\0\0\0\x02devices"), "{}", all.escape_ascii());
+    }
+
+    #[tokio::test]
+    async fn a_main_channel_that_ends_too_early_is_noticed_at_once() {
+        let (mut intake, main, others) = several(2);
+        for (id, other) in others.iter().enumerate() {
+            other.try_write(&[greeting(u8::try_from(id).unwrap()), sync()].concat()).unwrap();
+        }
+        main.try_write(&[HEAD, EOS, &EOS[..7]].concat()).unwrap();
+        drop(main);
+        let error = read(&mut intake).await.unwrap_err().to_string();
+        assert!(error.contains("its end"), "{error}");
     }
 
     #[tokio::test]

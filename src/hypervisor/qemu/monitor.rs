@@ -235,6 +235,24 @@ impl Monitor {
         }
     }
 
+    /// Waits until QEMU has let go of what it had for a migration that failed, which it says before it has: it refuses another one until
+    /// then, or ends it with the leavings of the last.
+    pub(super) fn ensure_let_go(&self) -> Result<(), HypervisorError> {
+        #[derive(Deserialize)]
+        struct Instance {
+            r#type: String,
+        }
+        let until = by(self.within);
+        loop {
+            let instances: Vec<Instance> = self.qmp.ask("query-yank", Value::Null)?;
+            // One that has not ended is refused by `migrate` itself, in QEMU's words.
+            if instances.iter().all(|instance| instance.r#type != "migration") || Instant::now() >= until {
+                return Ok(());
+            }
+            std::thread::sleep(LOOK_PAUSE);
+        }
+    }
+
     /// Sees that a migration and the guest are in one of these states.
     pub(super) fn ensure(&self, request: &'static str, wanted: &[(&str, &str)]) -> Result<(), HypervisorError> {
         let until = by(self.within);

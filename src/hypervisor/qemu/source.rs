@@ -302,6 +302,7 @@ impl StreamSource for QemuSource {
 
     fn begin(&mut self, goal: StreamGoal) -> Result<Streams, HypervisorError> {
         self.ensure_free("migrate")?;
+        self.monitor.ensure_let_go()?;
         self.untouched = false;
         let splits = self.machine.mode.may_split();
         let multifd = self.channels.is_some();
