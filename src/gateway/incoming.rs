@@ -4,6 +4,7 @@ use std::num::NonZeroU64;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
+use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::{mpsc, watch};
 
 use crate::audit::{Entry, Event, Outcome};
@@ -293,26 +294,25 @@ impl Gateway {
 
     /// Takes the VM for an offer. An earlier attempt of the same source that lost its link is over when that offers anew.
     async fn claim_for(self: &Arc<Self>, link: &Link, offer: &Offer) -> Result<Claim, Refusal> {
-        let claim = || self.registry.claim(&offer.vm, offer.migration);
         let mut claimed = self.claim_with_patience(offer).await;
         if let Err(Busy::Vm(other)) = &claimed
             && self.kept.has(*other)
         {
             self.drop_kept(*other, |peer| peer.spiffe == link.peer.spiffe).await;
-            claimed = claim();
+            claimed = self.registry.claim(&offer.vm, offer.migration);
         }
-        if let Err(Busy::Vm(other)) = &claimed
-            && let Some(earlier) = self.registry.migration(*other)
+        if let Err(Busy::Vm(other)) = claimed
+            && let Some(earlier) = self.registry.migration(other)
             && earlier.side == Side::Destination
             && self.config.peer_of(&link.peer.spiffe).is_some_and(|peer| peer.name == earlier.peer)
-            && let Some(commands) = &earlier.commands
-            && commands.try_send(Command::Superseded).is_ok()
         {
-            let mut ended = earlier.ended.clone();
-            let _ = tokio::time::timeout(limits::GREETING_WITHIN / 2, ended.wait_for(|ended| *ended)).await;
-            // The claim goes right after the report.
-            tokio::time::sleep(Duration::from_millis(50)).await;
-            claimed = claim();
+            let ends = match earlier.commands {
+                Some(commands) => !matches!(commands.try_send(Command::Superseded), Err(TrySendError::Full(_))),
+                None => earlier.report.is_some(),
+            };
+            if ends {
+                claimed = self.claim_behind(other, offer).await;
+            }
         }
         claimed.map_err(|busy| match busy {
             Busy::Vm(other) => Refusal::new(ErrorClass::Denied, format!("VM `{}` is moving already, in migration `{other}`", offer.vm)),
@@ -320,6 +320,22 @@ impl Gateway {
             Busy::Closing => Refusal::new(ErrorClass::PeerUnreachable, "the gateway is shutting down"),
             Busy::Id => used_before(offer.migration),
         })
+    }
+
+    /// Takes the VM of an attempt that ends now, or has ended and is about to let go of it.
+    async fn claim_behind(&self, earlier: MigrationId, offer: &Offer) -> Result<Claim, Busy> {
+        let mut room = self.registry.room();
+        let claimed = async {
+            loop {
+                match self.registry.claim(&offer.vm, offer.migration) {
+                    Err(Busy::Vm(other)) if other == earlier => {}
+                    claimed => return claimed,
+                }
+                // It lives as long as the registry.
+                let _ = room.changed().await;
+            }
+        };
+        tokio::time::timeout(limits::GREETING_WITHIN / 2, claimed).await.unwrap_or(Err(Busy::Vm(earlier)))
     }
 
     /// Where there is no room, the next end of a migration is waited for, for a while.

@@ -113,7 +113,13 @@ fn pass(mut from: UnixStream, mut to: UnixStream, change: Change, was: &Mutex<Ve
         let Ok(count) = from.read(&mut buffer) else { return };
         was.lock().unwrap().extend_from_slice(&buffer[..count]);
         let ready = changer.feed(&buffer[..count]);
-        if to.write_all(&ready).is_err() || changer.has_cut() || count == 0 {
+        if to.write_all(&ready).is_err() || count == 0 {
+            return;
+        }
+        if changer.has_cut() {
+            // A QEMU that sees one of its channels closed while it begins waits for that for ever, and ends no migration any more.
+            drop(to);
+            let _ = std::io::copy(&mut from, &mut std::io::sink());
             return;
         }
     }

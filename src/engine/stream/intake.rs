@@ -3,6 +3,7 @@
 use std::future::poll_fn;
 use std::io;
 use std::task::Poll;
+use std::time::Duration;
 
 use tokio::net::UnixStream;
 use tokio::net::unix::OwnedReadHalf;
@@ -124,6 +125,21 @@ impl Several {
     }
 }
 
+/// WHY: where a channel is closed while QEMU begins, its migration can wait for that channel for ever, and then this QEMU moves no guest any
+/// more (10.0, `multifd_send_sync_main`). One whose main channel is closed ends by itself, if the others are read until then.
+impl Drop for Several {
+    fn drop(&mut self) {
+        let open: Vec<UnixStream> = self.others.drain(..).filter(|other| !other.ended).map(|other| other.socket).collect();
+        let Ok(runtime) = tokio::runtime::Handle::try_current() else { return };
+        for mut socket in open {
+            runtime.spawn(async move {
+                let mut nowhere = tokio::io::sink();
+                let _ = tokio::time::timeout(ENDS_WITHIN, tokio::io::copy(&mut socket, &mut nowhere)).await;
+            });
+        }
+    }
+}
+
 impl<S> Channel<S> {
     fn new(socket: S) -> Self {
         Self { socket, held: vec![0; HELD_BYTES].into(), filled: 0, ended: false }
@@ -163,6 +179,8 @@ fn unless_blocked(read: io::Result<usize>) -> io::Result<Option<usize>> {
 
 /// What is held of a channel. WHY: less than its socket, whose writer waits while pages of another are taken; more than what is taken at once.
 const HELD_BYTES: usize = 256 * 1024;
+/// WHY: much longer than QEMU takes to end a migration, and a bound for one that does not.
+const ENDS_WITHIN: Duration = Duration::from_secs(60);
 
 #[cfg(test)]
 mod tests {
@@ -217,9 +235,9 @@ mod tests {
             let end = [EOS, b"\x7e\0\0\0\x02\x03\0\0\0\x02", EOS, b"\x7e\0\0\0\x02devices"].concat();
             main.write_all(&[HEAD, &end].concat()).await.unwrap();
             drop(main);
-            tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+            tokio::time::sleep(Duration::from_millis(20)).await;
             drop(others.pop());
-            tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+            tokio::time::sleep(Duration::from_millis(20)).await;
         });
         let all = read(&mut intake).await.unwrap();
         assert!(writing.is_finished() && all.starts_with(HEAD) && all.ends_with(b"\x7e\0\0\0\x02devices"), "{}", all.escape_ascii());
@@ -235,7 +253,7 @@ mod tests {
         let writing = tokio::spawn(async move {
             for (id, other) in others.into_iter().enumerate() {
                 for part in [greeting(u8::try_from(id).unwrap()), sync(), sync()] {
-                    tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+                    tokio::time::sleep(Duration::from_millis(5)).await;
                     other.try_write(&part).unwrap();
                 }
             }
@@ -254,6 +272,18 @@ mod tests {
         drop(main);
         let error = read(&mut intake).await.unwrap_err().to_string();
         assert!(error.contains("its end"), "{error}");
+    }
+
+    /// Behind an attempt that failed: the main channel is closed, and the others are read until their hypervisor closes them.
+    #[tokio::test]
+    async fn channels_are_read_on_when_their_stream_is_given_up() {
+        use tokio::io::{AsyncReadExt, AsyncWriteExt};
+        let (intake, mut main, mut others) = several(2);
+        drop(intake);
+        assert_eq!(main.read(&mut [0]).await.unwrap(), 0);
+        for other in &mut others {
+            other.write_all(&vec![7; 4 << 20]).await.unwrap();
+        }
     }
 
     #[tokio::test]
