@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use tokio::task::JoinHandle;
+use tokio::task::{JoinError, JoinHandle};
 
 use crate::engine::EngineError;
 use crate::engine::handoff::joined;
@@ -24,6 +24,8 @@ struct Ahead<S> {
     asked: Instant,
     of: Arc<S>,
     answer: JoinHandle<Result<(), EngineError>>,
+    /// The answer, where somebody waited for it.
+    said: Option<Result<Result<(), EngineError>, JoinError>>,
 }
 
 /// How long an answer holds. WHY: what a policy, a revocation list or a certificate say anew counts within a second, here as in a
@@ -37,9 +39,27 @@ impl CommitQuestion {
 }
 
 impl<S: Send + Sync + 'static> CommitQuestion<S> {
-    /// The switch on `session` is near.
+    /// The switch on `session` is near. Nobody is asked again as long as half of the time is left that an answer holds.
     pub(super) fn ask_ahead(&mut self, session: &Arc<S>) {
-        self.ahead = Some(Ahead { asked: Instant::now(), of: Arc::clone(session), answer: self.put(session) });
+        if self.ahead.as_ref().is_none_or(|ahead| !Arc::ptr_eq(&ahead.of, session) || ahead.asked.elapsed() >= self.holds / 2) {
+            self.ahead = Some(Ahead { asked: Instant::now(), of: Arc::clone(session), answer: self.put(session), said: None });
+        }
+    }
+
+    /// The same, where the switch comes behind what may take as long again as `lately`.
+    pub(super) fn ask_before(&mut self, session: &Arc<S>, lately: Duration) {
+        if lately < self.holds / 2 {
+            self.ask_ahead(session);
+        }
+    }
+
+    /// Waits for an answer that was asked for ahead.
+    pub(super) async fn settled(&mut self) {
+        if let Some(ahead) = &mut self.ahead
+            && ahead.said.is_none()
+        {
+            ahead.said = Some((&mut ahead.answer).await);
+        }
     }
 
     /// The answer, for `session`, not older than a second. Why there is no permit is `error`, unless there is one before it.
@@ -48,8 +68,12 @@ impl<S: Send + Sync + 'static> CommitQuestion<S> {
     /// Whoever was asked panicked.
     pub(super) async fn answer(&mut self, session: &Arc<S>, error: &mut Option<EngineError>) -> Result<CommitAnswer, EngineError> {
         let ahead = self.ahead.take().filter(|ahead| Arc::ptr_eq(&ahead.of, session) && ahead.asked.elapsed() < self.holds);
-        let answer = joined(ahead.map_or_else(|| self.put(session), |ahead| ahead.answer).await)?;
-        Ok(match answer {
+        let answer = match ahead {
+            Some(Ahead { said: Some(said), .. }) => said,
+            Some(Ahead { answer, .. }) => answer.await,
+            None => self.put(session).await,
+        };
+        Ok(match joined(answer)? {
             Ok(()) => CommitAnswer::Permitted,
             Err(why) => {
                 let class = why.class();
@@ -126,6 +150,31 @@ mod tests {
         assert_eq!(asked(&session), 1);
         assert!(permitted(&mut question, &session).await);
         assert_eq!(asked(&session), 2, "an answer is good for one switch");
+    }
+
+    #[tokio::test]
+    async fn nobody_is_asked_twice_before_one_switch_unless_that_is_far() {
+        let (mut question, session, other) = numbered(Duration::from_secs(3600));
+        question.ask_before(&session, Duration::from_secs(1800));
+        question.settled().await;
+        assert_eq!(asked(&session), 0, "it would be too old");
+        question.ask_before(&session, Duration::from_secs(1));
+        question.settled().await;
+        assert_eq!(asked(&session), 1);
+        question.ask_ahead(&session);
+        question.settled().await;
+        question.settled().await;
+        assert!(permitted(&mut question, &session).await);
+        assert_eq!(asked(&session), 1);
+        question.ask_ahead(&session);
+        question.ask_ahead(&other);
+        assert!(permitted(&mut question, &other).await);
+        assert_eq!((asked(&session), asked(&other)), (2, 1), "another session is asked of");
+        question.holds = Duration::ZERO;
+        question.ask_ahead(&session);
+        question.ask_ahead(&session);
+        question.settled().await;
+        assert!(asked(&session) >= 3, "an answer that is old is asked for again");
     }
 
     #[tokio::test]

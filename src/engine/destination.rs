@@ -82,6 +82,8 @@ struct Run {
 struct Rounds {
     applied: Vec<(Round, LaneTotals)>,
     said: Option<(Round, bool, Vec<LaneTotals>)>,
+    /// When the one under way began.
+    since: Instant,
 }
 
 /// Runs the destination end until the VM's place is decided, or the source has to be waited for.
@@ -120,7 +122,7 @@ pub async fn run_destination(order: DestinationOrder) -> DestinationEnd {
         reports: mpsc::channel(1).1,
         seal: Arc::default(),
         watch: Watch::default(),
-        rounds: Rounds { applied: Vec::new(), said: None },
+        rounds: Rounds { applied: Vec::new(), said: None, since: Instant::now() },
         heads: Exchange::default(),
         state: StateBuffer::default(),
         final_said: None,
@@ -207,7 +209,8 @@ impl Run {
         let (reports_in, reports) = mpsc::channel(usize::from(limits::LANES_MAX) * 2);
         self.reports = reports;
         self.seal = Arc::default();
-        self.rounds = Rounds { applied: vec![(Round(0), LaneTotals::default()); usize::from(self.lanes)], said: None };
+        let applied = vec![(Round(0), LaneTotals::default()); usize::from(self.lanes)];
+        self.rounds = Rounds { applied, said: None, since: Instant::now() };
         for (progress, lane) in self.progress.iter().flat_map(|progress| (0..self.lanes).map(move |lane| (progress, LaneIndex(lane)))) {
             progress.note(lane, LaneStanding::default()).map_err(|source| EngineError::Progress { migration, source })?;
         }
@@ -394,7 +397,9 @@ impl Run {
                         self.room = Some(tokio::task::spawn_blocking(move || journal.reserve()));
                     }
                     self.kept_up.iter().for_each(KeptUp::hurry);
+                    self.commit_question.ask_before(&self.link.session, self.rounds.since.elapsed());
                 }
+                self.rounds.since = Instant::now();
                 crate::failpoint::hit!("destination.round-confirmed");
                 Ok(self.final_when_ready())
             }

@@ -422,6 +422,7 @@ impl Run {
                 if let Some(refreshed) = self.kept_up.as_ref().map(KeptUp::refresh) {
                     self.alive_through(refreshed).await?;
                 }
+                self.commit_question.settled().await;
                 self.phase = Phase::Switchover;
                 self.pause = Some(Stopwatch::start());
                 self.pause_ends = Some(Instant::now() + self.pause_max());

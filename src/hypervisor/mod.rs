@@ -267,6 +267,13 @@ pub trait PagedDestination: Guest {
     /// # Errors
     /// The VMM is gone.
     fn save_state(&mut self) -> Result<Vec<u8>, HypervisorError>;
+    /// Sees that the VMM has not ended. The guest stands still meanwhile, so no more is asked of it than that takes.
+    ///
+    /// # Errors
+    /// The VMM is gone.
+    fn ensure_there(&mut self) -> Result<(), HypervisorError> {
+        self.status().map(drop)
+    }
     /// Starts vCPUs. Idempotent. The first time the VMM counts a disruption.
     ///
     /// # Errors

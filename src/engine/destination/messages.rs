@@ -77,8 +77,8 @@ impl Run {
     /// RUN is written for a guest that can run: one whose VMM has ended since PREPARED is given back.
     async fn committed(&mut self, step: Handoff) -> DestinationEvent {
         let twin = Arc::clone(&self.twin);
-        match blocking(move || Ok(lock(&twin).status()?)).await {
-            Ok(_) => DestinationEvent::Handoff(DestinationStep::Received(step)),
+        match blocking(move || Ok(lock(&twin).ensure_there()?)).await {
+            Ok(()) => DestinationEvent::Handoff(DestinationStep::Received(step)),
             Err(error) => self.give_up(error),
         }
     }

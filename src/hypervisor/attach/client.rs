@@ -7,6 +7,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
 use super::protocol::{ATTACH_VERSION, Answer, AnswerHeader, Attachment, RefusalCode, Request, RequestHeader, Role, parse, printable};
 use super::ram_file::check_memory_file;
 use super::wire::{Deadline, WireError, after, receive_header, receive_payload, send_message};
@@ -200,6 +202,9 @@ impl PagedDestination for AttachedDestination {
     fn ram(&self) -> &Arc<GuestRam> {
         &self.ram
     }
+    fn ensure_there(&mut self) -> Result<(), HypervisorError> {
+        self.link.ensure_held()
+    }
     fn restore_state(&mut self, state: &[u8]) -> Result<(), HypervisorError> {
         if state.len() > limits::STATE_BYTES_MAX {
             return Err(self.link.protocol(format!("state has {} bytes: expected at most {}", state.len(), limits::STATE_BYTES_MAX)));
@@ -384,6 +389,17 @@ impl Link {
         let Answer::Status(mut status) = reply.answer else { return Err(self.unexpected("status", &reply)) };
         status.last_line = status.last_line.map(|line| printable(&line, limits::STATUS_LINE_BYTES_MAX));
         Ok(status)
+    }
+
+    /// Sees that the VMM holds its end of the connection, which the kernel closes for one that has ended.
+    fn ensure_held(&mut self) -> Result<(), HypervisorError> {
+        if let Some(stream) = &self.stream {
+            let mut waits = [PollFd::new(stream, PollFlags::IN | PollFlags::RDHUP)];
+            if rustix::io::retry_on_intr(|| poll(&mut waits, Some(&Timespec::default()))) == Ok(0) {
+                return Ok(());
+            }
+        }
+        self.status().map(drop)
     }
 
     fn save_state(&mut self) -> Result<Vec<u8>, HypervisorError> {

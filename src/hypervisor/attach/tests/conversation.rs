@@ -164,6 +164,20 @@ fn a_gateway_that_missed_an_answer_goes_on_with_the_same_vmm() {
 }
 
 #[test]
+fn a_vmm_that_has_ended_is_noticed_without_a_question() {
+    let mut served = Served::new(Plain::incoming());
+    let short = Timeouts { request: Duration::from_millis(400), ..timeouts() };
+    let mut destination = AttachedDestination::prepare(served.path(), "vm-1", &machine(), short).unwrap();
+    // It could not answer one now.
+    let held = served.guest();
+    destination.ensure_there().unwrap();
+    drop(held);
+    destination.destroy().unwrap();
+    served.join();
+    assert!(matches!(destination.ensure_there(), Err(HypervisorError::Unreachable { .. })));
+}
+
+#[test]
 fn a_restarted_vmm_is_not_taken_for_the_one_before() {
     let mut served = Served::new(Plain::running());
     let mut source = AttachedSource::attach(served.path(), "vm-1", timeouts()).unwrap();
