@@ -285,9 +285,10 @@ fn configured(file: &Path) -> Result<PathBuf, Problem> {
 
 /// Runs the daemon in this process until it is told to stop.
 pub(super) fn gateway(flags: &super::flags::GatewayFlags) -> Ending {
+    let signals = crate::gateway::Signals::listen()?;
     crate::telemetry::init_logging(flags.log_json)
         .map_err(|error| Problem::new(crate::telemetry::ErrorClass::Bug, crate::telemetry::chain(&error)))?;
-    crate::gateway::run(super::config::load(&flags.config)?)?;
+    crate::gateway::run(super::config::load(&flags.config)?, signals)?;
     Ok(Exit::Done)
 }
 

@@ -33,6 +33,7 @@ mod resolution;
 mod resumption;
 mod sandbox;
 mod serve;
+mod signals;
 mod start;
 mod turns;
 mod twins;
@@ -40,6 +41,7 @@ mod why;
 
 pub use keys::run as run_key_holder;
 pub use launcher::run as run_launcher;
+pub use signals::Signals;
 pub use start::run;
 
 // For `sealane policy` and `sealane bench`, which ask and report as the daemon does.

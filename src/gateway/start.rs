@@ -3,8 +3,6 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use tokio::signal::unix::{SignalKind, signal};
-
 use crate::audit::{self, AuditLog, Entry, Event, Outcome};
 use crate::config::{self, Config, Policies};
 use crate::control::SandboxView;
@@ -17,6 +15,7 @@ use crate::gateway::policies::{entities, read_policies};
 use crate::gateway::registry::Registry;
 use crate::gateway::sandbox::{self, Account};
 use crate::gateway::serve::SocketKind;
+use crate::gateway::signals::{Signals, Told};
 use crate::gateway::{Gateway, callers, kept, keys, peers, put_class, renewal, serve};
 use crate::identity::{Apart, Credentials, IdentityConfig, PostQuantum, Signer, TrustDomainConfig};
 use crate::journal::Journal;
@@ -37,11 +36,11 @@ const PRUNE_EVERY: Duration = Duration::from_secs(3600);
 /// How often those who were turned away are summed up in the audit log.
 const SUM_UP_EVERY: Duration = Duration::from_secs(5);
 
-/// Runs the gateway that `config` describes until SIGTERM or SIGINT.
+/// Runs the gateway that `config` describes until SIGTERM or SIGINT, which are heard from the moment on at which `signals` began.
 ///
 /// # Errors
 /// A part cannot be built; nothing was started then. The problem names the part.
-pub fn run(config: Config) -> Result<(), Problem> {
+pub fn run(config: Config, signals: Signals) -> Result<(), Problem> {
     let account = config.gateway.user.as_deref().map(Account::find).transpose()?;
     // Other processes, before this one gives up that it can start any.
     let launcher = Launcher::begin(&config)?;
@@ -58,7 +57,7 @@ pub fn run(config: Config) -> Result<(), Problem> {
         .map_err(|error| Problem::new(ErrorClass::Local, format!("the runtime cannot be started: {error}")))?;
     runtime.block_on(async {
         let gateway = build(Arc::new(config), transport, Companions { launcher, keys }, sandbox)?;
-        live(gateway).await
+        live(gateway, signals).await
     })
 }
 
@@ -234,7 +233,7 @@ fn refused_entry(problem: &Problem) -> Entry {
     entry
 }
 
-async fn live(gateway: Arc<Gateway>) -> Result<(), Problem> {
+async fn live(gateway: Arc<Gateway>, mut signals: Signals) -> Result<(), Problem> {
     let local = |what: &str, error: std::io::Error| Problem::new(ErrorClass::Local, format!("{what}: {error}"));
     let mut entry = Entry::new(Event::GatewayStarted).outcome(Outcome::Done);
     entry.detail.insert("version".into(), env!("CARGO_PKG_VERSION").into());
@@ -264,19 +263,12 @@ async fn live(gateway: Arc<Gateway>) -> Result<(), Problem> {
     if gateway.config.gateway.watch_files {
         background.push(tokio::spawn(Arc::clone(&gateway).follow_files()));
     }
-    let mut terminate = signal(SignalKind::terminate()).map_err(|error| local("signals", error))?;
-    let mut interrupt = signal(SignalKind::interrupt()).map_err(|error| local("signals", error))?;
-    let mut reload = signal(SignalKind::hangup()).map_err(|error| local("signals", error))?;
     tracing::info!(name = %gateway.config.gateway.name, spiffe = %gateway.credentials.own_id(), listen = %gateway.endpoint.local_address(), "ready");
     // Without systemd there is nobody to tell.
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Ready]);
-    loop {
-        tokio::select! {
-            _ = terminate.recv() => break,
-            _ = interrupt.recv() => break,
-            // The log says what came of it.
-            _ = reload.recv() => drop(gateway.reload().await),
-        }
+    while signals.next().await == Told::Reload {
+        // The log says what came of it.
+        drop(gateway.reload().await);
     }
     let _ = sd_notify::notify(&[sd_notify::NotifyState::Stopping]);
     gateway.settle().await;

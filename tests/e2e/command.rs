@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 
 /// Nothing here takes a tenth of it on an idle machine.
-const PATIENCE: Duration = Duration::from_secs(120);
+pub const PATIENCE: Duration = Duration::from_secs(120);
 
 /// The program under test: what was built with the tests, unless `SEALANE_PROGRAM` says another build, to measure.
 pub fn program() -> PathBuf {

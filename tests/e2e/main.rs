@@ -5,6 +5,7 @@
 //! `SEALANE_FLEET=100` sends off that many guests at once. `SEALANE_FLOOD=10000` is how many strangers a second a flood has;
 //! `flood.rs` says how it is measured. `SEALANE_SEED` repeats one. `SEALANE_PROGRAM=target/release/sealane` is another build to test.
 //! `SEALANE_ROTATIONS=1000` is how often certificates and CRLs change under one migration.
+//! `SEALANE_START_STEP=1` is how many milliseconds lie between two points at which a gateway that starts is told to stop.
 //! `SEALANE_DURABILITIES=none,dest,both` chooses what the crashes are run with.
 
 #![allow(
@@ -60,5 +61,6 @@ mod relay;
 mod resolve;
 mod sandbox;
 mod soak;
+mod starts;
 mod stranger;
 mod tokens;
