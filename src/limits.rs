@@ -343,6 +343,9 @@ pub const HOLDER_ANSWERS_WITHIN: std::time::Duration = std::time::Duration::from
 pub const HOLDER_WAITING_MAX: usize = 64;
 /// LIMIT: how long a holder of a key that was late is left alone: a thread that waits for it serves nobody else.
 pub const HOLDER_LATE_FOR: std::time::Duration = std::time::Duration::from_secs(10);
+/// LIMIT: how long a key that does not answer is asked again for a message of a handoff, behind which its session is given up: less than
+/// the slack of a pause, and than a peer that is silent is heard of no more.
+pub const SIGNED_WITHIN: std::time::Duration = std::time::Duration::from_secs(10);
 /// LIMIT: keys of a token that a URI may name: the one in use, and those that were and will be.
 pub const TOKEN_KEYS_MAX: u16 = 8;
 /// LIMIT: keys that one process holds at once: the one in use, and those of migrations that began before it was.
@@ -423,4 +426,5 @@ const _: () =
 const _: () = assert!(2 * AUDIT_CHECKPOINT_BYTES_MAX + 1024 < AUDIT_LINE_BYTES_MAX);
 const _: () = assert!(HISTORY_COUNT_MAX as usize * 3 * 1024 <= CONTROL_RESPONSE_BYTES_MAX);
 const _: () = assert!(SESSIONS_PER_PEER_MAX > MIGRATIONS_MAX as usize && 3 * SESSIONS_PER_PEER_MAX < SESSIONS_MAX);
+const _: () = assert!(SIGNED_WITHIN.as_secs() + 2 * HOLDER_ANSWERS_WITHIN.as_secs() < SILENCE_MAX.as_secs());
 const _: () = assert!(PING_EVERY.as_secs() * 3 < SILENCE_MAX.as_secs() && SILENCE_MAX.as_secs() < STALL_MAX.as_secs());

@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 use tokio::task::JoinHandle;
@@ -345,13 +346,14 @@ impl Evidence {
         let name = crate::migration::handoff_name(&step);
         crate::failpoint::hit!("send.{name}.before");
         let message = self.message(position, binding, step);
-        let signing = self.ahead.take(&message).unwrap_or_else(|| self.sign(&message));
-        let signed = signing.await.map_err(|error| error.to_string()).and_then(|signed| signed.map_err(|error| error.to_string()));
-        let signature = match signed {
+        let signature = match self.signature(&message).await {
             Ok(signature) => signature,
-            // As if it had been lost on the way: it is said again, or a restart says it.
+            // As if the link had been lost: what the journals say is owed is said in the next session.
             Err(error) => {
                 tracing::error!(migration = %binding.migration, %error, "handoff message not signed, so it is not sent");
+                if matches!(message.step, Handoff::Final { .. } | Handoff::Prepared { .. } | Handoff::Commit { .. } | Handoff::Running) {
+                    session.close(None, "what has this gateway's key did not sign");
+                }
                 return;
             }
         };
@@ -371,6 +373,22 @@ impl Evidence {
             receiver: binding.peer_incarnation,
             position,
             step,
+        }
+    }
+
+    /// The guest may stand still for it: a key that does not answer is asked again for a while.
+    async fn signature(&self, message: &HandoffMessage) -> Result<[u8; 64], String> {
+        let until = Instant::now() + limits::SIGNED_WITHIN;
+        let mut signing = self.ahead.take(message).unwrap_or_else(|| self.sign(message));
+        loop {
+            match signing.await.map_err(|error| error.to_string())? {
+                Err(error @ (HolderError::Late { .. } | HolderError::Busy { .. })) if Instant::now() < until => {
+                    tracing::debug!(migration = %message.migration, %error, "handoff message not signed yet");
+                    tokio::time::sleep(SIGN_AGAIN).await;
+                    signing = self.sign(message);
+                }
+                signed => return signed.map_err(|error| error.to_string()),
+            }
         }
     }
 
@@ -513,3 +531,6 @@ pub(super) fn joined<T>(result: Result<T, tokio::task::JoinError>) -> Result<T, 
 pub(super) async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T, EngineError> + Send + 'static) -> Result<T, EngineError> {
     joined(tokio::task::spawn_blocking(work).await)?
 }
+
+/// WHY: one that was late is not asked in truth until it has said something, which is found out without waiting for it.
+const SIGN_AGAIN: Duration = Duration::from_millis(50);

@@ -139,7 +139,7 @@ struct Told {
     gone: bool,
     /// Whether one of those who wait listens for all of them.
     listening: bool,
-    /// Since when it is late, if it is: most who ask are told so at once.
+    /// Since when it is late, if it is: most who ask are told so at once, until it says something.
     late: Option<Instant>,
     asked: BTreeMap<u64, Option<Result<Said, Refusal>>>,
 }
@@ -219,6 +219,9 @@ impl Holder {
             if told.asked.len() >= limits::HOLDER_WAITING_MAX {
                 return Err(HolderError::Busy { waiting: told.asked.len() });
             }
+            if told.late.is_some() && !told.listening {
+                self.listen(&mut told);
+            }
             if told.late.is_some_and(|since| since.elapsed() < limits::HOLDER_LATE_FOR) {
                 return Err(HolderError::Late { within: limits::HOLDER_ANSWERS_WITHIN });
             }
@@ -268,12 +271,14 @@ impl Holder {
                 Ok((_, length)) => length,
             };
             // What cannot be read is no answer; whoever waits for it hears that it is late.
-            match bytes.get(..length).and_then(|message| serde_json::from_slice(message).ok()) {
-                Some(Answer::Ready) => told.ready = true,
-                Some(Answer::Opened { number, key }) => told.take(number, Ok(Said::Key(key))),
-                Some(Answer::Signed { number, signature }) => told.take(number, Ok(Said::Signature(signature))),
-                Some(Answer::Refused { number, refusal }) => told.take(number, Err(refusal)),
-                None => {}
+            let Some(answer) = bytes.get(..length).and_then(|message| serde_json::from_slice(message).ok()) else { continue };
+            // To whatever question: it answers again.
+            told.late = None;
+            match answer {
+                Answer::Ready => told.ready = true,
+                Answer::Opened { number, key } => told.take(number, Ok(Said::Key(key))),
+                Answer::Signed { number, signature } => told.take(number, Ok(Said::Signature(signature))),
+                Answer::Refused { number, refusal } => told.take(number, Err(refusal)),
             }
         }
     }

@@ -204,6 +204,7 @@ fn open_in(holder: &Holder) -> Result<Said, HolderError> {
 #[test]
 fn one_that_says_no_falls_silent_or_ends_is_told_apart_and_waited_for_a_while_only() {
     let (own, its) = pair();
+    let later = its.try_clone().unwrap();
     let mut asked = 0;
     let no = || Refusal::new(ErrorClass::Local, "CKR_DEVICE_REMOVED");
     let thread = scripted(its, move |socket, number| {
@@ -215,6 +216,7 @@ fn one_that_says_no_falls_silent_or_ends_is_told_apart_and_waited_for_a_while_on
                 say(socket, &Answer::Opened { number: number + 1000, key: Some((7, Vec::new())) });
                 let _ = send(socket, b"{", SendFlags::NOSIGNAL);
             }
+            3 => say(socket, &Answer::Opened { number, key: None }),
             _ => panic!("one that is late is left alone for a while"),
         }
     });
@@ -225,6 +227,10 @@ fn one_that_says_no_falls_silent_or_ends_is_told_apart_and_waited_for_a_while_on
     let late = HolderError::Late { within: limits::HOLDER_ANSWERS_WITHIN };
     assert_eq!(find(&holder), late);
     assert_eq!(find(&holder), late, "at once");
+    // Nobody waits for it any more, and it shows that there is somebody.
+    say(&later, &Answer::Opened { number: 2, key: None });
+    assert!(matches!(open_in(&holder), Ok(Said::Key(None))), "asked again as soon as it answers");
+    drop(later);
     assert!(holder.told().asked.is_empty(), "nobody waits any more");
     assert!(!holder.has_ended());
     drop(holder);
