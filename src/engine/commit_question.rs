@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use tokio::task::{JoinError, JoinHandle};
+use tokio::task::JoinHandle;
 
 use crate::engine::EngineError;
 use crate::engine::handoff::joined;
@@ -24,8 +24,8 @@ struct Ahead<S> {
     asked: Instant,
     of: Arc<S>,
     answer: JoinHandle<Result<(), EngineError>>,
-    /// The answer, where somebody waited for it.
-    said: Option<Result<Result<(), EngineError>, JoinError>>,
+    /// Whether it was waited for, and is a permit.
+    permitted: bool,
 }
 
 /// How long an answer holds. WHY: what a policy, a revocation list or a certificate say anew counts within a second, here as in a
@@ -42,7 +42,7 @@ impl<S: Send + Sync + 'static> CommitQuestion<S> {
     /// The switch on `session` is near. Nobody is asked again as long as half of the time is left that an answer holds.
     pub(super) fn ask_ahead(&mut self, session: &Arc<S>) {
         if self.ahead.as_ref().is_none_or(|ahead| !Arc::ptr_eq(&ahead.of, session) || ahead.asked.elapsed() >= self.holds / 2) {
-            self.ahead = Some(Ahead { asked: Instant::now(), of: Arc::clone(session), answer: self.put(session), said: None });
+            self.ahead = Some(Ahead { asked: Instant::now(), of: Arc::clone(session), answer: self.put(session), permitted: false });
         }
     }
 
@@ -53,13 +53,17 @@ impl<S: Send + Sync + 'static> CommitQuestion<S> {
         }
     }
 
-    /// Waits for an answer that was asked for ahead.
-    pub(super) async fn settled(&mut self) {
-        if let Some(ahead) = &mut self.ahead
-            && ahead.said.is_none()
-        {
-            ahead.said = Some((&mut ahead.answer).await);
+    /// Waits for an answer that was asked for ahead, which may still be too old for the switch.
+    ///
+    /// # Errors
+    /// There is no permit.
+    pub(super) async fn settled(&mut self) -> Result<(), EngineError> {
+        let Some(mut ahead) = self.ahead.take() else { return Ok(()) };
+        if !ahead.permitted {
+            joined((&mut ahead.answer).await)??;
         }
+        self.ahead = Some(Ahead { permitted: true, ..ahead });
+        Ok(())
     }
 
     /// The answer, for `session`, not older than a second. Why there is no permit is `error`, unless there is one before it.
@@ -69,11 +73,11 @@ impl<S: Send + Sync + 'static> CommitQuestion<S> {
     pub(super) async fn answer(&mut self, session: &Arc<S>, error: &mut Option<EngineError>) -> Result<CommitAnswer, EngineError> {
         let ahead = self.ahead.take().filter(|ahead| Arc::ptr_eq(&ahead.of, session) && ahead.asked.elapsed() < self.holds);
         let answer = match ahead {
-            Some(Ahead { said: Some(said), .. }) => said,
-            Some(Ahead { answer, .. }) => answer.await,
-            None => self.put(session).await,
+            Some(Ahead { permitted: true, .. }) => Ok(()),
+            Some(Ahead { answer, .. }) => joined(answer.await)?,
+            None => joined(self.put(session).await)?,
         };
-        Ok(match joined(answer)? {
+        Ok(match answer {
             Ok(()) => CommitAnswer::Permitted,
             Err(why) => {
                 let class = why.class();
@@ -156,14 +160,14 @@ mod tests {
     async fn nobody_is_asked_twice_before_one_switch_unless_that_is_far() {
         let (mut question, session, other) = numbered(Duration::from_secs(3600));
         question.ask_before(&session, Duration::from_secs(1800));
-        question.settled().await;
+        question.settled().await.unwrap();
         assert_eq!(asked(&session), 0, "it would be too old");
         question.ask_before(&session, Duration::from_secs(1));
-        question.settled().await;
+        question.settled().await.unwrap();
         assert_eq!(asked(&session), 1);
         question.ask_ahead(&session);
-        question.settled().await;
-        question.settled().await;
+        question.settled().await.unwrap();
+        question.settled().await.unwrap();
         assert!(permitted(&mut question, &session).await);
         assert_eq!(asked(&session), 1);
         question.ask_ahead(&session);
@@ -173,7 +177,7 @@ mod tests {
         question.holds = Duration::ZERO;
         question.ask_ahead(&session);
         question.ask_ahead(&session);
-        question.settled().await;
+        question.settled().await.unwrap();
         assert!(asked(&session) >= 3, "an answer that is old is asked for again");
     }
 
@@ -194,6 +198,8 @@ mod tests {
         let ask = |_: &()| Err(EngineError::Bug("nobody answers".into()));
         let mut question = CommitQuestion { ask: Arc::new(ask), ahead: None, holds: Duration::from_secs(3600) };
         let session = Arc::new(());
+        question.ask_ahead(&session);
+        assert!(matches!(question.settled().await, Err(EngineError::Bug(_))), "before the pause");
         question.ask_ahead(&session);
         let mut error = None;
         assert_eq!(question.answer(&session, &mut error).await.unwrap(), CommitAnswer::Unanswered(ErrorClass::Bug));

@@ -422,7 +422,8 @@ impl Run {
                 if let Some(refreshed) = self.kept_up.as_ref().map(KeptUp::refresh) {
                     self.alive_through(refreshed).await?;
                 }
-                self.commit_question.settled().await;
+                // Whom policy denies the switch need not stand still for that.
+                self.commit_question.settled().await?;
                 self.phase = Phase::Switchover;
                 self.pause = Some(Stopwatch::start());
                 self.pause_ends = Some(Instant::now() + self.pause_max());
