@@ -245,9 +245,16 @@ impl Monitor {
         let until = by(self.within);
         loop {
             let instances: Vec<Instance> = self.qmp.ask("query-yank", Value::Null)?;
-            // One that has not ended is refused by `migrate` itself, in QEMU's words.
-            if instances.iter().all(|instance| instance.r#type != "migration") || Instant::now() >= until {
+            // One that is under way is refused by `migrate` itself, in QEMU's words.
+            if instances.iter().all(|instance| instance.r#type != "migration")
+                || self.migration()?.status.is_some_and(|status| is_under_way(&status))
+            {
                 return Ok(());
+            }
+            if Instant::now() >= until {
+                let why = "it has failed to move this guest before, and waits for ever for a channel that was closed then (a fault of QEMU's); \
+                           the guest runs, and moves only behind a restart of its QEMU";
+                return Err(self.qmp.refused("migrate", why));
             }
             std::thread::sleep(LOOK_PAUSE);
         }

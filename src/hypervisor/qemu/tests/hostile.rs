@@ -9,6 +9,7 @@ use std::time::Duration;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
+use super::super::monitor::Monitor;
 use super::super::qmp::{Notice, Qmp};
 use crate::hypervisor::HypervisorError;
 use crate::limits;
@@ -99,6 +100,32 @@ fn answers_are_told_apart_from_events_and_unknown_ones_are_passed_on() {
     assert_eq!(refused.to_string(), "VMM of `vm-1` refused `cont`: no\\u{1b}[2J");
     let heard = fake.heard.lock().unwrap().clone();
     assert_eq!(heard, [r#"MIGRATION {"status":"active"}"#, r#"WHAT_COMES_IN_QEMU_99 [1,{"a":null}]"#, "STOP null"]);
+}
+
+#[test]
+fn a_qemu_that_never_lets_go_of_a_migration_is_told_from_one_that_soon_does() {
+    let monitor = |states: &'static [(bool, &'static str)]| {
+        let fake = Fake::polite(move |stream, next| {
+            for (held, status) in states.iter().chain(std::iter::repeat(&states[states.len() - 1])) {
+                let request = next();
+                let kind = if *held { "migration" } else { "block-node" };
+                say(stream, &json!({ "id": request["id"], "return": [{ "type": "chardev", "id": "x" }, { "type": kind }] }).to_string());
+                if *held {
+                    let request = next();
+                    say(stream, &json!({ "id": request["id"], "return": { "status": status } }).to_string());
+                }
+                if request.is_null() {
+                    return;
+                }
+            }
+        });
+        let monitor = Monitor::connect(&fake.directory.path().join("qmp"), "vm-1", Duration::from_millis(500)).unwrap();
+        monitor.ensure_let_go()
+    };
+    monitor(&[(true, "failed"), (true, "failed"), (false, "failed")]).unwrap();
+    monitor(&[(true, "active")]).unwrap();
+    let error = monitor(&[(true, "failed")]).unwrap_err().to_string();
+    assert!(error.contains("a restart of its QEMU"), "{error}");
 }
 
 #[test]
