@@ -122,6 +122,12 @@ impl Condenser {
         self.split.take_if(|split| split.digest.bytes() < self.digest.bytes())
     }
 
+    /// Whether the last byte of a stream that was split was taken in. Who writes it may keep it open behind that.
+    #[must_use]
+    pub fn has_ended(&self) -> bool {
+        self.walk.has_ended()
+    }
+
     /// Lets the device sections go out if they seem to be all there; more cannot come behind a list of them.
     ///
     /// # Errors

@@ -6,9 +6,10 @@
 
 mod channel;
 
+use super::Unsound;
 use super::look::{Look, Stop};
-use super::walk::{END, EOS, Expected, Item, MULTIFD_FLUSH, PAGE, PART, Place, Spot, Walk, ZERO};
-use super::{Unsound, walk};
+use super::sections::Sections;
+use super::walk::{EOS, Expected, Item, MULTIFD_FLUSH, Spot, Walk};
 use crate::types::PAGE_BYTES;
 use channel::Channel;
 
@@ -20,7 +21,7 @@ pub struct Gather {
     meets: Meets,
     /// Whether they have done so.
     met: bool,
-    out: Out,
+    out: Sections,
 }
 
 /// Where all channels wait for each other.
@@ -34,16 +35,6 @@ enum Meets {
     Rounds,
 }
 
-/// The stream of one channel.
-#[derive(Debug, Default)]
-struct Out {
-    bytes: Vec<u8>,
-    /// The section with pages that is open, and whether it is the last.
-    open: Option<bool>,
-    /// The block of the last page in it.
-    block: Option<u16>,
-}
-
 impl Gather {
     /// For so many channels besides the main one.
     #[must_use]
@@ -51,7 +42,7 @@ impl Gather {
         let uuid = expected.uuid;
         let walk = Walk::known(Box::new(expected), "a stream that is known to its end, as several channels need");
         let channels = (0..channels).map(|_| Channel::new(uuid)).collect();
-        Self { walk, channels, meets: Meets::Unknown, met: false, out: Out::default() }
+        Self { walk, channels, meets: Meets::Unknown, met: false, out: Sections::default() }
     }
 
     /// Takes the beginning of what the main channel has, as much as may come out now; how much that is.
@@ -82,16 +73,19 @@ impl Gather {
             let before = self.walk.spot();
             let Some(item) = self.walk.next(rest)? else { return Ok(at) };
             at += match item {
-                Item::Framing(count) => self.framing(before, rest.get(..count).unwrap_or_default()),
+                Item::Framing(count) => {
+                    self.out.framing(&self.walk, before, rest.get(..count).unwrap_or_default());
+                    count
+                }
                 Item::Header { bytes, .. } => bytes,
                 Item::Zero { bytes, .. } => {
                     if let Some(place) = self.walk.last() {
-                        self.page(place, None);
+                        self.out.page(&self.walk, place, None);
                     }
                     bytes
                 }
                 Item::Page(place) => {
-                    self.page(place, rest.first_chunk());
+                    self.out.page(&self.walk, place, rest.first_chunk());
                     PAGE_BYTES
                 }
                 Item::Tail if rest.is_empty() => return Ok(at),
@@ -150,7 +144,7 @@ impl Gather {
                 channel.at += PAGE_BYTES as u64;
                 at += PAGE_BYTES;
             }
-            self.page(place, content.filter(|_| !zero));
+            self.out.page(&self.walk, place, content.filter(|_| !zero));
         }
     }
 
@@ -205,62 +199,5 @@ impl Gather {
             self.channels.iter_mut().for_each(|channel| channel.waits = false);
         }
         all
-    }
-
-    /// What frames the main channel; what of it comes out.
-    fn framing(&mut self, before: Spot, bytes: &[u8]) -> usize {
-        match (before, self.walk.spot()) {
-            // Sections with pages begin with their first page, and end as one.
-            (Spot::Gap, Spot::Pages { last: false }) | (Spot::Footer { .. }, _) => {}
-            (_, Spot::Footer { .. }) => {
-                self.out.bytes.extend_from_slice(if before == Spot::Setup { bytes } else { &[] });
-                self.out.close(before == Spot::Setup, self.walk.ram());
-            }
-            (Spot::Gap, Spot::Pages { last: true }) => {
-                self.out.close(false, self.walk.ram());
-                self.out.begin(true, self.walk.ram());
-            }
-            _ => {
-                self.out.close(false, self.walk.ram());
-                self.out.bytes.extend_from_slice(bytes);
-            }
-        }
-        bytes.len()
-    }
-
-    /// A page, or one of zeroes, in the section that is open.
-    fn page(&mut self, place: Place, content: Option<&[u8; PAGE_BYTES]>) {
-        if self.out.open.is_none() {
-            self.out.begin(false, self.walk.ram());
-        }
-        let goes_on = self.out.block.replace(place.block) == Some(place.block);
-        let kind = if content.is_some() { PAGE } else { ZERO };
-        let word = walk::word_of(place, kind, goes_on);
-        self.out.bytes.extend_from_slice(&word.to_be_bytes());
-        if !goes_on {
-            let name = self.walk.block_name(place.block);
-            self.out.bytes.push(u8::try_from(name.len()).unwrap_or(0));
-            self.out.bytes.extend_from_slice(name.as_bytes());
-        }
-        self.out.bytes.extend_from_slice(content.map_or(&[0], <[u8; PAGE_BYTES]>::as_slice));
-    }
-}
-
-impl Out {
-    fn begin(&mut self, last: bool, ram: u32) {
-        self.bytes.push(if last { END } else { PART });
-        self.bytes.extend_from_slice(&ram.to_be_bytes());
-        (self.open, self.block) = (Some(last), None);
-    }
-
-    /// Ends the section that is open, or that of the setup.
-    fn close(&mut self, setup: bool, ram: u32) {
-        if self.open.take().is_some() {
-            self.bytes.extend_from_slice(&EOS.to_be_bytes());
-        } else if !setup {
-            return;
-        }
-        self.bytes.push(walk::FOOTER);
-        self.bytes.extend_from_slice(&ram.to_be_bytes());
     }
 }

@@ -8,13 +8,14 @@
 //! stream ─> Walk ─> Condenser ─> parcels ═══> Expander ─> Walk ─> stream
 //!                      Past                      Past
 //! what is asked for <─ BackWalk <──────────── BackWalk <─ what the other hypervisor writes
+//! pages that are waited for ─> UrgentWalk ═══> UrgentWalk ─> Splice, with the rest of the stream ─> stream
 //! ```
 //!
 //! *Invariants:* `one-past` (both ends remember the same pages at the same place of the stream, because the parcels alone
 //! decide what is remembered), `walked-first` (no byte leaves an end before that end has walked over it), `past-bound` (what is remembered has a
 //! fixed size, which a peer cannot name beyond its limit), `whole-tail` (device sections leave together, once all of them are there
 //! and are those that the stream itself lists).
-//! *Read first:* `walk.rs`, `parcel.rs`, `past.rs`, `condenser.rs`, `expander.rs`, `tail.rs`, `back.rs`, `gather.rs`.
+//! *Read first:* `walk.rs`, `parcel.rs`, `past.rs`, `condenser.rs`, `expander.rs`, `tail.rs`, `back.rs`, `gather.rs`, `splice.rs`.
 
 mod back;
 mod condenser;
@@ -24,6 +25,8 @@ mod gather;
 mod look;
 mod parcel;
 mod past;
+mod sections;
+mod splice;
 mod tail;
 mod walk;
 
@@ -36,6 +39,7 @@ pub use digest::StreamDigest;
 pub use expander::Expander;
 pub use gather::Gather;
 pub use parcel::Parcel;
+pub use splice::{Splice, URGENT_END, UrgentWalk};
 pub use walk::{Expected, Grammar, RamBlock};
 
 use crate::wire::ErrorClass;

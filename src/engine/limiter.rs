@@ -1,7 +1,7 @@
 //! Bandwidth limits: one that the lanes of a migration share, and one that all departures of a gateway share.
 
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
@@ -16,12 +16,14 @@ pub(super) struct Limiter {
     rate: AtomicU64,
     /// When the bytes given out so far will have been sent at that rate.
     free_at: Mutex<Option<Instant>>,
+    /// Bytes that were sent and not waited for.
+    owed: AtomicUsize,
     share: Option<Share>,
 }
 
 impl Limiter {
     pub(super) fn new(bytes_per_second: Option<u64>, share: Option<Share>) -> Self {
-        Self { rate: AtomicU64::new(bytes_per_second.unwrap_or(0)), free_at: Mutex::new(None), share }
+        Self { rate: AtomicU64::new(bytes_per_second.unwrap_or(0)), free_at: Mutex::new(None), owed: AtomicUsize::new(0), share }
     }
 
     /// In its final phase a migration goes before others that are not.
@@ -50,7 +52,13 @@ impl Limiter {
         start.saturating_duration_since(now)
     }
 
+    /// Counts bytes that are sent at once: whoever acquires some next waits for these too.
+    pub(super) fn owe(&self, bytes: usize) {
+        self.owed.fetch_add(bytes, Ordering::Relaxed);
+    }
+
     pub(super) async fn acquire(&self, bytes: usize) {
+        let bytes = bytes + self.owed.swap(0, Ordering::Relaxed);
         let wait = self.book(bytes, Instant::now());
         if !wait.is_zero() {
             tokio::time::sleep(wait).await;

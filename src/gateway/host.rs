@@ -21,13 +21,17 @@ pub(super) const LAUNCH: Duration = Duration::from_secs(10);
 impl Gateway {
     pub(super) fn host(&self) -> Host {
         let runtime: Arc<Path> = self.config.gateway.runtime_directory.clone().into();
+        let channels = Arc::clone(&runtime);
         let (notes, usual) = (Arc::clone(&runtime), self.config.migration.bandwidth.map(|limit| limit.bytes_per_second));
         let launcher = self.config.incoming.is_some().then(|| self.launcher.clone());
         Host {
-            attach: Arc::new(|address, vm| {
+            attach: Arc::new(move |address, vm| {
                 Ok(match Address::parse(address) {
                     Address::Attach(path) => Box::new(AttachedSource::attach(&path, vm.as_str(), Timeouts::default())?) as Box<dyn Guest>,
-                    Address::Qemu(path) => Box::new(QemuSource::attach(&path, vm.as_str(), qemu::ANSWER_WITHIN)?),
+                    Address::Qemu(path) => {
+                        let guest = QemuSource::attach(&path, vm.as_str(), qemu::ANSWER_WITHIN)?;
+                        Box::new(guest.connecting_at(channels.join(format!("{vm}.channels"))))
+                    }
                 })
             }),
             look: Arc::new(|address, vm| observe(&Address::parse(address), vm.as_str())),

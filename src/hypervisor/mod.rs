@@ -24,6 +24,7 @@ pub mod synthetic;
 
 pub use generation::{Generation, InvalidGeneration};
 pub use launch::{LaunchTemplate, LaunchVariables, LaunchedVmm, TemplateError, VmmProcess};
+pub use qemu::Later;
 
 use crate::condense::Grammar;
 use crate::memory::{GuestRam, PageSet};
@@ -188,7 +189,7 @@ pub trait Guest: Send {
     ///
     /// # Errors
     /// The hypervisor is gone, has lost no stream, or does not go on.
-    fn stream_again(&mut self, _side: Side) -> Result<Option<(UnixStream, Grammar)>, HypervisorError> {
+    fn stream_again(&mut self, _side: Side) -> Result<Option<(Streams, Grammar)>, HypervisorError> {
         Ok(None)
     }
     /// Ends the VMM and frees the guest's memory. Only of a copy that never runs again.
@@ -317,6 +318,14 @@ pub struct Streams {
     pub main: UnixStream,
     /// Pages of it, where it has channels of their own for them.
     pub others: Vec<UnixStream>,
+    /// Pages that somebody waits for, where there is a channel for these.
+    pub urgent: Option<Later>,
+}
+
+impl From<UnixStream> for Streams {
+    fn from(main: UnixStream) -> Self {
+        Self { main, others: Vec::new(), urgent: None }
+    }
 }
 
 /// What a hypervisor says of its stream.
@@ -386,11 +395,12 @@ pub trait StreamSource: Guest + Exports {
     fn machine(&self) -> &Machine;
     /// What its stream is written in, and has to say of the guest.
     fn grammar(&self) -> Grammar;
-    /// Begins to send the guest, which runs on; where its stream is read from.
+    /// Begins to send the guest, which runs on; where its stream is read from. With `beside`, what the other hypervisor asks for behind a
+    /// split comes on a channel of its own, if this one can do that.
     ///
     /// # Errors
     /// The hypervisor is gone or refuses.
-    fn begin(&mut self, goal: StreamGoal) -> Result<Streams, HypervisorError>;
+    fn begin(&mut self, goal: StreamGoal, beside: bool) -> Result<Streams, HypervisorError>;
     /// How far it has come, from now on. Ends with the driver.
     fn stages(&self) -> watch::Receiver<StreamStage>;
     /// Lets a guest that is [`Stopped`](StreamStage::Stopped) be sent to its end.

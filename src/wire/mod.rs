@@ -36,5 +36,5 @@ pub use control::{
 pub use disk::{DiskChange, DiskChunk};
 pub use error::WireError;
 pub use frame::{FRAME_HEADER_BYTES, FrameHeader, FrameKind, StreamChunk, decode_round_mark, put_round_mark};
-pub use negotiate::{DISK_FEATURE, Negotiated, POST_COPY_FEATURE, STREAM_FEATURE, VERSION_MAX, VERSION_MIN, negotiate};
+pub use negotiate::{DISK_FEATURE, Negotiated, POST_COPY_FEATURE, STREAM_FEATURE, URGENT_FEATURE, VERSION_MAX, VERSION_MIN, negotiate};
 pub use page::{After, Batch, Codec, PagesFrame, Record, Records, Run, afters, padded_bytes};

@@ -16,6 +16,8 @@ pub const STREAM_FEATURE: &str = "stream";
 pub const DISK_FEATURE: &str = "disks";
 /// A way back from one hypervisor to the other, and guests that run at the destination before all of their pages are there.
 pub const POST_COPY_FEATURE: &str = "post-copy";
+/// Pages that such a guest waits for, which overtake the rest of its stream.
+pub const URGENT_FEATURE: &str = "urgent-pages";
 
 /// What both sides speak.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -38,8 +40,8 @@ impl Hello {
     /// The greeting of this build.
     #[must_use]
     pub fn new(incarnation: Incarnation, signing_key: [u8; 32]) -> Self {
-        let features =
-            [DISK_FEATURE, POST_COPY_FEATURE, STREAM_FEATURE].map(|name| Feature { name: name.to_owned(), critical: false }).to_vec();
+        let features = [DISK_FEATURE, POST_COPY_FEATURE, STREAM_FEATURE, URGENT_FEATURE];
+        let features = features.map(|name| Feature { name: name.to_owned(), critical: false }).to_vec();
         Self { version_min: VERSION_MIN, version_max: VERSION_MAX, features, incarnation, signing_key }
     }
 

@@ -1,6 +1,7 @@
 //! One channel with pages: who begins it, and its packets.
 
-use super::{Look, Place, Stop, Unsound, Walk};
+use super::{Look, Stop, Unsound, Walk};
+use crate::condense::walk::Place;
 use crate::types::{PAGE_BYTES, VmUuid};
 
 #[derive(Debug)]

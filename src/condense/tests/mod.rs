@@ -3,6 +3,7 @@
 mod back;
 mod gather;
 mod sound;
+mod splice;
 mod split;
 mod streams;
 mod unsound;

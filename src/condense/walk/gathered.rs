@@ -27,6 +27,16 @@ impl Walk {
         Self { needs: Some(needs), ..Self::new(Grammar::Qemu(expected)) }
     }
 
+    /// The rest of a stream, from the place on where it was split.
+    pub(in crate::condense) fn behind_split(expected: Box<Expected>) -> Self {
+        Self { state: State::Sections, ..Self::again(expected) }
+    }
+
+    /// Pages that are waited for, as they come beside that: nothing frames them.
+    pub(in crate::condense) fn urgent(expected: Box<Expected>) -> Self {
+        Self { state: State::Records(Section::Part), ..Self::again(expected) }
+    }
+
     pub(in crate::condense) fn spot(&self) -> Spot {
         let last = |section| section == Section::End;
         match self.state {
@@ -40,6 +50,11 @@ impl Walk {
             State::Footer(section) => Spot::Footer { last: last(section) },
             State::Package(_) | State::Again | State::End | State::Ended | State::Tail | State::Opaque => Spot::Behind,
         }
+    }
+
+    /// Whether the end of a stream that was split has come.
+    pub(in crate::condense) fn has_ended(&self) -> bool {
+        self.state == State::Ended
     }
 
     /// The word that comes next, where it announces a page or something in its place.

@@ -41,12 +41,12 @@ impl Interrupted {
     }
 
     async fn rest(&self, side: Side) -> Result<Rest, EngineError> {
-        let (stream, grammar) = self.ask(move |guest| guest.stream_again(side)).await?.ok_or_else(|| {
+        let (streams, grammar) = self.ask(move |guest| guest.stream_again(side)).await?.ok_or_else(|| {
             let (vm, reason) = (self.binding.vm.to_string(), "its hypervisor has no stream of its own".to_owned());
             EngineError::Hypervisor(HypervisorError::Refused { vm, request: "migrate", reason })
         })?;
         let pace = if side == Side::Source { (self.host.pace)(self.binding.migration) } else { None };
-        Rest::open((self.binding.migration, self.binding.vm.clone(), side), stream, grammar, pace)
+        Rest::open((self.binding.migration, self.binding.vm.clone(), side), streams, grammar, pace)
     }
 
     /// Whether the destination's guest lacks what this copy has. One that is gone has nothing.

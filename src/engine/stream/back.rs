@@ -44,6 +44,20 @@ impl BackOut {
         }
     }
 
+    /// Says so much more, once there is room for it; it may be none of the hypervisor's.
+    pub(super) async fn put(&self, bytes: &[u8]) {
+        while self.lock().under_way() + bytes.len() as u64 > limits::STREAM_BACK_WINDOW_BYTES {
+            self.room.notified().await;
+        }
+        self.lock().put(Bytes::copy_from_slice(bytes), 0);
+        self.ready.notify_one();
+    }
+
+    /// Whether the other hypervisor has all that was put here.
+    pub(super) fn is_applied(&self) -> bool {
+        self.lock().under_way() == 0
+    }
+
     /// The next piece to say, and where it begins. May be dropped and called again.
     pub(super) async fn next(&self) -> (u64, Vec<u8>) {
         loop {
@@ -129,14 +143,26 @@ impl BackIn {
     /// Gives the hypervisor what comes, for as long as it is asked to.
     pub(super) async fn write_to(&self, mut stream: OwnedWriteHalf) -> Result<(), Broken> {
         loop {
-            let next = std::mem::take(&mut self.lock().queue);
-            if next.is_empty() {
-                self.arrived.notified().await;
-                continue;
-            }
+            let next = self.next().await;
             stream.write_all(&next).await?;
-            self.given.send_modify(|given| *given += next.len() as u64);
+            self.was_given(next.len());
         }
+    }
+
+    /// What has come and was not taken. May be dropped and called again.
+    pub(super) async fn next(&self) -> Vec<u8> {
+        loop {
+            let next = std::mem::take(&mut self.lock().queue);
+            if !next.is_empty() {
+                return next;
+            }
+            self.arrived.notified().await;
+        }
+    }
+
+    /// The hypervisor was given so much more.
+    pub(super) fn was_given(&self, bytes: usize) {
+        self.given.send_modify(|given| *given += bytes as u64);
     }
 
     /// Tells how much the hypervisor was given.

@@ -15,10 +15,10 @@ use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 
-use super::inflow::Inflow;
+use super::inflow::{Beside, Inflow};
 use super::lanes::{ReceiveShared, receive_lane};
 use super::{Broken, Whole};
-use crate::condense::Expander;
+use crate::condense::{Expander, Grammar};
 use crate::engine::commit_question::CommitQuestion;
 use crate::engine::destination::{DestinationEnd, DestinationOrder, Return, Watch};
 use crate::engine::handoff::{Binding, Evidence, Failed, blocking, joined};
@@ -32,7 +32,7 @@ use crate::limits;
 use crate::migration::{DestinationStep, Outcome, StreamDestination as Machine, StreamDestinationAction, StreamDestinationEvent};
 use crate::telemetry::chain;
 use crate::transport::LaneGate;
-use crate::wire::{Accept, ErrorClass, Failure, FinalDigest, Message, Offer, POST_COPY_FEATURE, StreamApplied};
+use crate::wire::{Accept, ErrorClass, Failure, FinalDigest, Message, Offer, POST_COPY_FEATURE, StreamApplied, URGENT_FEATURE};
 use disks::Disks;
 use split::WayBack;
 
@@ -222,8 +222,13 @@ impl Run {
         let (read, write) = stream.into_split();
         let grammar = lock(&self.twin).grammar();
         self.way_back = machine.mode.may_split().then(|| WayBack::open(read, grammar.clone()));
+        let urgent = self.way_back.as_mut().filter(|_| self.link.negotiated.has(URGENT_FEATURE));
+        let beside = match (urgent, &grammar) {
+            (Some(way_back), Grammar::Qemu(expected)) => Beside::of(way_back.take_urgent(grammar.clone()), expected.clone()),
+            _ => Beside::default(),
+        };
         let (flow, expander) = (Arc::clone(&self.flow), Expander::new(grammar));
-        self.writing = Some(tokio::spawn(async move { flow.write_to(write, expander).await }));
+        self.writing = Some(tokio::spawn(async move { flow.write_to(write, expander, beside).await }));
         self.expect_lanes()?;
         self.accept().await
     }

@@ -1,15 +1,16 @@
 //! What came of a stream and is not with the hypervisor yet.
 
 use std::collections::BTreeMap;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
 use tokio::io::AsyncWriteExt;
 use tokio::net::unix::OwnedWriteHalf;
 use tokio::sync::{Notify, watch};
 
+use super::back::BackIn;
 use super::{Broken, Whole};
-use crate::condense::Expander;
+use crate::condense::{Expander, Expected, Splice};
 use crate::engine::EngineError;
 use crate::limits;
 
@@ -84,13 +85,28 @@ impl Inflow {
     }
 
     // SPEC: PROTOCOL.md#must-any-lane
-    /// Gives the hypervisor the stream, to its end. `INVARIANT(in-order-once)`
-    pub(super) async fn write_to(&self, mut stream: OwnedWriteHalf, mut expander: Expander) -> Result<Whole, Broken> {
-        while let Some(piece) = self.next().await {
+    /// Gives the hypervisor the stream, to its end. `INVARIANT(in-order-once)`. Where it was split, pages that come beside it overtake it.
+    pub(super) async fn write_to(&self, mut stream: OwnedWriteHalf, mut expander: Expander, mut beside: Beside) -> Result<Whole, Broken> {
+        loop {
+            let piece = tokio::select! {
+                piece = self.next() => piece,
+                pages = beside.next() => {
+                    beside.put(&pages, &mut stream).await?;
+                    continue;
+                }
+            };
+            let Some(piece) = piece else { break };
             let count = piece.len() as u64;
             expander.begin(piece);
             while let Some(bytes) = expander.expand()? {
-                stream.write_all(bytes).await?;
+                match &mut beside.splice {
+                    None => stream.write_all(bytes).await?,
+                    Some(splice) => {
+                        splice.take_in(bytes)?;
+                        stream.write_all(splice.out()).await?;
+                        splice.out().clear();
+                    }
+                }
             }
             let devices = expander.let_tail_go()?;
             if !devices.is_empty() {
@@ -105,7 +121,11 @@ impl Inflow {
             self.given.send_replace(given);
             if let Some(digest) = expander.take_split() {
                 self.split.send_replace(Some(Whole::new(given, digest)));
+                beside.begin();
             }
+        }
+        if let Some(splice) = &beside.splice {
+            splice.end()?;
         }
         let (rest, digest) = expander.end()?;
         stream.write_all(&rest).await?;
@@ -157,9 +177,45 @@ impl Inflow {
     }
 }
 
+/// Pages that overtake a stream that was split.
+#[derive(Debug, Default)]
+pub(super) struct Beside {
+    /// Where they come, and what the stream has to say.
+    coming: Option<(Arc<BackIn>, Box<Expected>)>,
+    splice: Option<Splice>,
+}
+
+impl Beside {
+    pub(super) fn of(pages: Arc<BackIn>, expected: Box<Expected>) -> Self {
+        Self { coming: Some((pages, expected)), splice: None }
+    }
+
+    /// The stream was split here.
+    fn begin(&mut self) {
+        self.splice = self.coming.as_ref().map(|(_, expected)| Splice::behind_split(expected.clone()));
+    }
+
+    /// The next ones, when there is a place for them. May be dropped and called again.
+    async fn next(&self) -> Vec<u8> {
+        match (&self.coming, &self.splice) {
+            (Some((pages, _)), Some(splice)) if splice.takes_urgent() => pages.next().await,
+            _ => std::future::pending().await,
+        }
+    }
+
+    async fn put(&mut self, pages: &[u8], stream: &mut OwnedWriteHalf) -> Result<(), Broken> {
+        if let (Some((coming, _)), Some(splice)) = (&self.coming, &mut self.splice) {
+            splice.take_urgent(pages)?;
+            stream.write_all(splice.out()).await?;
+            splice.out().clear();
+            coming.was_given(pages.len());
+        }
+        Ok(())
+    }
+}
+
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
 
     use super::*;
     use crate::condense::Grammar;
@@ -176,7 +232,7 @@ mod tests {
         let flow = Arc::new(Inflow::new());
         let writing = tokio::spawn({
             let flow = Arc::clone(&flow);
-            async move { flow.write_to(ours.into_split().1, Expander::new(Grammar::Opaque)).await.unwrap() }
+            async move { flow.write_to(ours.into_split().1, Expander::new(Grammar::Opaque), Beside::default()).await.unwrap() }
         });
         let entry = |text: &[u8]| piece(&[&[1, u8::try_from(text.len()).unwrap(), 0, 0, 0], text].concat());
         flow.take_in(10, entry(b"world")).unwrap();

@@ -169,7 +169,7 @@ impl<S> Channel<S> {
     }
 }
 
-fn unless_blocked(read: io::Result<usize>) -> io::Result<Option<usize>> {
+pub(super) fn unless_blocked(read: io::Result<usize>) -> io::Result<Option<usize>> {
     match read {
         Ok(count) => Ok(Some(count)),
         Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(None),

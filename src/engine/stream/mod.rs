@@ -23,6 +23,7 @@ mod lanes;
 mod outflow;
 mod rest;
 mod source;
+mod urgent;
 
 pub use destination::run_stream_destination;
 pub(in crate::engine) use rest::Rest;

@@ -23,6 +23,8 @@ pub(super) struct Outflow {
     idle: Notify,
     /// What came until the stream was split, if it was.
     split: watch::Sender<Option<Whole>>,
+    /// Whether one that was split was read to its end.
+    ended: watch::Sender<bool>,
 }
 
 #[derive(Debug)]
@@ -41,7 +43,8 @@ impl Outflow {
     pub(super) fn new(rate_max: Option<u64>) -> Self {
         let window = rate_max.map_or(FIRST_WINDOW_BYTES, |rate| (rate / 10).clamp(WINDOW_BYTES_MIN, FIRST_WINDOW_BYTES));
         let state = State { kept: Kept::default(), window, piece: None, was_full: false };
-        Self { state: Mutex::new(state), ready: Notify::new(), room: Notify::new(), idle: Notify::new(), split: watch::Sender::new(None) }
+        let (split, ended) = (watch::Sender::new(None), watch::Sender::new(false));
+        Self { state: Mutex::new(state), ready: Notify::new(), room: Notify::new(), idle: Notify::new(), split, ended }
     }
 
     /// Reads the hypervisor's stream to its end, no faster than there is room for what becomes of it.
@@ -66,6 +69,9 @@ impl Outflow {
                     self.put_all(|| condenser().parcels(piece.is_some())).await;
                     if let Some(Split { bytes, digest }) = condenser().take_split() {
                         self.split.send_replace(Some(Whole::new(bytes, digest)));
+                    }
+                    if condenser().has_ended() {
+                        self.ended.send_replace(true);
                     }
                     // What there is to read may have no end, and others want this thread too.
                     tokio::task::yield_now().await;
@@ -97,6 +103,11 @@ impl Outflow {
     /// Tells where the stream was split.
     pub(super) fn split(&self) -> watch::Receiver<Option<Whole>> {
         self.split.subscribe()
+    }
+
+    /// Tells when the last byte of a stream that was split was read.
+    pub(super) fn ended(&self) -> watch::Receiver<bool> {
+        self.ended.subscribe()
     }
 
     fn is_idle(&self) -> bool {

@@ -1,19 +1,20 @@
 //! The rest of a guest that was split, when a gateway was started anew behind the switch: both directions between the two hypervisors, in
 //! the session in which the handoff is settled.
 
-use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::Duration;
 
+use tokio::net::UnixStream;
 use tokio::task::JoinHandle;
 
-use super::Broken;
 use super::back::{BackIn, BackOut};
-use crate::condense::{AgainWalk, BackWalk, Grammar};
+use super::{Broken, urgent};
+use crate::condense::{AgainWalk, BackWalk, Grammar, Splice};
 use crate::engine::EngineError;
 use crate::engine::handoff::joined;
 use crate::engine::limiter::Limiter;
 use crate::engine::link::send_within;
+use crate::hypervisor::Streams;
 use crate::limits;
 use crate::transport::Session;
 use crate::types::{MigrationId, Side, VmName};
@@ -26,6 +27,8 @@ pub(in crate::engine) struct Rest {
     out: Arc<BackOut>,
     back: Arc<BackIn>,
     reading: Option<JoinHandle<Result<(), Broken>>>,
+    /// Puts pages that are waited for into the stream.
+    splicing: Option<JoinHandle<Result<(), Broken>>>,
     writing: Option<JoinHandle<Result<(), Broken>>>,
     /// What may be sent.
     limiter: Limiter,
@@ -33,7 +36,7 @@ pub(in crate::engine) struct Rest {
 
 impl Drop for Rest {
     fn drop(&mut self) {
-        for task in [self.reading.take(), self.writing.take()].into_iter().flatten() {
+        for task in [self.reading.take(), self.splicing.take(), self.writing.take()].into_iter().flatten() {
             task.abort();
         }
     }
@@ -46,13 +49,20 @@ impl Rest {
     /// The stream cannot be used.
     pub(in crate::engine) fn open(
         (migration, vm, side): (MigrationId, VmName, Side),
-        stream: UnixStream,
+        streams: Streams,
         grammar: Grammar,
         pace: Option<u64>,
     ) -> Result<Self, EngineError> {
         let local = |source: std::io::Error| Broken::from(source).of_hypervisor(&vm, "cannot use the hypervisor's stream");
-        stream.set_nonblocking(true).map_err(local)?;
-        let (read, write) = tokio::net::UnixStream::from_std(stream).map_err(local)?.into_split();
+        streams.main.set_nonblocking(true).map_err(local)?;
+        let (mut read, write) = UnixStream::from_std(streams.main).map_err(local)?.into_split();
+        let mut splicing = None;
+        if let (Some(channel), Grammar::Qemu(expected)) = (streams.urgent, &grammar) {
+            let (spliced, into) = UnixStream::pair().map_err(local)?;
+            let rest = std::mem::replace(&mut read, spliced.into_split().0);
+            let splice = urgent::splice(rest, channel, Splice::again(expected.clone()), into.into_split().1);
+            splicing = Some(tokio::spawn(splice));
+        }
         let out = Arc::new(BackOut::default());
         let (reader, again, asked) = (Arc::clone(&out), AgainWalk::new(grammar.clone()), BackWalk::new(grammar));
         let (back, reading) = match side {
@@ -62,7 +72,7 @@ impl Rest {
         let back = Arc::new(back);
         let writer = Arc::clone(&back);
         let writing = tokio::spawn(async move { writer.write_to(write).await });
-        Ok(Self { migration, vm, out, back, reading: Some(reading), writing: Some(writing), limiter: Limiter::new(pace, None) })
+        Ok(Self { migration, vm, out, back, reading: Some(reading), splicing, writing: Some(writing), limiter: Limiter::new(pace, None) })
     }
 
     /// Carries both directions until the peer says something else, which is given back; or, where that ends it, until the hypervisor has
@@ -103,6 +113,11 @@ impl Rest {
                     if ends_with_stream {
                         return Ok(None);
                     }
+                    continue;
+                }
+                ended = ended(&mut self.splicing) => {
+                    self.splicing = None;
+                    self.went_well(ended)?;
                     continue;
                 }
                 ended = ended(&mut self.writing) => {

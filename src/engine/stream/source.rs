@@ -36,7 +36,7 @@ use crate::migration::{Outcome, SourceStep, StreamSource as Machine, StreamSourc
 use crate::telemetry::{Phase, Progress, chain};
 use crate::transport::{LaneHandle, TransportError};
 use crate::types::LaneIndex;
-use crate::wire::{DISK_FEATURE, Failure, Message, POST_COPY_FEATURE, STREAM_FEATURE, StreamResumed};
+use crate::wire::{DISK_FEATURE, Failure, Message, POST_COPY_FEATURE, STREAM_FEATURE, StreamResumed, URGENT_FEATURE};
 use disks::Disks;
 use split::WayBack;
 
@@ -509,11 +509,12 @@ impl Run {
         let (goal, rate_max) = (self.told, self.order.limited(self.order.bandwidth));
         // What was said before this migration is none of its affair.
         self.stages.borrow_and_update();
+        let beside = self.way_back.is_some() && self.link.negotiated.has(URGENT_FEATURE);
         let begun = self.beside(move |guest| {
             rate_max.map_or(Ok(()), |rate| guest.set_path_rate(rate))?;
-            guest.begin(goal)
+            guest.begin(goal, beside)
         });
-        let Streams { main, others } = begun.await?;
+        let Streams { main, others, urgent } = begun.await?;
         let local = |source| {
             let what = "cannot read the hypervisor's stream";
             EngineError::Hypervisor(HypervisorError::Local { vm: self.order.vm.to_string(), what, source })
@@ -524,7 +525,11 @@ impl Run {
         };
         let (read, write) = usable(main).map_err(local)?.into_split();
         let others = others.into_iter().map(usable).collect::<Result<Vec<_>, _>>().map_err(local)?;
-        let intake = match lock(&self.guest).grammar() {
+        let grammar = lock(&self.guest).grammar();
+        if let Some(way_back) = self.way_back.as_mut().filter(|_| beside) {
+            way_back.open_urgent(urgent, grammar.clone(), self.flow.ended());
+        }
+        let intake = match grammar {
             Grammar::Qemu(expected) if !others.is_empty() => Intake::several(read, others, *expected),
             _ => Intake::One(read),
         };

@@ -40,6 +40,7 @@ mod tests;
 
 use std::time::Duration;
 
+pub use channels::Later;
 pub use destination::QemuDestination;
 pub use facts::QEMU_KIND;
 pub use source::{QemuSource, discard, inspect, observe};

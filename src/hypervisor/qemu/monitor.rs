@@ -3,17 +3,18 @@
 use std::collections::BTreeMap;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use serde::Deserialize;
 use serde_json::{Value, json};
 use tokio::sync::watch;
 
+use super::channels::Channels;
 use super::facts::{run_state, status};
 use super::qmp::{Notice, Qmp, by};
-use super::revive;
-use crate::hypervisor::{GuestStatus, HypervisorError, RunState, StreamStage};
+use super::{ANSWER_WITHIN, revive};
+use crate::hypervisor::{GuestStatus, HypervisorError, RunState, StreamStage, Streams};
 
 /// What the monitor keeps the descriptor of a stream under, until a migration takes it.
 const STREAM_NAME: &str = "sealane";
@@ -24,6 +25,12 @@ const STREAM_BUFFER_BYTES: usize = 1 << 20;
 const SPLIT_BUFFER_BYTES: usize = 32 << 10;
 /// WHY: devices of a guest that was split may wait for pages before they go on, and those wait for as long as an outage lasts.
 const PAGES_WITHIN: Duration = Duration::from_secs(24 * 3600);
+/// Between two looks whether a channel has come.
+const CHANNEL_PAUSE: Duration = Duration::from_millis(1);
+/// How often it is asked meanwhile whether they come at all.
+const LOOK_EVERY: Duration = Duration::from_millis(100);
+/// How long a QEMU that listens at its own monitor may take to connect.
+const LISTENS_ITSELF: Duration = Duration::from_secs(1);
 /// Between two looks at something that QEMU has no event for.
 const LOOK_PAUSE: Duration = Duration::from_millis(10);
 
@@ -48,11 +55,18 @@ pub(super) struct Ram {
     pub(super) dirty_sync_count: u64,
 }
 
+#[derive(Deserialize)]
+struct Capability {
+    capability: String,
+    state: bool,
+}
+
 #[derive(Debug)]
 pub(super) struct Monitor {
     pub(super) qmp: Qmp,
     stage: watch::Receiver<StreamStage>,
     within: Duration,
+    channels_at: Option<PathBuf>,
 }
 
 impl Monitor {
@@ -72,7 +86,7 @@ impl Monitor {
             }
         };
         let qmp = Qmp::connect(path, vm, within, Box::new(listener))?;
-        Ok(Self { qmp, stage, within })
+        Ok(Self { qmp, stage, within, channels_at: None })
     }
 
     pub(super) fn stages(&self) -> watch::Receiver<StreamStage> {
@@ -83,14 +97,17 @@ impl Monitor {
         self.qmp.ask("query-migrate", Value::Null)
     }
 
+    fn capabilities(&self) -> Result<Vec<Capability>, HypervisorError> {
+        self.qmp.ask("query-migrate-capabilities", Value::Null)
+    }
+
+    fn is_capable(&self, name: &str) -> Result<bool, HypervisorError> {
+        Ok(self.capabilities()?.iter().any(|known| known.capability == name && known.state))
+    }
+
     /// Switches capabilities that this QEMU has; what they were before.
     pub(super) fn set_capabilities(&self, wanted: &[(&str, bool)]) -> Result<Vec<(String, bool)>, HypervisorError> {
-        #[derive(Deserialize)]
-        struct Capability {
-            capability: String,
-            state: bool,
-        }
-        let known: Vec<Capability> = self.qmp.ask("query-migrate-capabilities", Value::Null)?;
+        let known = self.capabilities()?;
         let mut before = Vec::new();
         let mut set = Vec::new();
         for (name, state) in wanted {
@@ -211,12 +228,70 @@ impl Monitor {
         }
     }
 
-    /// A stream for a migration that was split and has lost its own; `arguments` say what has it go on.
-    pub(super) fn stream_again(&self, command: &'static str, mut arguments: Value) -> Result<UnixStream, HypervisorError> {
+    /// A stream from a source's migration that was split and has lost its own.
+    pub(super) fn resume(&self) -> Result<Streams, HypervisorError> {
+        let resume = json!({ "resume": true });
+        if self.is_capable("postcopy-preempt")? { self.streams(resume) } else { self.stream_again("migrate", resume).map(Into::into) }
+    }
+
+    /// The same at a destination.
+    pub(super) fn recover(&self) -> Result<UnixStream, HypervisorError> {
+        self.stream_again("migrate-recover", json!({}))
+    }
+
+    fn stream_again(&self, command: &'static str, mut arguments: Value) -> Result<UnixStream, HypervisorError> {
         if let Some(arguments) = arguments.as_object_mut() {
             arguments.insert("uri".to_owned(), format!("fd:{STREAM_NAME}").into());
         }
         self.stream_with(command, arguments, SPLIT_BUFFER_BYTES)
+    }
+
+    /// Where QEMU connects to when it needs more than one channel.
+    pub(super) fn connects_at(&mut self, at: PathBuf) {
+        self.channels_at = Some(at);
+    }
+
+    /// Whether there is such a place.
+    pub(super) fn connects(&self) -> bool {
+        self.channels_at.is_some()
+    }
+
+    /// Its stream, and a channel for pages that are waited for, which comes later.
+    pub(super) fn streams(&self, arguments: Value) -> Result<Streams, HypervisorError> {
+        let (mut taken, channels) = self.channels(arguments, 1)?;
+        Ok(Streams { main: taken.remove(0), others: Vec::new(), urgent: channels.later() })
+    }
+
+    /// Has QEMU send its guest, and waits until so many channels have come, the main one in front.
+    pub(super) fn channels(&self, mut arguments: Value, wanted: usize) -> Result<(Vec<UnixStream>, Channels), HypervisorError> {
+        let vm = self.qmp.vm();
+        let local = |source| HypervisorError::Local { vm: vm.to_owned(), what: "cannot take the hypervisor's channels", source };
+        let Some(at) = &self.channels_at else { return Err(self.qmp.refused("migrate", "there is no place for its channels")) };
+        let mut channels = Channels::listen(at).map_err(local)?;
+        if let Some(arguments) = arguments.as_object_mut() {
+            arguments.insert("uri".to_owned(), format!("unix:{}", at.display()).into());
+        }
+        self.qmp.execute("migrate", arguments)?;
+        let until = by(ANSWER_WITHIN);
+        let (begun, mut looked) = (Instant::now(), Instant::now());
+        loop {
+            // Who else has a connection may have it before QEMU. It is QEMU that listens at the monitor, unless somebody opened that for it.
+            let of = self.qmp.process().filter(|_| begun.elapsed() < LISTENS_ITSELF);
+            if let Some(taken) = channels.take(wanted, of).map_err(local)? {
+                return Ok((taken, channels));
+            }
+            if looked.elapsed() > LOOK_EVERY {
+                looked = Instant::now();
+                if self.migration()?.status.as_deref() == Some("failed") {
+                    return Err(self.failure("migrate"));
+                }
+            }
+            if Instant::now() >= until {
+                let why = format!("expected {} channels besides the main one, got fewer", wanted.saturating_sub(1));
+                return Err(self.qmp.refused("migrate", &why));
+            }
+            std::thread::sleep(CHANNEL_PAUSE);
+        }
     }
 
     /// Sees that a migration that was split has lost its stream, and has it do so where it has not noticed.

@@ -14,6 +14,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
+use rustix::process::Pid;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
@@ -170,6 +171,12 @@ impl Qmp {
     }
 
     /// Whose it is, for messages.
+    /// Which process listens at the monitor, or did when that was opened.
+    pub(super) fn process(&self) -> Option<Pid> {
+        let writer = self.writer.lock().unwrap_or_else(PoisonError::into_inner);
+        rustix::net::sockopt::socket_peercred(&*writer).ok().map(|of| of.pid)
+    }
+
     pub(super) fn vm(&self) -> &str {
         &self.vm
     }

@@ -8,18 +8,17 @@ use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
-use serde_json::json;
-
 use super::facts;
 use super::monitor::Monitor;
 use crate::condense::RamBlock;
-use crate::hypervisor::HypervisorError;
+use crate::hypervisor::{HypervisorError, Streams};
 use crate::types::PAGE_BYTES;
 
 /// Completes a migration that is `postcopy-paused`, without a destination.
 pub(super) fn complete(monitor: &Monitor, within: Duration) -> Result<(), HypervisorError> {
     let blocks = facts::blocks(&monitor.qmp);
-    let stream = monitor.stream_again("migrate", json!({ "resume": true }))?;
+    // What QEMU has of its own for pages that are waited for has to be there, and nothing comes of it.
+    let Streams { main: stream, urgent: _urgent, .. } = monitor.resume()?;
     let local = |source| HypervisorError::Local { vm: monitor.qmp.vm().to_owned(), what: "cannot end a migration that was split", source };
     stream.set_read_timeout(Some(within)).map_err(local)?;
     stream.set_write_timeout(Some(within)).map_err(local)?;

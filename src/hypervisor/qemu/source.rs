@@ -1,13 +1,11 @@
 //! A running QEMU whose guest leaves.
 
-use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use serde_json::{Value, json};
 use tokio::sync::watch;
 
-use super::channels::Channels;
 use super::monitor::{Migration, Monitor};
 use super::{ANSWER_WITHIN, disks, facts};
 use crate::condense::Grammar;
@@ -19,12 +17,11 @@ use crate::types::{Mode, Side};
 
 /// What a stream that a gateway carries has, and what it must not have: each of these either needs a channel of its own, leaves a
 /// part of the guest out of the stream, changes what the end of the stream means, or hides pages.
-const CAPABILITIES: [(&str, bool); 15] = [
+const CAPABILITIES: [(&str, bool); 14] = [
     ("events", true),
     ("pause-before-switchover", true),
     ("late-block-activate", false),
     ("validate-uuid", true),
-    ("postcopy-preempt", false),
     // Not over the sockets of a host.
     ("zero-copy-send", false),
     ("switchover-ack", false),
@@ -40,10 +37,6 @@ const CAPABILITIES: [(&str, bool); 15] = [
 ];
 /// The gateway limits the rate; QEMU's own limit of 128 MiB/s would only be in the way.
 const BANDWIDTH: u64 = 1 << 40;
-/// Between two looks whether a channel has come.
-const CHANNEL_PAUSE: Duration = Duration::from_millis(1);
-/// How often it is asked meanwhile whether they come at all.
-const LOOK_EVERY: Duration = Duration::from_millis(100);
 /// What `downtime-limit` may be, milliseconds.
 const DOWNTIME_MAX: u64 = 2_000_000;
 
@@ -62,8 +55,8 @@ pub struct QemuSource {
     untouched: bool,
     /// Disks that are mirrored.
     mirrors: usize,
-    /// How many channels it has for pages besides its main one, and where it connects to for them.
-    channels: Option<(u16, PathBuf)>,
+    /// How many channels it has for pages besides its main one.
+    channels: Option<u16>,
 }
 
 impl QemuSource {
@@ -121,14 +114,22 @@ impl QemuSource {
         Ok(())
     }
 
-    /// Its pages come on so many channels of their own, for which it connects to `at`; of one that cannot be sent like that, in its one
-    /// stream.
+    /// Its pages come on so many channels of their own, of one that cannot be sent like that in its one stream; for more than one channel it
+    /// connects to `at`.
     pub fn use_channels(&mut self, count: u16, at: PathBuf) {
         let able = !self.machine.mode.may_split() && facts::grammar(&self.machine) != Grammar::Opaque;
         if count > 1 && !able {
             tracing::warn!(vm = self.monitor.qmp.vm(), "several channels need blocks of memory that QEMU names, and no post-copy");
         }
-        self.channels = (count > 1 && able).then_some((count, at));
+        self.channels = (count > 1 && able).then_some(count);
+        self.monitor.connects_at(at);
+    }
+
+    /// The same guest, whose QEMU connects to `at` where it needs more than one channel for its stream.
+    #[must_use]
+    pub fn connecting_at(mut self, at: PathBuf) -> Self {
+        self.monitor.connects_at(at);
+        self
     }
 
     /// These disks move with it, or alone.
@@ -143,33 +144,14 @@ impl QemuSource {
     }
 
     /// Begins to send, once all channels are there.
-    fn begin_on(&mut self, count: u16, at: &Path) -> Result<Streams, HypervisorError> {
+    fn begin_on(&mut self, count: u16) -> Result<Streams, HypervisorError> {
         if let Some(packed) = self.monitor.packs_channels()? {
             let why = format!("several channels: expected `multifd-compression` to be `none`, got `{packed}`");
             return Err(self.monitor.qmp.refused("migrate", &why));
         }
         self.set("multifd-channels", u64::from(count))?;
-        let vm = self.monitor.qmp.vm().to_owned();
-        let local = |source| HypervisorError::Local { vm: vm.clone(), what: "cannot take the hypervisor's channels", source };
-        let mut channels = Channels::listen(at).map_err(local)?;
-        self.monitor.qmp.execute("migrate", json!({ "uri": format!("unix:{}", at.display()) }))?;
-        let until = Instant::now() + ANSWER_WITHIN;
-        let mut looked = Instant::now();
-        loop {
-            if let Some(mut taken) = channels.take(usize::from(count) + 1).map_err(local)? {
-                return Ok(Streams { main: taken.remove(0), others: taken });
-            }
-            if looked.elapsed() > LOOK_EVERY {
-                looked = Instant::now();
-                if self.monitor.migration()?.status.as_deref() == Some("failed") {
-                    return Err(self.monitor.failure("migrate"));
-                }
-            }
-            if Instant::now() >= until {
-                return Err(self.monitor.qmp.refused("migrate", &format!("expected {count} channels besides the main one, got fewer")));
-            }
-            std::thread::sleep(CHANNEL_PAUSE);
-        }
+        let (mut taken, _) = self.monitor.channels(json!({}), usize::from(count) + 1)?;
+        Ok(Streams { main: taken.remove(0), others: taken, urgent: None })
     }
 
     /// Sets one parameter, and keeps what it was before anything was set.
@@ -185,7 +167,8 @@ impl QemuSource {
         let mut capabilities: Vec<(&str, bool)> = self.capabilities.iter().map(|(name, state)| (name.as_str(), *state)).collect();
         if capabilities.is_empty() {
             // WHY: with it left on, the next migration of somebody else would wait for ever before its switch.
-            capabilities.extend([("pause-before-switchover", false), ("postcopy-ram", false), ("return-path", false), ("multifd", false)]);
+            capabilities.extend([("pause-before-switchover", false), ("postcopy-ram", false), ("postcopy-preempt", false)]);
+            capabilities.extend([("return-path", false), ("multifd", false)]);
         }
         let parameters: Vec<(&str, u64)> = self.parameters.iter().map(|(name, value)| (name.as_str(), *value)).collect();
         let restored = self.monitor.set_capabilities(&capabilities).and_then(|_| self.monitor.set_parameters(&parameters));
@@ -244,14 +227,14 @@ impl Guest for QemuSource {
         Ok(self.monitor.migration()?.status.is_some_and(|status| status.starts_with("postcopy-")))
     }
 
-    fn stream_again(&mut self, side: Side) -> Result<Option<(UnixStream, Grammar)>, HypervisorError> {
+    fn stream_again(&mut self, side: Side) -> Result<Option<(Streams, Grammar)>, HypervisorError> {
         self.machine.mode = Mode::Postcopy;
         self.monitor.ensure_lost()?;
-        let stream = match side {
-            Side::Source => self.monitor.stream_again("migrate", json!({ "resume": true })),
-            Side::Destination => self.monitor.stream_again("migrate-recover", json!({})),
+        let streams = match side {
+            Side::Source => self.monitor.resume()?,
+            Side::Destination => self.monitor.recover()?.into(),
         };
-        Ok(Some((stream?, self.grammar())))
+        Ok(Some((streams, self.grammar())))
     }
 
     fn destroy(&mut self) -> Result<(), HypervisorError> {
@@ -300,21 +283,23 @@ impl StreamSource for QemuSource {
         facts::grammar(&self.machine)
     }
 
-    fn begin(&mut self, goal: StreamGoal) -> Result<Streams, HypervisorError> {
+    fn begin(&mut self, goal: StreamGoal, beside: bool) -> Result<Streams, HypervisorError> {
         self.ensure_free("migrate")?;
         self.monitor.ensure_let_go()?;
         self.untouched = false;
         let splits = self.machine.mode.may_split();
-        let multifd = self.channels.is_some();
-        let more = [("auto-converge", goal.throttle && !splits), ("return-path", splits), ("postcopy-ram", splits), ("multifd", multifd)];
+        let beside = beside && splits && self.monitor.connects();
+        let more = [("return-path", splits), ("postcopy-ram", splits), ("postcopy-preempt", beside)];
+        let more = more.into_iter().chain([("auto-converge", goal.throttle && !splits), ("multifd", self.channels.is_some())]);
         let wanted: Vec<(&str, bool)> = CAPABILITIES.into_iter().chain(more).collect();
         self.capabilities = self.monitor.set_capabilities(&wanted)?;
         let wanted = [("max-bandwidth", BANDWIDTH), ("downtime-limit", downtime(goal)), ("avail-switchover-bandwidth", self.path_rate)];
         self.parameters = self.monitor.set_parameters(&wanted)?;
         self.begun = true;
-        match self.channels.clone() {
-            Some((count, at)) => self.begin_on(count, &at),
-            None => Ok(Streams { main: self.monitor.stream("migrate", splits)?, others: Vec::new() }),
+        match self.channels {
+            Some(count) => self.begin_on(count),
+            None if beside => self.monitor.streams(json!({})),
+            None => Ok(self.monitor.stream("migrate", splits)?.into()),
         }
     }
 

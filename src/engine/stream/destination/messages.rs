@@ -22,6 +22,7 @@ impl Run {
                 Err(error) => Some(self.give_up(error)),
             },
             Message::StreamBackApplied(applied) if applied.migration == self.order.migration => self.back_applied(applied.bytes),
+            Message::StreamBack(piece) if piece.migration == self.order.migration => self.urgent_came(&piece),
             Message::DiskEnd(end) if end.migration == self.order.migration => self.disks_end(end),
             Message::DiskDigests(digests) if digests.migration == self.order.migration => self.disks_digests(digests),
             Message::Handoff(signed) => match self.evidence.check(&self.binding, &signed) {

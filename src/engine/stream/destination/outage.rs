@@ -120,6 +120,9 @@ impl Run {
         if let Err(error) = self.say(Message::StreamResumed(resumed)).await {
             return self.broken(error).await;
         }
+        if let Some(lost) = self.say_urgent_applied().await {
+            return Some(lost);
+        }
         crate::failpoint::hit!("destination.resumed-sent");
         Some(StreamDestinationEvent::Resumed)
     }

@@ -3,22 +3,25 @@
 use std::sync::Arc;
 
 use tokio::net::unix::OwnedReadHalf;
+use tokio::sync::watch;
 use tokio::task::{JoinError, JoinHandle};
 
 use super::Run;
-use crate::condense::{BackWalk, Grammar};
+use crate::condense::{BackWalk, Grammar, UrgentWalk};
 use crate::engine::EngineError;
 use crate::engine::handoff::joined;
-use crate::engine::stream::back::BackOut;
+use crate::engine::stream::back::{BackIn, BackOut};
 use crate::engine::stream::{Broken, Whole};
 use crate::migration::StreamDestinationEvent;
 use crate::telemetry::chain;
-use crate::wire::{Message, StreamBack};
+use crate::wire::{Message, StreamBack, StreamBackApplied};
 
 /// The way back to the source's hypervisor.
 pub(super) struct WayBack {
     back: Arc<BackOut>,
     reading: Option<JoinHandle<Result<(), Broken>>>,
+    /// Pages that overtake the stream, and how much of them the hypervisor was given.
+    urgent: Option<(Arc<BackIn>, watch::Receiver<u64>)>,
 }
 
 impl Drop for WayBack {
@@ -33,6 +36,8 @@ impl Drop for WayBack {
 pub(super) enum Happened {
     /// A piece has to be said, which begins behind so many bytes.
     Piece(u64, Vec<u8>),
+    /// It was given more of what overtakes the stream.
+    Given,
     /// The hypervisor says nothing more.
     Ended(Result<Result<(), Broken>, tokio::task::JoinError>),
 }
@@ -41,22 +46,37 @@ impl WayBack {
     pub(super) fn open(stream: OwnedReadHalf, grammar: Grammar) -> Self {
         let back = Arc::new(BackOut::default());
         let out = Arc::clone(&back);
-        Self { back, reading: Some(tokio::spawn(async move { out.read_from(stream, BackWalk::new(grammar)).await })) }
+        let reading = Some(tokio::spawn(async move { out.read_from(stream, BackWalk::new(grammar)).await }));
+        Self { back, reading, urgent: None }
+    }
+
+    /// Takes pages that overtake the stream, in this grammar; where they come.
+    pub(super) fn take_urgent(&mut self, grammar: Grammar) -> Arc<BackIn> {
+        let urgent = Arc::new(BackIn::new(UrgentWalk::new(grammar)));
+        self.urgent = Some((Arc::clone(&urgent), urgent.given()));
+        urgent
     }
 }
 
 /// Waits for news of the way back; for ever when there is none. May be dropped and called again.
 pub(super) async fn happened(way_back: &mut Option<WayBack>) -> Happened {
-    let Some(WayBack { back, reading }) = way_back else { return std::future::pending().await };
+    let Some(WayBack { back, reading, urgent }) = way_back else { return std::future::pending().await };
     let ended = async {
         match reading {
             Some(reading) => reading.await,
             None => std::future::pending().await,
         }
     };
+    let given = async {
+        match urgent {
+            Some((_, given)) => super::changed(given).await,
+            None => std::future::pending().await,
+        }
+    };
     tokio::select! {
         biased;
         (offset, piece) = back.next() => Happened::Piece(offset, piece),
+        () = given => Happened::Given,
         ended = ended => Happened::Ended(ended),
     }
 }
@@ -81,6 +101,7 @@ impl Run {
                     Err(error) => self.broken(error).await,
                 }
             }
+            Happened::Given => self.say_urgent_applied().await,
             Happened::Ended(ended) => {
                 if let Some(way_back) = &mut self.way_back {
                     way_back.reading = None;
@@ -96,6 +117,33 @@ impl Run {
                 tracing::warn!(migration = %self.order.migration, error = %chain(&why), "the way back has ended");
                 None
             }
+        }
+    }
+
+    /// What the hypervisor was given of what overtakes the stream, if anything.
+    pub(super) async fn say_urgent_applied(&mut self) -> Option<StreamDestinationEvent> {
+        let (urgent, given) = self.way_back.as_ref()?.urgent.as_ref()?;
+        let bytes = *given.borrow();
+        if bytes == 0 {
+            return None;
+        }
+        urgent.acknowledge(bytes);
+        let migration = self.order.migration;
+        match self.say(Message::StreamBackApplied(StreamBackApplied { migration, bytes })).await {
+            Ok(()) => None,
+            Err(error) => self.broken(error).await,
+        }
+    }
+
+    pub(super) fn urgent_came(&mut self, piece: &StreamBack) -> Option<StreamDestinationEvent> {
+        let taken = match self.way_back.as_ref().and_then(|way_back| way_back.urgent.as_ref()) {
+            Some((urgent, _)) => urgent.take_in(piece.offset, &piece.bytes),
+            None => Err(EngineError::OutOfPlace { expected: "no pages beside the stream", got: "a piece of them".to_owned() }),
+        };
+        match taken {
+            Ok(()) => None,
+            Err(error) if self.machine.is_running() => self.left_without(&error),
+            Err(error) => Some(self.give_up(error)),
         }
     }
 

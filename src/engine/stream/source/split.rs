@@ -13,8 +13,9 @@ use crate::engine::EngineError;
 use crate::engine::handoff::{blocking, joined};
 use crate::engine::meter::SplitFigures;
 use crate::engine::stream::back::BackIn;
+use crate::engine::stream::urgent::Urgent;
 use crate::engine::stream::{Broken, Whole};
-use crate::hypervisor::StreamStage;
+use crate::hypervisor::{Later, StreamStage};
 use crate::migration::{StreamSourceEvent, split_is_due};
 use crate::telemetry::{Phase, chain};
 use crate::types::Mode;
@@ -28,6 +29,8 @@ pub(super) struct WayBack {
     back: Arc<BackIn>,
     given: watch::Receiver<u64>,
     writing: Option<JoinHandle<Result<(), Broken>>>,
+    /// Pages that are waited for, where the destination takes them beside the stream.
+    urgent: Option<Urgent>,
     /// Since when the guest runs at the destination.
     serves: Option<Instant>,
 }
@@ -36,6 +39,10 @@ pub(super) struct WayBack {
 pub(super) enum Happened {
     /// The hypervisor was given more.
     Given(u64),
+    /// A piece of what is waited for has to be said, which begins behind so many bytes.
+    Urgent(u64, Vec<u8>),
+    /// The channel for it has failed.
+    Failed(Result<Result<(), Broken>, tokio::task::JoinError>),
     /// It takes no more.
     Ended(Result<Result<(), Broken>, tokio::task::JoinError>),
 }
@@ -43,7 +50,7 @@ pub(super) enum Happened {
 impl WayBack {
     pub(super) fn new(mode: Mode, grammar: Grammar) -> Self {
         let back = Arc::new(BackIn::new(BackWalk::new(grammar)));
-        Self { mode, told: false, given: back.given(), back, writing: None, serves: None }
+        Self { mode, told: false, given: back.given(), back, writing: None, urgent: None, serves: None }
     }
 
     /// Begins to write to the hypervisor; nothing is left of the half.
@@ -51,6 +58,11 @@ impl WayBack {
         let back = Arc::clone(&self.back);
         self.writing = Some(tokio::spawn(async move { back.write_to(stream).await }));
         None
+    }
+
+    /// Takes what is waited for from a channel that will come, or will not; until the stream has `ended`.
+    pub(super) fn open_urgent(&mut self, channel: Option<Later>, grammar: Grammar, ended: watch::Receiver<bool>) {
+        self.urgent = Some(Urgent::open(channel, grammar, ended));
     }
 
     /// What came of it.
@@ -68,9 +80,31 @@ pub(super) async fn seen(split: &mut watch::Receiver<Option<Whole>>) {
 
 /// Waits for news of the way back; for ever when there is none. May be dropped and called again.
 pub(super) async fn happened(way_back: &mut Option<WayBack>) -> Happened {
-    let Some(WayBack { given, writing: Some(writing), .. }) = way_back else { return std::future::pending().await };
+    let Some(WayBack { given, writing, urgent, .. }) = way_back else { return std::future::pending().await };
+    let ended = async {
+        match writing {
+            Some(writing) => writing.await,
+            None => std::future::pending().await,
+        }
+    };
+    let out = urgent.as_ref().map(|urgent| Arc::clone(&urgent.out));
+    let piece = async {
+        match &out {
+            Some(out) => out.next().await,
+            None => std::future::pending().await,
+        }
+    };
+    let failed = async {
+        match urgent {
+            Some(urgent) => urgent.failed().await,
+            None => std::future::pending().await,
+        }
+    };
     tokio::select! {
-        ended = writing => Happened::Ended(ended),
+        biased;
+        (offset, piece) = piece => Happened::Urgent(offset, piece),
+        failed = failed => Happened::Failed(failed),
+        ended = ended => Happened::Ended(ended),
         Ok(()) = given.changed() => Happened::Given(*given.borrow_and_update()),
     }
 }
@@ -83,7 +117,8 @@ impl Run {
 
     /// Whether the destination's hypervisor was given all there is.
     pub(super) fn has_all(&self) -> bool {
-        self.whole.is_some_and(|whole| whole.bytes == self.flow.applied_bytes())
+        let beside = self.way_back.as_ref().and_then(|way_back| way_back.urgent.as_ref());
+        self.whole.is_some_and(|whole| whole.bytes == self.flow.applied_bytes()) && beside.is_none_or(|urgent| urgent.out.is_applied())
     }
 
     /// FINAL can be said when the stream has ended or was split, and the hypervisor says itself that its guest does not run by itself any more.
@@ -207,6 +242,23 @@ impl Run {
                     Err(error) => Some(self.broken(error)),
                 }
             }
+            Happened::Urgent(offset, bytes) => {
+                // It waits for nobody; lanes wait the longer.
+                self.limiter.owe(bytes.len());
+                let migration = self.order.migration;
+                match self.say(Message::StreamBack(StreamBack { migration, offset, bytes })).await {
+                    Ok(()) => None,
+                    Err(error) => Some(self.broken(error)),
+                }
+            }
+            Happened::Failed(failed) => {
+                let error = match joined(failed) {
+                    Ok(Ok(())) => return None,
+                    Ok(Err(broken)) => broken.of_hypervisor(&self.order.vm, "cannot read the pages that are waited for").into(),
+                    Err(error) => error,
+                };
+                if self.machine.is_committed() { self.left_without(&error) } else { Some(self.give_up(error)) }
+            }
             Happened::Ended(ended) => {
                 if let Some(way_back) = &mut self.way_back {
                     way_back.writing = None;
@@ -227,8 +279,22 @@ impl Run {
         self.say(Message::StreamBackApplied(StreamBackApplied { migration: self.order.migration, bytes })).await
     }
 
+    /// The destination's hypervisor has so much of what is waited for.
+    pub(super) fn urgent_applied(&mut self, bytes: u64) -> Option<StreamSourceEvent> {
+        let urgent = self.way_back.as_ref().and_then(|way_back| way_back.urgent.as_ref());
+        if urgent.is_some_and(|urgent| urgent.out.applied(bytes)) {
+            self.patience = None;
+            return None;
+        }
+        let error = EngineError::OutOfPlace { expected: "bytes that were said", got: format!("{bytes} applied") };
+        if self.machine.is_committed() { self.left_without(&error) } else { Some(self.give_up(error)) }
+    }
+
     /// In a new session, where what was said of it may not have come.
     pub(super) async fn say_back_again(&mut self) -> Result<(), EngineError> {
+        if let Some(urgent) = self.way_back.as_ref().and_then(|way_back| way_back.urgent.as_ref()) {
+            urgent.out.say_again();
+        }
         match self.way_back.as_ref().map(|way_back| *way_back.given.borrow()) {
             Some(bytes) => self.say_back_applied(bytes).await,
             None => Ok(()),

@@ -49,6 +49,7 @@ impl Run {
                 None
             }
             Message::StreamBack(piece) if piece.migration == self.order.migration => self.back_came(&piece),
+            Message::StreamBackApplied(applied) if applied.migration == self.order.migration => self.urgent_applied(applied.bytes),
             Message::DiskHeld(said) => self.disk_held(&said).await,
             Message::Handoff(signed) => self.handoff_received(&signed),
             other => {

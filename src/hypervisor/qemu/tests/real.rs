@@ -80,7 +80,7 @@ fn until(stages: &tokio::sync::watch::Receiver<StreamStage>, wanted: StreamStage
 
 /// A guest that was sent and loaded, both ends paused.
 fn moved(source: &mut QemuSource, destination: &mut QemuDestination) {
-    let mut from = source.begin(GOAL).unwrap().main;
+    let mut from = source.begin(GOAL, false).unwrap().main;
     let mut to = destination.begin().unwrap();
     let pump = std::thread::spawn(move || {
         let mut bytes = vec![0; 64 * 1024];
@@ -136,7 +136,7 @@ fn a_guest_that_stays_is_as_it_was() {
     let Some(a) = Qemu::start(&[]) else { return };
     let before = settings(&a);
     let mut source = a.source();
-    let mut stream = source.begin(GOAL).unwrap().main;
+    let mut stream = source.begin(GOAL, false).unwrap().main;
     let drain = std::thread::spawn(move || while stream.read(&mut [0; 65536]).is_ok_and(|count| count > 0) {});
     source.set_path_rate(1 << 30).unwrap();
     source.set_goal(StreamGoal { downtime_max: Duration::from_millis(77), throttle: true }).unwrap();
@@ -156,7 +156,7 @@ fn a_guest_that_is_sent_on_several_channels_and_stays_is_as_it_was() {
     let mut source = a.source();
     let at = a.directory.path().join("channels");
     source.use_channels(3, at.clone());
-    let Streams { main, others } = source.begin(GOAL).unwrap();
+    let Streams { main, others, .. } = source.begin(GOAL, false).unwrap();
     assert!(others.len() == 3 && !at.exists());
     let drains: Vec<_> = std::iter::once(main)
         .chain(others)
@@ -189,7 +189,7 @@ fn what_qemu_packs_on_its_channels_is_refused() {
     drop(monitor);
     let mut source = a.source();
     source.use_channels(2, a.directory.path().join("channels"));
-    let refused = source.begin(GOAL).unwrap_err().to_string();
+    let refused = source.begin(GOAL, false).unwrap_err().to_string();
     assert!(refused.contains("expected `multifd-compression` to be `none`, got `zlib`"), "{refused}");
     source.wake().unwrap();
     assert_eq!(source.status().unwrap().state, RunState::Running);
@@ -199,7 +199,7 @@ fn what_qemu_packs_on_its_channels_is_refused() {
 fn a_gateway_that_dies_in_the_switch_leaves_a_guest_that_can_be_woken() {
     let Some(a) = Qemu::start(&[]) else { return };
     let mut source = a.source();
-    let mut stream = source.begin(GOAL).unwrap().main;
+    let mut stream = source.begin(GOAL, false).unwrap().main;
     let drain = std::thread::spawn(move || {
         let mut bytes = [0; 65536];
         while stream.read(&mut bytes).is_ok_and(|count| count > 0) {}
@@ -257,7 +257,7 @@ fn split() -> Option<Pair> {
     }
     let mut destination = QemuDestination::prepare(&b.path(), "vm-1", source.machine(), None, WITHIN).unwrap();
     source.set_path_rate(1 << 20).unwrap();
-    let (from, to) = (source.begin(GOAL).unwrap().main, destination.begin().unwrap());
+    let (from, to) = (source.begin(GOAL, false).unwrap().main, destination.begin().unwrap());
     let pump = |mut from: std::os::unix::net::UnixStream, mut to: std::os::unix::net::UnixStream, pause: Duration| {
         std::thread::spawn(move || {
             let (mut bytes, mut carried) = (vec![0; 16 * 1024], 0);
