@@ -4,9 +4,6 @@ use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::Duration;
-
-use rustix::process::Signal;
 
 use crate::command::wait_for;
 use crate::gateway::{A, B, Name};
@@ -69,8 +66,8 @@ fn use_up_last_page(lab: &Lab, name: Name) {
     let bytes = || fs::metadata(&log).unwrap().len();
     for _ in 0..20 {
         let before = bytes();
-        lab.gateway(name).signal(Signal::HUP);
-        std::thread::sleep(Duration::from_millis(500));
+        // It answers when it has tried to record it.
+        lab.gateway(name).command(&["reload"]).expect(0, &[]);
         if bytes() == before {
             return;
         }

@@ -207,6 +207,15 @@ impl Gateway {
         said.stdout.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
     }
 
+    /// Its audit log as it is in files: a command would take longer than what is watched.
+    pub fn audit_text(&self) -> String {
+        let segments = fs::read_dir(self.directory.join("audit")).unwrap().map(|entry| entry.unwrap().path());
+        segments
+            .filter(|path| path.extension().is_some_and(|extension| extension == "jsonl"))
+            .map(|path| fs::read_to_string(path).unwrap())
+            .collect()
+    }
+
     /// Waits for an entry with this event and outcome that contains all these words.
     #[track_caller]
     pub fn audited(&self, event: &str, outcome: &str, words: &[&str]) -> Value {

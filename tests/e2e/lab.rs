@@ -176,6 +176,16 @@ impl Lab {
         self.relay(B).cut();
     }
 
+    /// Waits until both gateways say that they have lost a link so often. A session lives for 10 s without one, and for longer where
+    /// round trips take long, as on a busy machine.
+    #[track_caller]
+    pub fn until_lost(&self, times: usize) {
+        for name in [A, B] {
+            let lost = || self.gateway(name).audit_text().matches("\"event\":\"link-lost\"").count() >= times;
+            wait_for(&format!("a link that is lost at {name:?}"), || lost().then_some(()));
+        }
+    }
+
     /// Ends a cut.
     pub fn restore(&self) {
         self.relay(A).restore();

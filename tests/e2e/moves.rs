@@ -135,6 +135,9 @@ fn a_guest_that_arrived_survives_a_restart_of_its_gateway_and_can_leave_again() 
     lab.settled_on(A);
 }
 
+/// A guest that a busy machine can follow.
+const SLOW: [&str; 2] = ["--dirty-rate", "4MiB/s"];
+
 fn demo(flags: &[&str], hypervisor: &str) {
     let directory = tempfile::tempdir().unwrap();
     let report = run(directory.path(), &[&["demo", "--json"], flags].concat()).expect_moved();
@@ -147,7 +150,7 @@ fn demo(flags: &[&str], hypervisor: &str) {
 #[test]
 fn the_demo_moves_a_kvm_guest() {
     if Kind::best() == Kind::Kvm {
-        demo(&[], "kvm");
+        demo(&SLOW, "kvm");
     } else {
         println!("SKIPPED: no KVM here");
     }
@@ -155,7 +158,7 @@ fn the_demo_moves_a_kvm_guest() {
 
 #[test]
 fn the_demo_moves_a_synthetic_guest() {
-    demo(&["--hypervisor", "synthetic", "--memory", "64MiB"], "synthetic");
+    demo(&[&SLOW[..], &["--hypervisor", "synthetic", "--memory", "64MiB"]].concat(), "synthetic");
 }
 
 #[test]

@@ -17,9 +17,9 @@ use crate::random::{Random, number};
 use crate::relay::{Conditions, Way};
 
 /// QUIC bridges this by itself: its idle timeout is 10 s.
-const SHORT: Duration = Duration::from_secs(3);
-/// No session and no lane lives that long.
-const LONG: Duration = Duration::from_secs(14);
+const SHORT: Option<Duration> = Some(Duration::from_secs(3));
+/// Until both ends have lost the link.
+const LONG: Option<Duration> = None;
 
 /// How far a migration is, in order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -184,9 +184,18 @@ fn tells_of_outages(lab: &Lab, report: &Value, least: u64) {
     }
 }
 
-/// One outage in one migration.
+/// One outage in one migration, and how long it lasts.
 #[derive(Debug)]
-struct Outage(Moment, Duration);
+struct Outage(Moment, Option<Duration>);
+
+/// Waits until a cut has lasted.
+#[track_caller]
+fn outlast(lab: &Lab, length: Option<Duration>) {
+    match length {
+        Some(length) => std::thread::sleep(length),
+        None => lab.until_lost(1),
+    }
+}
 
 #[track_caller]
 fn is_bridged(&Outage(moment, length): &Outage) {
@@ -196,7 +205,7 @@ fn is_bridged(&Outage(moment, length): &Outage) {
     let copies = OneCopy::watch(&lab);
     let mut attempt = if slow { Attempt::start_slow(&lab, A, "1MiB/s", &[]) } else { Attempt::start(&lab, A, &[]) };
     attempt.cut_at(moment);
-    std::thread::sleep(length);
+    outlast(&lab, length);
     lab.restore();
     if slow {
         attempt.faster();
@@ -225,14 +234,14 @@ fn a_migration_outlives_several_outages_during_rounds() {
     let lab = Setup::new().busy().through_relay(delayed(Moment::Rounds.delay())).start();
     let copies = OneCopy::watch(&lab);
     let mut attempt = Attempt::start_slow(&lab, A, "1MiB/s", &[]);
-    for _ in 0..3 {
+    for times in 1..=3 {
         let before = attempt.progress("wire_bytes").unwrap_or(0);
         wait_for("pages to go over the link again", || {
             attempt.running.must_go_on();
             attempt.progress("wire_bytes").filter(|now| *now > before + (256 << 10))
         });
         lab.cut();
-        std::thread::sleep(Duration::from_secs(12));
+        lab.until_lost(times);
         lab.restore();
     }
     attempt.faster();
@@ -397,7 +406,7 @@ fn a_source_gateway_that_comes_back_can_be_told_to_cancel_while_it_looks_for_the
 /// Cuts of one migration of the drill, in the order in which they are made.
 fn choose_cuts(random: &mut Random, most: u64, lengths: &[Duration]) -> Vec<Outage> {
     let count = 1 + random.below(most);
-    let mut cuts: Vec<_> = (0..count).map(|_| Outage(*random.pick(&MOMENTS), *random.pick(lengths))).collect();
+    let mut cuts: Vec<_> = (0..count).map(|_| Outage(*random.pick(&MOMENTS), Some(*random.pick(lengths)))).collect();
     cuts.sort_by_key(|cut| cut.0);
     cuts
 }
@@ -417,7 +426,7 @@ fn make_cuts(attempt: &mut Attempt<'_>, cuts: &[Outage], random: &mut Random) ->
             std::thread::sleep(Duration::from_millis(200 + random.below(1300)));
         }
         attempt.lab.cut();
-        std::thread::sleep(*length);
+        outlast(attempt.lab, *length);
         attempt.lab.restore();
         (made, last) = (made + 1, Some(*moment));
     }
