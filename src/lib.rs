@@ -11,6 +11,7 @@ pub mod policy;
 pub mod wire;
 
 pub mod audit;
+pub mod companion;
 pub mod hypervisor;
 pub mod identity;
 pub mod journal;

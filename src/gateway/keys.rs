@@ -14,9 +14,10 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 use crate::audit::{Event, is_signed_by_logs};
+use crate::companion::companion;
 use crate::config::{Config, KeyFile};
 use crate::gateway::Gateway;
-use crate::gateway::launcher::{self, Launcher, companion};
+use crate::gateway::launcher::{self, Launcher};
 use crate::gateway::sandbox::{self, Account, become_user, without_privileges};
 use crate::identity::{Apart, Credentials, FileKeys, Holder, KeyPlace, Keys, TokenPlace, is_handshake, serve_keys};
 use crate::limits;

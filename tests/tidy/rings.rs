@@ -14,7 +14,8 @@ pub const MODULES: &[(&str, u8, &str)] = &[
     ("condense", 1, "memory"),
     ("migration", 1, "wire"),
     ("policy", 1, ""),
-    ("identity", 2, ""),
+    ("companion", 2, ""),
+    ("identity", 2, "companion"),
     ("audit", 2, ""),
     ("journal", 2, ""),
     ("transport", 2, "wire identity"),
@@ -28,7 +29,8 @@ pub const MODULES: &[(&str, u8, &str)] = &[
     (
         "gateway",
         4,
-        "failpoint wire memory migration policy identity audit journal transport hypervisor storage telemetry engine control config",
+        "failpoint wire memory migration policy companion identity audit journal transport hypervisor storage telemetry engine control \
+         config",
     ),
     (
         "cli",

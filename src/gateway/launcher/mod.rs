@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-pub(super) use client::{ENDED, Launcher, companion};
+pub(super) use client::{ENDED, Launcher};
 pub use process::run;
 
 use crate::config::{Config, Trust};

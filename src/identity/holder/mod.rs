@@ -14,15 +14,12 @@ mod raw;
 #[cfg(test)]
 mod tests;
 
-use std::collections::BTreeMap;
 use std::fmt;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::net::{RecvFlags, SendFlags, recv, send};
 use rustls::pki_types::SubjectPublicKeyInfoDer;
 use rustls::sign::{Signer, SigningKey};
 use rustls::{SignatureAlgorithm, SignatureScheme};
@@ -36,6 +33,7 @@ pub use module::{Opened, read_pin};
 pub use process::{FileKeys, Keys, Refusal, is_handshake, serve};
 
 use super::error::IdentityError;
+use crate::companion::{self, Mailbox, Unanswered};
 use crate::limits;
 use crate::types::TokenUri;
 use crate::wire::ErrorClass;
@@ -125,23 +123,9 @@ impl HolderError {
 pub struct Holder {
     /// The key as the configuration has it.
     name: String,
-    socket: OwnedFd,
-    told: Mutex<Told>,
-    /// Something was said.
-    news: Condvar,
-}
-
-/// What it has said of each request that somebody waits for.
-#[derive(Debug, Default)]
-struct Told {
-    last: u64,
-    ready: bool,
-    gone: bool,
-    /// Whether one of those who wait listens for all of them.
-    listening: bool,
-    /// Since when it is late, if it is: most who ask are told so at once, until it says something.
-    late: Option<Instant>,
-    asked: BTreeMap<u64, Option<Result<Said, Refusal>>>,
+    mailbox: Arc<Mailbox<Result<Said, Refusal>>>,
+    /// Since when it is late, if it is, and how many messages had come: most who ask are told so at once, until it says something.
+    late: Mutex<Option<(Instant, u64)>>,
 }
 
 #[derive(Debug)]
@@ -160,7 +144,8 @@ impl Holder {
     /// The one at the other end of a socket that keeps messages apart.
     #[must_use]
     pub fn over(socket: OwnedFd, name: String) -> Arc<Self> {
-        Arc::new(Self { name, socket, told: Mutex::default(), news: Condvar::new() })
+        let bytes_max = [limits::HOLDER_MESSAGE_BYTES_MAX; 2];
+        Arc::new(Self { name, mailbox: Mailbox::over(socket, bytes_max, read), late: Mutex::default() })
     }
 
     /// The key as the configuration has it.
@@ -174,18 +159,13 @@ impl Holder {
     /// # Errors
     /// It does not; it has said why on standard error.
     pub fn ready(&self, within: Duration) -> Result<(), HolderError> {
-        self.wait(within, |told| told.ready.then_some(()))
+        self.mailbox.wait(within, |told| told.ready.then_some(())).map_err(|why| self.unanswered(why, within))
     }
 
     /// Whether it has ended, so that nothing is signed any more.
     #[must_use]
     pub fn has_ended(&self) -> bool {
-        let mut told = self.told();
-        // Whoever listens now hears of it.
-        if !told.listening {
-            self.listen(&mut told);
-        }
-        told.gone
+        self.mailbox.look(|told| told.gone)
     }
 
     /// Its key as it is now, and the public half; of several the one of a public key.
@@ -208,121 +188,57 @@ impl Holder {
         Ok(found.map(|(key, spki)| TlsKey { key: Arc::new(key), algorithm, schemes, spki }))
     }
 
-    fn told(&self) -> MutexGuard<'_, Told> {
-        self.told.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     /// Says something and waits for the answer.
     fn ask(&self, request: impl FnOnce(u64) -> Request) -> Result<Said, HolderError> {
-        let number = {
-            let mut told = self.told();
-            if told.asked.len() >= limits::HOLDER_WAITING_MAX {
-                return Err(HolderError::Busy { waiting: told.asked.len() });
-            }
-            if told.late.is_some() && !told.listening {
-                self.listen(&mut told);
-            }
-            if told.late.is_some_and(|since| since.elapsed() < limits::HOLDER_LATE_FOR) {
-                return Err(HolderError::Late { within: limits::HOLDER_ANSWERS_WITHIN });
-            }
-            if told.late.is_some() {
-                // The next one after this waits for what comes of it.
-                told.late = Some(Instant::now());
-            }
-            told.last = told.last.wrapping_add(1);
-            let number = told.last;
-            told.asked.insert(number, None);
-            number
-        };
-        let answer = self.say(&request(number)).and_then(|()| {
-            let answered = |told: &mut Told| told.asked.get_mut(&number).and_then(Option::take);
-            self.wait(limits::HOLDER_ANSWERS_WITHIN, answered)?.map_err(HolderError::Refused)
-        });
-        let mut told = self.told();
-        // An answer that comes later is nobody's.
-        told.asked.remove(&number);
-        told.late = matches!(answer, Err(HolderError::Late { .. })).then(Instant::now);
-        answer
-    }
-
-    fn say(&self, request: &Request) -> Result<(), HolderError> {
-        let cannot = |why: String| HolderError::Refused(Refusal::new(ErrorClass::Bug, why));
-        let bytes = serde_json::to_vec(request).map_err(|error| cannot(error.to_string()))?;
-        let sent = rustix::io::retry_on_intr(|| send(&self.socket, &bytes, SendFlags::NOSIGNAL | SendFlags::DONTWAIT));
-        match sent {
-            Ok(_) => Ok(()),
-            Err(rustix::io::Errno::AGAIN) => Err(HolderError::Busy { waiting: self.told().asked.len() }),
-            Err(rustix::io::Errno::MSGSIZE) => Err(cannot("a message that is too long to be signed".to_owned())),
-            Err(_) => Err(HolderError::Ended),
+        let within = limits::HOLDER_ANSWERS_WITHIN;
+        let asked = self.mailbox.number(limits::HOLDER_WAITING_MAX).map_err(|waiting| HolderError::Busy { waiting })?;
+        if self.is_late() {
+            return Err(HolderError::Late { within });
         }
+        let answer = self.mailbox.say(&request(asked.number), false).and_then(|()| asked.taken(within));
+        let late = matches!(answer, Err(Unanswered::Late)).then(|| (Instant::now(), self.messages()));
+        *self.late() = late;
+        answer.map_err(|why| self.unanswered(why, within))?.map_err(HolderError::Refused)
     }
 
-    /// Takes in all that was said so far.
-    fn listen(&self, told: &mut Told) {
-        let mut bytes = [0; limits::HOLDER_MESSAGE_BYTES_MAX];
-        while !told.gone {
-            let got = rustix::io::retry_on_intr(|| recv(&self.socket, bytes.as_mut_slice(), RecvFlags::DONTWAIT | RecvFlags::TRUNC));
-            let length = match got {
-                Err(rustix::io::Errno::AGAIN) => return,
-                Err(_) | Ok((_, 0)) => {
-                    told.gone = true;
-                    return;
-                }
-                Ok((_, length)) => length,
-            };
-            // What cannot be read is no answer; whoever waits for it hears that it is late.
-            let Some(answer) = bytes.get(..length).and_then(|message| serde_json::from_slice(message).ok()) else { continue };
-            // To whatever question: it answers again.
-            told.late = None;
-            match answer {
-                Answer::Ready => told.ready = true,
-                Answer::Opened { number, key } => told.take(number, Ok(Said::Key(key))),
-                Answer::Signed { number, signature } => told.take(number, Ok(Said::Signature(signature))),
-                Answer::Refused { number, refusal } => told.take(number, Err(refusal)),
-            }
+    /// Whether it was, and has said nothing since.
+    fn is_late(&self) -> bool {
+        let mut late = self.late();
+        late.take_if(|(_, before)| *before != self.messages());
+        let Some((since, _)) = late.as_mut() else { return false };
+        if since.elapsed() < limits::HOLDER_LATE_FOR {
+            return true;
         }
+        // The next one after this waits for what comes of it.
+        *since = Instant::now();
+        false
     }
 
-    /// Whoever waits first listens for all, so that nobody sleeps on while the answer is there.
-    fn wait<T>(&self, within: Duration, mut found: impl FnMut(&mut Told) -> Option<T>) -> Result<T, HolderError> {
-        let began = Instant::now();
-        let mut told = self.told();
-        loop {
-            if !told.listening {
-                self.listen(&mut told);
-            }
-            if let Some(answer) = found(&mut told) {
-                return Ok(answer);
-            }
-            if told.gone {
-                return Err(HolderError::Ended);
-            }
-            let Some(left) = within.checked_sub(began.elapsed()).filter(|left| !left.is_zero()) else {
-                return Err(HolderError::Late { within });
-            };
-            if told.listening {
-                told = self.news.wait_timeout(told, left).map_or_else(|poisoned| poisoned.into_inner().0, |(told, _)| told);
-                continue;
-            }
-            told.listening = true;
-            drop(told);
-            let left = Timespec { tv_sec: i64::try_from(left.as_secs()).unwrap_or(1), tv_nsec: i64::from(left.subsec_nanos()) };
-            let _ = poll(&mut [PollFd::new(&self.socket, PollFlags::IN)], Some(&left));
-            told = self.told();
-            told.listening = false;
-            self.listen(&mut told);
-            self.news.notify_all();
+    fn late(&self) -> MutexGuard<'_, Option<(Instant, u64)>> {
+        self.late.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn messages(&self) -> u64 {
+        self.mailbox.look(|told| told.messages)
+    }
+
+    fn unanswered(&self, why: Unanswered, within: Duration) -> HolderError {
+        match why {
+            Unanswered::Gone => HolderError::Ended,
+            Unanswered::Late => HolderError::Late { within },
+            Unanswered::Full => HolderError::Busy { waiting: self.mailbox.look(|told| told.waiting()) },
+            Unanswered::Long(_) => HolderError::Refused(Refusal::new(ErrorClass::Bug, "a message that is too long to be signed")),
         }
     }
 }
 
-impl Told {
-    /// Keeps an answer that somebody waits for.
-    fn take(&mut self, number: u64, said: Result<Said, Refusal>) {
-        if let Some(asked) = self.asked.get_mut(&number) {
-            *asked = Some(said);
-        }
-    }
+fn read(message: &[u8], _: Option<OwnedFd>) -> Option<companion::Said<Result<Said, Refusal>>> {
+    Some(match serde_json::from_slice(message).ok()? {
+        Answer::Ready => companion::Said::Ready,
+        Answer::Opened { number, key } => companion::Said::Of(number, Ok(Said::Key(key))),
+        Answer::Signed { number, signature } => companion::Said::Of(number, Ok(Said::Signature(signature))),
+        Answer::Refused { number, refusal } => companion::Said::Of(number, Err(refusal)),
+    })
 }
 
 /// What the key of a certificate signs with in TLS 1.3.
@@ -373,7 +289,7 @@ impl HeldKey {
 impl Drop for HeldKey {
     fn drop(&mut self) {
         // A process that has ended has forgotten it as well.
-        let _ = self.holder.say(&Request::Forget { key: self.key });
+        let _ = self.holder.mailbox.say(&Request::Forget { key: self.key }, false);
     }
 }
 
