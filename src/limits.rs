@@ -152,6 +152,8 @@ pub const AUDIT_SEGMENT_BYTES_MAX: u64 = 64 << 20;
 pub const AUDIT_SEGMENTS_MAX: usize = 65_536;
 /// LIMIT: space kept for the entries of a handoff in flight when the disk fills: about 2 000 of them.
 pub const AUDIT_RESERVE_BYTES: u64 = 1 << 20;
+/// LIMIT: how often a handoff record that could not be recorded is tried again: a disk is given room, or a token is back, within ten minutes.
+pub const AUDIT_LATER_MAX: u32 = 600;
 /// LIMIT: a log's name: `sealane/`, a trust domain (255), a gateway.
 pub const AUDIT_ORIGIN_BYTES_MAX: usize = 512;
 /// LIMIT: a signed head: origin, size, root, key name, signature.

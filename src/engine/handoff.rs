@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 use tokio::task::JoinHandle;
 
-use crate::audit::{AuditLog, Entry, Event, Outcome as AuditOutcome};
+use crate::audit::{AuditError, AuditLog, Entry, Event, Outcome as AuditOutcome};
 use crate::engine::EngineError;
 use crate::engine::arbiter::{Arbiter, Ruling, transfer};
 use crate::engine::link::send_within;
@@ -315,12 +315,28 @@ impl Evidence {
                     return Err(error.into());
                 }
                 _ => {
-                    tracing::error!(migration = %binding.migration, record = name, error = %error, "handoff record is not in the audit log")
+                    tracing::error!(migration = %binding.migration, record = name, error = %error, "handoff record is not in the audit log");
+                    self.record_later(undone.outcome(AuditOutcome::Done));
                 }
             }
         }
         crate::failpoint::hit!("record.{name}.done");
         Ok(())
+    }
+
+    /// What the guest does not wait for is in the log as soon as that can be written again.
+    fn record_later(&self, entry: Entry) {
+        let audit = self.audit.clone();
+        tokio::spawn(async move {
+            for _ in 0..limits::AUDIT_LATER_MAX {
+                tokio::time::sleep(RECORD_AGAIN).await;
+                let (audit, entry) = (audit.clone(), entry.clone());
+                let recorded = tokio::task::spawn_blocking(move || audit.record_critical(&entry)).await;
+                if !matches!(recorded, Ok(Err(AuditError::Unsigned { .. } | AuditError::Disk { .. }))) {
+                    return;
+                }
+            }
+        });
     }
 
     /// Asks the arbiter for the change of ownership that a record makes.
@@ -534,3 +550,5 @@ pub(super) async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T,
 
 /// WHY: one that was late is not asked in truth until it has said something, which is found out without waiting for it.
 const SIGN_AGAIN: Duration = Duration::from_millis(50);
+/// WHY: whoever reads the log soon after finds it, and a log that cannot be written is not tried all the time.
+const RECORD_AGAIN: Duration = Duration::from_secs(1);
