@@ -59,11 +59,12 @@ pub(super) fn put_disks_there(report: &mut Report, disks: DiskFigures) {
     }
 }
 
-/// The VM belongs to the source, and its guest does not run there: most likely its hypervisor has ended.
+/// The VM belongs to the source, and its hypervisor could not be told to let the guest go on: most likely it has ended.
 pub(super) fn not_woken(report: &mut Report) {
     report.running_on = RunningOn::NeitherYet;
     if let Some(problem) = report.error.take() {
-        let hint = "no copy of the guest runs: if its hypervisor has ended, its memory is lost, and it has to be started from its disks";
+        let hint = "no copy of the guest is known to run: see what `sealane vms` and its hypervisor say. Only if that has ended is its memory lost, and \
+                    it has to be started from its disks; otherwise it goes on when its hypervisor is told to";
         report.error = Some(problem.with_code("guest-not-resumed").with_running_on(RunningOn::NeitherYet).with_hint(hint));
     }
 }

@@ -104,7 +104,7 @@ fn a_guest_whose_vmm_dies_in_the_rounds_fails_its_migration() {
     lab.kill_vmms_of(A);
     let said = running.finish();
     // The only copy is gone: nothing says that it runs on the source.
-    said.expect(6, &[VM, "does not answer", "no copy of the guest runs"]);
+    said.expect(6, &[VM, "does not answer", "no copy of the guest is known to run"]);
     assert_eq!(said.json()["running_on"], "neither-yet");
     wait_for("the source to see it", || (lab.vm(A)["state"] == "unreachable").then_some(()));
     wait_for("the empty twin to go", || lab.vmms(B).is_empty().then_some(()));

@@ -213,9 +213,25 @@ fn a_qemu_that_dies_takes_only_its_own_end_along() {
     qemus.first.kill().unwrap();
     qemus.first.wait().unwrap();
     let said = running.finish();
-    said.expect(6, &["no copy of the guest runs"]);
+    said.expect(6, &["no copy of the guest is known to run"]);
     assert_eq!(said.json()["running_on"], "neither-yet", "{said:?}");
     wait_for("no twin", || qemus.states(B).is_empty().then_some(()));
+}
+
+/// A disk, a socket or a busy host may keep a QEMU from answering for longer than its gateway waits: that ends the attempt, and no guest.
+#[test]
+fn a_qemu_that_is_silent_for_a_while_keeps_its_guest() {
+    let Some(mut qemus) = Qemus::start(Setup::new()) else { return };
+    let (running, _) = qemus.slow(&[]);
+    let pid = rustix::process::Pid::from_child(&qemus.first);
+    rustix::process::kill_process(pid, rustix::process::Signal::STOP).unwrap();
+    // Its gateway asks once a second, and waits 10 s.
+    std::thread::sleep(Duration::from_secs(13));
+    rustix::process::kill_process(pid, rustix::process::Signal::CONT).unwrap();
+    running.finish().expect_stayed(1, &[]);
+    qemus.stays("silent for a while");
+    qemus.lab.migrate(A, &[]).expect_moved();
+    qemus.is_only_at(B);
 }
 
 /// Every moment of it is in `tests/crash_points/qemu.rs`.

@@ -44,6 +44,8 @@ struct State {
     requested: u64,
     /// Of all changes that there ever were.
     changed_bytes: u64,
+    /// Whether all mirrors have begun.
+    begun: bool,
     closed: bool,
 }
 
@@ -62,14 +64,19 @@ struct Request {
 }
 
 impl DiskOut {
-    /// Takes a request that was cut into changes, as soon as there is room; false when nothing is taken any more.
+    /// Takes a request that was cut into changes, as soon as there is room; false when nothing is taken any more. It is answered when the
+    /// destination has made the changes; as long as mirrors begin, when there is room for them here.
     pub(super) async fn submit(&self, changes: Vec<Change>, cookie: u64, replies: Replies) -> bool {
-        let request = {
+        let (request, at_once) = {
             let mut state = self.lock();
             state.requested += 1;
             let (request, left) = (state.requested, changes.len());
-            state.requests.insert(request, Request { left, cookie, replies });
-            request
+            // WHY: a hypervisor that begins a mirror waits for what other mirrors have asked for, with its guest.
+            let at_once = (!state.begun).then(|| replies.clone());
+            if state.begun {
+                state.requests.insert(request, Request { left, cookie, replies });
+            }
+            (request, at_once)
         };
         for change in changes {
             loop {
@@ -86,7 +93,15 @@ impl DiskOut {
             }
             self.ready.notify_one();
         }
+        if let Some(replies) = at_once {
+            let _ = replies.send((cookie, 0)).await;
+        }
         true
+    }
+
+    /// All mirrors have begun: from now on what is answered is done.
+    pub(in crate::engine) fn has_begun(&self) {
+        self.lock().begun = true;
     }
 
     /// The next change for a lane, with its number and what is settled. May be dropped and called again.
@@ -148,6 +163,19 @@ impl DiskOut {
         state.under_way.is_empty().then_some((state.next, state.changed_bytes))
     }
 
+    /// The same, when none is under way any more: of those that were answered while mirrors began some may be.
+    pub(in crate::engine) async fn all_applied(&self) -> (u64, u64) {
+        loop {
+            let told = self.room.notified();
+            tokio::pin!(told);
+            told.as_mut().enable();
+            if let Some(totals) = self.totals() {
+                return totals;
+            }
+            told.await;
+        }
+    }
+
     /// Bytes of the ranges of all changes until now.
     pub(in crate::engine) fn changed_bytes(&self) -> u64 {
         self.lock().changed_bytes
@@ -156,7 +184,7 @@ impl DiskOut {
     /// Nothing is taken any more, and nobody is answered.
     pub(in crate::engine) fn close(&self) {
         let mut state = self.lock();
-        *state = State { closed: true, next: state.next, changed_bytes: state.changed_bytes, ..State::default() };
+        *state = State { closed: true, begun: state.begun, next: state.next, changed_bytes: state.changed_bytes, ..State::default() };
         drop(state);
         self.room.notify_waiters();
     }
@@ -213,8 +241,32 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn nothing_is_waited_for_as_long_as_mirrors_begin() {
+        let out = DiskOut::default();
+        let (replies, mut replied) = mpsc::channel(8);
+        assert!(out.submit(vec![write(0, 10), write(10, 10)], 77, replies.clone()).await);
+        assert_eq!(replied.try_recv().unwrap(), (77, 0));
+        out.has_begun();
+        assert!(out.submit(vec![write(20, 5)], 78, replies).await);
+        assert!(replied.try_recv().is_err() && out.totals().is_none());
+        for _ in 0..3 {
+            out.next().await;
+        }
+        assert!(out.applied(&[0, 1]) && replied.try_recv().is_err(), "no answer twice");
+        let out = Arc::new(out);
+        let applied = tokio::spawn({
+            let out = Arc::clone(&out);
+            async move { out.all_applied().await }
+        });
+        tokio::task::yield_now().await;
+        assert!(!applied.is_finished() && out.applied(&[2]));
+        assert_eq!((replied.try_recv().unwrap(), applied.await.unwrap()), ((78, 0), (3, 25)));
+    }
+
+    #[tokio::test]
     async fn a_request_is_answered_when_every_part_of_it_is_applied() {
         let out = DiskOut::default();
+        out.has_begun();
         let (replies, mut replied) = mpsc::channel(8);
         assert!(out.submit(vec![write(0, 10), write(10, 10)], 77, replies.clone()).await);
         assert!(out.submit(vec![write(20, 5)], 78, replies).await);

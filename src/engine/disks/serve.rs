@@ -229,6 +229,7 @@ mod tests {
     async fn a_client_writes_and_is_answered_when_it_is_applied() {
         let directory = tempfile::tempdir().unwrap();
         let (at, out) = (directory.path().join("nbd"), Arc::new(DiskOut::default()));
+        out.has_begun();
         let disks = [Disk { device: "disk0".to_owned(), bytes: 1 << 20 }];
         let server = DiskServer::start(&at, &disks, Arc::clone(&out), Arc::default()).unwrap();
         assert_eq!(std::fs::metadata(&at).unwrap().permissions().mode() & 0o777, 0o600);

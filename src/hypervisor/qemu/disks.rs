@@ -125,6 +125,9 @@ fn node_of(qmp: &Qmp, blocks: &[Block], disk: &Disk, request: &'static str) -> R
 
 /// Begins to mirror each disk to the export of its name behind the socket at `at`. A QEMU that may discard there zeroes all of it
 /// first; without that it goes from range to range, zeroes among them.
+///
+/// WHY slowly: to begin one QEMU waits for all that others have asked for, and its guest stands still meanwhile. So each asks for little
+/// until all of them have begun.
 pub(super) fn mirror(monitor: &Monitor, at: &Path, disks: &[Disk], in_place: bool) -> Result<(), HypervisorError> {
     let qmp = &monitor.qmp;
     let blocks = blocks(qmp)?;
@@ -138,9 +141,13 @@ pub(super) fn mirror(monitor: &Monitor, at: &Path, disks: &[Disk], in_place: boo
         // (10.0.2) may hang for ever, and its guest with it, when its connection breaks; and it breaks when a gateway is killed.
         let job = json!({
             "job-id": ours(index), "device": node, "target": ours(index), "sync": "full", "copy-mode": "background",
-            "on-source-error": "report", "on-target-error": "report", "auto-dismiss": false,
+            "on-source-error": "report", "on-target-error": "report", "auto-dismiss": false, "speed": 1,
         });
         qmp.execute("blockdev-mirror", job)?;
+    }
+    for index in 0..disks.len() {
+        // Of one that has ended already it is asked why.
+        let _ = qmp.execute("block-job-set-speed", json!({ "device": ours(index), "speed": 0 }));
     }
     Ok(())
 }

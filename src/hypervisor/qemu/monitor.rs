@@ -89,6 +89,11 @@ impl Monitor {
         Ok(Self { qmp, stage, within, channels_at: None })
     }
 
+    /// The same monitor on another connection, whose stages nobody follows.
+    pub(super) fn again(&self) -> Result<Self, HypervisorError> {
+        Self::connect(self.qmp.path(), self.qmp.vm(), self.within)
+    }
+
     pub(super) fn stages(&self) -> watch::Receiver<StreamStage> {
         self.stage.clone()
     }

@@ -170,13 +170,17 @@ impl Qmp {
         address(&self.path)
     }
 
-    /// Whose it is, for messages.
+    pub(super) fn path(&self) -> &Path {
+        &self.path
+    }
+
     /// Which process listens at the monitor, or did when that was opened.
     pub(super) fn process(&self) -> Option<Pid> {
         let writer = self.writer.lock().unwrap_or_else(PoisonError::into_inner);
         rustix::net::sockopt::socket_peercred(&*writer).ok().map(|of| of.pid)
     }
 
+    /// Whose it is, for messages.
     pub(super) fn vm(&self) -> &str {
         &self.vm
     }

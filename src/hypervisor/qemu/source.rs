@@ -1,7 +1,7 @@
 //! A running QEMU whose guest leaves.
 
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use tokio::sync::watch;
@@ -37,6 +37,10 @@ const CAPABILITIES: [(&str, bool); 14] = [
 ];
 /// The gateway limits the rate; QEMU's own limit of 128 MiB/s would only be in the way.
 const BANDWIDTH: u64 = 1 << 40;
+/// How long a QEMU is asked to let its guest go on. WHY: one that waits for a disk or for a socket that breaks answers when that is over.
+const WAKE_WITHIN: Duration = Duration::from_secs(30);
+/// Between two attempts to reach it.
+const AGAIN_PAUSE: Duration = Duration::from_millis(100);
 /// What `downtime-limit` may be, milliseconds.
 const DOWNTIME_MAX: u64 = 2_000_000;
 
@@ -162,31 +166,8 @@ impl QemuSource {
         Ok(())
     }
 
-    /// Sets back what this driver has set. One that was interrupted left its own behind.
-    fn restore(&mut self) {
-        let mut capabilities: Vec<(&str, bool)> = self.capabilities.iter().map(|(name, state)| (name.as_str(), *state)).collect();
-        if capabilities.is_empty() {
-            // WHY: with it left on, the next migration of somebody else would wait for ever before its switch.
-            capabilities.extend([("pause-before-switchover", false), ("postcopy-ram", false), ("postcopy-preempt", false)]);
-            capabilities.extend([("return-path", false), ("multifd", false)]);
-        }
-        let parameters: Vec<(&str, u64)> = self.parameters.iter().map(|(name, value)| (name.as_str(), *value)).collect();
-        let restored = self.monitor.set_capabilities(&capabilities).and_then(|_| self.monitor.set_parameters(&parameters));
-        if let Err(error) = restored {
-            // The guest runs, which matters more.
-            tracing::warn!(%error, "QEMU's migration settings are not set back");
-        }
-        self.capabilities.clear();
-        self.parameters.clear();
-    }
-}
-
-fn downtime(goal: StreamGoal) -> u64 {
-    u64::try_from(goal.downtime_max.as_millis()).unwrap_or(DOWNTIME_MAX).clamp(1, DOWNTIME_MAX)
-}
-
-impl Guest for QemuSource {
-    fn wake(&mut self) -> Result<(), HypervisorError> {
+    /// The guest goes on, if it is this side's.
+    fn wake_now(&mut self) -> Result<(), HypervisorError> {
         if !self.untouched {
             self.monitor.take_back()?;
         } else if self.monitor.status()?.state == RunState::Ended {
@@ -208,6 +189,51 @@ impl Guest for QemuSource {
         let announce = json!({ "initial": 50, "max": 550, "rounds": 5, "step": 100 });
         let _ = self.monitor.qmp.execute("announce-self", announce);
         Ok(())
+    }
+
+    /// Sets back what this driver has set. One that was interrupted left its own behind.
+    fn restore(&mut self) {
+        let mut capabilities: Vec<(&str, bool)> = self.capabilities.iter().map(|(name, state)| (name.as_str(), *state)).collect();
+        if capabilities.is_empty() {
+            // WHY: with it left on, the next migration of somebody else would wait for ever before its switch.
+            capabilities.extend([("pause-before-switchover", false), ("postcopy-ram", false), ("postcopy-preempt", false)]);
+            capabilities.extend([("return-path", false), ("multifd", false)]);
+        }
+        let parameters: Vec<(&str, u64)> = self.parameters.iter().map(|(name, value)| (name.as_str(), *value)).collect();
+        let restored = self.monitor.set_capabilities(&capabilities).and_then(|_| self.monitor.set_parameters(&parameters));
+        if let Err(error) = restored {
+            // The guest runs, which matters more.
+            tracing::warn!(%error, "QEMU's migration settings are not set back");
+        }
+        self.capabilities.clear();
+        self.parameters.clear();
+    }
+}
+
+/// Whether nobody listens at a monitor any more, unlike one that is too busy to answer.
+fn is_gone(error: &std::io::Error) -> bool {
+    matches!(error.kind(), std::io::ErrorKind::ConnectionRefused | std::io::ErrorKind::NotFound)
+}
+
+fn downtime(goal: StreamGoal) -> u64 {
+    u64::try_from(goal.downtime_max.as_millis()).unwrap_or(DOWNTIME_MAX).clamp(1, DOWNTIME_MAX)
+}
+
+impl Guest for QemuSource {
+    fn wake(&mut self) -> Result<(), HypervisorError> {
+        let until = Instant::now() + WAKE_WITHIN;
+        loop {
+            match self.wake_now() {
+                // A connection that was given up for an answer that did not come in time says nothing of the guest: QEMU is asked on another.
+                Err(HypervisorError::Unreachable { .. }) if Instant::now() < until => {}
+                woken => return woken,
+            }
+            match self.monitor.again() {
+                Ok(monitor) => self.monitor = monitor,
+                Err(HypervisorError::Unreachable { source, .. }) if !is_gone(&source) => std::thread::sleep(AGAIN_PAUSE),
+                Err(error) => return Err(error),
+            }
+        }
     }
 
     fn can_renew(&self) -> bool {

@@ -135,7 +135,9 @@ impl Run {
         let (at, all) = (disks.order.socket.clone(), disks.all.clone());
         let in_place = !disks.held.is_empty();
         disks.began = Some(Instant::now());
+        let out = Arc::clone(&disks.out);
         self.beside(move |guest| guest.mirror(&at, &all, in_place)).await?;
+        out.has_begun();
         Ok(())
     }
 
@@ -251,7 +253,7 @@ async fn settle(
     let DiskOrder { socket, verify, .. } = order;
     let ending = Arc::clone(&guest);
     blocking(move || Ok(lock(&ending).end_mirror(within)?)).await?;
-    let (changes, bytes) = out.totals().ok_or_else(|| EngineError::Bug("a mirror that has ended with changes under way".into()))?;
+    let (changes, bytes) = out.all_applied().await;
     let began = Instant::now();
     let mut digests = None;
     if verify {

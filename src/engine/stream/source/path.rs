@@ -67,12 +67,9 @@ impl Run {
             // A single look may fall between two acknowledgements.
             self.path_rate = measured.max(self.path_rate * RATE_KEPT);
             self.fit_window(rtt, now.rtt);
-            // What it writes is more than what becomes of it.
-            // A stream that has just ended says 0: its digest was taken.
-            let (taken, read) = (now.taken.saturating_sub(before.taken), now.read.saturating_sub(before.read));
-            let written = taken as f64 / (read as f64).max(1.0);
+            let written = written_for(&before, &now);
             #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a rate of bytes; saturates")]
-            let rate = (self.path_rate * written.max(1.0)) as u64;
+            let rate = (self.path_rate * written) as u64;
             rate.max(1)
         });
         let wait = if path.is_some() || self.told != self.goal { TELL_EVERY } else { ASK_EVERY };
@@ -139,6 +136,15 @@ impl Run {
     }
 }
 
+/// How many bytes of what a hypervisor writes go for one that is sent: no more than lately, nor than in all, and within bounds. What is
+/// left when it stops its guest is seldom packed as well as what it has just read: of zeroes, hardly anything is sent.
+fn written_for(before: &Looked, now: &Looked) -> f64 {
+    // A stream that has just ended says 0: its digest was taken.
+    let part = |taken: u64, read: u64| taken as f64 / (read as f64).max(1.0);
+    let lately = part(now.taken.saturating_sub(before.taken), now.read.saturating_sub(before.read));
+    lately.min(part(now.taken, now.read)).clamp(1.0, WRITTEN_MAX)
+}
+
 /// What the hypervisor is asked for in a round, the first of which sends everything. It pauses its guest as soon as what is left fits
 /// into the pause that it is allowed, so a guest that hardly writes would pause for all of it, with most of its memory long sent.
 pub(super) fn goal_in_round(goal: StreamGoal, round: u32) -> StreamGoal {
@@ -157,6 +163,8 @@ const TELL_EVERY: Duration = Duration::from_millis(200);
 /// WHY: two looks that a busy processor brings close together show a burst and no path. A hypervisor that is told of it stops its guest, whose
 /// rest then takes seconds.
 const LOOK_AFTER: Duration = Duration::from_millis(100);
+/// WHY: a hypervisor that is told of more than its path takes stops its guest for as many times as long.
+const WRITTEN_MAX: f64 = 8.0;
 /// What is left of a rate at the next look, if that shows less.
 const RATE_KEPT: f64 = 0.8;
 /// WHY: acknowledgements are not sent for every piece, and hypervisors take some milliseconds for theirs.
@@ -169,6 +177,16 @@ const PIECE_TIME: Duration = Duration::from_millis(2);
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_path_is_not_said_to_be_faster_than_what_is_left_can_be() {
+        let looked = |taken, read| Looked { at: Instant::now(), applied: 0, read, taken, rtt: None };
+        let written = |before: (u64, u64), now: (u64, u64)| written_for(&looked(before.0, before.1), &looked(now.0, now.1));
+        assert_eq!(written((1000, 500), (4000, 1500)), 4000.0 / 1500.0, "all of it");
+        assert_eq!(written((4000, 500), (6000, 1500)), 2.0, "lately");
+        assert_eq!(written((1 << 20, 1 << 10), (1 << 30, 1 << 11)), WRITTEN_MAX, "zeroes");
+        assert_eq!((written((10, 20), (20, 40)), written((5, 5), (0, 5)), written((0, 0), (0, 0))), (1.0, 1.0, 1.0));
+    }
 
     #[test]
     fn the_pause_that_is_allowed_is_used_when_rounds_do_not_get_by_with_less() {
