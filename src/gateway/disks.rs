@@ -1,6 +1,7 @@
 //! Disks that move with a QEMU's guest: which, whether they may, and new files for them.
 
-use std::path::Path;
+use std::os::unix::fs::FileTypeExt;
+use std::path::{Path, PathBuf};
 
 use rustix::fs::statfs;
 
@@ -209,6 +210,24 @@ pub(super) fn places(vm: &config::Vm, disks: &[Disk]) -> Vec<DiskPlace> {
         Some(DiskPlace { bytes: disk.bytes, disk: u16::try_from(index).ok()?, ..longest(listed)? })
     };
     disks.iter().enumerate().filter_map(place).collect()
+}
+
+/// The devices of disks that have a place, and the file that each has to be in.
+pub(super) fn files(disks: &[Disk], places: &[DiskPlace]) -> Vec<(String, PathBuf)> {
+    let file = |place: &DiskPlace| Some((disks.get(usize::from(place.disk))?.device.clone(), place.file.clone()));
+    places.iter().filter_map(file).collect()
+}
+
+/// Whether a QEMU that waits already can have these files open: those that are made anew it cannot, and what it has open by that name
+/// may be the file that is set aside.
+///
+/// # Errors
+/// Which it cannot, in words.
+pub(super) fn opened_before(files: &[(String, PathBuf)]) -> Result<(), String> {
+    let volume = |file: &Path| file.metadata().is_ok_and(|there| there.file_type().is_block_device());
+    let Some((device, file)) = files.iter().find(|(_, file)| !volume(file)) else { return Ok(()) };
+    let what = format!("disk `{device}`: `{}` is made anew, and the QEMU that waits (`incoming_qmp`) has another open", file.display());
+    Err(format!("{what}: expected a block device or no `[[vm.disk]] file`, or a `template` instead of `incoming_qmp`"))
 }
 
 /// The longest disk that may come to such a place; nothing where none is made.

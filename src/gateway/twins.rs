@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use crate::engine::Link;
 use crate::gateway::Gateway;
-use crate::gateway::disks::{LAID, SOCKET, places};
+use crate::gateway::disks::{LAID, SOCKET, files, opened_before, places};
 use crate::gateway::host::LAUNCH;
 use crate::gateway::incoming::Refusal;
 use crate::gateway::kept::twin_file;
@@ -112,10 +112,14 @@ impl Gateway {
         if launcher.has_ended() && (!matches!(hosting.from, From::QemuAt(_)) || places.is_some()) {
             return Err(Refusal::new(ErrorClass::Local, ENDED));
         }
+        let files = files(&machine.disks, places.as_deref().unwrap_or_default());
+        if matches!(hosting.from, From::QemuAt(_)) {
+            opened_before(&files).map_err(|why| Refusal::new(ErrorClass::PeerIncompatible, why))?;
+        }
         let built = tokio::task::spawn_blocking(move || {
             let lay = |places: Vec<_>| LaidDisks::lay(&note, what.migration, &places, |place| launcher.make_disk(what.migration, place));
             let laid = places.map(lay).transpose().map_err(|error| Refusal::new(ErrorClass::Local, telemetry::chain(&error)))?;
-            match build(&launcher, &hosting.from, &what, &machine) {
+            match build(&launcher, &hosting.from, &what, &machine, &files) {
                 Ok((twin, vmm)) => Ok((twin, vmm, laid)),
                 Err(error) => {
                     laid.into_iter().for_each(LaidDisks::undo);
@@ -133,10 +137,16 @@ impl Gateway {
     }
 }
 
-fn build(launcher: &Launcher, from: &From, what: &Start, machine: &Machine) -> Result<(Twin, Option<LaunchedVmm>), HypervisorError> {
+fn build(
+    launcher: &Launcher,
+    from: &From,
+    what: &Start,
+    machine: &Machine,
+    files: &[(String, PathBuf)],
+) -> Result<(Twin, Option<LaunchedVmm>), HypervisorError> {
     let vm = what.vm.as_str();
     if let From::QemuAt(path) = from {
-        let twin = QemuDestination::prepare(path, vm, machine, None, qemu::ANSWER_WITHIN)?;
+        let twin = QemuDestination::prepare(path, vm, machine, files, None, qemu::ANSWER_WITHIN)?;
         return Ok((Twin::Stream(Box::new(twin)), None));
     }
     let variables = launcher.variables(what);
@@ -146,7 +156,7 @@ fn build(launcher: &Launcher, from: &From, what: &Start, machine: &Machine) -> R
             AttachedDestination::prepare(&variables.socket, vm, machine, Timeouts::default()).map(|twin| Twin::Pages(Box::new(twin)))
         }
         From::Qemu(_) | From::QemuAt(_) => {
-            QemuDestination::prepare(&variables.socket, vm, machine, Some(variables.log), qemu::ANSWER_WITHIN)
+            QemuDestination::prepare(&variables.socket, vm, machine, files, Some(variables.log), qemu::ANSWER_WITHIN)
                 .map(|twin| Twin::Stream(Box::new(twin)))
         }
     };

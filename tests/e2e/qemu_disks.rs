@@ -182,6 +182,13 @@ fn a_destination_that_cannot_take_disks_says_why() {
     gateway.stop();
     let text = std::fs::read_to_string(gateway.config()).unwrap();
     let text = replaced(&text, "template = \"disk\"\ntenant", "incoming_qmp = \"run/waits.qmp\"\ntenant");
+    std::fs::write(gateway.config(), &text).unwrap();
+    gateway.start();
+    // Before it is asked for its disks, and before a file is made that it cannot have open.
+    disks.lab.migrate(A, &["--storage", "all"]).expect_stayed(4, &["disk `disk0`", "`incoming_qmp`"]);
+    disks.nothing_laid_at(B);
+    let gateway = disks.lab.gateway_mut(B);
+    gateway.stop();
     let place = format!("file = \"run/{VM}.serial.disk\"\nformat = \"raw\"\nexisting = \"set-aside\"\n");
     std::fs::write(gateway.config(), replaced(&text, &place, "")).unwrap();
     gateway.start();
@@ -199,6 +206,33 @@ fn a_destination_that_cannot_take_disks_says_why() {
     disks.lab.migrate(A, &["--storage", "all"]).expect_stayed(1, &["server already running"]);
     waits.wait().unwrap();
     disks.is_only_at(A);
+}
+
+/// Not what the configuration names: nothing of it was asked for.
+#[test]
+fn a_file_that_only_the_template_names_is_never_written() {
+    let Some(mut disks) = Disks::start(Setup::new(), Plan { filled: MIB, ..Plan::small("raw", "raw") }) else { return };
+    let gateway = disks.lab.gateway_mut(B);
+    gateway.stop();
+    let text = std::fs::read_to_string(gateway.config()).unwrap();
+    std::fs::write(gateway.config(), replaced(&text, "{serial}.disk", "{serial}.other")).unwrap();
+    gateway.start();
+    let disk = disk_of(&disks.lab, B);
+    let other = disk.with_extension("other");
+    let name = other.to_str().unwrap();
+    assert!(tool("qemu-img", &["create", "-q", "-f", "raw", name, &(64 * MIB).to_string()]));
+    assert!(tool("qemu-io", &["-f", "raw", "-c", &format!("write -P 119 0 {}", 64 * MIB), name]));
+    let says = ["disk `disk0`", ".serial.disk` open (`[[vm.disk]] file`), got `", ".serial.other`", "template"];
+    disks.lab.migrate(A, &["--storage", "all"]).expect_stayed(4, &says);
+    disks.is_only_at(A);
+    disks.nothing_laid_at(B);
+    assert!(tool("qemu-io", &["-f", "raw", "-c", &format!("read -P 119 0 {}", 64 * MIB), name]), "the other file");
+    // By another name it is the same file.
+    std::fs::remove_file(&other).unwrap();
+    std::os::unix::fs::symlink(&disk, &other).unwrap();
+    moved(&disks.lab.migrate(A, &["--storage", "all", "--verify-disks"]).expect_moved(), 64 * MIB);
+    disks.is_only_at(B);
+    disks.disk_is_whole();
 }
 
 #[test]

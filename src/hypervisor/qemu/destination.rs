@@ -42,12 +42,20 @@ pub struct QemuDestination {
 }
 
 impl QemuDestination {
-    /// Takes the QEMU whose monitor is at `path`, which waits for a guest (`-incoming defer`), and compares it with `machine`.
+    /// Takes the QEMU whose monitor is at `path`, which waits for a guest (`-incoming defer`), and compares it with `machine`. `files` are
+    /// the devices of disks that have to be in certain files.
     ///
     /// # Errors
     /// [`HypervisorError::Incompatible`] names each thing that differs; otherwise QEMU is gone, does not wait for a guest, or
     /// breaks the protocol.
-    pub fn prepare(path: &Path, vm: &str, machine: &Machine, log: Option<PathBuf>, within: Duration) -> Result<Self, HypervisorError> {
+    pub fn prepare(
+        path: &Path,
+        vm: &str,
+        machine: &Machine,
+        files: &[(String, PathBuf)],
+        log: Option<PathBuf>,
+        within: Duration,
+    ) -> Result<Self, HypervisorError> {
         let monitor = Monitor::connect(path, vm, within)?;
         let state = facts::run_state(&monitor.qmp)?;
         if state != "inmigrate" {
@@ -57,7 +65,7 @@ impl QemuDestination {
         }
         let mut lacks = facts::lacks(machine, &facts::machine(&monitor.qmp)?);
         if !machine.disks.is_empty() {
-            lacks.extend(disks::lacks(&monitor.qmp, &machine.disks)?);
+            lacks.extend(disks::lacks(&monitor.qmp, &machine.disks, files)?);
         }
         if machine.mode.may_split() && facts::has_huge_pages(&monitor.qmp) {
             lacks.push("memory for post-copy: expected pages of 4 KiB, got huge pages".to_owned());

@@ -4,13 +4,14 @@
 use std::os::fd::AsFd;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixListener;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::monitor::Monitor;
+use super::names;
 use super::qmp::{Qmp, by};
 use crate::hypervisor::{Disk, HypervisorError, MirrorProgress};
 use crate::limits;
@@ -105,17 +106,34 @@ pub(super) fn writable(qmp: &Qmp) -> Result<Vec<(Disk, String)>, HypervisorError
     Ok(writable)
 }
 
-/// What this QEMU lacks to take these disks, a line each.
-pub(super) fn lacks(qmp: &Qmp, wanted: &[Disk]) -> Result<Vec<String>, HypervisorError> {
+/// What this QEMU lacks to take these disks, a line each; `files` are those that some of them have to be in.
+pub(super) fn lacks(qmp: &Qmp, wanted: &[Disk], files: &[(String, PathBuf)]) -> Result<Vec<String>, HypervisorError> {
     let here = blocks(qmp)?;
+    let file = |device: &str| files.iter().find(|(wanted, _)| wanted == device).map(|(_, file)| file.as_path());
     let lack = |disk: &Disk| match here.iter().find(|block| block.disk.device == disk.device) {
         None => Some("none".to_owned()),
         Some(block) if block.read_only => Some("one that cannot be written".to_owned()),
         Some(block) if block.disk.bytes < disk.bytes => Some(format!("one of {} bytes", block.disk.bytes)),
         Some(_) => None,
     };
-    let lacks = wanted.iter().filter_map(|disk| Some((disk, lack(disk)?)));
-    Ok(lacks.map(|(disk, got)| format!("disk `{}`: expected one of {} bytes, got {got}", disk.device, disk.bytes)).collect())
+    let lack = |disk: &Disk| match lack(disk) {
+        Some(got) => Some(format!("disk `{}`: expected one of {} bytes, got {got}", disk.device, disk.bytes)),
+        None => elsewhere(here.iter().find(|block| block.disk.device == disk.device)?, file(&disk.device)?),
+    };
+    Ok(wanted.iter().filter_map(lack).collect())
+}
+
+/// What is wrong where a disk is not in `file`: what comes would be written over another file, which nobody asked to be.
+fn elsewhere(block: &Block, file: &Path) -> Option<String> {
+    let opened = names::path(&block.file);
+    if opened.as_ref().is_some_and(|opened| names::is_same(opened, file)) {
+        return None;
+    }
+    let got =
+        opened.map_or_else(|| format!("`{}`, of which the file cannot be told", block.file), |opened| format!("`{}`", opened.display()));
+    let (device, file) = (&block.disk.device, file.display());
+    let change = "have the template open that file, or change or remove `[[vm.disk]] file`";
+    Some(format!("disk `{device}`: expected its QEMU to have `{file}` open (`[[vm.disk]] file`), got {got}: {change}"))
 }
 
 fn node_of(qmp: &Qmp, blocks: &[Block], disk: &Disk, request: &'static str) -> Result<String, HypervisorError> {

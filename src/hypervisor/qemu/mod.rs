@@ -24,13 +24,14 @@
 //!
 //! *Invariants:* `no-self-start` (a destination is told to stop before it gets a byte, so that it is paused once loaded),
 //! `as-it-was` (what was set at a source is set back when its guest goes on there, and no job, node or export of ours is left).
-//! *Read first:* `qmp.rs`, `facts.rs`, `monitor.rs`, `source.rs`, `destination.rs`, `disks.rs`, `revive.rs`, `channels.rs`.
+//! *Read first:* `qmp.rs`, `facts.rs`, `monitor.rs`, `source.rs`, `destination.rs`, `disks.rs`, `names.rs`, `revive.rs`, `channels.rs`.
 
 mod channels;
 mod destination;
 mod disks;
 mod facts;
 mod monitor;
+mod names;
 mod qmp;
 mod revive;
 mod source;

@@ -107,7 +107,7 @@ fn a_guest_is_on_both_ends_paused_and_goes_on_at_either() {
     let mut source = a.source();
     assert_eq!(source.blocked().unwrap(), None);
     assert_eq!(source.machine().uuid, UUID.parse::<VmUuid>().unwrap());
-    let mut destination = QemuDestination::prepare(&b.path(), "vm-1", source.machine(), None, WITHIN).unwrap();
+    let mut destination = QemuDestination::prepare(&b.path(), "vm-1", source.machine(), &[], None, WITHIN).unwrap();
     moved(&mut source, &mut destination);
     assert_eq!(source.status().unwrap().state, RunState::Paused);
     // Without `-S`, and it waits all the same.
@@ -120,7 +120,7 @@ fn a_guest_is_on_both_ends_paused_and_goes_on_at_either() {
     // The guest that came back leaves once more, and this time it goes on there.
     let Some(b) = Qemu::start(&["-incoming", "defer", "-S"]) else { return };
     let mut source = a.source();
-    let mut destination = QemuDestination::prepare(&b.path(), "vm-1", source.machine(), None, WITHIN).unwrap();
+    let mut destination = QemuDestination::prepare(&b.path(), "vm-1", source.machine(), &[], None, WITHIN).unwrap();
     moved(&mut source, &mut destination);
     destination.wake().unwrap();
     destination.wake().unwrap();
@@ -219,11 +219,11 @@ fn a_gateway_that_dies_in_the_switch_leaves_a_guest_that_can_be_woken() {
 fn another_machine_is_refused_by_what_differs() {
     let (Some(a), Some(b)) = (Qemu::start(&[]), Qemu::start(&["-incoming", "defer", "-device", "e1000", "-smp", "2"])) else { return };
     let source = a.source();
-    let error = QemuDestination::prepare(&b.path(), "vm-1", source.machine(), None, WITHIN).unwrap_err();
+    let error = QemuDestination::prepare(&b.path(), "vm-1", source.machine(), &[], None, WITHIN).unwrap_err();
     let HypervisorError::Incompatible { lacks, .. } = error else { panic!("{error}") };
     assert!(lacks.len() == 2 && lacks[0].starts_with("vCPUs") && lacks[1].contains("child<e1000>"), "{lacks:?}");
     drop(source);
-    let error = QemuDestination::prepare(&a.path(), "vm-1", a.source().machine(), None, Duration::from_millis(300)).unwrap_err();
+    let error = QemuDestination::prepare(&a.path(), "vm-1", a.source().machine(), &[], None, Duration::from_millis(300)).unwrap_err();
     assert!(
         error.to_string().contains("expected one that was started with `-incoming defer`") || error.to_string().contains("does not answer")
     );
@@ -234,7 +234,7 @@ fn a_stream_that_is_none_ends_a_destination_with_its_own_words() {
     let Some(b) = Qemu::start(&["-incoming", "defer"]) else { return };
     let machine = inspect(&b.path(), "vm-1", WITHIN).unwrap().0;
     let log = b.directory.path().join("log");
-    let mut destination = QemuDestination::prepare(&b.path(), "vm-1", &machine, Some(log), WITHIN).unwrap();
+    let mut destination = QemuDestination::prepare(&b.path(), "vm-1", &machine, &[], Some(log), WITHIN).unwrap();
     let mut stream = destination.begin().unwrap();
     stream.write_all(b"QEVM\0\0\0\x03garbage that is no section of anything").unwrap();
     drop(stream);
@@ -255,7 +255,7 @@ fn split() -> Option<Pair> {
         println!("SKIPPED: {error}");
         return None;
     }
-    let mut destination = QemuDestination::prepare(&b.path(), "vm-1", source.machine(), None, WITHIN).unwrap();
+    let mut destination = QemuDestination::prepare(&b.path(), "vm-1", source.machine(), &[], None, WITHIN).unwrap();
     source.set_path_rate(1 << 20).unwrap();
     let (from, to) = (source.begin(GOAL, false).unwrap().main, destination.begin().unwrap());
     let pump = |mut from: std::os::unix::net::UnixStream, mut to: std::os::unix::net::UnixStream, pause: Duration| {
@@ -320,7 +320,7 @@ fn a_guest_that_is_split_goes_on_at_the_source_if_it_stays() {
     // It can leave again.
     let b = Qemu::start(&["-incoming", "defer", "-S"]).unwrap();
     let mut source = a.source();
-    let mut destination = QemuDestination::prepare(&b.path(), "vm-1", source.machine(), None, WITHIN).unwrap();
+    let mut destination = QemuDestination::prepare(&b.path(), "vm-1", source.machine(), &[], None, WITHIN).unwrap();
     moved(&mut source, &mut destination);
 }
 
