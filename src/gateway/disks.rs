@@ -11,7 +11,7 @@ use crate::engine::{self, DiskOrder};
 use crate::gateway::Gateway;
 use crate::gateway::judge::DisksAsked;
 use crate::gateway::kept::twin_file;
-use crate::hypervisor::qemu::QemuSource;
+use crate::hypervisor::qemu::{QemuSource, is_encrypted};
 use crate::hypervisor::{Address, Disk, HypervisorError, Machine};
 use crate::limits;
 use crate::policy;
@@ -132,6 +132,7 @@ pub(super) fn take_along(vm: &config::Vm, guest: &mut QemuSource, wish: Option<D
         }
         return Ok(());
     };
+    ensure_clear(vm.name.as_str(), &found)?;
     let disks: Vec<_> = found.into_iter().map(|(disk, _)| disk).collect();
     authorised(vm, &disks).map_err(|why| Problem::new(ErrorClass::Denied, why).with_code("disks-differ"))?;
     if only && disks.is_empty() {
@@ -140,6 +141,17 @@ pub(super) fn take_along(vm: &config::Vm, guest: &mut QemuSource, wish: Option<D
     }
     guest.move_disks(disks, only);
     Ok(())
+}
+
+/// Whether disks are at the source what they would be at the destination: their hypervisor says what its guest reads, so that an
+/// encrypted image would be a plain one there.
+pub(super) fn ensure_clear(vm: &str, found: &[(Disk, String)]) -> Result<(), Problem> {
+    let Some((disk, _)) = found.iter().find(|(_, file)| is_encrypted(file)) else { return Ok(()) };
+    let why = format!("disk `{}` of VM `{vm}` is encrypted at the source: it would arrive in the clear, so it does not move", disk.device);
+    let problem = Problem::new(ErrorClass::Local, why).with_code("disk-encrypted").with_running_on(RunningOn::Source);
+    Err(problem.with_hint(
+        "leave it where it is, shared by both hosts, or convert it and encrypt what is below the files at both ends, as with dm-crypt",
+    ))
 }
 
 /// Disks as the audit log has them.

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::control::{Check, CheckVerdict, Estimate, MigrateRequest, PlanView};
-use crate::gateway::disks::DiskWish;
+use crate::gateway::disks::{DiskWish, ensure_clear};
 use crate::gateway::outgoing::bug;
 use crate::gateway::{Gateway, outgoing::Departure};
 use crate::hypervisor::attach::{AttachedSource, Timeouts};
@@ -84,7 +84,7 @@ impl Gateway {
 
     /// Watches the guest without stopping it.
     async fn look_at_guest(&self, departure: &Departure) -> Result<Seen, Problem> {
-        let (address, vm) = (departure.address.clone(), departure.vm.name.clone());
+        let (address, vm, move_disks) = (departure.address.clone(), departure.vm.name.clone(), departure.disks.is_some());
         tokio::task::spawn_blocking(move || {
             let local =
                 |error: crate::hypervisor::HypervisorError| Problem::new(ErrorClass::Local, chain(&error)).with_code("vmm-unreachable");
@@ -96,7 +96,11 @@ impl Gateway {
                         return Err(Problem::new(ErrorClass::Local, format!("QEMU of VM `{vm}` cannot send its guest: {why}")));
                     }
                     let memory_bytes = guest.machine().regions.iter().map(|region| region.bytes).sum();
-                    let disks = guest.disks().map_err(local)?.into_iter().map(|(disk, _)| disk).collect();
+                    let disks = guest.disks().map_err(local)?;
+                    if move_disks {
+                        ensure_clear(vm.as_str(), &disks)?;
+                    }
+                    let disks = disks.into_iter().map(|(disk, _)| disk).collect();
                     return Ok(Seen { memory_bytes, dirty_bytes_per_second: None, running: true, disks });
                 }
             };

@@ -29,13 +29,25 @@ pub struct Plan {
     pub drivers: [&'static str; 2],
     /// Whether there is another disk, which the guest leaves alone: 8 MiB, raw, 3 of them filled.
     pub second: bool,
+    /// Whether the image at A is encrypted; nothing can be filled then.
+    pub secret: bool,
 }
 
 impl Plan {
     pub fn small(a: &'static str, b: &'static str) -> Self {
-        Self { bytes: 64 * MIB, ends: [(a, String::new()), (b, String::new())], filled: 16 * MIB, drivers: ["file"; 2], second: false }
+        Self {
+            bytes: 64 * MIB,
+            ends: [(a, String::new()), (b, String::new())],
+            filled: 16 * MIB,
+            drivers: ["file"; 2],
+            second: false,
+            secret: false,
+        }
     }
 }
+
+/// What opens an encrypted image.
+const SECRET: &str = "secret,id=key,data=sealane";
 
 /// A lab whose guest is a QEMU's with a disk.
 pub struct Disks {
@@ -63,6 +75,10 @@ pub fn arguments(plan: &Plan, name: Name) -> Vec<String> {
     let mut arguments: Vec<String> = fixed.split(' ').map(str::to_owned).collect();
     let disk = format!("driver={format},node-name=root,discard=unmap,file.driver={file},file.discard=unmap,file.filename={{serial}}.disk");
     arguments.extend(["-bios", rom.to_str().unwrap(), "-uuid", "{uuid}"].map(str::to_owned));
+    let disk = if plan.secret && name == A { disk + ",encrypt.format=luks,encrypt.key-secret=key" } else { disk };
+    if plan.secret {
+        arguments.extend(["-object", SECRET].map(str::to_owned));
+    }
     arguments.extend(["-chardev", "file,id=console,path={serial},append=on", "-blockdev", &disk].map(str::to_owned));
     arguments.extend(["-device", "ide-hd,id=disk0,bus=ide.0,drive=root"].map(str::to_owned));
     if plan.second {
@@ -108,7 +124,9 @@ impl Disks {
         let format = plan.ends[A as usize].0;
         let disk = disk_of(&lab, A);
         let disk = disk.to_str().unwrap();
-        assert!(tool("qemu-img", &["create", "-q", "-f", format, disk, &plan.bytes.to_string()]));
+        let encrypted = ["--object", SECRET, "-o", "encrypt.format=luks,encrypt.key-secret=key,encrypt.iter-time=10"];
+        let more = if plan.secret { &encrypted[..] } else { &[] };
+        assert!(tool("qemu-img", &[&["create", "-q", "-f", format], more, &[disk, &plan.bytes.to_string()]].concat()));
         if plan.filled > 0 {
             assert!(tool("qemu-io", &["-f", format, "-c", &format!("write -P 90 {} {}", BEHIND, plan.filled), disk]));
         }

@@ -235,6 +235,21 @@ fn a_file_that_only_the_template_names_is_never_written() {
     disks.disk_is_whole();
 }
 
+/// QEMU sends what the guest reads, so it would arrive in the clear.
+#[test]
+fn an_encrypted_disk_does_not_move() {
+    let plan = Plan { filled: 0, secret: true, ..Plan::small("qcow2", "qcow2") };
+    let Some(mut disks) = Disks::start(Setup::new(), plan) else { return };
+    let says = ["disk `disk0`", "is encrypted at the source", "in the clear"];
+    disks.lab.migrate(A, &["--storage", "all"]).expect_stayed(1, &says);
+    disks.lab.gateway(A).command(&["storage", "migrate", VM, "--to", "gw-b"]).expect_stayed(1, &says);
+    disks.lab.gateway(A).command(&["plan", VM, "--to", "gw-b", "--storage", "all"]).expect(1, &says);
+    disks.is_only_at(A);
+    disks.nothing_laid_at(B);
+    // Nobody was asked to take it.
+    assert!(!disks.lab.gateway(B).audit().iter().any(|entry| entry["event"] == "migration-finished"));
+}
+
 #[test]
 fn what_cannot_be_taken_of_disks_is_said_before_anything_is_sent() {
     let mut plan = Plan::small("raw", "raw");

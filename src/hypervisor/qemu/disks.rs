@@ -22,6 +22,8 @@ const OURS: &str = "sealane-disk-";
 const LISTENER_NAME: &str = "sealane-nbd";
 /// What a mirror copies for a write, however small.
 const MIRROR_BLOCK_BYTES: u64 = 64 * 1024;
+/// What sends a disk.
+const MIRROR: &str = "blockdev-mirror";
 /// Between two looks at something that QEMU has no event for, or one that may have come already.
 const LOOK_PAUSE: Duration = Duration::from_millis(5);
 
@@ -30,6 +32,8 @@ struct Block {
     disk: Disk,
     node: String,
     read_only: bool,
+    /// Whether it or an image below it is.
+    encrypted: bool,
     file: String,
     /// The device in QEMU's words.
     qdev: Option<String>,
@@ -74,6 +78,8 @@ fn blocks(qmp: &Qmp) -> Result<Vec<Block>, HypervisorError> {
         group: Option<String>,
         ro: bool,
         #[serde(default)]
+        encrypted: bool,
+        #[serde(default)]
         file: String,
         image: Image,
     }
@@ -81,17 +87,23 @@ fn blocks(qmp: &Qmp) -> Result<Vec<Block>, HypervisorError> {
     #[serde(rename_all = "kebab-case")]
     struct Image {
         virtual_size: u64,
+        #[serde(default)]
+        encrypted: bool,
+        backing_image: Option<Box<Self>>,
     }
     let found: Vec<Found> = qmp.ask("query-block", Value::Null)?;
     let mut blocks = Vec::new();
     for Found { device, qdev, inserted } in found {
         // A drive without a medium.
-        let Some(Inserted { node_name: Some(node), group: limits, ro, file, image }) = inserted else { continue };
+        let Some(Inserted { node_name: Some(node), group: limits, ro, encrypted, file, image }) = inserted else { continue };
+        let below = std::iter::successors(Some(&image), |image| image.backing_image.as_deref());
+        let encrypted = encrypted || below.into_iter().any(|image| image.encrypted) || names::is_encrypted(&file);
         let device = qdev.as_deref().map_or(device, id_of);
         if device.is_empty() || device.len() > limits::DISK_NAME_BYTES_MAX || image.virtual_size > limits::DISK_BYTES_MAX {
             return Err(qmp.protocol(&format!("its disk `{device}` has {} bytes", image.virtual_size)));
         }
-        blocks.push(Block { disk: Disk { device, bytes: image.virtual_size }, node, read_only: ro, file, qdev, limits });
+        let disk = Disk { device, bytes: image.virtual_size };
+        blocks.push(Block { disk, node, read_only: ro, encrypted, file, qdev, limits });
     }
     Ok(blocks)
 }
@@ -137,8 +149,14 @@ fn elsewhere(block: &Block, file: &Path) -> Option<String> {
 }
 
 fn node_of(qmp: &Qmp, blocks: &[Block], disk: &Disk, request: &'static str) -> Result<String, HypervisorError> {
-    let block = blocks.iter().find(|block| block.disk.device == disk.device);
-    block.map(|block| block.node.clone()).ok_or_else(|| qmp.refused(request, &format!("there is no disk `{}`", disk.device)))
+    match blocks.iter().find(|block| block.disk.device == disk.device) {
+        None => Err(qmp.refused(request, &format!("there is no disk `{}`", disk.device))),
+        // The gateway refuses what their names tell. They do not where an overlay itself says how the image below it is opened.
+        Some(block) if block.encrypted && request == MIRROR => {
+            Err(qmp.refused(request, &format!("disk `{}` is encrypted, and would arrive in the clear", disk.device)))
+        }
+        Some(block) => Ok(block.node.clone()),
+    }
 }
 
 /// Begins to mirror each disk to the export of its name behind the socket at `at`. A QEMU that may discard there zeroes all of it

@@ -44,6 +44,7 @@ use std::time::Duration;
 pub use channels::Later;
 pub use destination::QemuDestination;
 pub use facts::QEMU_KIND;
+pub use names::is_encrypted;
 pub use source::{QemuSource, discard, inspect, observe};
 
 /// How long a monitor may take for an answer. QEMU does nothing that is long inside a command of ours.

@@ -38,18 +38,39 @@ pub(super) fn is_same(one: &Path, other: &Path) -> bool {
     }
 }
 
+/// Whether a disk of this name, or an image below it, is encrypted: QEMU needs a key then, and says so in the name. Also where nobody can
+/// tell, since QEMU cuts a list of options that is too long.
+#[must_use]
+pub fn is_encrypted(name: &str) -> bool {
+    let parsed = name.strip_prefix(OPTIONS).map(serde_json::from_str::<Value>);
+    parsed.is_some_and(|parsed| parsed.as_ref().is_ok_and(needs_key) || parsed.is_err())
+}
+
+fn needs_key(options: &Value) -> bool {
+    let Value::Object(options) = options else { return false };
+    let key = |name: &str| name == "encrypt" || name.starts_with("encrypt.") || name == "key-secret";
+    options.iter().any(|(name, value)| key(name) || (name == "driver" && value == "luks") || needs_key(value))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    /// As QEMU 10.0 says it.
+    /// As QEMU 10.0 says them.
+    const ENCRYPTED: [&str; 4] = [
+        r#"json:{"encrypt.key-secret": "s", "driver": "qcow2", "file": {"driver": "file", "filename": "/d/e.qcow2"}}"#,
+        r#"json:{"driver": "luks", "file": {"driver": "file", "filename": "/d/e.luks"}, "key-secret": "s"}"#,
+        r#"json:{"throttle-group": "g", "driver": "throttle", "file": {"encrypt.key-secret": "s", "driver": "qcow2", "file": {"driver": "file", "filename": "/d/e"}}}"#,
+        r#"json:{"backing": {"encrypt.key-secret": "s", "driver": "qcow2", "file": {"driver": "file", "filename": "/d/e"}}, "driver": "qcow2", "file": {"driver": "file", "filename": "/d/top"}}"#,
+    ];
     const LIMITED: &str =
         r#"json:{"throttle-group": "g", "driver": "throttle", "file": {"driver": "raw", "file": {"driver": "file", "filename": "/d/r"}}}"#;
     const PART: &str = r#"json:{"offset": 4096, "driver": "raw", "size": 65536, "file": {"driver": "host_device", "filename": "/dev/v"}}"#;
 
     #[test]
     fn the_file_that_is_written_is_found_in_what_qemu_calls_it() {
-        let told = [("/d/r", "/d/r"), ("r.raw", "r.raw"), ("/d/a:b", "/d/a:b"), (LIMITED, "/d/r"), (PART, "/dev/v")];
+        let told =
+            [("/d/r", "/d/r"), ("r.raw", "r.raw"), ("/d/a:b", "/d/a:b"), (LIMITED, "/d/r"), (PART, "/dev/v"), (ENCRYPTED[3], "/d/top")];
         for (name, file) in told {
             assert_eq!(path(name), Some(PathBuf::from(file)), "{name}");
         }
@@ -65,6 +86,16 @@ mod tests {
             r#"json:{"driver": "qcow2", "data-file": {"driver": "file", "filename": "/d/x"}, "file": {"driver": "file", "filename": "/d/r"}}"#,
         ] {
             assert_eq!(path(name), None, "{name}");
+        }
+    }
+
+    #[test]
+    fn a_disk_that_needs_a_key_is_told_from_others() {
+        for name in ENCRYPTED.into_iter().chain(["json:{\"driver\": \"qcow2\", \"fi..."]) {
+            assert!(is_encrypted(name), "{name}");
+        }
+        for name in ["", "/d/encrypt.key-secret", LIMITED, PART] {
+            assert!(!is_encrypted(name), "{name}");
         }
     }
 

@@ -9,9 +9,10 @@ use std::time::Duration;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
+use super::super::disks;
 use super::super::monitor::Monitor;
 use super::super::qmp::{Notice, Qmp};
-use crate::hypervisor::HypervisorError;
+use crate::hypervisor::{Disk, HypervisorError};
 use crate::limits;
 
 const GREETING: &str = r#"{"QMP":{"version":{"qemu":{"major":7,"minor":2,"micro":1},"package":"x"},"capabilities":["oob"]}}"#;
@@ -231,4 +232,29 @@ fn an_answer_of_another_form_is_a_broken_protocol() {
     let qmp = fake.connect(WITHIN).unwrap();
     let error = qmp.ask::<String>("qom-get", Value::Null).unwrap_err();
     assert!(matches!(&error, HypervisorError::Protocol { reason, .. } if reason.contains("`qom-get`")), "{error}");
+}
+
+/// As 10.0 answers, where an overlay says of itself how the encrypted image below it is opened, and so its own name does not.
+#[test]
+fn an_encrypted_image_below_another_is_not_mirrored() {
+    for (below, says) in [(true, "disk `d0` is encrypted, and would arrive in the clear"), (false, "no such driver")] {
+        let fake = Fake::polite(move |stream, next| {
+            let backing = json!({ "virtual-size": 65536, "filename": "/d/e.qcow2", "format": "qcow2", "encrypted": below });
+            let image = json!({ "virtual-size": 65536, "filename": "/d/o.qcow2", "format": "qcow2", "backing-image": backing });
+            let inserted = json!({ "node-name": "n0", "ro": false, "encrypted": false, "file": "/d/o.qcow2", "image": image });
+            let (block, request) = (json!([{ "device": "", "qdev": "d0", "inserted": inserted }]), next());
+            assert_eq!(request["execute"], "query-block");
+            say(stream, &json!({ "id": request["id"], "return": block }).to_string());
+            let request = next();
+            let error = json!({ "class": "GenericError", "desc": "no such driver" });
+            if !request.is_null() {
+                assert!(!below, "{request}");
+                say(stream, &json!({ "id": request["id"], "error": error }).to_string());
+            }
+        });
+        let monitor = Monitor::connect(&fake.directory.path().join("qmp"), "vm-1", WITHIN).unwrap();
+        let disk = Disk { device: "d0".to_owned(), bytes: 65536 };
+        let error = disks::mirror(&monitor, &fake.directory.path().join("nbd"), &[disk], false).unwrap_err();
+        assert!(chain(&error).contains(says), "{}", chain(&error));
+    }
 }
