@@ -132,6 +132,10 @@ pub(super) fn take_along(vm: &config::Vm, guest: &mut QemuSource, wish: Option<D
         }
         return Ok(());
     };
+    // Before the other end makes files for them.
+    if let Some(why) = guest.blocked().map_err(unreachable)? {
+        return Err(Problem::new(ErrorClass::Local, format!("QEMU of VM `{}` cannot send its guest: {why}", vm.name)));
+    }
     ensure_clear(vm.name.as_str(), &found)?;
     let disks: Vec<_> = found.into_iter().map(|(disk, _)| disk).collect();
     authorised(vm, &disks).map_err(|why| Problem::new(ErrorClass::Denied, why).with_code("disks-differ"))?;

@@ -111,6 +111,8 @@ fn disks_are_not_copied_ahead_where_that_leads_nowhere() {
         assert_eq!(disks.states(A), [RunState::Paused]);
         assert_eq!(disks.ask("query-jobs", &Value::Null), json!([]));
     }
+    // The other end was not asked to make files for it.
+    assert!(!disks.lab.gateway(B).audit().iter().any(|entry| entry["event"] == "migration-finished"));
     disks.ask("cont", &Value::Null);
     disks.is_only_at(A);
     let gateway = disks.lab.gateway_mut(B);
