@@ -211,8 +211,14 @@ impl Shared {
         while !self.ended.load(Ordering::SeqCst) {
             let Some(datagram) = line.next() else { continue };
             // What was on its way is lost too. A gateway that is down does not take anything.
-            if !self.cut.load(Ordering::SeqCst) && datagram.by.send_to(&datagram.bytes, datagram.to).is_ok() {
-                line.forwarded_bytes.fetch_add(datagram.bytes.len() as u64, Ordering::SeqCst);
+            if self.cut.load(Ordering::SeqCst) {
+                continue;
+            }
+            // Counted by when somebody can have it.
+            let bytes = datagram.bytes.len() as u64;
+            line.forwarded_bytes.fetch_add(bytes, Ordering::SeqCst);
+            if datagram.by.send_to(&datagram.bytes, datagram.to).is_err() {
+                line.forwarded_bytes.fetch_sub(bytes, Ordering::SeqCst);
             }
         }
     }
