@@ -72,25 +72,11 @@ impl Gather {
             }
             let before = self.walk.spot();
             let Some(item) = self.walk.next(rest)? else { return Ok(at) };
-            at += match item {
-                Item::Framing(count) => {
-                    self.out.framing(&self.walk, before, rest.get(..count).unwrap_or_default());
-                    count
-                }
-                Item::Header { bytes, .. } => bytes,
-                Item::Zero { bytes, .. } => {
-                    if let Some(place) = self.walk.last() {
-                        self.out.page(&self.walk, place, None);
-                    }
-                    bytes
-                }
-                Item::Page(place) => {
-                    self.out.page(&self.walk, place, rest.first_chunk());
-                    PAGE_BYTES
-                }
-                Item::Tail if rest.is_empty() => return Ok(at),
+            at += match (self.out.take(&self.walk, before, item, rest), item) {
+                (Some(count), _) => count,
+                (None, Item::Tail) if rest.is_empty() => return Ok(at),
                 // What follows is sent on the main channel alone.
-                Item::Tail | Item::Split(_) | Item::Opaque => {
+                (None, _) => {
                     self.out.bytes.extend_from_slice(rest);
                     rest.len()
                 }

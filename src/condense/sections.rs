@@ -1,6 +1,6 @@
 //! Sections with pages in place of those that a stream had: they take what came of other channels too.
 
-use super::walk::{self, END, EOS, PAGE, PART, Place, Spot, Walk, ZERO};
+use super::walk::{self, END, EOS, Item, PAGE, PART, Place, Spot, Walk, ZERO};
 use crate::types::PAGE_BYTES;
 
 /// What comes out.
@@ -14,8 +14,30 @@ pub(super) struct Sections {
 }
 
 impl Sections {
+    /// What `walk`, which was `before`, has found in front of `rest`, if it is a page or frames some; how much of it that was.
+    pub(super) fn take(&mut self, walk: &Walk, before: Spot, item: Item, rest: &[u8]) -> Option<usize> {
+        match item {
+            Item::Framing(count) => {
+                self.framing(walk, before, rest.get(..count).unwrap_or_default());
+                Some(count)
+            }
+            Item::Header { bytes, .. } => Some(bytes),
+            Item::Zero { bytes, .. } => {
+                if let Some(place) = walk.last() {
+                    self.page(walk, place, None);
+                }
+                Some(bytes)
+            }
+            Item::Page(place) => {
+                self.page(walk, place, rest.first_chunk());
+                Some(PAGE_BYTES)
+            }
+            Item::Tail | Item::Split(_) | Item::Opaque => None,
+        }
+    }
+
     /// What frames the main channel, which `walk` was `before` and has followed.
-    pub(super) fn framing(&mut self, walk: &Walk, before: Spot, bytes: &[u8]) {
+    fn framing(&mut self, walk: &Walk, before: Spot, bytes: &[u8]) {
         match (before, walk.spot()) {
             // Sections with pages begin with their first page, and end as one.
             (Spot::Gap | Spot::Ahead, Spot::Pages { last: false }) | (Spot::Footer { .. }, _) => {}

@@ -120,26 +120,10 @@ impl Splice {
                 break;
             }
             let Some(item) = self.walk.next(rest)? else { break };
-            at += match item {
-                Item::Framing(count) => {
-                    self.out.framing(&self.walk, before, rest.get(..count).unwrap_or_default());
-                    count
-                }
-                Item::Header { bytes, .. } => bytes,
-                Item::Zero { bytes, .. } => {
-                    if let Some(place) = self.walk.last() {
-                        self.out.page(&self.walk, place, None);
-                    }
-                    bytes
-                }
-                Item::Page(place) => {
-                    self.out.page(&self.walk, place, rest.first_chunk());
-                    PAGE_BYTES
-                }
-                Item::Split(_) | Item::Tail | Item::Opaque => {
-                    return Err(Unsound { at: at as u64, expected: "the rest of a stream that was split", got: "another".to_owned() });
-                }
+            let Some(count) = self.out.take(&self.walk, before, item, rest) else {
+                return Err(Unsound { at: at as u64, expected: "the rest of a stream that was split", got: "another".to_owned() });
             };
+            at += count;
         }
         self.held.drain(..at);
         Ok(())

@@ -294,7 +294,7 @@ impl Gateway {
 
     /// Takes the VM for an offer. An earlier attempt of the same source that lost its link is over when that offers anew.
     async fn claim_for(self: &Arc<Self>, link: &Link, offer: &Offer) -> Result<Claim, Refusal> {
-        let mut claimed = self.claim_with_patience(offer).await;
+        let mut claimed = self.claim_within(offer, limits::ROOM_WITHIN, |busy| *busy == Busy::Full).await;
         if let Err(Busy::Vm(other)) = &claimed
             && self.kept.has(*other)
         {
@@ -311,7 +311,8 @@ impl Gateway {
                 None => earlier.report.is_some(),
             };
             if ends {
-                claimed = self.claim_behind(other, offer).await;
+                // It ends now, or has ended and is about to let go of it.
+                claimed = self.claim_within(offer, limits::GREETING_WITHIN / 2, |busy| *busy == Busy::Vm(other)).await;
             }
         }
         claimed.map_err(|busy| match busy {
@@ -322,36 +323,16 @@ impl Gateway {
         })
     }
 
-    /// Takes the VM of an attempt that ends now, or has ended and is about to let go of it.
-    async fn claim_behind(&self, earlier: MigrationId, offer: &Offer) -> Result<Claim, Busy> {
-        let mut room = self.registry.room();
-        let claimed = async {
-            loop {
-                match self.registry.claim(&offer.vm, offer.migration) {
-                    Err(Busy::Vm(other)) if other == earlier => {}
-                    claimed => return claimed,
-                }
+    /// Takes the VM. What keeps it for a while only is waited for, until the end of a migration, for so long.
+    async fn claim_within(&self, offer: &Offer, within: Duration, passes: impl Fn(&Busy) -> bool) -> Result<Claim, Busy> {
+        let (mut room, until) = (self.registry.room(), Instant::now() + within);
+        loop {
+            match self.registry.claim(&offer.vm, offer.migration) {
                 // It lives as long as the registry.
-                let _ = room.changed().await;
+                Err(busy) if passes(&busy) && tokio::time::timeout_at(until.into(), room.changed()).await.is_ok() => {}
+                claimed => return claimed,
             }
-        };
-        tokio::time::timeout(limits::GREETING_WITHIN / 2, claimed).await.unwrap_or(Err(Busy::Vm(earlier)))
-    }
-
-    /// Where there is no room, the next end of a migration is waited for, for a while.
-    async fn claim_with_patience(&self, offer: &Offer) -> Result<Claim, Busy> {
-        let mut room = self.registry.room();
-        let claimed = async {
-            loop {
-                match self.registry.claim(&offer.vm, offer.migration) {
-                    Err(Busy::Full) => {}
-                    claimed => return claimed,
-                }
-                // It lives as long as the registry.
-                let _ = room.changed().await;
-            }
-        };
-        tokio::time::timeout(limits::ROOM_WITHIN, claimed).await.unwrap_or(Err(Busy::Full))
+        }
     }
 
     /// What the offer says it is, checked against itself and against what this gateway knows of the VM.
